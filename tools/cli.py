@@ -1,0 +1,56 @@
+"""The command ``lce``: one subcommand a file in this folder; this one only dispatches and turns errors into exit statuses.
+
+Exit status: 0 done; 1 the answer is no (damage found, upgrade unsafe); 2 wrong use or configuration. A crash is never 1 or 2: it
+ends with 70 and its traceback; an interruption by Ctrl-C with 130.
+"""
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from trainer import __version__
+from trainer.errors import LceError
+
+EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
+
+# A subcommand is a module with HELP (one line), add_arguments(parser) and run(args) -> exit status. It imports what is
+# heavy or optional inside run(), so that `lce --help` stays quick and works without the extras.
+COMMANDS = ("demo", "pack", "check", "launch", "centers", "evaluate", "export", "bench")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, with every subcommand's own help."""
+    parser = argparse.ArgumentParser(prog="lce", description=f"lce-trainer {__version__}: {__doc__.split(':')[0]}")
+    parser.description = "Train face recognition models that stay compatible with the deployed one."
+    parser.add_argument("--version", action="version", version=f"lce-trainer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"tools.{name}")
+        sub = commands.add_parser(
+            name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one ``lce`` command; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except LceError as error:
+        print(f"lce {args.command}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"lce {args.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_CRASH
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The process group: who we are, how tensors cross ranks, and what only one rank does.
+
+Everything works without a process group too (one process, no collective), so that no caller needs to ask.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from trainer.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: its rank, the world size W, its place on the node, and its device."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that logs."""
+        return self.rank == 0
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` → this rank's device. Raises :class:`ConfigError` for cuda without a CUDA device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device = cuda: this machine has no usable CUDA device; use run.device=cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; start fewer ranks"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads: int = 0) -> Iterator[Ranks]:
+    """Join the process group that the launcher's environment describes; leave it at the end.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``. gloo for the CPU; NCCL for CUDA tensors beside gloo for objects.
+        timeout_seconds: a collective that takes longer raises on the ranks that wait.
+        threads: intra-op threads; 0 shares the cores among the ranks of this node.
+
+    Without RANK and WORLD_SIZE in the environment it is a single process and no group is made.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, on_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    where = choose_device(device, local)
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // on_node))
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    started = world > 1 or "RANK" in os.environ
+    if started:
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    try:
+        yield Ranks(rank, world, local, where)
+    finally:
+        if started and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def all_gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
+    """Gather the ranks' rows in rank order: (n_r, …) → (Σ n_r, …). One collective, no gradient.
+
+    Args:
+        local: this rank's rows, n_r = sizes[rank] of them.
+        sizes: the row count of every rank, known to all. Unequal ones are padded to the largest.
+    """
+    if len(sizes) == 1:
+        return local
+    width = max(sizes)
+    if min(sizes) == width:
+        out = local.new_empty((width * len(sizes), *local.shape[1:]))
+        dist.all_gather_into_tensor(out, local.contiguous())
+        return out
+    padded = local.new_zeros((width, *local.shape[1:]))
+    padded[: len(local)] = local
+    out = local.new_empty((width * len(sizes), *local.shape[1:]))
+    dist.all_gather_into_tensor(out, padded)
+    return torch.cat([out[r * width : r * width + n] for r, n in enumerate(sizes)])
+
+
+def reduce_scatter_rows(full: Tensor, sizes: list[int], rank: int) -> Tensor:
+    """Sum (Σ n_r, …) over the ranks and keep this rank's rows (n_r, …). One collective, no gradient."""
+    if len(sizes) == 1:
+        return full
+    width = max(sizes)
+    if min(sizes) != width:
+        padded = full.new_zeros((width * len(sizes), *full.shape[1:]))
+        for r, part in enumerate(full.split(sizes)):
+            padded[r * width : r * width + len(part)] = part
+        full = padded
+    out = full.new_empty((width, *full.shape[1:]))
+    dist.reduce_scatter_tensor(out, full.contiguous())
+    return out[: sizes[rank]]
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum a tensor over the ranks in place (nothing happens in a single process)."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Rank ``source``'s picklable object on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, source)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's picklable object, in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def on_main(action: Callable[[], T], ranks: Ranks) -> T:
+    """Run ``action`` on rank 0 only and give every rank its result; its exception is raised on every rank."""
+    outcome: tuple[bool, Any] = (True, None)
+    if ranks.is_main:
+        try:
+            outcome = (True, action())
+        except Exception as error:
+            outcome = (False, error)
+    done, value = broadcast_object(outcome)
+    if not done:
+        raise value
+    return value
+
+
+def agree(problem: Exception | None) -> None:
+    """Raise on every rank when any rank has a problem: the lowest such rank's. All ranks must call it."""
+    first = next((p for p in gather_objects(problem) if p is not None), None)
+    if first is not None:
+        raise first
+
+
+def class_mesh(ranks: Ranks) -> DeviceMesh:
+    """The 1-D mesh over all ranks along which classes are sharded (dimension name ``class``)."""
+    return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("class",))
+
+
+def as_sharded(local: Tensor, total: int, mesh: DeviceMesh) -> DTensor:
+    """View a rank's rows (c, …) as its part of a global (C, …) DTensor ``Shard(0)``, without a copy.
+
+    The rows must follow :func:`trainer.head.partition.class_range`, which is DTensor's own rule.
+    """
+    shape = torch.Size((total, *local.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

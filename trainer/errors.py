@@ -1,0 +1,29 @@
+"""The errors a user can cause. Each says what is wrong, where (file, key, record) and what to do about it.
+
+Command lines turn an :class:`LceError` into one line on standard error and exit status 2; anything else is a defect of ours and
+shows its traceback.
+"""
+
+
+class LceError(Exception):
+    """Base of all errors that a user can mend: wrong input, wrong configuration, damaged files."""
+
+
+class ConfigError(LceError):
+    """A configuration that cannot be used: unknown key, wrong value, impossible combination."""
+
+
+class DataError(LceError):
+    """A data set that is missing, empty, damaged or at odds with the configuration."""
+
+
+class CheckpointError(LceError):
+    """A checkpoint that is incomplete, damaged or belongs to another run."""
+
+
+class CenterBankError(LceError):
+    """A centre bank that is incomplete, damaged or does not fit the model or the data set."""
+
+
+class ModelError(LceError):
+    """A model file that is missing, damaged or does not fit what it is used for."""
