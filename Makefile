@@ -1,0 +1,66 @@
+# make demo   the whole story on faces and on characters (environment included), ending in verdicts and reports
+# make test   formatting, lint, types and all tests: what CI runs
+# make lint   the first three of them alone
+#
+# TORCH_INDEX  where a CPU build of torch is looked for when pip's own configuration offers none; empty: nowhere else
+# TORCH        what to install as torch; `make TORCH=torch==2.13.0 demo` takes your index's default build (CUDA, on Linux)
+# PYTHON       the interpreter to build .venv with; empty: the first of python3.14 … python3.11, python3, python that fits
+
+SHELL := /bin/sh
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH ?= cpu
+PYTHON ?=
+DEMO ?=
+
+VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# DALI is built for Linux alone; elsewhere the torch loader reads the same data sets.
+comma := ,
+EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(comma)gpu,dev)
+
+.PHONY: install demo test lint format clean
+
+install: .venv/installed
+
+demo: .venv/installed
+	$(BIN)/lce demo --data faces $(DEMO)
+	$(BIN)/lce demo --data characters $(DEMO)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache
+
+.venv/created:
+	@for python in $(PYTHON) python3.14 python3.13 python3.12 python3.11 python3 python; do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making .venv with $$("$$python" --version)"; "$$python" -m venv .venv && touch $@ && exit 0; exit 1; \
+	  fi; \
+	done; \
+	echo "no Python 3.11 or newer with the venv module found (Debian and Ubuntu: apt-get install python3 python3-venv);" >&2; \
+	echo "name one with: make PYTHON=/path/to/python3 …" >&2; exit 1
+
+# A CPU build of torch, tried in this order: from pip's own configuration, from TORCH_INDEX, and at last the default build
+# (which on macOS is a CPU build, and on Linux brings CUDA's libraries along: large, but it works the same).
+.venv/torch: .venv/created constraints.txt
+	@if [ "$(TORCH)" != cpu ]; then $(PIP) install -c constraints.txt "$(TORCH)"; \
+	elif $(PIP) install --quiet -c constraints.txt "torch==$(VERSION)+cpu" 2>/dev/null; then :; \
+	elif [ -n "$(TORCH_INDEX)" ] && echo "looking for a CPU build of torch at $(TORCH_INDEX)" && \
+	  $(PIP) install --quiet --retries 1 -c constraints.txt --extra-index-url "$(TORCH_INDEX)" "torch==$(VERSION)+cpu" 2>/dev/null; then :; \
+	else echo "no CPU build of torch $(VERSION) found; installing the default one" && $(PIP) install -c constraints.txt "torch==$(VERSION)"; fi
+	@touch $@
+
+.venv/installed: .venv/torch pyproject.toml constraints.txt
+	$(PIP) install --quiet -c constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@
