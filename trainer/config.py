@@ -1,8 +1,9 @@
 """The configuration of a run: pydantic models of the YAML, inheritance between files, and dotted overrides.
 
-A configuration is one YAML file that may extend others (``extends: base.yaml``, relative to the file that says so), followed by
-overrides from the command line (``optimizer.lr=0.05``). Unknown keys are errors that name the nearest known one; wrong values are
-errors that name the file, the key and what is allowed. Nothing here takes a resource: :func:`load_config` only reads text.
+A configuration is one YAML file that may extend others (``extends: base.yaml``, relative to the file that says so),
+followed by overrides from the command line (``optimizer.lr=0.05``). Unknown keys are errors that name the nearest
+known one; wrong values are errors that name the file, the key and what is allowed. Nothing here takes a resource:
+:func:`load_config` only reads text.
 """
 
 import difflib
@@ -36,29 +37,43 @@ class RunConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Random image changes in training, drawn per sample from (seed, epoch, record); every probability or size of 0 is off."""
+    """Random image changes in training, drawn per sample from (seed, epoch, record); every probability or size of 0 is
+    off."""
 
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     rotate_degrees: float = Field(0.0, ge=0, description="standard deviation of the rotation")
     scale: float = Field(0.0, ge=0, lt=1, description="standard deviation of the relative size")
     translate: float = Field(0.0, ge=0, lt=1, description="standard deviation of the shift, in image widths")
     contrast: float = Field(0.0, ge=0, description="standard deviation of the relative contrast about mid grey")
-    brightness: float = Field(0.0, ge=0, description="standard deviation of the shift of brightness; 1 is the full range")
+    brightness: float = Field(
+        0.0, ge=0, description="standard deviation of the shift of brightness; 1 is the full range"
+    )
+    saturation: float = Field(0.0, ge=0, description="standard deviation of the relative saturation")
     noise: float = Field(0.0, ge=0, description="standard deviation of the pixel noise; 1 is the full range")
     blur: float = Field(0.0, ge=0, le=1, description="probability of a Gaussian blur of 0.5 to 1.5 pixels")
-    low_resolution: float = Field(0.0, ge=0, le=1, description="probability of shrinking to 1/4…1/2 of the size and back")
+    low_resolution: float = Field(
+        0.0, ge=0, le=1, description="probability of shrinking to 1/4…1/2 of the size and back"
+    )
     occlusion: float = Field(0.0, ge=0, le=1, description="probability of a grey rectangle over 1/5…2/5 of each side")
 
 
 class DataConfig(Section):
     """The training images."""
 
-    path: Path | None = Field(None, description="a folder with dataset.yaml (made by `lce pack`); not for loader: synthetic")
+    path: Path | None = Field(
+        None, description="a folder with dataset.yaml (made by `lce pack`); not for loader: synthetic"
+    )
     labels: Path | None = Field(None, description="int64 .npy that replaces the data set's labels; -1 drops a record")
-    loader: Literal["auto", "dali", "torch", "synthetic"] = Field("auto", description="auto: DALI when installed, else torch")
+    loader: Literal["auto", "dali", "torch", "synthetic"] = Field(
+        "auto", description="auto: DALI when installed, else torch"
+    )
     batch_size: int = Field(128, ge=1, description="the global batch B; every rank reads its slice of it")
     workers: int = Field(2, ge=0, description="decoding threads (DALI) or processes (torch) per rank")
     drop_last: bool = Field(False, description="drop the incomplete last batch of an epoch instead of training on it")
+    sampling: Literal["shuffle", "class_balanced"] = Field(
+        "shuffle", description="shuffle: every record once an epoch; class_balanced: every class equally often"
+    )
+    repeat: int = Field(1, ge=1, description="repeated augmentation: each drawn record this many times in a row")
     max_bad_records: int = Field(0, ge=0, description="how many damaged records training may skip before it stops")
     augment: AugmentConfig = AugmentConfig()
     synthetic_classes: int = Field(1000, ge=1, description="loader: synthetic only, the class count")
@@ -72,7 +87,9 @@ class BackboneConfig(Section):
     name: str = Field("iresnet18", description="a name known to trainer.backbones (an unknown one lists them all)")
     dim: int = Field(512, ge=2, description="embedding dimension D")
     width: int | None = Field(None, ge=1, description="first stage's channels, for the small networks that offer it")
-    weights: Path | None = Field(None, description="start from these weights (.safetensors, .pt state dict or a run folder)")
+    weights: Path | None = Field(
+        None, description="start from these weights (.safetensors, .pt state dict or a run folder)"
+    )
 
 
 class MarginConfig(Section):
@@ -88,7 +105,9 @@ class MarginConfig(Section):
         "exact", description="arcface: straight_through replaces the margin's derivative by 1, as arcface_torch does"
     )
     h: float = Field(0.333, gt=0, description="adaface: concentration of the norm statistic")
-    norm_momentum: float = Field(0.01, gt=0, le=1, description="adaface: share of the batch in the running norm statistics")
+    norm_momentum: float = Field(
+        0.01, gt=0, le=1, description="adaface: share of the batch in the running norm statistics"
+    )
     lower_norm: float = Field(10.0, gt=0, description="magface: l_a")
     upper_norm: float = Field(110.0, gt=0, description="magface: u_a")
     lower_margin: float = Field(0.45, ge=0, description="magface: l_m")
@@ -100,7 +119,8 @@ class MarginConfig(Section):
 
 
 class RowOptimizerConfig(Section):
-    """How the head's rows are updated; what it means for a row that was not drawn is in trainer/head/row_optimizer.py."""
+    """How the head's rows are updated; what it means for a row that was not drawn is in
+    trainer/head/row_optimizer.py."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr_factor: float = Field(1.0, gt=0, description="the rows' learning rate is this times the schedule's")
@@ -120,7 +140,9 @@ class HeadConfig(Section):
     sampling_correction: bool = Field(
         False, description="weight drawn negatives by 1 / sample_rate, so that their sum estimates the full one"
     )
-    sub_centers: int = Field(1, ge=1, le=16, description="K rows per class, the nearest one counts (sub-center ArcFace)")
+    sub_centers: int = Field(
+        1, ge=1, le=16, description="K rows per class, the nearest one counts (sub-center ArcFace)"
+    )
     optimizer: RowOptimizerConfig = RowOptimizerConfig()
     compute: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the matrix products")
     rows: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of rows and their state")
@@ -150,7 +172,9 @@ class CompatConfig(Section):
     bank: Path | None = Field(None, description="centre bank of the old model (`lce centers …`); its folder")
     alignment_weight: float = Field(0.4, ge=0, description="λ_a in (1 − cos) units")
     boundary_weight: float = Field(1.0, ge=0, description="λ_b")
-    old_embeddings: Path | None = Field(None, description="old embeddings by record (.npy, float32, N × D1), for l2 and fct")
+    old_embeddings: Path | None = Field(
+        None, description="old embeddings by record (.npy, float32, N × D1), for l2 and fct"
+    )
     new_embeddings: Path | None = Field(None, description="new embeddings by record, for cross-model without images")
     weight: float = Field(1.0, ge=0, description="the weight of a rival method's loss (bct, l2, …)")
     transform: TransformConfig = TransformConfig()
@@ -198,9 +222,11 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(1000, ge=0, description="0: only at the end and when asked to stop")
     keep: int = Field(2, ge=1, description="how many of the newest are kept")
+    keep_every: int = Field(0, ge=0, description="checkpoints of steps divisible by this are kept for good; 0 is off")
     asynchronous: bool = True
     resume: Literal["auto", "exact", "never"] = Field(
-        "auto", description="auto: newest complete one; exact: exit 2 if the newest is damaged; never: refuse a used folder"
+        "auto",
+        description="auto: newest complete one; exact: exit 2 if the newest is damaged; never: refuse a used folder",
     )
 
 
@@ -239,8 +265,10 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     """Read a configuration file, what it extends, and the overrides.
 
     Args:
-        path: the YAML file. Relative paths inside it are taken from the working folder, ``extends`` from the file's own.
-        overrides: ``section.key=value`` strings; the value is read as YAML (``head.sample_rate=0.1``, ``run.dir=runs/a``).
+        path: the YAML file. Relative paths inside it are taken from the working folder, ``extends`` from the file's
+        own.
+        overrides: ``section.key=value`` strings; the value is read as YAML (``head.sample_rate=0.1``,
+        ``run.dir=runs/a``).
 
     Raises:
         ConfigError: file missing or no YAML; an unknown key (the nearest known one is named); a wrong value.
@@ -320,7 +348,9 @@ def _check_keys(model: type[Section], tree: dict[str, Any], prefix: str, source:
         section = _section_of(known[key].annotation)
         if section is not None:
             if not isinstance(value, dict):
-                raise ConfigError(f"{source}: {prefix}{key} is a section; known keys: {', '.join(section.model_fields)}")
+                raise ConfigError(
+                    f"{source}: {prefix}{key} is a section; known keys: {', '.join(section.model_fields)}"
+                )
             _check_keys(section, value, f"{prefix}{key}.", source)
 
 

@@ -1,0 +1,85 @@
+"""Training images: RecordIO data sets, one order for every world size, and three loaders behind one interface."""
+
+import importlib.util
+import logging
+
+import numpy as np
+
+from trainer.config import Config
+from trainer.data.index import Dataset, DatasetInfo, open_dataset
+from trainer.data.loader import Batch, Loader
+from trainer.data.order import Order, Schedule, slice_of
+from trainer.distributed import Ranks
+from trainer.errors import ConfigError
+
+__all__ = ["Batch", "Dataset", "DatasetInfo", "Loader", "build_loader", "open_dataset", "slice_of"]
+
+log = logging.getLogger(__name__)
+
+
+def build_loader(config: Config, dataset: Dataset | None, ranks: Ranks) -> Loader:
+    """The loader that ``data.loader`` asks for, for this rank; it says in the log which it is and why.
+
+    Args:
+        config: the run; ``data`` and ``run.seed`` matter here.
+        dataset: the opened data set; None for ``data.loader: synthetic``.
+        ranks: this rank, the world size and the device that batches go to.
+
+    Raises:
+        ConfigError: DALI is asked for and not installed, or no data set is given.
+        DataError: nothing to train on, or more records known to be damaged than allowed.
+    """
+    data, seed = config.data, config.run.seed
+    if data.loader == "synthetic":
+        from trainer.data.synthetic import SyntheticLoader
+
+        records = np.arange(data.synthetic_records)
+        order = Order(records, records % data.synthetic_classes, seed=seed, sampling=data.sampling, repeat=data.repeat)
+        schedule = Schedule(order, data.batch_size, ranks.rank, ranks.world_size, data.drop_last)
+        return SyntheticLoader(schedule, data.synthetic_classes, data.synthetic_size, seed=seed, device=ranks.device)
+    if dataset is None:
+        raise ConfigError(f"data.loader = {data.loader} needs a data set: set data.path")
+    kind, reason = choose_loader(data.loader)
+    if ranks.is_main:
+        log.info("data loader: %s (%s)", kind, reason)
+    labels = np.asarray(dataset.labels[dataset.kept]) if data.sampling == "class_balanced" else None
+    order = Order(dataset.kept, labels, seed=seed, sampling=data.sampling, repeat=data.repeat)
+    schedule = Schedule(order, data.batch_size, ranks.rank, ranks.world_size, data.drop_last)
+    if kind == "dali":
+        from trainer.data.dali import DaliLoader
+
+        return DaliLoader(
+            dataset,
+            schedule,
+            data.augment,
+            seed=seed,
+            threads=data.workers,
+            device=ranks.device,
+            max_bad=data.max_bad_records,
+        )
+    from trainer.data.torch_loader import TorchLoader
+
+    return TorchLoader(
+        dataset,
+        schedule,
+        data.augment,
+        seed=seed,
+        workers=data.workers,
+        device=ranks.device,
+        max_bad=data.max_bad_records,
+    )
+
+
+def choose_loader(wanted: str) -> tuple[str, str]:
+    """``auto``, ``dali`` or ``torch`` → the loader, and why. Raises :class:`ConfigError`: DALI wanted, not there."""
+    try:
+        installed = importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        installed = False
+    if wanted == "dali" and not installed:
+        raise ConfigError(
+            "data.loader = dali: DALI is not installed; pip install nvidia-dali-cuda130, or use data.loader=torch"
+        )
+    if wanted != "auto":
+        return wanted, "data.loader asks for it"
+    return ("dali", "it is installed") if installed else ("torch", "DALI is not installed")

@@ -1,0 +1,265 @@
+"""The DALI loader: our order and our random numbers, DALI's decoding and image operations, on the CPU or the GPU.
+
+A thread of our own reads the records of the next batches and draws their augmentations; DALI gets the encoded bytes and
+the parameters without a copy and hands over finished batches. DALI itself decides nothing at random.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, types
+
+from trainer.config import AugmentConfig
+from trainer.data import augment
+from trainer.data.index import Dataset, DatasetInfo
+from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
+from trainer.data.order import Schedule, Slot
+from trainer.errors import DataError
+
+_DEPTH = 2  # batches that DALI works on ahead of the one handed out
+_READ_AHEAD = 3  # batches that are read ahead of DALI
+
+Feed = dict[str, Any]
+
+
+@dataclass
+class _Job:
+    """One batch on its way: what DALI was fed is kept alive until its output has been taken."""
+
+    slot: Slot
+    records: NDArray[np.int64]
+    feed: Feed = field(default_factory=dict)
+
+
+def build_pipeline(
+    info: DatasetInfo, config: AugmentConfig, batch_size: int, threads: int, device_id: int | None
+) -> tuple[Pipeline, list[str]]:
+    """The DALI graph for a data set and its augmentations, and the names of its inputs.
+
+    Args:
+        info: image size, colour order, mean and standard deviation.
+        config: which augmentations are on; steps that are off are not in the graph.
+        batch_size: the largest batch.
+        threads: decoding threads.
+        device_id: None: everything on the CPU; else decoding (``mixed``) and image operations on that GPU.
+    """
+    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=_DEPTH)
+    names = ["images"]
+
+    def parameter(name: str, gpu: bool = False) -> Any:
+        names.append(name)
+        node = fn.external_source(name=name, no_copy=True, batch=True)
+        return node.gpu() if gpu and device_id is not None else node
+
+    with pipeline:
+        encoded = fn.external_source(name="images", no_copy=True, batch=True)
+        pipeline.set_outputs(image_graph(encoded, info, config, parameter, device_id is not None))
+    pipeline.build()
+    return pipeline, names
+
+
+def image_graph(encoded: Any, info: DatasetInfo, config: AugmentConfig, parameter: Any, gpu: bool) -> Any:
+    """Decode, augment, normalise ``encoded``; ``parameter(name, gpu=False)`` gives a per-sample parameter's node."""
+    size = list(info.image_size)
+    x = fn.decoders.image(
+        encoded,
+        device="mixed" if gpu else "cpu",
+        output_type=types.RGB if info.color == "RGB" else types.BGR,
+        jpeg_fancy_upsampling=True,
+    )
+    triangular = {"interp_type": types.INTERP_TRIANGULAR, "antialias": True}
+    if not info.uniform:
+        x = fn.resize(x, size=size, **triangular)
+    if config.low_resolution:
+        x = fn.resize(fn.resize(x, size=parameter("low_size"), **triangular), size=size, **triangular)
+    if config.rotate_degrees or config.scale or config.translate:
+        x = fn.warp_affine(x, matrix=parameter("warp"), interp_type=types.INTERP_LINEAR)
+    if config.blur:
+        x = fn.gaussian_blur(x, sigma=parameter("blur"))
+    if config.occlusion:
+        corner, sides = parameter("hole_corner"), parameter("hole_size")
+        x = fn.erase(x, anchor=corner, shape=sides, axis_names="HW", fill_value=float(round(augment.GREY)))
+    if config.contrast or config.brightness or config.saturation:
+        x = fn.coord_transform(x, MT=parameter("colour"), dtype=types.UINT8)
+    if config.noise:
+        x = x + parameter("noise", gpu=True) * (255.0 * config.noise)
+    mirror = {"mirror": parameter("flip")} if config.flip else {}
+    return fn.crop_mirror_normalize(
+        x,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[255.0 * m for m in info.mean],
+        std=[255.0 * s for s in info.std],
+        **mirror,
+    )
+
+
+def feed_of(draw: augment.Draw, images: list[bytes], size: tuple[int, int], ring: augment.Floats | None) -> Feed:
+    """What DALI is fed for a batch, by input name; encoded images and noise are views, not copies."""
+    feed: Feed = {"images": [np.frombuffer(image, np.uint8) for image in images]}
+    for name in ("flip", "warp", "low_size", "blur", "colour"):
+        value = getattr(draw, name)
+        if value is not None:
+            feed[name] = value[:, None] if name == "blur" else value
+    if draw.hole is not None:
+        feed["hole_corner"], feed["hole_size"] = (
+            np.ascontiguousarray(draw.hole[:, :2]),
+            np.ascontiguousarray(draw.hole[:, 2:]),
+        )
+    if draw.noise is not None and ring is not None:
+        shape = (*size, 3)
+        feed["noise"] = [ring[at : at + 3 * size[0] * size[1]].reshape(shape) for at in draw.noise]
+    return feed
+
+
+class DaliLoader(PositionedLoader):
+    """See the module. Raises :class:`DataError` from ``batches()`` when more records are damaged than allowed."""
+
+    name = "dali"
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        schedule: Schedule,
+        config: AugmentConfig,
+        *,
+        seed: int,
+        threads: int,
+        device: torch.device,
+        max_bad: int = 0,
+    ) -> None:
+        super().__init__(schedule)
+        self.dataset, self.config, self.seed, self.threads, self.device = dataset, config, seed, max(1, threads), device
+        self.reader = Reader(dataset, max_bad)
+        self.bad_records = self.reader.bad
+        self.ring = augment.noise_ring(seed) if config.noise else None
+
+    @property
+    def _device_id(self) -> int | None:
+        return (self.device.index or 0) if self.device.type == "cuda" else None
+
+    def _produce(self, epoch: int, samples: int) -> Iterator[tuple[Slot, Batch]]:
+        while True:
+            jobs: deque[_Job] = deque()
+            try:
+                for slot, batch in self._run(epoch, samples, jobs):
+                    yield slot, batch
+                    epoch, samples = slot.next_epoch, slot.next_samples
+            except RuntimeError as error:  # DALI's only kind of error; it spoils the pipeline, so a new one is made
+                self._blame(jobs, error)
+
+    def _run(self, epoch: int, samples: int, jobs: deque[_Job]) -> Iterator[tuple[Slot, Batch]]:
+        pipeline, names = build_pipeline(
+            self.dataset.info, self.config, max(1, self.schedule.largest_slice), self.threads, self._device_id
+        )
+        ahead = _Ahead(self._job(slot) for slot in self.schedule.slots(epoch, samples))
+        size = self.dataset.info.image_size
+        try:
+            while True:
+                while len(jobs) < _DEPTH:
+                    job = ahead.next()
+                    jobs.append(job)
+                    if len(job.records):
+                        for name in names:
+                            pipeline.feed_input(name, job.feed[name])
+                        pipeline.schedule_run()
+                job = jobs[0]
+                if len(job.records):
+                    (images,) = pipeline.share_outputs()
+                    tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
+                    pipeline.release_outputs()
+                    batch = Batch(
+                        tensor, labels_of(self.dataset, job.records, self.device), torch.from_numpy(job.records)
+                    )
+                else:
+                    batch = empty_batch(size, self.device)
+                jobs.popleft()
+                yield job.slot, batch
+        finally:
+            ahead.close()
+
+    def _job(self, slot: Slot) -> _Job:
+        if not len(slot.samples):
+            return _Job(slot, slot.samples.records)
+        info = self.dataset.info
+        samples, images = self.reader.fetch_all(slot.samples)
+        draw = augment.draw(self.config, self.seed, samples, info.image_size, info.color)
+        return _Job(slot, samples.records, feed_of(draw, images, info.image_size, self.ring))
+
+    def _blame(self, jobs: deque[_Job], error: RuntimeError) -> None:
+        """Find the records that DALI cannot decode, one by one; if there is none the error is not the data's."""
+        before = len(self.reader.bad)
+        for job in jobs:
+            for record, image in zip(job.records.tolist(), job.feed.get("images", []), strict=True):
+                reason = self._decode_error(image)
+                if reason is not None:
+                    self.reader.note(record, f"{self.dataset.where(record)} does not decode: {reason}")
+        if len(self.reader.bad) == before:
+            raise DataError(
+                f"{self.dataset.path}: DALI failed on records that decode one by one: {_short(error)}"
+            ) from error
+
+    def _decode_error(self, image: NDArray[np.uint8]) -> str | None:
+        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=self._device_id)
+        with pipeline:
+            encoded = fn.external_source(name="images", batch=True)
+            pipeline.set_outputs(fn.decoders.image(encoded, device="mixed" if self._device_id is not None else "cpu"))
+        try:
+            pipeline.feed_input("images", [image])
+            pipeline.run()
+        except RuntimeError as error:
+            return _short(error)
+        return None
+
+
+class _Ahead:
+    """Runs an iterator in a thread, a few items ahead; its exception is raised where the item was due."""
+
+    def __init__(self, items: Iterator[_Job]) -> None:
+        self._queue: queue.Queue[_Job | BaseException] = queue.Queue(_READ_AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(items,), name="data-reader", daemon=True)
+        self._thread.start()
+
+    def _work(self, items: Iterator[_Job]) -> None:
+        try:
+            for item in items:
+                if not self._put(item):
+                    return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: "_Job | BaseException") -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def next(self) -> _Job:
+        """The next item; waits for it."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+
+
+def _short(error: BaseException) -> str:
+    """The line of a DALI error that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "rror" in line or "ailed" in line]
+    return (telling or lines or [repr(error)])[-1][:300]

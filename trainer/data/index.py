@@ -1,0 +1,312 @@
+"""The data set: a table of records with labels, opened from a folder in seconds whatever its size.
+
+A data set folder holds ``dataset.yaml`` (:class:`DatasetInfo` and the list of parts), the parts (``*.rec`` with
+``*.idx`` and ``*.offsets.npy``), ``labels.npy`` (int64, one entry a record, −1 drops it) and, where classes have names,
+``classes.txt``. Opened as
+well: a folder with .rec files of other tools (InsightFace's layout too) and a folder of identity folders with image
+    files.
+"""
+
+import hashlib
+import io
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+import yaml
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainer.data import store
+from trainer.errors import DataError
+
+DESCRIPTION = "dataset.yaml"
+BAD_RECORDS = "bad_records.npy"
+_CHUNK = 1 << 22
+
+
+class PartInfo(BaseModel):
+    """One .rec of a data set; paths are relative to the folder of dataset.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rec: str
+    records: int | None = Field(None, ge=0)
+    bytes: int | None = Field(None, ge=0)
+    first_id: int | None = Field(None, ge=0)
+    class_offset: int = Field(0, ge=0)
+    label_map: str | None = None
+
+
+class DatasetInfo(BaseModel):
+    """What dataset.yaml says: how images are to be read, and what the set consists of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["lce-dataset-1"] = "lce-dataset-1"
+    image_size: tuple[int, int] = (112, 112)
+    uniform: bool = False
+    color: Literal["RGB", "BGR"] = "RGB"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    num_classes: int | None = Field(None, ge=1)
+    labels: str | None = None
+    class_names: str | None = None
+    parts: tuple[PartInfo, ...] = ()
+
+
+class LabelsInfo(BaseModel):
+    """What stands beside a label table (``NAME.yaml`` beside ``NAME.npy``): its class count and where it came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_classes: int = Field(ge=1)
+    records: int = Field(ge=0)
+    made_by: str = ""
+    classes: str | None = Field(
+        None, description=".npy (int64): the class of the data set that each class of the table is"
+    )
+
+
+class Dataset:
+    """Records with labels. Record numbers run from 0 through all parts; header records have none.
+
+    Attributes:
+        path: the folder.
+        info: how the images are stored and normalised.
+        labels: (N,) int64, memory-mapped where it comes from a file; −1: not used.
+        num_classes: C; labels are < C.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        info: DatasetInfo,
+        images: store.Store,
+        labels: NDArray[np.int64],
+        num_classes: int,
+        source: Path,
+    ) -> None:
+        self.path, self.info, self.store, self.labels, self.num_classes = path, info, images, labels, num_classes
+        self._labels_source = source
+        if len(labels) != len(images):
+            raise DataError(f"{source}: has {len(labels)} labels for the {len(images)} records of {path}")
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        for start in range(0, len(self.labels), _CHUNK):
+            block = self.labels[start : start + _CHUNK]
+            wrong = (block < -1) | (block >= self.num_classes)
+            if wrong.any():
+                at = int(np.flatnonzero(wrong)[0])
+                raise DataError(
+                    f"{self._labels_source}: record {start + at} has the label {block[at]}; "
+                    f"allowed are 0…{self.num_classes - 1} and −1 (not used)"
+                )
+
+    def __len__(self) -> int:
+        """N, with the records that are not used."""
+        return len(self.labels)
+
+    @cached_property
+    def kept(self) -> NDArray[np.int64]:
+        """The record numbers whose label is not −1, ascending (n,) int64."""
+        return np.flatnonzero(np.asarray(self.labels) >= 0)
+
+    @cached_property
+    def class_names(self) -> list[str] | None:
+        """The classes' names by class number, where the data set has them. Raises :class:`DataError`: too few."""
+        if self.info.class_names is None:
+            return None
+        file = self.path / self.info.class_names
+        try:
+            names = file.read_text().splitlines()
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}") from None
+        if self.info.num_classes is not None and len(names) < self.info.num_classes:
+            raise DataError(f"{file}: names {len(names)} classes of {self.info.num_classes}")
+        return names
+
+    @cached_property
+    def known_bad(self) -> NDArray[np.int64]:
+        """Records that ``lce check`` found damaged (``bad_records.npy`` in the folder), (k,) int64."""
+        file = self.path / BAD_RECORDS
+        return np.asarray(store.load_array(file, 1)) if file.exists() else np.empty(0, np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the description, the file sizes and the labels; the images themselves are not read."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((self.info.image_size, self.info.color, self.num_classes, self.store.sizes())).encode())
+        for start in range(0, len(self.labels), _CHUNK):
+            digest.update(np.ascontiguousarray(self.labels[start : start + _CHUNK]).tobytes())
+        return digest.hexdigest()
+
+    def read(self, record: int) -> bytes:
+        """The encoded image of a record. Raises :class:`DataError` naming file and record."""
+        return self.store.read(record)
+
+    def where(self, record: int) -> str:
+        """File and place of a record, for messages."""
+        return self.store.where(record)
+
+    def decode(self, record: int) -> NDArray[np.uint8]:
+        """A record's pixels, (H, W, 3) uint8 in the data set's size and colour order. Raises :class:`DataError`."""
+        try:
+            return decode_image(self.read(record), self.info.image_size, self.info.color)
+        except ValueError as error:
+            raise DataError(f"{self.where(record)} does not decode: {error}") from None
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        self.store.close()
+
+
+def decode_image(data: bytes, size: tuple[int, int] | None, color: str = "RGB") -> NDArray[np.uint8]:
+    """Decode with Pillow: (H, W, 3) uint8, upright by its EXIF orientation, resized to ``size`` (antialiased bilinear)
+    if it differs.
+
+    Raises:
+        ValueError: the bytes are no complete image.
+    """
+    problem = image_problem(data)
+    if problem:
+        raise ValueError(problem)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        if size is not None and upright.size != (size[1], size[0]):
+            upright = upright.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    except (OSError, ValueError, SyntaxError, IndexError, TypeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image is damaged ({error})") from None
+    pixels = np.asarray(upright)
+    return np.ascontiguousarray(pixels[:, :, ::-1]) if color == "BGR" else pixels
+
+
+def image_problem(data: bytes) -> str | None:
+    """What is wrong with encoded bytes by their beginning and end alone, or None: quick enough for every step."""
+    if data[:3] == b"\xff\xd8\xff":
+        return None if data.rstrip(b"\0")[-2:] == b"\xff\xd9" else "the JPEG is cut short (no end marker)"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return None if b"IEND" in data[-16:] else "the PNG is cut short (no end chunk)"
+    if not data:
+        return "the record holds no image"
+    if data[:2] in (b"BM", b"II", b"MM", b"P5", b"P6") or data[:4] == b"RIFF":
+        return None
+    return f"begins with {data[:4].hex()}, which is no image format known here"
+
+
+def open_dataset(path: str | Path, labels: str | Path | None = None) -> Dataset:
+    """Open a data set folder.
+
+    Args:
+        path: a folder with dataset.yaml, or with .rec files, or with one folder of images per identity.
+        labels: an int64 .npy (N,) that replaces the data set's labels; −1 drops a record. Its class count is that of
+            the .yaml beside it (`lce split` writes one), else its largest label + 1.
+
+    Raises:
+        DataError: missing, empty or damaged files, a label out of range.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such data set folder; make one with `lce pack SOURCE {folder}`")
+    if (folder / DESCRIPTION).exists():
+        info, images, found = _open_described(folder)
+    elif recs := sorted(folder.glob("*.rec")):
+        info, images, found = _open_records(folder, recs)
+    else:
+        info, images, found = _open_files(folder)
+    source = folder / (info.labels or DESCRIPTION)
+    classes = info.num_classes
+    if labels is not None:
+        source = Path(labels)
+        found, classes = store.load_array(source, 1), _classes_of(source)
+    if classes is None:
+        classes = max(int(found[start : start + _CHUNK].max()) for start in range(0, max(1, len(found)), _CHUNK)) + 1
+        if classes < 1:
+            raise DataError(f"{source}: every label is −1; there is nothing to train on")
+    return Dataset(folder, info, images, found, classes, source)
+
+
+def load_description(folder: Path) -> DatasetInfo:
+    """Read dataset.yaml. Raises :class:`DataError` naming the file, the key and what is allowed."""
+    file = folder / DESCRIPTION
+    try:
+        tree: Any = yaml.safe_load(file.read_text())
+        return DatasetInfo.model_validate(tree)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from None
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        raise DataError(f"{file}: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}") from None
+
+
+def save_description(folder: Path, info: DatasetInfo) -> None:
+    """Write dataset.yaml, atomically."""
+    text = yaml.safe_dump(info.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None)
+    store.write_text(folder / DESCRIPTION, text)
+
+
+def _classes_of(table: Path) -> int | None:
+    file = table.with_suffix(".yaml")
+    if not file.exists():
+        return None
+    try:
+        return LabelsInfo.model_validate(yaml.safe_load(file.read_text())).num_classes
+    except (OSError, yaml.YAMLError, pydantic.ValidationError) as error:
+        raise DataError(f"{file}: does not describe a label table: {error}") from None
+
+
+def _open_described(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.int64]]:
+    info = load_description(folder)
+    if not info.parts:
+        raise DataError(f"{folder / DESCRIPTION}: lists no parts; the data set is empty")
+    if info.labels is not None:
+        parts = [store.open_part(folder / p.rec, p.records, p.bytes, p.first_id) for p in info.parts]
+        return info, store.RecordStore(parts), store.load_array(folder / info.labels, 1)
+    parts, labels = [], []
+    for part in info.parts:
+        found = store.load_or_find(folder / part.rec)
+        parts.append(store.Part(folder / part.rec, found.offsets, part.first_id))
+        labels.append(_mapped(found.labels, part, folder))
+    return info, store.RecordStore(parts), np.concatenate(labels)
+
+
+def _mapped(labels: NDArray[np.int64], part: PartInfo, folder: Path) -> NDArray[np.int64]:
+    if part.label_map is not None:
+        table = store.load_array(folder / part.label_map, 1)
+        if int(labels.max(initial=-1)) >= len(table):
+            raise DataError(
+                f"{folder / part.label_map}: has {len(table)} entries; {part.rec} has the label {labels.max()}"
+            )
+        labels = np.where(labels >= 0, table[labels], -1)
+    return np.where(labels >= 0, labels + part.class_offset, -1)
+
+
+def _open_records(folder: Path, recs: list[Path]) -> tuple[DatasetInfo, store.Store, NDArray[np.int64]]:
+    """A folder of .rec files of other tools; InsightFace's ``property`` file (classes,height,width) is honoured."""
+    found = [store.load_or_find(rec) for rec in recs]
+    images = store.RecordStore([store.Part(rec, f.offsets) for rec, f in zip(recs, found, strict=True)])
+    labels = found[0].labels if len(found) == 1 else np.concatenate([f.labels for f in found])
+    file = folder / "property"
+    if not file.exists():
+        return DatasetInfo(), images, labels
+    try:
+        classes, height, width = (int(word) for word in file.read_text().strip().split(","))
+        return DatasetInfo(image_size=(height, width), num_classes=classes), images, labels
+    except (ValueError, OSError, pydantic.ValidationError):
+        raise DataError(f"{file}: expected classes,height,width (for example 85742,112,112)") from None
+
+
+def _open_files(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.int64]]:
+    pairs = list(store.image_files(folder))
+    if not pairs:
+        raise DataError(f"{folder}: holds neither dataset.yaml, nor .rec files, nor identity folders with images")
+    number = {name: index for index, name in enumerate(dict.fromkeys(name for name, _ in pairs))}
+    labels = np.array([number[name] for name, _ in pairs], np.int64)
+    with Image.open(pairs[0][1]) as image:
+        size = (image.height, image.width)
+    return DatasetInfo(image_size=size, num_classes=len(number)), store.FileStore([file for _, file in pairs]), labels

@@ -1,0 +1,178 @@
+"""What all loaders share: the batch, the position in the data, and the damaged records that are passed over."""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.data.index import Dataset, image_problem
+from trainer.data.order import Samples, Schedule, Slot
+from trainer.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's part of a global batch.
+
+    Attributes:
+        images: (b, 3, H, W) float32 on the rank's device: (pixel/255 − mean)/std in the data set's colour order.
+        labels: (b,) int64 on the same device.
+        records: (b,) int64 on the CPU, the record numbers.
+    """
+
+    images: Tensor
+    labels: Tensor
+    records: Tensor
+
+
+class Loader(Protocol):
+    """An endless source of batches with a position that can be saved and restored at any world size."""
+
+    name: str
+    steps_per_epoch: int
+    wait_seconds: float
+    bad_records: dict[int, str]
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's slice of every global batch, across epochs, from the current position on. b may be 0."""
+        ...
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: ``epoch``, and how many ``samples`` of it all ranks together were handed (not prefetched)."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a position; running ``batches()`` iterators end. Raises :class:`DataError`: no such position."""
+        ...
+
+    def close(self) -> None:
+        """Release processes, threads and files."""
+        ...
+
+
+class PositionedLoader(ABC):
+    """A loader that walks a :class:`Schedule`; subclasses turn its slots into batches.
+
+    Attributes:
+        wait_seconds: total time the training step has waited in ``next()`` for data.
+        bad_records: the damaged records this rank has met, with the reason.
+    """
+
+    name = ""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.steps_per_epoch = schedule.steps_per_epoch
+        self.wait_seconds = 0.0
+        self.bad_records: dict[int, str] = {}
+        self._epoch, self._samples, self._generation = 0, 0, 0
+
+    @abstractmethod
+    def _produce(self, epoch: int, samples: int) -> Iterator[tuple[Slot, Batch]]:
+        """Slots with their batches, from a position on, without end."""
+
+    def batches(self) -> Iterator[Batch]:
+        """See :class:`Loader`."""
+        self._generation += 1
+        generation = self._generation
+        source = self._produce(self._epoch, self._samples)
+        try:
+            while generation == self._generation:
+                start = time.perf_counter()
+                slot, batch = next(source)
+                self.wait_seconds += time.perf_counter() - start
+                self._epoch, self._samples = slot.next_epoch, slot.next_samples
+                yield batch
+        finally:
+            source.close()  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, int]:
+        """See :class:`Loader`."""
+        return {"epoch": self._epoch, "samples": self._samples}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """See :class:`Loader`."""
+        epoch, samples = int(state["epoch"]), int(state["samples"])
+        self.schedule.check(epoch, samples)
+        self._generation += 1
+        self._epoch, self._samples = epoch, samples
+
+    def close(self) -> None:
+        """See :class:`Loader`."""
+        self._generation += 1
+
+
+class Reader:
+    """Reads the images of samples and passes over damaged records, the same way in every run and at every world size.
+
+    A damaged record is replaced, image and label together, by the next record (by number) that is in use and sound. So
+    no label ever belongs to another image, batches keep their size, and which records are used depends on the files
+    alone.
+
+    Args:
+        dataset: the data set.
+        max_bad: how many damaged records may be passed over.
+
+    Raises:
+        DataError: more damaged records are already known (from ``bad_records.npy``) than may be passed over.
+    """
+
+    def __init__(self, dataset: Dataset, max_bad: int) -> None:
+        self.dataset, self.max_bad = dataset, max_bad
+        self.bad: dict[int, str] = {}
+        for record in np.intersect1d(dataset.known_bad, dataset.kept):
+            self.note(int(record), f"{dataset.where(int(record))} is listed in bad_records.npy")
+
+    def note(self, record: int, reason: str) -> None:
+        """Count a damaged record. Raises :class:`DataError` when there are more than allowed."""
+        if record in self.bad:
+            return
+        self.bad[record] = reason
+        if len(self.bad) > self.max_bad:
+            raise DataError(
+                f"{reason}; {len(self.bad)} damaged record(s), data.max_bad_records allows {self.max_bad}: "
+                f"run `lce check --deep {self.dataset.path}`"
+            )
+        log.warning("passed over: %s", reason)
+
+    def fetch(self, record: int) -> tuple[int, bytes]:
+        """The record that stands for ``record`` (itself, unless damaged) and its encoded image."""
+        kept = self.dataset.kept
+        for _ in range(self.max_bad + 1):
+            if record not in self.bad:
+                try:
+                    image = self.dataset.read(record)
+                    problem = image_problem(image)
+                    if problem is None:
+                        return record, image
+                    self.note(record, f"{self.dataset.where(record)}: {problem}")
+                except DataError as error:
+                    self.note(record, str(error))
+            record = int(kept[np.searchsorted(kept, record, side="right") % len(kept)])
+        raise DataError(f"{self.dataset.path}: no sound record was found in place of a damaged one")
+
+    def fetch_all(self, samples: Samples) -> tuple[Samples, list[bytes]]:
+        """The samples with damaged ones replaced, and their encoded images."""
+        found = [self.fetch(record) for record in samples.records.tolist()]
+        records = np.array([record for record, _ in found], np.int64)
+        return Samples(samples.epoch, records, samples.copies), [image for _, image in found]
+
+
+def labels_of(dataset: Dataset, records: NDArray[np.int64], device: torch.device) -> Tensor:
+    """The labels of some records on the device, (b,) int64."""
+    return torch.from_numpy(np.asarray(dataset.labels[records], dtype=np.int64)).to(device, non_blocking=True)
+
+
+def empty_batch(size: tuple[int, int], device: torch.device) -> Batch:
+    """The batch of a rank whose slice is empty."""
+    none = torch.empty(0, dtype=torch.int64)
+    return Batch(torch.empty((0, 3, *size), device=device), none.to(device), none)

@@ -1,0 +1,171 @@
+"""The order of the samples: a pure function of (seed, epoch), known to every rank and the same at every world size.
+
+One epoch is a sequence of samples; a global batch is the next B of them; a rank takes its slice of each batch. Nothing
+else decides what is trained on when, so a run resumed at (epoch, samples) on any number of ranks continues with exactly
+the remaining samples.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.errors import DataError
+
+Sampling = Literal["shuffle", "class_balanced"]
+
+_PERMUTATION, _CLASSES, _MEMBERS = 0, 1, 2  # what a stream of random numbers is for
+
+
+def slice_of(n: int, rank: int, world: int) -> slice:
+    """A rank's slice of a global batch of n samples; sizes differ by at most one and may be 0.
+
+    >>> [slice_of(5, rank, 3) for rank in range(3)]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    small, extra = divmod(n, world)
+    start = rank * small + min(rank, extra)
+    return slice(start, start + small + (rank < extra))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples of an epoch, in order: record numbers, and the how-manieth use of the record it is; both (n,)."""
+
+    epoch: int
+    records: NDArray[np.int64]
+    copies: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class Order:
+    """The samples of every epoch.
+
+    Args:
+        records: (N,) int64, the record numbers to train on.
+        labels: (N,) int64, their labels; only class-balanced sampling looks at them.
+        seed: the run's seed.
+        sampling: ``shuffle``: a permutation, every record once. ``class_balanced``: N samples in which the counts of
+            any two classes differ by at most one; the records of a class take turns.
+        repeat: repeated augmentation (Hoffer et al., "Augment your batch", 2020): N/repeat records of a permutation
+            (⌈·⌉), each ``repeat`` times in a row with its own augmentation.
+    """
+
+    def __init__(
+        self,
+        records: NDArray[np.int64],
+        labels: NDArray[np.int64] | None = None,
+        *,
+        seed: int,
+        sampling: Sampling = "shuffle",
+        repeat: int = 1,
+    ) -> None:
+        self.records, self.seed, self.sampling, self.repeat = records, seed, sampling, repeat
+        self._epoch: tuple[int, NDArray[np.int64], NDArray[np.int64] | None] | None = None
+        if sampling == "class_balanced":
+            if labels is None:
+                raise ValueError("class-balanced sampling needs the labels")
+            self._by_class = np.argsort(labels, kind="stable")
+            _, self._first, self._count = np.unique(labels[self._by_class], return_index=True, return_counts=True)
+
+    def __len__(self) -> int:
+        """Samples per epoch."""
+        return len(self.records)
+
+    def take(self, epoch: int, start: int, stop: int) -> Samples:
+        """Samples [start, stop) of an epoch. The epoch's permutation is kept until another epoch is asked for."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = None  # frees the old permutation before the new one is made
+            self._epoch = (epoch, *self._draw(epoch))
+        _, positions, copies = self._epoch
+        chosen = positions[start:stop]
+        times = np.zeros(len(chosen), np.int64) if copies is None else copies[start:stop].astype(np.int64)
+        return Samples(epoch, self.records[chosen], times)
+
+    def _random(self, epoch: int, purpose: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch << 8 | purpose]))
+
+    def _draw(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        n = len(self.records)
+        dtype = np.int32 if n < 2**31 else np.int64
+        if self.sampling == "class_balanced":
+            positions, copies = self._balanced(epoch)
+        else:
+            positions, copies = self._random(epoch, _PERMUTATION).permutation(np.arange(n, dtype=dtype)), None
+        if self.repeat == 1:
+            return positions, copies
+        few = positions[: -(-n // self.repeat)]
+        times = np.zeros(len(few), np.int64) if copies is None else copies[: len(few)]
+        again = np.repeat(times * self.repeat, self.repeat) + np.tile(np.arange(self.repeat), len(few))
+        return np.repeat(few, self.repeat)[:n], again[:n]
+
+    def _balanced(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        n, classes = len(self.records), len(self._count)
+        rounds = -(-n // classes)
+        random = self._random(epoch, _CLASSES)
+        drawn = np.concatenate([random.permutation(classes) for _ in range(rounds)])[:n]
+        turn = np.repeat(np.arange(rounds), classes)[:n]
+        first_turn = self._random(epoch, _MEMBERS).integers(0, self._count)
+        member = (first_turn[drawn] + turn) % self._count[drawn]
+        return self._by_class[self._first[drawn] + member], turn // self._count[drawn]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One global batch as a rank sees it: its own samples, and the position (epoch, samples) after the batch."""
+
+    samples: Samples
+    next_epoch: int
+    next_samples: int
+
+
+class Schedule:
+    """Cuts the epochs of an :class:`Order` into global batches and gives a rank its slice of each.
+
+    Args:
+        order: the samples.
+        batch_size: B, the global batch.
+        rank, world: who we are among how many.
+        drop_last: drop an epoch's incomplete last batch; otherwise it is kept, smaller, and no sample is seen twice.
+    """
+
+    def __init__(self, order: Order, batch_size: int, rank: int = 0, world: int = 1, drop_last: bool = False) -> None:
+        self.order, self.batch_size, self.rank, self.world, self.drop_last = order, batch_size, rank, world, drop_last
+        self.samples_per_epoch = len(order) // batch_size * batch_size if drop_last else len(order)
+        if self.samples_per_epoch == 0:
+            raise DataError(
+                f"data.batch_size = {batch_size} with data.drop_last leaves no batch of {len(order)} records; lower it"
+                if len(order)
+                else "the data set has no record to train on (every label is −1 or the set is empty)"
+            )
+        self.steps_per_epoch = -(-self.samples_per_epoch // batch_size)
+
+    @property
+    def largest_slice(self) -> int:
+        """The most samples this rank ever gets in one batch."""
+        return -(-self.batch_size // self.world)
+
+    def check(self, epoch: int, samples: int) -> None:
+        """Raise :class:`DataError` unless (epoch, samples) is a position of this schedule."""
+        if epoch < 0 or not 0 <= samples <= len(self.order):
+            raise DataError(
+                f"cannot continue at epoch {epoch}, sample {samples}: an epoch of this data set has {len(self.order)} "
+                "samples; was the data set changed since the checkpoint?"
+            )
+
+    def slots(self, epoch: int, samples: int) -> Iterator[Slot]:
+        """This rank's part of every batch from a position on, without end."""
+        while True:
+            stop = min(samples + self.batch_size, self.samples_per_epoch)
+            if stop <= samples or (self.drop_last and stop - samples < self.batch_size):
+                epoch, samples = epoch + 1, 0
+                continue
+            mine = slice_of(stop - samples, self.rank, self.world)
+            taken = self.order.take(epoch, samples + mine.start, samples + mine.stop)
+            last = stop >= self.samples_per_epoch
+            yield Slot(taken, epoch + last, 0 if last else stop)
+            epoch, samples = (epoch + 1, 0) if last else (epoch, stop)

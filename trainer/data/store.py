@@ -1,0 +1,375 @@
+"""Where the encoded images of a data set lie: .rec parts or plain files, behind one small interface.
+
+Files are read with ``pread`` and never mapped: a file that is cut short while training shows as a short read with a
+clear error, not as a signal that kills the process. Descriptors are opened when first needed, in whichever process
+needs them.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data import recordio
+from trainer.errors import DataError
+
+_GATHER_ROWS = 1 << 18
+
+
+class Store(Protocol):
+    """The encoded images of a data set, by record number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, record: int) -> bytes:
+        """The encoded image. Raises :class:`DataError` naming file and record."""
+        ...
+
+    def where(self, record: int) -> str:
+        """File and place of a record, for messages."""
+        ...
+
+    def sizes(self) -> list[int]:
+        """The sizes of the files, for the data set's fingerprint."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Part:
+    """One .rec file with its table of offsets.
+
+    ``offsets`` is (n + 1,) int64: where each image record begins, and where the last one ends; header records are not
+    in it. ``first_id`` is the id in the first record's header where ids are consecutive (as `lce pack` writes them),
+    else None.
+    """
+
+    path: Path
+    offsets: NDArray[np.int64]
+    first_id: int | None = None
+    _descriptor: int | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def record(self, row: int) -> recordio.Record:
+        """Record ``row`` of this part. Raises :class:`DataError` naming file and record."""
+        start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
+        try:
+            data, _ = recordio.unframe(recordio.read_at(self._open(), start, stop - start))
+            record = recordio.decode_record(data)
+        except (ValueError, OSError) as error:
+            raise DataError(f"{self.path}: record {row} at byte {start} is damaged: {error}") from None
+        if self.first_id is not None and record.id != self.first_id + row:
+            raise DataError(
+                f"{self.path}: record {row} at byte {start} says it is number {record.id}, not {self.first_id + row}; "
+                "the offsets do not belong to this file"
+            )
+        return record
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+
+class RecordStore:
+    """Several .rec parts as one row of records."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, record: int) -> tuple[Part, int]:
+        if not 0 <= record < len(self):
+            raise DataError(f"there is no record {record}; the data set has {len(self)}")
+        index = int(np.searchsorted(self._starts, record, side="right")) - 1
+        return self.parts[index], record - int(self._starts[index])
+
+    def read(self, record: int) -> bytes:
+        """See :class:`Store`."""
+        return self.record(record).image
+
+    def record(self, record: int) -> recordio.Record:
+        """The whole record: header and image. Raises :class:`DataError` naming file and record."""
+        part, row = self._locate(record)
+        return part.record(row)
+
+    def where(self, record: int) -> str:
+        """See :class:`Store`."""
+        part, row = self._locate(record)
+        return f"{part.path}: record {row}"
+
+    def sizes(self) -> list[int]:
+        """See :class:`Store`."""
+        return [int(part.offsets[-1]) for part in self.parts]
+
+    def close(self) -> None:
+        """Close all files."""
+        for part in self.parts:
+            part.close()
+
+
+class FileStore:
+    """Images that lie as files in folders, for small sets."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, record: int) -> bytes:
+        """See :class:`Store`."""
+        if not 0 <= record < len(self.paths):
+            raise DataError(f"there is no record {record}; the data set has {len(self)}")
+        try:
+            return self.paths[record].read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.paths[record]}: record {record} cannot be read: {error.strerror}") from None
+
+    def where(self, record: int) -> str:
+        """See :class:`Store`."""
+        return str(self.paths[record])
+
+    def sizes(self) -> list[int]:
+        """See :class:`Store`."""
+        return [path.stat().st_size for path in self.paths]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def offsets_path(rec: Path) -> Path:
+    """The offset table beside a .rec."""
+    return rec.with_suffix(".offsets.npy")
+
+
+def open_part(
+    rec: Path, records: int | None = None, size_bytes: int | None = None, first_id: int | None = None
+) -> Part:
+    """A part that `lce pack` wrote (or a folder's description names).
+
+    The table of offsets comes from ``*.offsets.npy``, else from ``*.idx``, else from a scan of the file.
+
+    Args:
+        rec: the file.
+        records, size_bytes: what the description of the data set says of it; checked.
+        first_id: see :class:`Part`.
+
+    Raises:
+        DataError: a missing or empty file, a size or a number of records other than described, offsets that cannot be.
+    """
+    size = file_size(rec)
+    if size_bytes is not None and size != size_bytes:
+        change = "cut short" if size < size_bytes else "grown"
+        raise DataError(
+            f"{rec}: has {size} bytes but had {size_bytes} when it was packed; it was {change}: pack or copy it again"
+        )
+    table = offsets_path(rec)
+    offsets = load_array(table, 1) if table.exists() else find_images(rec).offsets
+    if len(offsets) == 0 or bool((np.diff(offsets) <= 0).any()) or int(offsets[0]) < 0 or int(offsets[-1]) > size:
+        raise DataError(f"{table}: its offsets do not fit {rec.name} ({size} bytes); delete it and it is rebuilt")
+    if records is not None and len(offsets) - 1 != records:
+        raise DataError(f"{rec}: {len(offsets) - 1} records are indexed but dataset.yaml says {records}")
+    return Part(rec, offsets, first_id)
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a regular, non-empty file. Raises :class:`DataError`."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+        raise DataError(f"{path}: is {'empty' if stat.S_ISREG(status.st_mode) else 'not a file'}")
+    return status.st_size
+
+
+def load_array(path: Path, dimensions: int, dtype: type[np.generic] = np.int64) -> NDArray[Any]:
+    """A .npy, memory-mapped read-only. Raises :class:`DataError` unless it has that dtype and number of dimensions."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
+        raise DataError(
+            f"{path}: is no readable .npy file: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from None
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != dimensions:
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise DataError(f"{path}: expected {np.dtype(dtype)} with {dimensions} dimension(s), found {found}")
+    return array
+
+
+@dataclass(frozen=True)
+class Found:
+    """The image records of a .rec: offsets (n + 1,), labels (n,), both int64; InsightFace's identity count."""
+
+    offsets: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    identities: int | None
+
+
+def find_images(rec: Path) -> Found:
+    """Find the image records of a .rec and their labels, by its .idx where there is one, else by one scan of the file.
+
+    InsightFace's layout is recognised by its first record (flag 2, no image): its two labels [n, m) are the keys of the
+    identity records, which are left out, as is that first record. Otherwise every record is an image.
+
+    Raises:
+        DataError: damage in either file, or labels that are no whole numbers ≥ −1.
+    """
+    size = file_size(rec)
+    idx = rec.with_suffix(".idx")
+    if idx.exists():
+        keys, offsets = recordio.read_index(idx)
+        if len(offsets) == 0:
+            raise DataError(f"{idx}: is empty; delete it and it is rebuilt from {rec.name}")
+        by_place = np.argsort(offsets, kind="stable")
+        keys, offsets = keys[by_place], offsets[by_place]
+        outside = (offsets < 0) | (offsets >= size) | (offsets % 4 != 0)
+        if outside.any():
+            bad = int(np.flatnonzero(outside)[0])
+            raise DataError(
+                f"{idx}: key {keys[bad]} points to byte {offsets[bad]}, but {rec.name} has {size} bytes; delete it"
+            )
+        if bool((np.diff(offsets) == 0).any()):
+            bad = int(np.flatnonzero(np.diff(offsets) == 0)[0])
+            raise DataError(
+                f"{idx}: keys {keys[bad]} and {keys[bad + 1]} point to the same byte {offsets[bad]}; delete {idx.name}"
+            )
+    else:
+        offsets = np.fromiter(recordio.scan(rec), np.int64)
+        keys = np.arange(len(offsets))
+    ends = np.append(offsets[1:], size)
+    header = Part(rec, np.array([offsets[0], ends[0]]))
+    first = header.record(0)
+    header.close()
+    identities = None
+    if first.flag == 2 and not first.image:
+        low, high = (int(label) for label in first.labels)
+        images = (keys >= 1) & (keys < low)
+        images[0] = False
+        identities = high - low
+        offsets, ends = offsets[images], ends[images]
+        if len(offsets) == 0:
+            raise DataError(f"{rec}: its header record announces images 1…{low - 1}, but the index lists none of them")
+    return Found(np.append(offsets, ends[-1]), _header_labels(rec, offsets), identities)
+
+
+def _header_labels(rec: Path, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The first label of each record that begins at ``offsets``, gathered without a loop over records."""
+    labels = np.empty(len(offsets), np.int64)
+    size = rec.stat().st_size
+    mapped = np.memmap(rec, np.uint8, "r")
+    for start in range(0, len(offsets), _GATHER_ROWS):
+        rows = offsets[start : start + _GATHER_ROWS]
+        heads = np.zeros((len(rows), 36), np.uint8)  # frame 8, header 24, first entry of a label vector 4
+        heads[:-1] = mapped[rows[:-1, None] + np.arange(36)]
+        last = mapped[int(rows[-1]) : int(rows[-1]) + 36]  # may end with the file
+        heads[-1, : len(last)] = last
+        words = heads.view("<u4")
+        wrong = np.flatnonzero((words[:, 0] != recordio.MAGIC) | (words[:, 1] >> 29 > 1))
+        if len(wrong):
+            row, at = start + int(wrong[0]), int(rows[wrong[0]])
+            raise DataError(f"{rec}: record {row}: no record begins at byte {at}; the index or the file is damaged")
+        floats = heads.view("<f4")
+        values = np.where(words[:, 2] == 0, floats[:, 3], floats[:, 8]).astype(np.float64)
+        for cut in np.flatnonzero(words[:, 1] >> 29 == 1):
+            part = Part(rec, np.array([rows[cut], size]))
+            values[cut] = part.record(0).label
+            part.close()
+        bad = np.flatnonzero(~((values == np.floor(values)) & (values >= -1) & (values < 2.0**53)))
+        if len(bad):
+            row, label = start + int(bad[0]), values[bad[0]]
+            raise DataError(f"{rec}: record {row} has the label {label}, which is no class number")
+        labels[start : start + len(rows)] = values.astype(np.int64)
+    return labels
+
+
+def load_or_find(rec: Path) -> Found:
+    """:func:`find_images`, its result kept beside the file (in a folder that can be written) until the file changes."""
+    idx = rec.with_suffix(".idx")
+    status = [_stamp(rec), _stamp(idx)]
+    stamp, labels = rec.with_suffix(".found.json"), rec.with_suffix(".labels.npy")
+    try:
+        known = json.loads(stamp.read_text())
+        if known["files"] == status:
+            return Found(load_array(offsets_path(rec), 1), load_array(labels, 1), known["identities"])
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        pass
+    found = find_images(rec)
+    try:
+        stamp.unlink(missing_ok=True)
+        save_array(offsets_path(rec), found.offsets)
+        save_array(labels, found.labels)
+        write_text(stamp, json.dumps({"files": status, "identities": found.identities}))
+    except OSError:
+        pass  # a read-only folder: found again each time
+    return found
+
+
+def _stamp(path: Path) -> list[int] | None:
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+
+
+def temporary(path: Path) -> Path:
+    """A name beside ``path`` for what is not complete yet."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a .npy beside and rename it."""
+    beside = temporary(path)
+    try:
+        with beside.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside and rename it."""
+    beside = temporary(path)
+    try:
+        with beside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def image_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(identity, file) for every image in a folder of identity folders, sorted by name. Hidden files are left out."""
+    for identity in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        for file in sorted(identity.rglob("*")):
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
+                yield identity.name, file
+
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff"})

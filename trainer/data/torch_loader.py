@@ -1,0 +1,127 @@
+"""The torch loader: Pillow decodes and torch augments, in worker processes; same order, same parameters, same interface
+as DALI's.
+
+A worker makes whole batches, one at a time, in turn. Workers return what went wrong as a value, so that the reason
+arrives in one line.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trainer.config import AugmentConfig
+from trainer.data import augment, index
+from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
+from trainer.data.order import Samples, Schedule, Slot
+from trainer.errors import DataError
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a worker made of a slot: images and their records, or the error; and the damaged records it knows of."""
+
+    slot: Slot
+    images: Tensor | None
+    records: Tensor
+    bad: dict[int, str]
+    error: str | None = None
+
+
+class _Maker(Dataset[_Made]):
+    """Runs in the workers: slot → images."""
+
+    def __init__(self, dataset: index.Dataset, config: AugmentConfig, seed: int, max_bad: int) -> None:
+        self.dataset, self.config, self.seed = dataset, config, seed
+        self.reader = Reader(dataset, max_bad)
+        self.ring = augment.noise_ring(seed) if config.noise else None
+
+    def __getitem__(self, slot: Slot) -> _Made:
+        try:
+            samples, pixels = self._decode(slot.samples)
+        except DataError as error:
+            return _Made(slot, None, torch.empty(0, dtype=torch.int64), self.reader.bad, str(error))
+        info = self.dataset.info
+        if not len(samples):
+            return _Made(
+                slot, torch.empty((0, 3, *info.image_size)), torch.from_numpy(samples.records), self.reader.bad
+            )
+        draw = augment.draw(self.config, self.seed, samples, info.image_size, info.color)
+        images = augment.apply(torch.from_numpy(pixels), draw, info.mean, info.std, self.ring, self.config.noise)
+        return _Made(slot, images, torch.from_numpy(samples.records), self.reader.bad)
+
+    def _decode(self, samples: Samples) -> tuple[Samples, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
+        info = self.dataset.info
+        pixels = np.empty((len(samples), *info.image_size, 3), np.uint8)
+        records = samples.records.copy()
+        for row in range(len(records)):
+            while True:
+                record, image = self.reader.fetch(int(records[row]))
+                try:
+                    pixels[row] = index.decode_image(image, info.image_size, info.color)
+                except ValueError as error:
+                    self.reader.note(record, f"{self.dataset.where(record)} does not decode: {error}")
+                    continue
+                records[row] = record
+                break
+        return Samples(samples.epoch, records, samples.copies), pixels
+
+
+class _Slots(Sampler[Slot]):
+    """Hands the schedule's slots to the workers."""
+
+    def __init__(self, schedule: Schedule, epoch: int, samples: int) -> None:
+        self._slots = schedule.slots(epoch, samples)
+
+    def __iter__(self) -> Iterator[Slot]:
+        return self._slots
+
+
+class TorchLoader(PositionedLoader):
+    """See the module. Raises :class:`DataError` from ``batches()``: too many damaged records, or a worker that died."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        dataset: index.Dataset,
+        schedule: Schedule,
+        config: AugmentConfig,
+        *,
+        seed: int,
+        workers: int,
+        device: torch.device,
+        max_bad: int = 0,
+    ) -> None:
+        super().__init__(schedule)
+        self.dataset, self.workers, self.device = dataset, workers, device
+        self._maker = _Maker(dataset, config, seed, max_bad)
+        self._bound = self._maker.reader
+        self.bad_records = self._bound.bad
+
+    def _produce(self, epoch: int, samples: int) -> Iterator[tuple[Slot, Batch]]:
+        loader = DataLoader(
+            self._maker,
+            batch_size=None,
+            sampler=_Slots(self.schedule, epoch, samples),
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        made_ones = iter(loader)
+        while True:
+            try:
+                made = next(made_ones)
+            except RuntimeError as error:
+                raise DataError(f"{self.dataset.path}: a data worker died: {error}") from error
+            if made.error is not None:
+                raise DataError(made.error)
+            for record, reason in made.bad.items():
+                self._bound.note(record, reason)
+            if made.images is None or not len(made.records):
+                yield made.slot, empty_batch(self.dataset.info.image_size, self.device)
+                continue
+            images = made.images.to(self.device, non_blocking=True)
+            yield made.slot, Batch(images, labels_of(self.dataset, made.records.numpy(), self.device), made.records)
