@@ -13,7 +13,7 @@ def unit(x: npt.NDArray[np.floating]) -> Floats:
 
 
 def identities(classes: int, images: int, dim: int = 32, noise: float = 1.0, seed: int = 0) -> tuple[Floats, Labels]:
-    """Unit embeddings (classes · images, dim) around random unit centres, shuffled, with labels that are not 0 … C−1."""
+    """Unit embeddings (classes · images, dim) around random centres, shuffled, with labels that are not 0 … C−1."""
     generator = np.random.default_rng(seed)
     centres = unit(generator.normal(size=(classes, dim)))
     labels = np.repeat(np.arange(classes), images)

@@ -70,7 +70,8 @@ def test_open_set_by_hand():
     result = open_set(probes, subjects, gallery, np.array([10, 11, 12]), ranks=(1, 2), fpirs=(0.0, 0.34))
     assert (result.mated, result.non_mated) == (3, 3)
     assert result.rank == {1: pytest.approx(2 / 3), 2: 1.0}
-    # Strangers' best scores: 0.316, 0.316, 0.894. With no false answer only what is above 0.894 counts: both right ones do.
+    # Strangers' best scores: 0.316, 0.316, 0.894. With no false answer only what is above 0.894 counts: both right
+    # ones do.
     assert result.tpir == {0.0: pytest.approx(2 / 3), 0.34: pytest.approx(2 / 3)}
     assert result.threshold[0.0] == pytest.approx(0.8944, abs=1e-3)
     assert result.threshold[0.34] == pytest.approx(0.3162, abs=1e-3)

@@ -11,7 +11,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def check_unit(embeddings: FloatArray, what: str) -> None:
-    """Refuse embeddings (n, D) that are not finite unit vectors. Raises :class:`ModelError`; ``what`` names them in it."""
+    """Raise :class:`ModelError`, naming ``what``, unless the embeddings (n, D) are finite unit vectors."""
     if embeddings.ndim != 2:
         raise ModelError(f"{what}: expected embeddings of shape (n, D), found {embeddings.shape}")
     norms = np.linalg.norm(embeddings, axis=1)
@@ -24,7 +24,7 @@ def check_unit(embeddings: FloatArray, what: str) -> None:
 
 
 def class_index(labels: IntArray, what: str) -> IntArray:
-    """Labels (n,) → class numbers 0 … C−1 (n,). Raises :class:`DataError` unless two classes exist and one has two images."""
+    """Labels (n,) → class numbers 0 … C−1 (n,). Raises :class:`DataError` where there are no pairs to compare."""
     if len(labels) == 0:
         raise DataError(f"{what}: no images; an evaluation needs at least two identities")
     names, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)

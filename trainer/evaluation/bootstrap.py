@@ -1,8 +1,9 @@
 """Intervals by resampling identities (not images or pairs, which are not independent within an identity).
 
-A replicate draws C of the C identities with replacement; an identity drawn w times counts w times: a genuine pair of identity a
-weighs w_a, an impostor pair of a and b weighs w_a · w_b (never an identity against its own copy). Thresholds are found anew in each
-replicate. All figures of a set share the same draws, so that differences between models are paired.
+A replicate draws C of the C identities with replacement; an identity drawn w times counts w times: a genuine pair of
+identity a weighs w_a, an impostor pair of a and b weighs w_a · w_b (never an identity against its own copy).
+Thresholds are found anew in each replicate. All figures of a set share the same draws, so that differences between
+models are paired.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ def draw_identities(classes: int, replicates: int, seed: int) -> IntArray:
 
 
 def interval(value: float, replicates: FloatArray, level: float = 0.95) -> Interval:
-    """The percentile interval of replicates (r,) around the figure measured on the whole set; NaN replicates are left out."""
+    """The figure of the whole set with the percentile interval of its replicates (r,); NaN replicates are left out."""
     good = replicates[np.isfinite(replicates)]
     if len(good) == 0 or not np.isfinite(value):
         return Interval(float(value), float("nan"), float("nan"))
@@ -68,7 +69,7 @@ def resample_tar(scores: PairScores, index: IntArray, draws: IntArray, far: floa
 
 
 def resample_share(hits: BoolArray, counted: BoolArray, index: IntArray, draws: IntArray) -> FloatArray:
-    """The share of hits among the counted images in each replicate: (replicates,). hits, counted: (n,) bool; index: (n,)."""
+    """The share of hits (n,) among the counted images (n,) of classes ``index`` (n,) in each replicate."""
     classes = draws.shape[1]
     right = np.bincount(index[counted & hits], minlength=classes)
     all_of = np.bincount(index[counted], minlength=classes)

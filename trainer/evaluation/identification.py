@@ -1,4 +1,4 @@
-"""Identification (1:N): exact nearest neighbours without an N × N matrix, rank-k by leaving one out, open-set search."""
+"""Identification (1:N): exact nearest neighbours without an N × N matrix, rank-k leaving one out, open-set search."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _BLOCK = 1 << 22  # scores held at a time (16 MiB of float32)
 
 
 def search(queries: FloatArray, gallery: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-    """The ``k`` gallery entries of highest cosine for each query, best first: cosines (n, k) float32 and numbers (n, k) int64.
+    """The ``k`` gallery entries nearest to each query, best first: cosines (n, k) float32, numbers (n, k) int64.
 
     FAISS does it when it is installed (extra ``gallery``), blocks of matrix products otherwise; both are exact.
     """
@@ -46,8 +46,9 @@ def search_blocks(queries: FloatArray, gallery: FloatArray, k: int) -> tuple[Flo
 class Ranking:
     """Each image searched among all the others.
 
-    counted (n,): the identity has another image, so a hit is possible. own_rank (n,): 0 when the best match is of the own identity,
-    1 for the second, …; the largest looked at when it is not among them. nearest (n,): the best match; score (n,): its cosine.
+    counted (n,): the identity has another image, so a hit is possible. own_rank (n,): 0 when the best match is of the
+    own identity, 1 for the second, …; the number looked at when it is not among them. nearest (n,): the best match;
+    score (n,): its cosine.
     """
 
     counted: BoolArray
@@ -72,8 +73,8 @@ def leave_one_out(queries: FloatArray, labels: IntArray, gallery: FloatArray | N
         gallery: (n, D) unit embeddings of the same images by the gallery model; None: the query model's own.
         ranks: how many matches are looked at.
 
-    An image is never found by itself, not by its embedding under the other model either. Images whose identity has no other image
-    are distractors: they are searched among, but do not count as queries.
+    An image is never found by itself, not by its embedding under the other model either. Images whose identity has no
+    other image are distractors: they are searched among, but do not count as queries.
     """
     n = len(labels)
     k = min(ranks, n - 1)
@@ -92,8 +93,9 @@ def leave_one_out(queries: FloatArray, labels: IntArray, gallery: FloatArray | N
 class OpenSet:
     """Search of probes in a gallery of enrolled subjects, one entry each.
 
-    rank: {k: share of mated probes whose subject is among the k best}. tpir: {FPIR: share of mated probes whose subject is the best
-    match at or above the threshold}; threshold: {FPIR: the lowest score at which at most that share of non-mated probes is answered}.
+    rank: {k: share of mated probes whose subject is among the k best}. tpir: {FPIR: share of mated probes whose
+    subject is the best match at or above the threshold}; threshold: {FPIR: the lowest score at which at most that
+    share of non-mated probes is answered}.
     """
 
     mated: int

@@ -1,8 +1,8 @@
 """Verification (1:1): every pair of a set counted exactly in bounded memory; ROC, TAR at FAR, EER, 10-fold accuracy.
 
-Cosines fall on a grid of :data:`BINS` steps over [−1, 1] (2⁻¹⁹ ≈ 1.9e-6 wide). Counts at the grid's thresholds are exact, so FAR and
-TAR are those of a threshold that can be deployed as it is printed; only the choice of the threshold is limited by the grid. A pair
-is accepted when its cosine is at least the threshold.
+Cosines fall on a grid of :data:`BINS` steps over [−1, 1] (2⁻¹⁹ ≈ 1.9e-6 wide). Counts at the grid's thresholds are
+exact, so FAR and TAR are those of a threshold that can be deployed as it is printed; only the choice of the threshold
+is limited by the grid. A pair is accepted when its cosine is at least the threshold.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class PairList:
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of genuine and impostor pairs as exact histograms (:data:`BINS`,), and the pairs themselves where they matter.
+    """Scores of genuine and impostor pairs: exact histograms (:data:`BINS`,), and the pairs that matter one by one.
 
     ``genuine_pairs`` is complete up to its stride; ``impostor_pairs`` holds the highest-scoring impostors only.
     Both are empty when the scores came without image numbers.
@@ -66,7 +66,7 @@ class PairScores:
         return float(self.genuine[_edge(threshold) :].sum() / self.genuine_count)
 
     def threshold_at(self, far: float) -> float:
-        """The lowest threshold on the grid whose FAR is at most ``far``; above 1 when even cosine 1 is accepted too often."""
+        """The lowest threshold on the grid whose FAR is at most ``far``; above 1 when no cosine is high enough."""
         accepted = np.cumsum(self.impostor[::-1])
         bins = int(np.searchsorted(accepted, far * self.impostor_count + 1e-9, side="right"))
         return (BINS - bins) / (BINS / 2) - 1 if bins else 1 + 2 / BINS
@@ -76,7 +76,7 @@ class PairScores:
         return self.tar(self.threshold_at(far))
 
     def roc(self, points: int = 200) -> tuple[FloatArray, FloatArray]:
-        """The ROC at up to ``points`` FARs, logarithmic from one impostor pair to all of them: FAR (p,), TAR (p,), float64."""
+        """Up to ``points`` points of the ROC, logarithmic from one impostor pair to all: FAR (p,), TAR (p,)."""
         accepted = np.cumsum(self.impostor[::-1])
         true = np.cumsum(self.genuine[::-1])
         wanted = np.geomspace(1, self.impostor_count, points)
@@ -108,7 +108,8 @@ def _edge(threshold: float) -> int:
     return int(np.clip(np.ceil((threshold + 1) * (BINS / 2) - 1e-6), 0, BINS))
 
 
-def _histogram(scores: FloatArray) -> IntArray:
+def histogram(scores: FloatArray) -> IntArray:
+    """Counts of scores (any shape) on the grid: (BINS,) int64."""
     bins = (scores.ravel() * np.float32(BINS / 2) + np.float32(BINS / 2)).astype(np.int32)
     np.clip(bins, 0, BINS - 1, out=bins)
     return np.bincount(bins, minlength=BINS)
@@ -155,7 +156,7 @@ class _Keeper:
 
 
 def pair_counts(sizes: IntArray, same: bool) -> tuple[int, int]:
-    """Genuine and impostor pairs of classes with these sizes (C,): unordered for one model (``same``), ordered for two."""
+    """Genuine and impostor pairs of classes of these sizes (C,): unordered for one model (``same``), else ordered."""
     n = int(sizes.sum())
     genuine = int((sizes * (sizes - 1)).sum())
     impostor = n * n - int((sizes * sizes).sum())
@@ -177,11 +178,11 @@ def score_pairs(
         labels: (n,) identities.
         gallery: (n, D) unit embeddings of the same images by the gallery model; None: the query model's own.
             With one model each unordered pair counts once, with two each ordered pair of different images.
-        keep_far: the largest FAR of interest: the kept impostor pairs reach down to about eight times as many (for resampling).
-        keep: at most about this many pairs are kept of each kind; beyond it they are thinned (:attr:`PairList.stride`).
+        keep_far: the largest FAR of interest: the kept impostor pairs reach about eight times as far down.
+        keep: at most about this many pairs of each kind are kept; beyond it they are thinned (:attr:`PairList.stride`).
 
     Returns:
-        Exact histograms and the kept pairs. Memory: one block of scores, the histograms and the kept pairs, whatever n is.
+        Exact histograms and the kept pairs. Memory: these and one block of scores, whatever n.
     """
     index = class_index(labels, "score_pairs")
     order = np.argsort(index, kind="stable")
@@ -211,10 +212,10 @@ def score_pairs(
         outside = j <= i if same else j == i
         row, column = np.nonzero(equal & ~outside)
         score = band[row, column]
-        genuine += _histogram(score)
+        genuine += histogram(score)
         own.add(row + a, column + low, score)
         band[equal | outside] = _EXCLUDED
-        impostor += _histogram(block)
+        impostor += histogram(block)
         impostor[0] -= np.count_nonzero(equal | outside)
         row, column = np.nonzero(block >= top.floor)
         top.add(row + a, column + first, block[row, column])
@@ -222,12 +223,12 @@ def score_pairs(
 
 
 def scores_of(cosines: FloatArray, genuine: BoolArray) -> PairScores:
-    """Histograms of given pairs: cosines (m,) and whether each pair is genuine (m,). Raises :class:`DataError` if one kind lacks."""
+    """Histograms of given pairs: cosines (m,), genuine or not (m,). Raises :class:`DataError` if one kind lacks."""
     if genuine.all() or not genuine.any():
         raise DataError(f"pair list: all {len(genuine)} pairs are of one kind; it needs genuine and impostor pairs")
     empty = PairList(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     cosines = np.asarray(cosines, np.float32)
-    return PairScores(_histogram(cosines[genuine]), _histogram(cosines[~genuine]), empty, empty)
+    return PairScores(histogram(cosines[genuine]), histogram(cosines[~genuine]), empty, empty)
 
 
 def fold_accuracy(cosines: FloatArray, genuine: BoolArray, folds: int = 10) -> tuple[float, float]:
@@ -265,8 +266,8 @@ def best_threshold(cosines: FloatArray, genuine: BoolArray) -> float:
 def resample_pairs(scores: PairScores, fars: Sequence[float], replicates: int, seed: int) -> FloatArray:
     """TAR at each FAR over Poisson bootstrap replicates of the pairs: (replicates, len(fars)).
 
-    For sets whose identities are not known (pair lists, templates): pairs are taken as independent, which they are not quite, so
-    intervals from it are somewhat too narrow.
+    For sets whose identities are not known (pair lists, templates): pairs are taken as independent, which they are
+    not quite, so intervals from it are somewhat too narrow.
     """
     generator = np.random.default_rng(seed)
     used = np.flatnonzero(scores.genuine + scores.impostor)[::-1]

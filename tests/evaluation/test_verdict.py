@@ -1,0 +1,140 @@
+"""The verdict on constructed safe, unsafe and undecided upgrades, and on sets that cannot carry one."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.evaluation.samples import identities, unit
+from trainer.errors import DataError, ModelError
+from trainer.evaluation.arrays import class_index
+from trainer.evaluation.compatibility import Spaces, class_centres
+from trainer.evaluation.study import NamedSet, Options, study
+
+OPTIONS = Options(fars=(1e-3, 1e-2), replicates=200)
+
+
+def upgrade(toward: float, noise: float = 0.0, classes: int = 60, images: int = 5, spread: float = 1.6) -> NamedSet:
+    """Old embeddings, and new ones moved ``toward`` their old class centres, with ``noise`` of their own."""
+    old, labels = identities(classes, images, noise=spread, seed=1)
+    index = class_index(labels, "test")
+    generator = np.random.default_rng(2)
+    new = unit(old + toward * class_centres(old, index)[index] + noise * generator.normal(size=old.shape) / np.sqrt(32))
+    paragon = unit((old + 2 * class_centres(old, index)[index]) @ np.linalg.qr(generator.normal(size=(32, 32)))[0])
+    return NamedSet("unseen", Spaces({"old": old, "new": new, "paragon": paragon}), labels, np.arange(len(labels)))
+
+
+def answer(*sets: NamedSet, options: Options = OPTIONS):
+    return study(sets, options)["verdict"]
+
+
+def test_a_clear_improvement_is_safe():
+    verdict = answer(upgrade(1.0))
+    assert verdict["answer"] == "SAFE"
+    assert [f["outcome"] for f in verdict["sets"][0]["findings"]] == ["better", "better"]
+    assert verdict["paragraph"].startswith("SAFE")
+    for part in (
+        "60 identities",
+        "TAR@FAR=0.001",
+        "rank-1",
+        "95 % interval",
+        "threshold",
+        "nearest to their own old class",
+    ):
+        assert part in verdict["paragraph"]
+
+
+def test_a_clear_loss_is_not_safe():
+    verdict = answer(upgrade(0.0, noise=1.5))
+    assert verdict["answer"] == "NOT SAFE"
+    assert "worse than the old model" in verdict["paragraph"]
+
+
+def test_an_independent_model_is_not_safe():
+    case = upgrade(1.0)
+    spaces = Spaces({"old": case.spaces.native["old"], "new": case.spaces.native["paragon"]})
+    verdict = answer(NamedSet("unseen", spaces, case.labels, case.records))
+    assert verdict["answer"] == "NOT SAFE"
+    assert verdict["sets"][0]["findings"][1]["new"]["value"] < 0.2
+
+
+def test_the_same_quality_is_not_decided():
+    verdict = answer(upgrade(0.1, noise=0.35))
+    assert verdict["answer"] == "NOT ENOUGH DATA"
+    assert "holds zero" in verdict["paragraph"]
+
+
+def test_the_model_itself_is_not_an_improvement():
+    verdict = answer(upgrade(0.0))
+    assert verdict["answer"] == "NOT ENOUGH DATA"
+    assert "no metric tells the models apart" in verdict["paragraph"] or "holds zero" in verdict["paragraph"]
+
+
+def test_one_bad_set_among_good_ones_is_not_safe():
+    good, bad = upgrade(1.0), upgrade(0.0, noise=1.5)
+    verdict = answer(good, NamedSet("other", bad.spaces, bad.labels, bad.records))
+    assert [s["answer"] for s in verdict["sets"]] == ["SAFE", "NOT SAFE"]
+    assert verdict["answer"] == "NOT SAFE"
+
+
+def test_few_identities_never_make_safe_but_can_make_not_safe():
+    assert answer(upgrade(2.0, classes=12, images=8))["answer"] == "NOT ENOUGH DATA"
+    assert answer(upgrade(0.0, noise=4.0, classes=12, images=8))["answer"] == "NOT SAFE"
+    assert answer(upgrade(0.0, noise=4.0, classes=4, images=8))["answer"] == "NOT ENOUGH DATA"
+
+
+def test_a_false_accept_rate_below_what_the_set_resolves_is_said():
+    verdict = answer(upgrade(1.0), options=Options(fars=(1e-7,), replicates=50))
+    assert verdict["answer"] == "NOT ENOUGH DATA"
+    assert "resolve no FAR below" in verdict["paragraph"]
+
+
+def test_a_tolerated_loss_counts_as_level():
+    from trainer.evaluation.verdict import Rules
+
+    case = upgrade(0.1, noise=0.3)
+    strict, lenient = (
+        answer(case),
+        answer(case, options=Options(fars=(1e-2,), replicates=200, rules=Rules(tolerance=0.5))),
+    )
+    assert strict["answer"] == "NOT ENOUGH DATA"
+    assert {f["outcome"] for f in lenient["sets"][0]["findings"]} <= {"better", "level"}
+
+
+def test_the_result_is_plain_and_complete():
+    result = study([upgrade(1.0)], OPTIONS)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    one = result["sets"]["unseen"]
+    assert set(one["cells"]) == {"old->old", "new->old", "new->new", "old->new", "paragon->paragon", "paragon->old"}
+    cell = one["cells"]["new->old"]
+    assert cell["how"] == "direct"
+    tar = cell["tar"][0]
+    assert tar["low"] <= tar["value"] <= tar["high"]
+    assert len(cell["roc"]["far"]) == len(cell["roc"]["tar"]) > 20
+    assert one["gain"]["rank-1"]["update_gain"]["value"] > 0
+    assert {curve["order"] for curve in one["backfill"]} == {"random", "confidence", "class"}
+    assert one["operating_point"]["new->old"]["far"] == one["far"] == 1e-3
+    assert {"accepted", "missed"} <= {e["kind"] for e in one["examples"]}
+
+
+def test_unusable_embeddings_are_refused():
+    case = upgrade(1.0)
+    broken = case.spaces.native["new"].copy()
+    broken[7, 3] = np.nan
+    with pytest.raises(
+        ModelError, match=r"unseen, new model: 1 of 300 embeddings are not finite, the first is image 7"
+    ):
+        study(
+            [NamedSet("unseen", Spaces({"old": case.spaces.native["old"], "new": broken}), case.labels, case.records)],
+            OPTIONS,
+        )
+    with pytest.raises(ModelError, match="norm 2, not 1"):
+        study([NamedSet("unseen", Spaces({"old": case.spaces.native["old"] * 2}), case.labels, case.records)], OPTIONS)
+    short = unit(np.random.default_rng(0).normal(size=(300, 8)))
+    with pytest.raises(ModelError, match="no transformation between them"):
+        study(
+            [NamedSet("unseen", Spaces({"old": case.spaces.native["old"], "new": short}), case.labels, case.records)],
+            OPTIONS,
+        )
+    with pytest.raises(DataError, match="FARs"):
+        Options(fars=(0.0,))

@@ -1,0 +1,120 @@
+"""Backfill curves: what search is worth while a growing share of the gallery is re-encoded with the new model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.evaluation.arrays import FloatArray, IntArray, class_index
+from trainer.evaluation.compatibility import class_centres
+from trainer.evaluation.verification import BINS, PairList, PairScores, histogram
+
+ORDERS = ("random", "confidence", "class")
+"""random; least confident old embedding first; whole classes in random order."""
+
+
+@dataclass(frozen=True)
+class BackfillCurve:
+    """Metrics at shares (p,) of the gallery re-encoded; area: the mean over the share (trapezoid), by metric."""
+
+    order: str
+    shares: list[float]
+    rank1: list[float]
+    tar: list[float]
+    far: float
+    area: dict[str, float]
+
+
+def backfill_order(name: str, old: FloatArray, labels: IntArray, seed: int) -> IntArray:
+    """The order (n,) in which gallery images are re-encoded. Confidence: the old embedding's cosine to its own
+    class's centre less that to the nearest other one, lowest first."""
+    generator = np.random.default_rng(seed)
+    if name == "random":
+        return generator.permutation(len(labels))
+    index = class_index(labels, "backfill")
+    if name == "class":
+        return np.argsort(generator.permutation(int(index.max()) + 1)[index], kind="stable")
+    centres = class_centres(old, index)
+    confidence = np.empty(len(labels))
+    rows = max(1, (1 << 22) // len(centres))
+    for a in range(0, len(labels), rows):
+        block = old[a : a + rows] @ centres.T
+        place = (np.arange(len(block)), index[a : a + rows])
+        own = block[place].copy()
+        block[place] = -2
+        confidence[a : a + rows] = own - block.max(1)
+    return np.argsort(confidence, kind="stable")
+
+
+def backfill_curve(
+    queries: tuple[FloatArray, FloatArray],
+    gallery: tuple[FloatArray, FloatArray],
+    labels: IntArray,
+    order: IntArray,
+    far: float,
+    name: str,
+    steps: int = 10,
+) -> BackfillCurve:
+    """Rank-1 (leave-one-out) and TAR at ``far`` at ``steps`` + 1 shares of the gallery.
+
+    Args:
+        queries: new-model queries as they meet an old entry and as they meet a new one, each (n, D).
+        gallery: the images as old entries and as new ones (n, D), in the spaces of the respective queries.
+        labels: (n,). order: (n,) which gallery images are re-encoded first.
+
+    All pairs of different images count. Memory: a block of scores, and ``steps`` histograms.
+    """
+    n = len(labels)
+    cuts = np.linspace(0, n, steps + 1).astype(int)
+    genuine = np.zeros((2, steps, BINS), np.int64)
+    impostor = np.zeros((2, steps, BINS), np.int64)
+    best = np.full((2, 2, steps, n), -2, np.float32)  # which model, own identity or other, part of the gallery, query
+    for model in (0, 1):
+        for part in range(steps):
+            columns = order[cuts[part] : cuts[part + 1]]
+            if len(columns):
+                _score_part(
+                    queries[model], gallery[model][columns], labels, columns, genuine, impostor, best, (model, part)
+                )
+    rank1, tar = [], []
+    counted = np.bincount(np.unique(labels, return_inverse=True)[1])[np.unique(labels, return_inverse=True)[1]] > 1
+    empty = PairList(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+    for done in range(steps + 1):
+        own, other = (np.maximum(_top(best[1, kind, :done]), _top(best[0, kind, done:])) for kind in (0, 1))
+        rank1.append(float((own > other)[counted].mean()))
+        parts = [h[1, :done].sum(0) + h[0, done:].sum(0) for h in (genuine, impostor)]
+        tar.append(PairScores(parts[0], parts[1], empty, empty).tar_at(far))
+    shares = [float(cut / n) for cut in cuts]
+    return BackfillCurve(name, shares, rank1, tar, far, {"rank-1": _area(shares, rank1), "TAR": _area(shares, tar)})
+
+
+def _top(parts: FloatArray) -> FloatArray:
+    return parts.max(0) if len(parts) else np.full(parts.shape[1], -2, np.float32)
+
+
+def _area(shares: Sequence[float], values: Sequence[float]) -> float:
+    return float(np.trapezoid(values, shares))
+
+
+def _score_part(
+    queries: FloatArray,
+    part: FloatArray,
+    labels: IntArray,
+    columns: IntArray,
+    genuine: IntArray,
+    impostor: IntArray,
+    best: FloatArray,
+    at: tuple[int, int],
+) -> None:
+    """Add the scores of all queries against one part of the gallery to the tables' entry ``at``."""
+    rows = max(1, (1 << 22) // len(columns))
+    for a in range(0, len(queries), rows):
+        stop = min(a + rows, len(queries))
+        block = queries[a:stop] @ part.T
+        itself = np.arange(a, stop)[:, None] == columns[None, :]
+        own = (labels[a:stop, None] == labels[columns][None, :]) & ~itself
+        genuine[at] += histogram(block[own])
+        best[at[0], 0, at[1], a:stop] = np.where(own, block, -2).max(1)
+        other = ~own & ~itself
+        impostor[at] += histogram(block[other])
+        best[at[0], 1, at[1], a:stop] = np.where(other, block, -2).max(1)

@@ -1,0 +1,255 @@
+"""Everything that is measured of the sets, as plain values that JSON can hold; the report is made from the same."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from trainer.errors import DataError, ModelError
+from trainer.evaluation.arrays import IntArray, check_unit, class_index
+from trainer.evaluation.backfill import ORDERS, backfill_curve, backfill_order
+from trainer.evaluation.bootstrap import draw_identities
+from trainer.evaluation.compatibility import (
+    CELLS,
+    Cell,
+    OperatingPoint,
+    PointToSet,
+    Spaces,
+    compare,
+    examples,
+    flips,
+    gain,
+    operating_point,
+    point_to_set,
+    tar_name,
+)
+from trainer.evaluation.verdict import Rules, SetVerdict, decide, judge_set, resolved_far
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """fars: the false accept rates of interest. replicates, seed: of the bootstrap. backfill_images: larger sets are
+    reduced to about so many images (whole identities) for the backfill curves; 0 leaves them out."""
+
+    fars: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    replicates: int = 500
+    seed: int = 0
+    backfill_images: int = 5000
+    rules: Rules = field(default_factory=Rules)
+
+    def __post_init__(self) -> None:
+        if not self.fars or not all(0 < far < 1 for far in self.fars):
+            raise DataError(f"FARs {self.fars}: expected at least one, each between 0 and 1, for example 1e-4,1e-3")
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A labelled set under every model. records: (n,) the data set's own numbers of the images."""
+
+    name: str
+    spaces: Spaces
+    labels: IntArray
+    records: IntArray
+
+
+def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], None] = lambda stage: None) -> Result:
+    """Measure every set and give the verdict.
+
+    Args:
+        sets: each with at least the models ``old`` and ``new``, comparable with each other.
+        notify: told what comes next, once a stage (see :func:`stages`).
+
+    Returns:
+        ``{"verdict": …, "options": …, "sets": {name: …}}`` of plain values; NaN is None.
+
+    Raises:
+        ModelError: embeddings that are not finite unit vectors, or old and new cannot be compared.
+        DataError: a set without genuine or impostor pairs.
+    """
+    judged: list[SetVerdict] = []
+    points: dict[str, OperatingPoint | None] = {}
+    shares: dict[str, PointToSet | None] = {}
+    results: dict[str, Result] = {}
+    for one in sets:
+        cells = measure_cells(one, options, notify)
+        notify(f"{one.name}: criteria")
+        identities = len(np.unique(one.labels))
+        size = (identities, len(one.labels))
+        judged.append(judge_set(one.name, cells["old", "old"], cells["new", "old"], size, options.fars, options.rules))
+        far = resolved_far(options.fars, cells["old", "old"].scores.impostor_count, options.rules) or max(options.fars)
+        points[one.name] = operating_point(cells["old", "old"].scores, cells["new", "old"].scores, far)
+        shares[one.name] = _point_to_set(one)
+        results[one.name] = _describe(one, cells, far, points[one.name], shares[one.name], options)
+        notify(f"{one.name}: backfill")
+        results[one.name]["backfill"] = backfill(one, far, options)
+    verdict = decide(judged, points, shares)
+    result: Result = plain({"verdict": verdict, "options": options, "sets": results})
+    return result
+
+
+def stages(sets: int, models: int) -> int:
+    """How often :func:`study` notifies, at most."""
+    return sets * (2 + (4 if models < 3 else len(CELLS)))
+
+
+def measure_cells(one: NamedSet, options: Options, notify: Callable[[str], None]) -> dict[tuple[str, str], Cell]:
+    """The compatibility matrix of a set: every comparable cell of :data:`CELLS`."""
+    for model, embeddings in one.spaces.native.items():
+        check_unit(embeddings, f"{one.name}, {model} model")
+    index = class_index(one.labels, one.name)
+    draws = draw_identities(int(index.max()) + 1, options.replicates, options.seed)
+    cells = {}
+    for query, gallery in CELLS:
+        if one.spaces.view(query, gallery) is None:
+            continue
+        notify(f"{one.name}: {query}→{gallery}")
+        cell = compare(one.spaces, query, gallery, one.labels, options.fars, draws)
+        if cell is not None:
+            cells[query, gallery] = cell
+    if ("new", "old") not in cells:
+        dims = {model: embeddings.shape[1] for model, embeddings in one.spaces.native.items()}
+        raise ModelError(
+            f"{one.name}: the new model's embeddings cannot be compared with the old gallery: dimensions {dims} and no "
+            "transformation between them in either model; train with compat.mode backward, forward or both"
+        )
+    return cells
+
+
+def _point_to_set(one: NamedSet) -> PointToSet | None:
+    view = one.spaces.view("new", "old")
+    if view is None or view[1] is None or view[2] == "forward":
+        return None  # forward: no new embedding ever enters the old space
+    return point_to_set(view[0], view[1], one.labels)
+
+
+def _describe(
+    one: NamedSet,
+    cells: dict[tuple[str, str], Cell],
+    far: float,
+    point: OperatingPoint | None,
+    share: PointToSet | None,
+    options: Options,
+) -> Result:
+    old, new = cells["old", "old"], cells["new", "old"]
+    metrics = [*(tar_name(f) for f in options.fars), "rank-1"]
+    turned = flips(old.ranking, new.ranking, one.labels)
+    shown = examples(new.scores, new.scores.threshold_at(far))
+    return {
+        "images": len(one.labels),
+        "identities": len(np.unique(one.labels)),
+        "far": far,
+        "cells": {f"{q}->{g}": _cell(cell, options) for (q, g), cell in cells.items()},
+        "gain": {metric: gain(cells, metric) for metric in metrics},
+        "point_to_set": share,
+        "operating_point": {
+            "new->old": point,
+            "new->new": operating_point(old.scores, cells["new", "new"].scores, far),
+        },
+        "flips": {
+            "share_negative": turned.share_negative,
+            "share_positive": turned.share_positive,
+            "negative": [_flip(one, old, new, i) for i in turned.negative[:24]],
+            "negative_count": len(turned.negative),
+            "positive_count": len(turned.positive),
+            "worst_identities": [
+                {"label": label, "lost": lost, "gained": gained, "images": images}
+                for label, lost, gained, images in turned.worst
+            ],
+        },
+        "examples": [
+            {
+                "kind": e.kind,
+                "cosine": e.cosine,
+                "query": one.records[e.query],
+                "gallery": one.records[e.gallery],
+                "query_label": one.labels[e.query],
+                "gallery_label": one.labels[e.gallery],
+            }
+            for e in shown
+        ],
+        "example_threshold": new.scores.threshold_at(far),
+    }
+
+
+def _flip(one: NamedSet, old: Cell, new: Cell, image: int) -> Result:
+    return {
+        "query": one.records[image],
+        "label": one.labels[image],
+        "before": one.records[old.ranking.nearest[image]],
+        "now": one.records[new.ranking.nearest[image]],
+        "now_label": one.labels[new.ranking.nearest[image]],
+        "cosine": new.ranking.score[image],
+    }
+
+
+def _cell(cell: Cell, options: Options) -> Result:
+    far, tar = cell.scores.roc()
+    edges, genuine, impostor = cell.scores.shares()
+    return {
+        "how": cell.how,
+        "genuine_pairs": cell.scores.genuine_count,
+        "impostor_pairs": cell.scores.impostor_count,
+        "tar": [
+            {
+                "far": f,
+                "threshold": cell.scores.threshold_at(f),
+                "resolved": f * cell.scores.impostor_count >= options.rules.min_false_accepts,
+                **dataclasses.asdict(cell.figure(tar_name(f))),
+            }
+            for f in options.fars
+        ],
+        "rank": {"1": cell.figure("rank-1"), "5": cell.ranking.rate(5), "10": cell.ranking.rate(10)},
+        "eer": cell.scores.eer(),
+        "auc": cell.scores.auc(),
+        "roc": {"far": far, "tar": tar},
+        "histogram": {"edges": edges, "genuine": genuine, "impostor": impostor},
+    }
+
+
+def backfill(one: NamedSet, far: float, options: Options) -> list[Any]:
+    """The backfill curves of a set in every order; of a random part of its identities where the set is large."""
+    if not options.backfill_images:
+        return []
+    kept = _part_of(one.labels, options.backfill_images, options.seed)
+    cross, own = one.spaces.view("new", "old"), one.spaces.view("new", "new")
+    if cross is None or own is None or cross[1] is None:
+        return []
+    queries = cross[0][kept], own[0][kept]
+    gallery = cross[1][kept], own[0][kept]
+    labels, old = one.labels[kept], one.spaces.native["old"][kept]
+    curves = []
+    for name in ORDERS:
+        order = backfill_order(name, old, labels, options.seed)
+        curves.append(backfill_curve(queries, gallery, labels, order, far, name))
+    return curves
+
+
+def _part_of(labels: IntArray, images: int, seed: int) -> IntArray:
+    if len(labels) <= images:
+        return np.arange(len(labels))
+    names, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    drawn = np.random.default_rng(seed).permutation(len(names))
+    enough = int(np.searchsorted(np.cumsum(sizes[drawn]), images)) + 1
+    return np.flatnonzero(np.isin(index, drawn[: max(2, enough)]))
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, arrays and NumPy scalars → what JSON can hold; NaN and infinities → None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,179 @@
+"""The verdict on an upgrade: SAFE, NOT SAFE or NOT ENOUGH DATA, by the pairwise criterion with intervals over
+identities.
+
+Each set is judged on rank-1 and on the TAR at the smallest stated FAR that the set can resolve (enough impostor
+pairs). The difference new→old less old→old of a metric is *better* when its interval lies above 0, *worse* when it
+lies below minus the tolerance, *level* when the interval does not reach below minus the tolerance (both perfect, for
+example), and *unclear* otherwise.
+
+- NOT SAFE: a metric is worse on some set.
+- SAFE: on every set at least one metric is better and the others better or level, and there are enough identities.
+- NOT ENOUGH DATA: anything else; the reason says what is missing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.evaluation.bootstrap import Interval, interval
+from trainer.evaluation.compatibility import Cell, OperatingPoint, PointToSet, tar_name
+
+Answer = Literal["SAFE", "NOT SAFE", "NOT ENOUGH DATA"]
+Outcome = Literal["better", "level", "worse", "unclear"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the verdict asks for.
+
+    tolerance: a loss of at most this much counts as level (0: none). min_identities: fewer never make SAFE; below
+    ``least_identities`` nothing is concluded at all. min_false_accepts: a FAR counts as resolved when it allows at
+    least so many impostor pairs. level: of the intervals.
+    """
+
+    tolerance: float = 0.0
+    min_identities: int = 20
+    least_identities: int = 5
+    min_false_accepts: int = 10
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One metric on one set: old→old, new→old and their paired difference, with intervals."""
+
+    metric: str
+    old: Interval
+    new: Interval
+    difference: Interval
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class SetVerdict:
+    """The answer on one set, its findings and the reason in words."""
+
+    name: str
+    answer: Answer
+    identities: int
+    images: int
+    findings: list[Finding]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer over all sets and the paragraph that gives it with its numbers."""
+
+    answer: Answer
+    paragraph: str
+    sets: list[SetVerdict]
+
+
+def resolved_far(fars: Sequence[float], impostor_pairs: int, rules: Rules) -> float | None:
+    """The smallest FAR that ``impostor_pairs`` can resolve; None when none can be."""
+    fit = [far for far in sorted(fars) if far * impostor_pairs >= rules.min_false_accepts - 1e-9]
+    return fit[0] if fit else None
+
+
+def judge_set(
+    name: str, old: Cell, new: Cell, size: tuple[int, int], fars: Sequence[float], rules: Rules
+) -> SetVerdict:
+    """Judge one set by its cells old→old and new→old; ``size``: its identities and images."""
+    identities, images = size
+    far = resolved_far(fars, min(old.scores.impostor_count, new.scores.impostor_count), rules)
+    metrics = ([tar_name(far)] if far is not None else []) + ["rank-1"]
+    findings = [_find(metric, old, new, rules) for metric in metrics]
+    outcomes = [finding.outcome for finding in findings]
+    missing = []
+    if far is None:
+        pairs = min(old.scores.impostor_count, new.scores.impostor_count)
+        smallest = rules.min_false_accepts / pairs
+        missing.append(f"its {pairs:,} impostor pairs resolve no FAR below {smallest:.1g}, so none of those asked for")
+    if identities < rules.min_identities:
+        missing.append(f"it has {identities} identities, {rules.min_identities} are needed to call an upgrade safe")
+    answer: Answer = "NOT ENOUGH DATA"
+    if identities < rules.least_identities:
+        reason = f"with {identities} identities nothing can be concluded"
+    elif "worse" in outcomes:
+        answer = "NOT SAFE"
+        reason = "worse than the old model: " + " and ".join(f.metric for f in findings if f.outcome == "worse")
+    elif "unclear" in outcomes:
+        unclear = " and ".join(f.metric for f in findings if f.outcome == "unclear")
+        reason = "; ".join([f"the interval of the difference in {unclear} holds zero", *missing])
+    elif missing:
+        reason = "; ".join(missing)
+    elif "better" not in outcomes:
+        reason = "no metric tells the models apart on this set; a harder one is needed"
+    else:
+        answer, reason = (
+            "SAFE",
+            "better than the old model: " + " and ".join(f.metric for f in findings if f.outcome == "better"),
+        )
+    return SetVerdict(name, answer, identities, images, findings, reason)
+
+
+def _find(metric: str, old: Cell, new: Cell, rules: Rules) -> Finding:
+    difference = interval(
+        new.value[metric] - old.value[metric], new.replicates[metric] - old.replicates[metric], rules.level
+    )
+    outcome: Outcome = "unclear"
+    if difference.low > 0:
+        outcome = "better"
+    elif difference.high < -rules.tolerance:
+        outcome = "worse"
+    elif difference.low >= -rules.tolerance:
+        outcome = "level"
+    return Finding(metric, old.figure(metric), new.figure(metric), difference, outcome)
+
+
+def decide(
+    sets: Sequence[SetVerdict],
+    points: dict[str, OperatingPoint | None],
+    shares: dict[str, PointToSet | None],
+) -> Verdict:
+    """The verdict over all sets, with the operating point and the point-to-set shares of each set for the paragraph."""
+    answers = [s.answer for s in sets]
+    answer: Answer = "NOT ENOUGH DATA"
+    if "NOT SAFE" in answers:
+        answer = "NOT SAFE"
+    elif answers and all(a == "SAFE" for a in answers):
+        answer = "SAFE"
+    opening = {
+        "SAFE": "SAFE: the new model may query the old gallery.",
+        "NOT SAFE": "NOT SAFE: the new model must not query the old gallery.",
+        "NOT ENOUGH DATA": "NOT ENOUGH DATA: whether the new model may query the old gallery is not shown.",
+    }[answer]
+    sentences = [opening]
+    for s in sets:
+        sentences.append(_sentence(s))
+        share = shares.get(s.name)
+        if share is not None:
+            sentences.append(
+                f"Of the new embeddings {share.nearest:.1%} lie nearest to their own old class and {share.within:.1%} "
+                f"within its boundary (of the old ones {share.old_nearest:.1%} lie nearest to theirs)."
+            )
+        point = points.get(s.name)
+        if point is not None:
+            sentences.append(_threshold_sentence(point))
+    return Verdict(answer, " ".join(sentences), list(sets))
+
+
+def _sentence(s: SetVerdict) -> str:
+    figures = "; ".join(
+        f"{f.metric} {f.new.value:.3f} against {f.old.value:.3f} "
+        f"(difference {f.difference.value:+.3f}, 95 % interval {f.difference.low:+.3f} to {f.difference.high:+.3f})"
+        for f in s.findings
+    )
+    return f"On {s.name} ({s.identities:,} identities, {s.images:,} images): {figures}. {s.answer}: {s.reason}."
+
+
+def _threshold_sentence(point: OperatingPoint) -> str:
+    ratio = point.far_kept / point.far
+    kept = (
+        f"At FAR {point.far:g} the deployed threshold {point.threshold:.3f} would give FAR {point.far_kept:.2g} "
+        f"({ratio:.2g} times) and TAR {point.tar_kept:.3f}"
+    )
+    if ratio <= 1:
+        return f"{kept}; it may stay, or become {point.restored:.3f} for TAR {point.tar_restored:.3f}."
+    return f"{kept}; the threshold {point.restored:.3f} restores the FAR (TAR {point.tar_restored:.3f})."
