@@ -178,3 +178,51 @@ def as_sharded(local: Tensor, total: int, mesh: DeviceMesh) -> DTensor:
     shape = torch.Size((total, *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+class _GatherBatch(torch.autograd.Function):
+    """All-gather of (n, D) rows padded to ``capacity`` → (W·capacity, D); backward: one reduce-scatter of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, labels: Tensor, world_size: int, capacity: int) -> tuple[Tensor, Tensor]:
+        n, dim = rows.shape
+        ctx.n, ctx.world_size, ctx.capacity = n, world_size, capacity
+        head = dim * rows.element_size()
+        width = -(-(head + 8) // 8) * 8  # bytes of a row with its label, a multiple of the label's size
+        packed = torch.zeros(capacity, width, dtype=torch.uint8, device=rows.device)
+        packed[:n, :head] = rows.detach().contiguous().view(torch.uint8)
+        padded_labels = torch.full((capacity, 1), -1, dtype=torch.int64, device=rows.device)
+        padded_labels[:n, 0] = labels
+        packed[:, width - 8 :] = padded_labels.view(torch.uint8)
+        out = packed
+        if world_size > 1:
+            out = packed.new_empty(world_size * capacity, width)
+            dist.all_gather_into_tensor(out, packed)
+        every_label = out[:, width - 8 :].contiguous().view(torch.int64)[:, 0]
+        ctx.mark_non_differentiable(every_label)
+        return out[:, :head].contiguous().view(rows.dtype), every_label
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        full = grads[0].contiguous()
+        if ctx.world_size > 1:
+            part = full.new_empty(ctx.capacity, full.shape[1])
+            dist.reduce_scatter_tensor(part, full)
+            full = part
+        return full[: ctx.n], None, None, None
+
+
+def gather_batch(rows: Tensor, labels: Tensor, world_size: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """The global batch on every rank, embeddings and labels in one collective; the gradient comes back summed over the ranks.
+
+    Args:
+        rows: (n, D) of this rank, any float dtype; n ≤ capacity, and n may differ between ranks or be 0.
+        labels: (n,) int64.
+        world_size: W.
+        capacity: the same on every rank; places that a rank does not fill are zeros with label −1.
+
+    Returns:
+        (W·capacity, D) and (W·capacity,), in rank order.
+    """
+    gathered: tuple[Tensor, Tensor] = _GatherBatch.apply(rows, labels, world_size, capacity)
+    return gathered

@@ -1,0 +1,175 @@
+"""Margins: what happens to the cosine of a sample with its own class, in closed form on B numbers.
+
+A margin maps the target cosine ``t`` (and, for two of them, the norm of the embedding) to the modified cosine ψ whose logit is s·ψ.
+Nothing here ever sees a B × C matrix; the only margin that touches the negatives (curricular) says so by ``reweights_negatives``.
+
+| name       | ψ(θ), t = cos θ                          | paper |
+| ---------- | ---------------------------------------- | ----- |
+| softmax    | t                                        | NormFace, Wang et al., ACM MM 2017, eq. 6 |
+| cosface    | t − m                                    | CosFace, Wang et al., CVPR 2018, eq. 4 |
+| arcface    | f(θ + m)                                 | ArcFace, Deng et al., CVPR 2019, eq. 3 |
+| combined   | f(m1·θ + m2) − m3                        | ArcFace, eq. 4 |
+| adaface    | f(clip(θ − m·ẑ)) − (m + m·ẑ)             | AdaFace, Kim et al., CVPR 2022, eq. 5–9, ẑ from the norm |
+| magface    | f(θ + m(a)), plus λ_g·g(a)               | MagFace, Meng et al., CVPR 2021, eq. 4 and Appendix; a is the norm |
+| curricular | f(θ + m); hard negatives t_j·(τ + t_j)   | CurricularFace, Huang et al., CVPR 2020, eq. 9–12 |
+
+``f(φ) = (−1)^k cos φ − 2k`` with ``k = ⌊φ/π⌋`` is SphereFace's monotone continuation of the cosine (Liu et al., CVPR 2017, eq. 7): it
+equals cos φ up to π, and beyond it keeps falling, without a jump, where cos φ would rise again.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.config import MarginConfig
+
+SMALLEST_SINE = 1e-3
+"""sin θ is taken to be at least this in the derivative 1/sin θ of arccos, which has a pole where a sample lies on its class."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The modified target cosines of a batch and their derivatives; all (B,).
+
+    ``slope`` is ∂ψ/∂t, ``norm_slope`` is ∂ψ/∂‖x‖ (None: the margin ignores the norm or treats it as a constant). ``penalty`` is
+    a further loss per sample that depends on the norm alone and ``penalty_slope`` its derivative (None: there is none).
+    """
+
+    psi: Tensor
+    slope: Tensor
+    norm_slope: Tensor | None = None
+    penalty: Tensor | None = None
+    penalty_slope: Tensor | None = None
+
+
+class Margin:
+    """``combined`` (m1, m2, m3), of which softmax, CosFace and ArcFace are special cases; base of the others.
+
+    Args:
+        config: validated settings.
+        m1, m2, m3: ψ = f(m1·θ + m2) − m3, angles in radians.
+    """
+
+    reweights_negatives = False
+
+    def __init__(self, config: MarginConfig, m1: float = 1.0, m2: float = 0.0, m3: float = 0.0) -> None:
+        self.config = config
+        self.m1, self.m2, self.m3 = m1, m2, m3
+
+    def target(self, cosine: Tensor, norm: Tensor, training: bool) -> Target:
+        """Modify target cosines (B,) in [−1, 1] of embeddings with norms (B,) > 0; the same on every rank."""
+        if self.m1 == 1.0 and self.m2 == 0.0:
+            return Target(cosine - self.m3, torch.ones_like(cosine))
+        psi, slope = _angular(cosine, self.m1, torch.full_like(cosine, self.m2))
+        if self.config.gradient == "straight_through":
+            slope = torch.ones_like(cosine)
+        return Target(psi - self.m3, slope)
+
+    def state(self) -> dict[str, Tensor]:
+        """Running statistics that a checkpoint must keep (tensors are updated in place)."""
+        return {}
+
+
+class AdaFace(Margin):
+    """AdaFace: the margin grows with the embedding's norm relative to a running mean and deviation (eq. 5–9).
+
+    ẑ = clip((‖x‖ − μ)/(σ + ε)·h, −1, 1), ψ = f(clip(θ − m·ẑ, 0, π)) − (m + m·ẑ). The norm is a constant for the gradient, as in
+    the paper. μ and σ are running means over global batches with the share ``norm_momentum``, starting at 20 and 100.
+    """
+
+    def __init__(self, config: MarginConfig) -> None:
+        super().__init__(config)
+        self.mean = torch.tensor(20.0, dtype=torch.float64)
+        self.deviation = torch.tensor(100.0, dtype=torch.float64)
+
+    def target(self, cosine: Tensor, norm: Tensor, training: bool) -> Target:
+        """See :meth:`Margin.target`; in training the running statistics move first."""
+        norm = norm.detach().clamp(1e-3, 100.0)
+        if training and len(norm) > 1:
+            share = self.config.norm_momentum
+            self.mean += share * (norm.mean().to(self.mean) - self.mean)
+            self.deviation += share * (norm.std().to(self.mean) - self.deviation)
+        z = ((norm - self.mean.to(norm)) / (self.deviation.to(norm) + 1e-3) * self.config.h).clamp(-1, 1)
+        angle = torch.arccos(cosine.clamp(-1, 1))
+        shift = (angle - self.config.m * z).clamp(0, math.pi) - angle
+        psi, slope = _angular(cosine, 1.0, shift)
+        clipped = ((angle + shift) <= 0) | ((angle + shift) >= math.pi)
+        return Target(psi - self.config.m * (1 + z), slope.masked_fill(clipped, 0.0))
+
+    def state(self) -> dict[str, Tensor]:
+        """See :meth:`Margin.state`."""
+        return {"margin_norm_mean": self.mean, "margin_norm_deviation": self.deviation}
+
+
+class MagFace(Margin):
+    """MagFace: m(a) = l_m + (u_m − l_m)/(u_a − l_a)·(a − l_a) with a = clip(‖x‖, l_a, u_a), and λ_g·(1/a + a/u_a²) (eq. 4).
+
+    The gradient flows through the norm, in the margin and in the norm term; outside [l_a, u_a] it is zero.
+    """
+
+    def target(self, cosine: Tensor, norm: Tensor, training: bool) -> Target:
+        """See :meth:`Margin.target`."""
+        c = self.config
+        a = norm.clamp(c.lower_norm, c.upper_norm)
+        inside = ((norm > c.lower_norm) & (norm < c.upper_norm)).to(norm)
+        rate = (c.upper_margin - c.lower_margin) / (c.upper_norm - c.lower_norm)
+        margin = c.lower_margin + rate * (a - c.lower_norm)
+        psi, slope = _angular(cosine, 1.0, margin)
+        falls = -torch.sin(torch.arccos(cosine.clamp(-1, 1)) + margin).abs()  # f'(φ) = −|sin φ|
+        penalty = c.norm_weight * (1 / a + a / c.upper_norm**2)
+        penalty_slope = c.norm_weight * (1 / c.upper_norm**2 - 1 / a**2) * inside
+        return Target(psi, slope, falls * rate * inside, penalty, penalty_slope)
+
+
+class Curricular(Margin):
+    """CurricularFace: ArcFace's target; a negative with t_j > ψ counts as t_j·(τ + t_j), τ a running mean of the target cosine.
+
+    τ starts at 0 and moves by 1 % of the global batch's mean target cosine each step (eq. 12, momentum 0.99).
+    """
+
+    reweights_negatives = True
+
+    def __init__(self, config: MarginConfig) -> None:
+        super().__init__(config, m2=config.m)
+        self.tau = torch.tensor(0.0, dtype=torch.float64)
+
+    def target(self, cosine: Tensor, norm: Tensor, training: bool) -> Target:
+        """See :meth:`Margin.target`; in training τ moves first."""
+        if training and len(cosine):
+            self.tau += 0.01 * (cosine.mean().to(self.tau) - self.tau)
+        return super().target(cosine, norm, training)
+
+    def state(self) -> dict[str, Tensor]:
+        """See :meth:`Margin.state`."""
+        return {"margin_tau": self.tau}
+
+
+def build_margin(config: MarginConfig) -> Margin:
+    """The margin that a configuration names."""
+    match config.name:
+        case "softmax":
+            return Margin(config)
+        case "cosface":
+            return Margin(config, m3=config.m)
+        case "arcface":
+            return Margin(config, m2=config.m)
+        case "combined":
+            return Margin(config, config.m1, config.m2, config.m3)
+        case "adaface":
+            return AdaFace(config)
+        case "magface":
+            return MagFace(config)
+        case "curricular":
+            return Curricular(config)
+
+
+def _angular(cosine: Tensor, m1: float, m2: Tensor) -> tuple[Tensor, Tensor]:
+    """f(m1·θ + m2) and its derivative m1·|sin φ| / sin θ with respect to t = cos θ; all (B,)."""
+    t = cosine.clamp(-1, 1)
+    phi = m1 * torch.arccos(t) + m2
+    k = torch.floor(phi / math.pi)
+    psi = torch.where(k % 2 == 0, 1.0, -1.0) * torch.cos(phi) - 2 * k
+    sine = torch.sqrt((1 - t) * (1 + t)).clamp_min(SMALLEST_SINE)
+    return psi, m1 * torch.sin(phi).abs() / sine

@@ -1,0 +1,272 @@
+"""The class-sharded head: a module that maps this rank's embeddings and labels to the loss of the global batch.
+
+Per step it makes three collectives, whose bytes do not depend on the number of classes: an all-gather of embeddings and labels (W·b·(4·D + 8)
+bytes in float32), an all-reduce of 2·B + 3 float64 numbers, and a reduce-scatter of the embeddings' gradient (W·b·4·D bytes).
+(CurricularFace needs the target cosines before the negatives: one more all-reduce of B numbers.)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trainer.compat.lce import DirectCompat
+from trainer.config import HeadConfig
+from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch
+from trainer.errors import ConfigError
+from trainer.head.margin import build_margin
+from trainer.head.partition import ClassRange, class_range
+from trainer.head.reference import ReferenceSoftmax
+from trainer.head.row_optimizer import RowGradient, build_row_optimizer
+from trainer.head.sampling import draw_negatives, join_positives, stratum_count
+from trainer.head.sharded_softmax import KEEP_SHARE, Drawn, FusedSoftmax, FusedStep, Kernels, PassSettings
+
+COMPILE_FROM_ROWS = 32768
+"""Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""
+INIT_BLOCK = 1024
+"""Rows are initialised in blocks of so many classes, each seeded by its number, so that they do not depend on the world size."""
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What a step of the head gives.
+
+    ``loss`` is the mean over the global batch, 0-dim, with gradient; ``report`` holds detached 0-dim tensors, equal on all ranks;
+    ``finite`` is a 0-dim bool tensor, equal on all ranks: where it is False no row changes and the embeddings' gradient is zero.
+    """
+
+    loss: Tensor
+    report: dict[str, Tensor]
+    finite: Tensor
+
+
+class PartialFC(nn.Module):
+    """Margin softmax over C classes whose rows and optimizer state are sharded over all ranks (Partial FC, An et al., CVPR 2022).
+
+    ``loss.backward()`` gives the gradient of the *global* mean with respect to this rank's embeddings: it is already summed over the ranks and
+    must not be averaged again. It also updates the rows, chunk by chunk, with the gradient that arrives at ``loss``; so scale the embeddings'
+    gradient, not the loss, where a wrapper (DDP) divides by W. Inside :meth:`deferred` rows' gradients are collected instead, for gradient
+    accumulation and loss scaling, until :meth:`apply_update` or :meth:`discard_update`.
+
+    Args:
+        config: validated settings.
+        num_classes: C.
+        dim: D.
+        ranks: this process among all.
+        seed: seeds rows, drawing and stochastic rounding.
+        compat: LCE's direct mode, fused into the pass; its centres are this rank's.
+        local_batch: the largest number of samples that any rank hands in; None: the ranks agree on it each step, by one more
+            (8-byte) collective.
+
+    Raises:
+        ConfigError: settings that exclude each other, or a scale too large for float32.
+        CenterBankError: the bank does not fit the rows.
+    """
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        num_classes: int,
+        dim: int,
+        ranks: Ranks,
+        *,
+        seed: int,
+        compat: DirectCompat | None = None,
+        local_batch: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.dim, self.ranks, self.seed, self.local_batch = config, dim, ranks, seed, local_batch
+        self.classes: ClassRange = class_range(num_classes, ranks.rank, ranks.world_size)
+        _check(config, compat)
+        if compat is not None:
+            compat.check(self.classes.size, dim)
+        self.compat = compat
+        self.compat_total = None if compat is None else compat.total(ranks.device)
+        self.margin = build_margin(config.margin)
+        rows = initial_rows(config, self.classes, dim, ranks.device, seed)
+        self.sampled = config.sample_rate < 1
+        self.optimizer = build_row_optimizer(config.optimizer, rows, self.sampled, seed)
+        chunk = config.chunk_rows or (4096 if ranks.device.type == "cpu" else 65536)
+        self.kernels = Kernels(chunk, compiled=len(rows) >= COMPILE_FROM_ROWS)
+        self.optimizer.fuse = self.kernels.fuse
+        self._collected: list[tuple[Tensor | None, Tensor]] = []
+        self._deferring = False
+        self.reference = ReferenceSoftmax(self) if config.impl == "reference" else None
+
+    @property
+    def rows(self) -> Tensor:
+        """The classifier rows of this rank, (c·K, D); not a parameter, the head updates it itself."""
+        return self.optimizer.rows
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the coming updates."""
+        self.optimizer.set_lr(lr)
+        if self.reference is not None:
+            self.reference.set_lr(self.optimizer.lr)
+
+    def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
+        """The loss of the global batch.
+
+        Args:
+            embeddings: (b, D) of this rank, not normalised; b may differ between ranks and be 0.
+            labels: (b,) int64 in [−1, C); −1: no class, no term.
+            step: number of the update; with the seed it decides which negatives are drawn.
+        """
+        capacity = self._capacity(len(embeddings))
+        x, every_label = gather_batch(embeddings, labels, self.ranks.world_size, capacity)
+        with torch.no_grad():
+            drawn = self._draw(every_label, step)
+        if self.reference is not None:
+            return HeadOutput(*self.reference.step(x, every_label, drawn))
+        self.optimizer.reseed(hash((self.seed, step, self.classes.start)) & 0x7FFFFFFFFFFFFFFF)
+        fused = FusedStep(
+            self._settings(drawn, len(x)),
+            self.margin,
+            self.optimizer,
+            self.kernels,
+            self.compat,
+            self.compat_total,
+            self._collect if self._deferring else None,
+        )
+        loss = FusedSoftmax.apply(x, every_label, fused, drawn, self.training)
+        return HeadOutput(loss, {k: v.detach() for k, v in fused.report.items()}, fused.finite)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Collect the rows' gradients of the forward calls made inside, instead of updating; end with :meth:`apply_update`.
+
+        Memory: the drawn rows' gradient per call, or one gradient of the whole shard when all rows take part.
+        """
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def apply_update(self, inverse_scale: float = 1.0) -> None:
+        """Update the rows with the gradients collected since the last update, times ``inverse_scale``."""
+        if self.reference is not None:
+            self.reference.apply(inverse_scale)
+            return
+        if not self._collected:
+            return
+        index, gradient = self._merge()
+        selection = self.optimizer.select(index)
+        for start in range(0, selection.count, self.kernels.chunk_rows):
+            stop = min(start + self.kernels.chunk_rows, selection.count)
+            blocks = selection.load(start, stop)
+            ones = torch.ones(stop - start, dtype=self.optimizer.work, device=self.rows.device)
+            pull = RowGradient(None, None, ones * 0, gradient[start:stop], ones * inverse_scale)
+            self.optimizer.update(blocks, pull, None)
+            selection.store(start, stop, blocks)
+        self.optimizer.finish(index, None)
+        self.discard_update()
+
+    def discard_update(self) -> None:
+        """Forget the collected gradients: the step is skipped."""
+        self._collected.clear()
+        if self.reference is not None:
+            self.reference.discard()
+
+    def shard_state(self) -> dict[str, DTensor | Tensor]:
+        """Everything a checkpoint must keep, for torch.distributed.checkpoint: (C·K, D) and (C·K,) tensors as DTensor ``Shard(0)``
+        over the live memory (loading writes in place), running statistics of the margin as plain tensors.
+        """
+        self.optimizer.flush()
+        tables = dict(zip(("rows", *self.optimizer.state_names), self.optimizer.tables, strict=True))
+        tables |= self.optimizer.extra_state()
+        if self.reference is not None:
+            tables |= self.reference.state()
+        total = self.classes.total * self.config.sub_centers
+        state: dict[str, DTensor | Tensor] = dict(self.margin.state())
+        if not dist.is_initialized():
+            return state | tables
+        mesh = class_mesh(self.ranks)
+        return state | {name: as_sharded(table, total, mesh) for name, table in tables.items()}
+
+    def load_shard_state(self) -> None:
+        """Call after a checkpoint was loaded into the tensors of :meth:`shard_state`: what was collected is forgotten."""
+        self.discard_update()
+
+    def _capacity(self, local: int) -> int:
+        if self.local_batch is not None:
+            if local > self.local_batch:
+                raise ValueError(f"{local} samples on a rank; the head was built for at most {self.local_batch}")
+            return self.local_batch
+        if self.ranks.world_size == 1:
+            return local
+        size = torch.tensor([local], device=self.ranks.device)
+        dist.all_reduce(size, dist.ReduceOp.MAX)
+        return int(size)
+
+    def _draw(self, labels: Tensor, step: int) -> Drawn:
+        samples = ((labels >= self.classes.start) & (labels < self.classes.stop)).nonzero()[:, 0]
+        positives = labels[samples] - self.classes.start
+        if not self.sampled:
+            return Drawn(None, self.classes.size, samples, positives, 1.0)
+        c, rate = self.classes, self.config.sample_rate
+        negatives = draw_negatives(self.seed, step, c.total, rate, c.start, c.stop, labels.device)
+        index, places = join_positives(negatives, positives)
+        return Drawn(index, len(negatives), samples, places, stratum_count(c.total, rate) / c.total)
+
+    def _settings(self, drawn: Drawn, batch: int) -> PassSettings:
+        c = self.config
+        count = len(self.rows) if drawn.index is None else len(drawn.index) * c.sub_centers
+        state_bytes = sum(t.numel() * t.element_size() for t in self.optimizer.tables)
+        return PassSettings(
+            scale=c.margin.scale,
+            sub_centers=c.sub_centers,
+            correction=c.sampling_correction,
+            inter_class_filter=c.margin.inter_class_filter,
+            compute=torch.bfloat16 if c.compute == "bfloat16" else self.optimizer.work,
+            keep_products=count * batch * 4 <= KEEP_SHARE * state_bytes,
+        )
+
+    def _collect(self, index: Tensor | None, gradient: Tensor) -> None:
+        self._collected.append((index, gradient))
+
+    def _merge(self) -> tuple[Tensor | None, Tensor]:
+        """Sum the collected chunks: by row where rows were drawn, else in the order of the chunks."""
+        if self._collected[0][0] is None:
+            out = torch.zeros(len(self.rows), self.dim, dtype=self.optimizer.work, device=self.rows.device)
+            start = 0
+            for _, part in self._collected:
+                out[start : start + len(part)] += part
+                start = (start + len(part)) % len(out)
+            return None, out
+        index, inverse = torch.unique(torch.cat([i for i, _ in self._collected if i is not None]), return_inverse=True)
+        out = torch.zeros(len(index), self.dim, dtype=self.optimizer.work, device=index.device)
+        return index, out.index_add_(0, inverse, torch.cat([g for _, g in self._collected]))
+
+
+def initial_rows(config: HeadConfig, classes: ClassRange, dim: int, device: torch.device, seed: int) -> Tensor:
+    """Normal rows (c·K, D) with deviation ``init_std``; class j's do not depend on the world size (they do on the device's type)."""
+    k = config.sub_centers
+    rows = torch.empty(classes.size * k, dim, dtype=getattr(torch, config.rows), device=device)
+    draw_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    generator = torch.Generator(device)
+    for block in range(classes.start // INIT_BLOCK, -(-classes.stop // INIT_BLOCK)):
+        generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA6B + 1) & 0x7FFFFFFFFFFFFFFF)
+        values = torch.randn(INIT_BLOCK * k, dim, generator=generator, device=device, dtype=draw_dtype)
+        low, high = max(classes.start, block * INIT_BLOCK), min(classes.stop, (block + 1) * INIT_BLOCK)
+        part = values[(low - block * INIT_BLOCK) * k : (high - block * INIT_BLOCK) * k] * config.init_std
+        rows[(low - classes.start) * k : (high - classes.start) * k] = part
+    return rows
+
+
+def _check(config: HeadConfig, compat: DirectCompat | None) -> None:
+    margin = config.margin
+    if compat is not None and config.sub_centers > 1:
+        raise ConfigError(
+            "head.sub_centers > 1 with compat.mode direct: an old centre has no single new row to align with"
+        )
+    if margin.gradient == "straight_through" and margin.name not in ("arcface", "combined"):
+        raise ConfigError(f"head.margin.gradient = straight_through: only for arcface and combined, not {margin.name}")
+    if margin.name == "magface" and not (
+        margin.lower_norm < margin.upper_norm and margin.lower_margin <= margin.upper_margin
+    ):
+        raise ConfigError("head.margin: magface needs lower_norm < upper_norm and lower_margin <= upper_margin")

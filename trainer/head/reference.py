@@ -1,0 +1,163 @@
+"""``impl: reference``: the plain way, kept in the product as what the fused pass is compared with.
+
+``weight[index]`` is copied, the logits of the batch are materialised, autograd builds a dense gradient of the whole shard, and torch's own
+optimizer touches every row. It costs what that costs.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from trainer.distributed import all_reduce_sum
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.head.partial_fc import PartialFC
+    from trainer.head.sharded_softmax import Drawn
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over the ranks of what every rank then uses alike: the gradient of each part is the sum's own."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return all_reduce_sum(value.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
+
+
+class ReferenceSoftmax:
+    """The reference's step on the rows of a :class:`trainer.head.partial_fc.PartialFC`.
+
+    Raises:
+        ConfigError: settings that only the fused pass offers.
+    """
+
+    def __init__(self, head: "PartialFC") -> None:
+        config = head.config
+        if config.sub_centers > 1 or config.margin.name == "curricular" or config.compute != "float32":
+            raise ConfigError("head.impl = reference: without sub-centres, curricular margin and bfloat16 compute")
+        if config.optimizer.name == "adamw" and head.sampled:
+            raise ConfigError(
+                "head.impl = reference: adamw at sample_rate 1 only (torch's AdamW also moves rows that were not drawn)"
+            )
+        self.head = head
+        self.weight = torch.nn.Parameter(head.rows)
+        o = config.optimizer
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD([self.weight], lr=0.0, momentum=o.momentum, weight_decay=o.weight_decay)
+            if o.name == "sgd"
+            else torch.optim.AdamW([self.weight], 0.0, (o.beta1, o.beta2), o.eps, o.weight_decay)
+        )
+        self.weight.register_post_accumulate_grad_hook(self._after_backward)
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the coming updates."""
+        self.optimizer.param_groups[0]["lr"] = lr
+
+    def step(self, x: Tensor, labels: Tensor, drawn: "Drawn") -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss, report and finiteness for gathered embeddings (B, D) and labels (B,)."""
+        head, scale = self.head, self.head.config.margin.scale
+        x = x.to(self.weight.dtype)
+        valid, count = labels >= 0, (labels >= 0).sum().clamp_min(1)
+        norm = x.norm(dim=1).clamp_min(1e-12)
+        unit = x / norm[:, None]
+        rows = functional.normalize(self.weight if drawn.index is None else self.weight[drawn.index])
+        cosines = unit @ rows.t()
+        own = torch.zeros_like(norm).index_put((drawn.samples,), cosines[drawn.samples, drawn.places])
+        target_cosine = _SumOverRanks.apply(own)
+        psi = self._psi(target_cosine, norm, valid)
+        logits = scale * cosines
+        if head.config.margin.inter_class_filter:
+            logits = logits.masked_fill(cosines > head.config.margin.inter_class_filter, -torch.inf)
+        if head.config.sampling_correction and drawn.index is not None:
+            weight = torch.zeros_like(logits[0])
+            weight[: drawn.negatives] = -torch.log(torch.tensor(drawn.probability, dtype=weight.dtype))
+            weight[drawn.places] = 0
+            logits = logits + weight
+        logits = logits.index_put((drawn.samples, drawn.places), logits.new_tensor(-torch.inf))
+        largest = torch.maximum(
+            logits.detach().amax(1) if logits.shape[1] else psi.new_full(psi.shape, -torch.inf), scale * psi.detach()
+        )
+        if head.ranks.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        negatives = _SumOverRanks.apply(torch.exp(logits - largest[:, None]).sum(1))
+        loss = -(scale * psi - largest - torch.log(negatives + torch.exp(scale * psi - largest)))[valid].sum() / count
+        report = {"classification": loss.detach(), "target_cosine": target_cosine.detach()[valid].sum() / count}
+        loss = self._penalty(loss, norm, valid, count, report)
+        loss = self._compatibility(loss, unit, rows, drawn, report)
+        return loss, report, torch.isfinite(loss.detach()) & torch.isfinite(x).all()
+
+    def _psi(self, cosine: Tensor, norm: Tensor, valid: Tensor) -> Tensor:
+        """ψ with the margin's own derivatives, for autograd: the value is exact, the slopes are constants of a linear map."""
+        target = self.head.margin.target(cosine[valid].detach(), norm[valid].detach(), self.head.training)
+        linear = cosine[valid] * target.slope
+        if target.norm_slope is not None:
+            # every rank sees every norm, but the sum over ranks must count it once
+            linear = linear + (norm[valid] - norm[valid].detach()) * target.norm_slope / self.head.ranks.world_size
+        self.target = target
+        return cosine.clone().index_put((valid,), linear + (target.psi - linear).detach())
+
+    def _penalty(self, loss: Tensor, norm: Tensor, valid: Tensor, count: Tensor, report: dict[str, Tensor]) -> Tensor:
+        if self.target.penalty is None or self.target.penalty_slope is None:
+            return loss
+        value = self.target.penalty.sum() / count
+        report["norm_penalty"] = value
+        slope = (norm[valid] - norm[valid].detach()) * self.target.penalty_slope / self.head.ranks.world_size
+        return loss + value + slope.sum() / count
+
+    def _compatibility(
+        self, loss: Tensor, unit: Tensor, rows: Tensor, drawn: "Drawn", report: dict[str, Tensor]
+    ) -> Tensor:
+        compat, total = self.head.compat, self.head.compat_total
+        if compat is None or total is None:
+            return loss
+        index = slice(None) if drawn.index is None else drawn.index
+        centers, mask = (t.to(rows.dtype) for t in compat.rows(index, rows))
+        share = torch.ones(len(rows), dtype=rows.dtype, device=rows.device)
+        if drawn.index is not None:
+            share[drawn.negatives :] = 0
+            share = share / drawn.probability
+        gaps = (1 - (rows * centers).sum(1)) * mask * share
+        report["alignment"] = alignment = _SumOverRanks.apply(gaps.sum()) / total.clamp_min(1).to(rows.dtype)
+        target_centers, target_mask = centers[drawn.places], mask[drawn.places]
+        local = drawn.places if drawn.index is None else drawn.index[drawn.places]
+        boundary = compat.boundaries[local.to(compat.boundaries.device)].to(unit)
+        hinge = (boundary - (unit[drawn.samples] * target_centers).sum(1)).clamp_min(0) * target_mask
+        number = all_reduce_sum(target_mask.sum()).clamp_min(1)
+        report["boundary"] = boundary_loss = _SumOverRanks.apply(hinge.sum()) / number
+        loss = loss + compat.alignment_weight * alignment + compat.boundary_weight * boundary_loss
+        report.update({k: v.detach() for k, v in report.items()})
+        return loss
+
+    def _after_backward(self, _: Tensor) -> None:
+        if not self.head._deferring:
+            self.apply(1.0)
+
+    def apply(self, inverse_scale: float) -> None:
+        """One step of torch's optimizer on the dense gradient."""
+        if self.weight.grad is None:
+            return
+        if inverse_scale != 1.0:
+            self.weight.grad.mul_(inverse_scale)
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the gradient."""
+        self.weight.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Torch's optimizer state under the fused pass's names (C, D), created if no step was taken yet."""
+        slots = self.optimizer.state[self.weight]
+        names = {"momentum_buffer": "momentum", "exp_avg": "first_moment", "exp_avg_sq": "second_moment"}
+        wanted = ("momentum_buffer",) if isinstance(self.optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
+        for slot in wanted:
+            if slots.get(slot) is None:
+                slots[slot] = torch.zeros_like(self.weight)
+        return {names[slot]: slots[slot].detach() for slot in wanted}
