@@ -8,19 +8,20 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
 
 from trainer.config import AugmentConfig
 from trainer.data import augment
 from trainer.data.index import Dataset, DatasetInfo
 from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
-from trainer.data.order import Schedule, Slot
+from trainer.data.order import Samples, Schedule, Slot
 from trainer.errors import DataError
 
 _DEPTH = 2  # batches that DALI works on ahead of the one handed out
@@ -29,13 +30,13 @@ _READ_AHEAD = 3  # batches that are read ahead of DALI
 Feed = dict[str, Any]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
     """One batch on its way: what DALI was fed is kept alive until its output has been taken."""
 
     slot: Slot
-    records: NDArray[np.int64]
-    feed: Feed = field(default_factory=dict)
+    samples: Samples
+    feed: Feed
 
 
 def build_pipeline(
@@ -160,44 +161,47 @@ class DaliLoader(PositionedLoader):
             self.dataset.info, self.config, max(1, self.schedule.largest_slice), self.threads, self._device_id
         )
         ahead = _Ahead(self._job(slot) for slot in self.schedule.slots(epoch, samples))
-        size = self.dataset.info.image_size
+
+        def feed() -> None:
+            job = ahead.next()
+            jobs.append(job)
+            for name in names:
+                pipeline.feed_input(name, job.feed[name])
+
         try:
+            for _ in range(_DEPTH):
+                feed()
             while True:
-                while len(jobs) < _DEPTH:
-                    job = ahead.next()
-                    jobs.append(job)
-                    if len(job.records):
-                        for name in names:
-                            pipeline.feed_input(name, job.feed[name])
-                        pipeline.schedule_run()
-                job = jobs[0]
-                if len(job.records):
-                    (images,) = pipeline.share_outputs()
-                    tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
-                    pipeline.release_outputs()
-                    batch = Batch(
-                        tensor, labels_of(self.dataset, job.records, self.device), torch.from_numpy(job.records)
-                    )
-                else:
-                    batch = empty_batch(size, self.device)
-                jobs.popleft()
-                yield job.slot, batch
+                pipeline.schedule_run()  # the first call starts all that was fed
+                (images,) = pipeline.share_outputs()
+                tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
+                pipeline.release_outputs()
+                job = jobs.popleft()
+                feed()
+                yield job.slot, self._batch(job, tensor)
         finally:
             ahead.close()
 
+    def _batch(self, job: _Job, images: Tensor) -> Batch:
+        if not len(job.slot.samples):
+            return empty_batch(self.dataset.info.image_size, self.device)
+        records = job.samples.records
+        return Batch(images, labels_of(self.dataset, records, self.device), torch.from_numpy(records))
+
     def _job(self, slot: Slot) -> _Job:
-        if not len(slot.samples):
-            return _Job(slot, slot.samples.records)
+        wanted = slot.samples
+        if not len(wanted):  # DALI runs no empty batches; it gets one image that nobody looks at
+            wanted = Samples(wanted.epoch, self.dataset.kept[:1], np.zeros(1, np.int64))
         info = self.dataset.info
-        samples, images = self.reader.fetch_all(slot.samples)
+        samples, images = self.reader.fetch_all(wanted)
         draw = augment.draw(self.config, self.seed, samples, info.image_size, info.color)
-        return _Job(slot, samples.records, feed_of(draw, images, info.image_size, self.ring))
+        return _Job(slot, samples, feed_of(draw, images, info.image_size, self.ring))
 
     def _blame(self, jobs: deque[_Job], error: RuntimeError) -> None:
         """Find the records that DALI cannot decode, one by one; if there is none the error is not the data's."""
         before = len(self.reader.bad)
         for job in jobs:
-            for record, image in zip(job.records.tolist(), job.feed.get("images", []), strict=True):
+            for record, image in zip(job.samples.records.tolist(), job.feed["images"], strict=True):
                 reason = self._decode_error(image)
                 if reason is not None:
                     self.reader.note(record, f"{self.dataset.where(record)} does not decode: {reason}")

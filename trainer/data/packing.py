@@ -1,0 +1,339 @@
+"""From a listing of images to a RecordIO data set: shuffled once, cut into parts, each written by one process.
+
+The parts depend on the listing, the seed and the options alone: not on how many processes or machines write them. A
+part is complete when its note in ``.pack/`` exists; a second run writes only what is missing, and ``dataset.yaml``
+appears when nothing is.
+"""
+
+import hashlib
+import io
+import json
+import multiprocessing as mp
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from trainer.data import recordio, store
+from trainer.data.index import (
+    DESCRIPTION,
+    DatasetInfo,
+    PartInfo,
+    decode_image,
+    image_problem,
+    load_description,
+    save_description,
+)
+from trainer.data.sources import Listing
+from trainer.errors import DataError
+
+_SMALLEST_PART, _MOST_PARTS = 4096, 512
+_NOTES = ".pack"
+_PLAN = "pack.json"
+_KEPT_FORMATS = ("JPEG", "PNG")
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How images are packed.
+
+    Attributes:
+        size: (H, W) that images of another size are resized to (and re-encoded); None: sizes stay.
+        encode: ``keep``: JPEG and PNG bytes stay as they are where nothing has to be changed, other formats become PNG;
+            ``jpeg``, ``png``: every image is re-encoded.
+        quality: of JPEG where it is encoded.
+        seed: of the one shuffle; None keeps the listing's order.
+        part_records: records per part; 0: at least 4,096, at most 512 parts.
+        layout: ``insightface`` writes one part in class order with header record 0 and identity records.
+        skip_damaged: leave out images that do not decode (they are listed in ``skipped.txt``) instead of stopping.
+        color, mean, std: how loaders deliver the images; see :class:`trainer.data.index.DatasetInfo`.
+    """
+
+    size: tuple[int, int] | None = None
+    encode: str = "keep"
+    quality: int = 95
+    seed: int | None = 0
+    part_records: int = 0
+    layout: str = "plain"
+    skip_damaged: bool = False
+    color: str = "RGB"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What a run of :func:`pack` did; ``complete`` is False while other jobs' parts are missing."""
+
+    records: int
+    classes: int
+    bytes: int
+    parts: int
+    written_parts: int
+    skipped: int
+    seconds: float
+    complete: bool
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one process needs to write a part."""
+
+    out: Path
+    name: str
+    number: int
+    plan: str
+    files: list[str]
+    spans: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    options: PackOptions
+
+
+def pack(
+    listing: Listing,
+    out: Path,
+    options: PackOptions,
+    *,
+    processes: int = 1,
+    job: tuple[int, int] = (0, 1),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PackResult:
+    """Write a data set.
+
+    Args:
+        listing: the images.
+        out: the folder; made if missing. What an earlier run of the same packing left is continued.
+        options: see there.
+        processes: how many processes write parts.
+        job: (i, n): write only every n-th part from the i-th on (0-based); the job that completes the last part writes
+            dataset.yaml.
+        progress: called with (images done, images to do).
+
+    Raises:
+        DataError: the folder holds something else, cannot be written, or an image is damaged (nothing of its part
+            stays).
+    """
+    began = time.monotonic()
+    parts = _plan(listing, out, options)
+    _claim(out, parts[0].plan, listing, options)
+    missing: list[_Part] = []
+    if not (out / DESCRIPTION).exists():
+        (out / _NOTES).mkdir(exist_ok=True)
+        missing = [part for part in parts[job[0] :: job[1]] if not _note(part).exists()]
+        _write_parts(missing, processes, progress)
+        notes = [json.loads(_note(part).read_text()) for part in parts if _note(part).exists()]
+        if len(notes) < len(parts):
+            done, size = sum(note["records"] for note in notes), sum(note["bytes"] for note in notes)
+            left_out = sum(len(note["skipped"]) for note in notes)
+            return PackResult(
+                done, listing.num_classes, size, len(parts), len(missing), left_out, time.monotonic() - began, False
+            )
+        _finish(out, parts, notes, listing, options)
+        if job[1] == 1:
+            _clean(out)
+    described = load_description(out).parts
+    records, size = sum(part.records or 0 for part in described), sum(part.bytes or 0 for part in described)
+    left_out = len(listing) - records
+    return PackResult(
+        records, listing.num_classes, size, len(parts), len(missing), left_out, time.monotonic() - began, True
+    )
+
+
+def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
+    n = len(listing)
+    if options.layout == "insightface":
+        order, width = np.argsort(listing.labels, kind="stable"), n
+    else:
+        random = np.random.Generator(np.random.Philox(key=options.seed or 0))
+        order = np.arange(n) if options.seed is None else random.permutation(n)
+        width = options.part_records or max(_SMALLEST_PART, -(-n // _MOST_PARTS))
+    plan = hashlib.blake2b((listing.digest() + json.dumps(asdict(options))).encode(), digest_size=16).hexdigest()
+    count = -(-n // width)
+    parts = []
+    for k in range(count):
+        rows = order[k * width : (k + 1) * width]
+        name = "train" if count == 1 else f"train-{k:05d}"
+        files = [listing.files[row] for row in rows.tolist()]
+        parts.append(_Part(out, name, k, plan, files, listing.spans[rows], listing.labels[rows], options))
+    return parts
+
+
+def _claim(out: Path, plan: str, listing: Listing, options: PackOptions) -> None:
+    """Make the folder ours, or find that it is."""
+    file = out / _PLAN
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            if json.loads(file.read_text())["plan"] != plan:
+                raise DataError(
+                    f"{out}: holds another packing (other images or options); remove it or choose another folder"
+                )
+            return
+        others = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+        if others:
+            raise DataError(f"{out}: is not empty (it holds {others[0]}); choose another folder")
+        about = {"plan": plan, "images": len(listing), "classes": listing.num_classes, "options": asdict(options)}
+        store.write_text(file, json.dumps(about, indent=1) + "\n")
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{out}: cannot be packed into: {error}") from None
+
+
+def _note(part: _Part) -> Path:
+    return part.out / _NOTES / f"{part.number:05d}.json"
+
+
+def _note_labels(part: _Part) -> Path:
+    return part.out / _NOTES / f"{part.number:05d}.labels.npy"
+
+
+_done: Any = None  # the shared counter of images, in the worker processes
+
+
+def _start_worker(counter: Any) -> None:
+    global _done
+    _done = counter
+
+
+def _write_parts(parts: list[_Part], processes: int, progress: Callable[[int, int], None]) -> None:
+    if not parts:
+        return
+    total = sum(len(part.files) for part in parts)
+    context = mp.get_context("fork")
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(min(processes, len(parts)), context, _start_worker, (counter,)) as pool:
+        waiting = {pool.submit(_write_part, part) for part in parts}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                progress(counter.value, total)
+        except BrokenProcessPool:
+            raise DataError("a packing process died (out of memory?); run the same command again to continue") from None
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _write_part(part: _Part) -> None:
+    """Write a part's .rec, .idx and offsets, then its note; on any failure nothing of them stays."""
+    writer = recordio.RecordWriter(part.out / f"{part.name}.rec")
+    first_id = 1 if part.options.layout == "insightface" else part.number << 32
+    labels: list[int] = []
+    skipped: list[str] = []
+    sizes: set[tuple[int, int]] = set()
+    try:
+        if part.options.layout == "insightface":
+            _write_insightface_header(writer, part)
+        for file, (start, length), label in zip(part.files, part.spans.tolist(), part.labels.tolist(), strict=True):
+            try:
+                image, size = _load(file, start, length, part.options)
+            except (OSError, ValueError) as error:
+                if not part.options.skip_damaged:
+                    raise DataError(f"{file}: {error}; mend or remove it, or use --skip-damaged") from None
+                skipped.append(f"{file}: {error}")
+                continue
+            id = first_id + len(labels)
+            # Above 2^24 the header cannot hold the label: −1 says so, and labels.npy has it.
+            header = float(label) if label < recordio.EXACT_FLOAT_LABELS else -1.0
+            writer.write(id, recordio.encode_record(image, header, id))
+            labels.append(label)
+            sizes.add(size)
+            if _done is not None:
+                with _done.get_lock():
+                    _done.value += 1
+        if not labels:
+            raise DataError(
+                f"{part.out / part.name}.rec: none of its {len(part.files)} images can be read ({skipped[0]})"
+            )
+        offsets = np.array([*writer.offsets[-len(labels) :], writer.position], np.int64)
+        if part.options.layout == "insightface":
+            _write_identities(writer, np.array(labels))
+        store.save_array(store.offsets_path(writer.path), offsets)
+        store.save_array(_note_labels(part), np.array(labels, np.int64))
+        writer.close()
+        about = {"records": len(labels), "bytes": writer.position, "first_id": first_id, "skipped": skipped}
+        store.write_text(_note(part), json.dumps({**about, "sizes": sorted(sizes)[:8], "plan": part.plan}))
+    except BaseException:
+        writer.abort()
+        raise
+
+
+def _write_insightface_header(writer: recordio.RecordWriter, part: _Part) -> None:
+    """Record 0: flag 2, the key after the last image and the key after the last identity record."""
+    if part.options.skip_damaged:
+        raise DataError("--layout insightface announces its counts first, so it cannot --skip-damaged")
+    after = len(part.files) + 1
+    writer.write(0, recordio.encode_record(b"", (float(after), float(after + len(np.unique(part.labels))))))
+
+
+def _write_identities(writer: recordio.RecordWriter, labels: NDArray[np.int64]) -> None:
+    """One record per identity: flag 2, the keys [first, last) of its images."""
+    _, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    for k, (start, count) in enumerate(zip(first.tolist(), counts.tolist(), strict=True)):
+        key = len(labels) + 1 + k
+        writer.write(key, recordio.encode_record(b"", (float(start + 1), float(start + 1 + count)), key))
+
+
+def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[bytes, tuple[int, int]]:
+    """An image as it is to be stored, and its (H, W). Raises :class:`OSError` or :class:`ValueError`."""
+    with Path(file).open("rb") as handle:
+        handle.seek(start)
+        data = handle.read(length)
+    with Image.open(io.BytesIO(data)) as opened:
+        kind, shape = opened.format, (opened.height, opened.width)
+        opened.load()
+    wanted = options.size or shape
+    if options.encode == "keep" and shape == wanted and kind in _KEPT_FORMATS and image_problem(data) is None:
+        return data, shape
+    image = Image.fromarray(decode_image(data, options.size))
+    out = io.BytesIO()
+    if options.encode == "jpeg" or (options.encode == "keep" and kind == "JPEG"):
+        image.save(out, "JPEG", quality=options.quality)
+    else:
+        image.save(out, "PNG")
+    return out.getvalue(), (image.height, image.width)
+
+
+def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing: Listing, options: PackOptions) -> None:
+    """All parts are there: labels, class names and, last, the description."""
+    store.save_array(out / "labels.npy", np.concatenate([np.load(_note_labels(part)) for part in parts]))
+    if listing.names is not None:
+        store.write_text(out / "classes.txt", "".join(f"{name}\n" for name in listing.names))
+    skipped = [line for note in notes for line in note["skipped"]]
+    if skipped:
+        store.write_text(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
+    sizes = sorted({tuple(size) for note in notes for size in note["sizes"]})
+    size = options.size or sizes[0]
+    if options.layout == "insightface":
+        store.write_text(out / "property", f"{listing.num_classes},{size[0]},{size[1]}\n")
+    info = DatasetInfo(
+        image_size=size,
+        uniform=sizes == [size],
+        color=options.color,
+        mean=options.mean,
+        std=options.std,
+        num_classes=listing.num_classes,
+        labels="labels.npy",
+        class_names="classes.txt" if listing.names is not None else None,
+        parts=tuple(
+            PartInfo(rec=f"{part.name}.rec", records=note["records"], bytes=note["bytes"], first_id=note["first_id"])
+            for part, note in zip(parts, notes, strict=True)
+        ),
+    )
+    save_description(out, info)
+
+
+def _clean(out: Path) -> None:
+    """Remove the notes, and what a killed run left under temporary names."""
+    shutil.rmtree(out / _NOTES)
+    for stray in out.glob(".*.tmp"):
+        stray.unlink(missing_ok=True)
