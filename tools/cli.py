@@ -1,7 +1,7 @@
 """The command ``lce``: one subcommand a file in this folder; this one only dispatches and turns errors into exit statuses.
 
-Exit status: 0 done; 1 the answer is no (damage found, upgrade unsafe); 2 wrong use or configuration. A crash is never 1 or 2: it
-ends with 70 and its traceback; an interruption by Ctrl-C with 130.
+Exit status: 0 done; 1 the answer is no (damage found, upgrade unsafe); 2 wrong use or configuration. A crash is never 1
+or 2: it ends with 70 and its traceback; an interruption by Ctrl-C with 130.
 """
 
 import argparse
@@ -17,7 +17,7 @@ EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
 
 # A subcommand is a module with HELP (one line), add_arguments(parser) and run(args) -> exit status. It imports what is
 # heavy or optional inside run(), so that `lce --help` stays quick and works without the extras.
-COMMANDS = ("demo", "pack", "check", "launch", "centers", "evaluate", "export", "bench")
+COMMANDS = ("demo", "pack", "check", "launch", "centers", "evaluate", "export", "checkpoint", "bench")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,9 +36,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; ``key=value`` overrides may stand behind options too (argparse alone takes them in one place only)."""
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        if not hasattr(args, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one ``lce`` command; returns its exit status."""
-    args = build_parser().parse_args(argv)
+    args = parse(build_parser(), argv)
     try:
         return int(args.run(args))
     except LceError as error:

@@ -1,7 +1,7 @@
 """The errors a user can cause. Each says what is wrong, where (file, key, record) and what to do about it.
 
-Command lines turn an :class:`LceError` into one line on standard error and exit status 2; anything else is a defect of ours and
-shows its traceback.
+Command lines turn an :class:`LceError` into one line on standard error and exit status 2; anything else is a defect of
+ours and shows its traceback.
 """
 
 
@@ -27,3 +27,7 @@ class CenterBankError(LceError):
 
 class ModelError(LceError):
     """A model file that is missing, damaged or does not fit what it is used for."""
+
+
+class TrainingError(LceError):
+    """Training that cannot usefully go on: the loss is not finite for too many updates in a row."""

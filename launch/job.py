@@ -1,0 +1,61 @@
+"""A job as asked for on the command line, whatever starts it."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run and on what.
+
+    Attributes:
+        config: the YAML file; overrides: ``key=value`` strings behind it.
+        nproc: processes per node. nnodes: ``N``, or ``MIN:MAX`` for an elastic torchrun.
+        node_rank: this node's number, for the static rendezvous.
+        master: ``host:port`` where the ranks meet; empty on one node.
+        rendezvous: ``static`` (numbered nodes) or ``c10d`` (nodes may come and go).
+        job_id: names the rendezvous.
+        max_restarts: how often the group is started again after a failure.
+        interface: network interface for gloo and NCCL; empty: chosen by them.
+        hostfile: lines ``host slots=N``, for mpirun and DeepSpeed.
+        extra: words handed to the launcher as they are.
+    """
+
+    config: Path
+    overrides: tuple[str, ...] = ()
+    nproc: int = 1
+    nnodes: str = "1"
+    node_rank: int = 0
+    master: str = ""
+    rendezvous: str = "static"
+    job_id: str = "lce"
+    max_restarts: int = 0
+    interface: str = ""
+    hostfile: Path | None = None
+    extra: tuple[str, ...] = field(default=())
+
+    @property
+    def program(self) -> list[str]:
+        """The arguments of ``python`` that start one rank."""
+        return ["-m", "trainer", str(self.config), *self.overrides]
+
+    @property
+    def many_nodes(self) -> bool:
+        """Whether more than this machine takes part."""
+        return self.nnodes not in ("1", "1:1")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that every rank needs."""
+        names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        out = dict.fromkeys(names, self.interface) if self.interface else {}
+        if "OMP_NUM_THREADS" not in os.environ:  # the trainer sets its own threads; this silences torchrun's warning
+            out["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.nproc))
+        return out
+
+
+def python() -> str:
+    """The interpreter that the ranks run: the present one."""
+    return sys.executable

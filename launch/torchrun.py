@@ -1,0 +1,72 @@
+"""One node or many by torch's elastic launcher: numbered nodes (static), or nodes that may come and go (c10d)."""
+
+import logging
+import os
+import signal
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from launch.job import Job
+from trainer.watch import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, EXIT_PEER, EXIT_TERMINATED, EXIT_USAGE
+
+_TOLD = (EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_CRASH)
+
+
+def arguments(job: Job) -> list[str]:
+    """The words behind ``torchrun`` for this job."""
+    words = [f"--nproc-per-node={job.nproc}", f"--max-restarts={job.max_restarts}", *job.extra]
+    if not job.many_nodes:
+        words = ["--standalone", *words]
+    elif job.rendezvous == "c10d":
+        words = [
+            f"--nnodes={job.nnodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={job.master}",
+            f"--rdzv-id={job.job_id}",
+            *words,
+        ]
+    else:
+        host, _, port = job.master.rpartition(":")
+        words = [
+            f"--nnodes={job.nnodes}",
+            f"--node-rank={job.node_rank}",
+            f"--master-addr={host}",
+            f"--master-port={port}",
+            *words,
+        ]
+    return [*words, *job.program]
+
+
+def run(job: Job) -> int:
+    """Start the ranks of this node and wait for them.
+
+    Returns:
+        The exit status: that of the rank that failed first, where the ranks agree on what it means (2, 70, 75, 130); 70
+        when a rank was killed.
+    """
+    from torch.distributed.run import parse_args
+    from torch.distributed.run import run as run_agent
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks say themselves what is wrong
+    os.environ.update(job.environment)
+    try:
+        run_agent(parse_args(arguments(job)))
+    except ChildFailedError as error:
+        return _status({rank: failure.exitcode for rank, failure in error.failures.items()})
+    except SignalException as stop:
+        return EXIT_INTERRUPTED if stop.sigval == signal.SIGINT else EXIT_TERMINATED
+    return EXIT_DONE
+
+
+def _status(codes: dict[int, int]) -> int:
+    """One status for the group: of the ranks' own words, else a crash; ranks that were killed are named."""
+    killed = [f"rank {rank} by {signal.Signals(-code).name}" for rank, code in codes.items() if code < 0]
+    if killed and not any(code in _TOLD for code in codes.values()):
+        print(f"lce launch: killed: {', '.join(killed)}", flush=True)
+    told = [code for code in codes.values() if code in _TOLD]
+    if told:
+        return next((code for code in _TOLD if code in told), EXIT_CRASH)
+    return EXIT_CRASH if any(code != EXIT_PEER for code in codes.values()) or codes else EXIT_DONE

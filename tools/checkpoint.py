@@ -1,0 +1,129 @@
+"""Look into the checkpoints of a run, verify them, or take the backbone's weights out of one.
+
+  lce checkpoint info runs/mine                     what each checkpoint holds
+  lce checkpoint verify runs/mine                   read every byte; status 1 when one is damaged
+  lce checkpoint extract runs/mine backbone.safetensors
+
+A run folder means all its checkpoints (extract: the newest); a single step-XXXXXXXX folder is taken as well.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HELP = "look into checkpoints, verify them, or extract weights"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``lce checkpoint``."""
+    parser.add_argument("action", choices=("info", "verify", "extract"))
+    parser.add_argument("path", type=Path, help="a run folder or one of its checkpoints")
+    parser.add_argument("out", type=Path, nargs="?", help="extract: the .safetensors file to write")
+    parser.add_argument("--average", action="store_true", help="extract: the moving average instead of the weights")
+    parser.add_argument("--json", type=Path, help="also write the figures there; - for standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; 1 when ``verify`` finds damage."""
+    from trainer.checkpoint import SEAL, list_checkpoints
+    from trainer.errors import CheckpointError
+
+    if (args.path / SEAL).is_file() or args.path.name.startswith("step-"):
+        folders = [args.path]
+    else:
+        folders = list_checkpoints(args.path / "checkpoints")
+    if not folders:
+        raise CheckpointError(f"{args.path}: no checkpoints in it")
+    if args.action == "extract":
+        return _extract(folders[-1], args.out, args.average)
+    results = [_verify(f) if args.action == "verify" else _info(f) for f in folders]
+    _report(results, args.json)
+    return 1 if any(result.get("damage") for result in results) else 0
+
+
+def _report(results: list[dict[str, Any]], path: Path | None) -> None:
+    if path is not None and str(path) != "-":
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    if str(path) == "-":
+        print(json.dumps(results, indent=1))
+        return
+    for result in results:
+        print(result["folder"])
+        for key, value in result.items():
+            if key != "folder":
+                print(f"  {key}: {value}")
+
+
+def _info(folder: Path) -> dict[str, Any]:
+    import datetime
+
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from trainer.checkpoint import read_index, read_seal
+
+    seal, index = read_seal(folder), read_index(folder)
+    tensors = [v for v in index.state_dict_metadata.values() if isinstance(v, TensorStorageMetadata)]
+    return {
+        "folder": str(folder),
+        "step": seal["step"],
+        "steps": seal["steps"],
+        "written": datetime.datetime.fromtimestamp(seal["time"]).isoformat(timespec="seconds"),
+        "world_size": seal["world_size"],
+        "loader": seal["loader"],
+        "classes": seal["num_classes"],
+        "backbone": seal["config"]["backbone"]["name"],
+        "dim": seal["config"]["backbone"]["dim"],
+        "tensors": len(tensors),
+        "numbers": sum(t.size.numel() for t in tensors),
+        "bytes": sum(size for size, _ in seal["files"].values()),
+        **seal["identity"],
+    }
+
+
+def _verify(folder: Path) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.progress import track
+
+    from trainer.checkpoint import find_damage, read_index, read_seal
+    from trainer.errors import CheckpointError
+
+    damage: str | None = None
+    size = 0
+    try:
+        files = read_seal(folder)["files"]
+        read_index(folder)
+        names = track(sorted(files), str(folder), console=Console(file=sys.stderr), transient=True)
+        damage = next((d for d in (find_damage(folder, {n: files[n]}) for n in names) if d), None)
+        size = sum(entry[0] for entry in files.values())
+    except CheckpointError as error:
+        damage = str(error)
+    return {"folder": str(folder), "bytes": size, "damage": damage}
+
+
+def _extract(folder: Path, out: Path | None, average: bool) -> int:
+    import torch
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from trainer.checkpoint import Checkpoint, load_tensors, read_index, read_seal
+    from trainer.errors import CheckpointError, ConfigError
+
+    if out is None or out.suffix != ".safetensors":
+        raise ConfigError("lce checkpoint extract: name the .safetensors file to write behind the run folder")
+    prefix = "average.backbone." if average else "module.backbone."
+    checkpoint = Checkpoint(folder, read_seal(folder))
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in read_index(folder).state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
+    }
+    if not state:
+        raise CheckpointError(f"{folder}: holds no {prefix.rstrip('.')}")
+    load_tensors(checkpoint, state)
+    partial = out.with_name(f".{out.name}.partial")
+    save_file({name.removeprefix(prefix): tensor for name, tensor in state.items()}, partial)
+    partial.replace(out)
+    print(f"{out}: {len(state)} tensors of step {checkpoint.step}")
+    return 0

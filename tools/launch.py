@@ -1,0 +1,106 @@
+"""Train as a configuration says: start the ranks on this machine, on many, or hand the job to a queue.
+
+  lce launch configs/FILE.yaml --nproc 2 train.steps=1000
+  lce launch configs/FILE.yaml --nproc 8 --nnodes 2 --node-rank 0 --master node0:29500      # the same on node 1
+  lce launch configs/FILE.yaml --nproc 8 --nnodes 4 --with slurm --gpus 8 --dry-run          # shows the sbatch file
+
+The same command continues an interrupted run, on any number of ranks. Exit status: 0 finished; 2 wrong use; 70 crash;
+75 stopped by SIGTERM and 130 by Ctrl-C, both with a checkpoint.
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+HELP = "train as a configuration says, on one or many processes and machines"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``lce launch``."""
+    parser.add_argument("config", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=0.05")
+    parser.add_argument("--nproc", type=int, default=0, help="processes per node (default: one a GPU, or 1)")
+    parser.add_argument(
+        "--with", dest="launcher", choices=("torchrun", "mpirun", "slurm", "deepspeed"), default="torchrun"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print exactly what would run")
+    parser.add_argument("--max-restarts", type=int, default=0, help="start the ranks again after a failure, this often")
+    parser.add_argument("--interface", default="", help="network interface for gloo and NCCL, such as eth0")
+    nodes = parser.add_argument_group("many machines")
+    nodes.add_argument("--nnodes", default="1", help="machines; MIN:MAX with --rendezvous c10d")
+    nodes.add_argument("--node-rank", type=int, default=0, help="this machine's number (static rendezvous)")
+    nodes.add_argument("--master", default="", metavar="HOST:PORT", help="where the ranks meet")
+    nodes.add_argument(
+        "--rendezvous", choices=("static", "c10d"), default="static", help="c10d: machines may come and go"
+    )
+    nodes.add_argument("--job-id", default="lce", help="name of the job, and of the c10d rendezvous")
+    nodes.add_argument("--hostfile", type=Path, help="host slots=N, a line a machine (mpirun, deepspeed)")
+    queue = parser.add_argument_group("SLURM")
+    queue.add_argument("--gpus", type=int, default=0, help="GPUs per node")
+    queue.add_argument("--cpus", type=int, default=0, help="CPUs per node")
+    queue.add_argument("--time", default="", help="time limit, such as 2-00:00:00")
+    queue.add_argument("--partition", default="")
+    queue.add_argument("--account", default="")
+    queue.add_argument("--script", type=Path, default=Path("lce.sbatch"), help="where the sbatch file is written")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the configuration, then start (or show) the job; returns its exit status."""
+    import torch
+
+    from launch.job import Job
+    from trainer.config import load_config
+    from trainer.distributed import choose_device
+    from trainer.errors import ConfigError
+
+    config = load_config(args.config, args.overrides)
+    if args.launcher != "slurm":
+        choose_device(config.run.device, 0)
+    cuda = config.run.device != "cpu" and torch.cuda.is_available()
+    job = Job(
+        config=args.config,
+        overrides=tuple(args.overrides),
+        nproc=args.nproc or (torch.cuda.device_count() if cuda else 1),
+        nnodes=args.nnodes,
+        node_rank=args.node_rank,
+        master=args.master,
+        rendezvous=args.rendezvous,
+        job_id=args.job_id,
+        max_restarts=args.max_restarts,
+        interface=args.interface,
+        hostfile=args.hostfile,
+    )
+    if job.nproc < 1:
+        raise ConfigError(f"--nproc {job.nproc}: at least 1")
+    if job.many_nodes and args.launcher == "torchrun" and ":" not in job.master:
+        raise ConfigError(f"--nnodes {job.nnodes}: needs --master HOST:PORT, the first machine as all others reach it")
+    if args.launcher == "slurm":
+        return _slurm(args, job)
+    return _start(args.launcher, job, args.dry_run)
+
+
+def _start(launcher: str, job: "Job", dry_run: bool) -> int:  # type: ignore[name-defined]  # noqa: F821
+    from launch import deepspeed, mpirun, torchrun
+
+    if dry_run:
+        words = {
+            "torchrun": lambda: ["torchrun", *torchrun.arguments(job)],
+            "mpirun": lambda: mpirun.command(job),
+            "deepspeed": lambda: deepspeed.command(job),
+        }[launcher]()
+        settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in job.environment.items())
+        print(f"{settings} {shlex.join(words)}".strip())
+        return 0
+    return {"torchrun": torchrun.run, "mpirun": mpirun.run, "deepspeed": deepspeed.run}[launcher](job)
+
+
+def _slurm(args: argparse.Namespace, job: "Job") -> int:  # type: ignore[name-defined]  # noqa: F821
+    from launch import slurm
+
+    allocation = slurm.Allocation(args.gpus, args.time, args.partition, args.account, args.cpus)
+    text = slurm.script(job, allocation)
+    if args.dry_run:
+        print(text, end="")
+    else:
+        print(slurm.submit(text, args.script))
+    return 0

@@ -1,0 +1,91 @@
+"""One rank of a run, what every launcher starts: ``python -m trainer CONFIG [key=value …]``.
+
+Alone it trains in one process; under torchrun (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT) it is one of many. Exit status: see :mod:`trainer.watch`.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from trainer.config import Config, load_config
+from trainer.distributed import process_group
+from trainer.errors import LceError
+from trainer.watch import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_PEER,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    is_echo,
+)
+
+TIMEOUT_SLACK_SECONDS = 30.0  # collectives give up this long after the watch, which can say who is missing
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; returns the exit status. A failure inside the run ends the process at once."""
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=0.05")
+    args = parser.parse_args(arguments)
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # torch renames collectives; the oldest supported version has the old names
+    try:
+        config = load_config(args.config, args.overrides)
+        return _run(config)
+    except LceError as error:
+        return _refuse(error, everywhere=True)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _run(config: Config) -> int:
+    from trainer.engine import train
+
+    timeout = config.run.timeout_seconds + TIMEOUT_SLACK_SECONDS
+    with process_group(config.run.device, timeout, config.run.threads) as ranks:
+        try:
+            summary = train(config, ranks)
+        except BaseException as error:
+            _end(error)
+    if summary.signal == signal.SIGINT:
+        return EXIT_INTERRUPTED
+    return EXIT_TERMINATED if summary.signal else EXIT_DONE
+
+
+def _refuse(error: LceError, everywhere: bool) -> int:
+    """One line for wrong input; a problem that all ranks have found together is told by rank 0 alone."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or everywhere:
+        print(f"trainer: {error}" if rank == 0 else f"trainer, rank {rank}: {error}", file=sys.stderr, flush=True)
+    return EXIT_USAGE
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Say why and end the process, without waiting for other ranks that may be gone."""
+    notes = getattr(error, "__notes__", [])
+    if isinstance(error, KeyboardInterrupt):
+        status = EXIT_INTERRUPTED
+    elif isinstance(error, LceError):
+        status = _refuse(error, everywhere=bool(notes))  # notes are of the loop, where ranks fail alone
+    elif notes and is_echo(error):
+        status = EXIT_PEER
+        print("\n".join(notes), file=sys.stderr, flush=True)
+    else:
+        status = EXIT_CRASH
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""The loop: data → task → update → log → checkpoint, until the last step or a request to stop.
+
+The order of data, augmentations and drawn classes follow from the seed and the position alone, and torch's generators
+are seeded anew for every step, so that a checkpoint needs to keep no generator: a run continued at the same world size
+repeats the uninterrupted one to the last bit. The device is waited for only where a line is logged (and in float16 or
+with accumulated batches, once an update).
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint import Checkpoint, Checkpoints, load_tensors
+from trainer.config import Config, dump_config
+from trainer.data import Batch, Loader, build_loader
+from trainer.distributed import Ranks, agree, barrier, broadcast_object, on_main
+from trainer.errors import ConfigError, LceError, TrainingError
+from trainer.monitor import Monitor
+from trainer.optim import Average, LossScale, Statistics, Updater, learning_rate
+from trainer.startup import Inputs, identity, prepare
+from trainer.task import Task, TrainTask
+from trainer.watch import Vote, Watch
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a call of :func:`train` ended.
+
+    Attributes:
+        status: ``finished``, or ``interrupted`` with a checkpoint; the same call continues.
+        signal: the signal that interrupted, else 0.
+        dir: the run folder.
+        step: updates made in all; ``steps`` is how many the run has.
+        skipped_steps: updates left out because loss or gradients were not finite.
+        seconds: wall time of this process's part.
+        last: the last logged line.
+    """
+
+    status: Literal["finished", "interrupted"]
+    signal: int
+    dir: str
+    step: int
+    steps: int
+    skipped_steps: int
+    seconds: float
+    last: dict[str, Any]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one batch: dropout and the like depend on nothing that would have to be saved."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) % (1 << 63)
+    torch.manual_seed(mixed)
+
+
+class RunState:
+    """What a run is at one moment: everything that decides its next step, and nothing else.
+
+    Attributes:
+        step: updates made or skipped.
+        skipped: updates skipped in all; streak: in a row. int64 scalars on the device.
+    """
+
+    def __init__(self, config: Config, task: Task, loader: Loader, ranks: Ranks) -> None:
+        self.task, self.loader = task, loader
+        self.step = 0
+        self.updater = Updater(task.modules(), config.optimizer)
+        half = config.train.precision == "float16"
+        self.scale = LossScale(2.0**16 if half else 1.0, not half, ranks.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.streak = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.average = Average(task.modules(), config.train.ema) if config.train.ema else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """name → tensor of the whole state, to save and to load into."""
+        out = {"skipped": self.skipped, "streak": self.streak}
+        for name, weights in self.weights().items():
+            out |= {f"module.{name}.{k}": v for k, v in weights.items()}
+        for name, weights in (self.average.values if self.average else {}).items():
+            out |= {f"average.{name}.{k}": v for k, v in weights.items()}
+        out |= {f"optimizer.{k}": v for k, v in self.updater.state().items()}
+        out |= {f"task.{k}": v for k, v in self.task.state().items()}
+        return out | {f"scale.{k}": v for k, v in self.scale.state().items()}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """module → its state dict, sharing memory."""
+        return {k: {n: v.detach() for n, v in m.state_dict().items()} for k, m in self.task.modules().items()}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint. Raises :class:`trainer.errors.CheckpointError` when it is of another run."""
+        load_tensors(checkpoint, self.tensors())
+        self.task.loaded()
+        self.loader.load_state_dict(checkpoint.seal["loader"])
+        self.step = checkpoint.step
+
+
+class Engine:
+    """One run on this rank: the parts put together, and the loop.
+
+    Args:
+        config: the run's configuration.
+        ranks: who we are.
+        inputs: the checked inputs (:func:`trainer.startup.prepare`).
+        task: what is trained.
+        loader: gives this rank its slice of every global batch.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, inputs: Inputs, task: Task, loader: Loader) -> None:
+        self.config, self.ranks, self.inputs, self.task = config, ranks, inputs, task
+        self.state = RunState(config, task, loader, ranks)
+        self.statistics = Statistics(task.modules().values(), ranks.world_size)
+        accumulate = config.train.accumulate
+        self.steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch / accumulate)
+        self.epoch_steps = loader.steps_per_epoch / accumulate
+        self.folder = config.run.dir
+        self._saved_step = -1
+
+    def update(self, batches: Iterator[Batch], monitor: Monitor, watch: Watch) -> dict[str, float | Tensor]:
+        """One update from ``train.accumulate`` batches; what there is to log about it."""
+        state, count = self.state, self.config.train.accumulate
+        lr = learning_rate(self.config.schedule, self.config.optimizer.lr, state.step, self.steps)
+        self.task.set_lr(lr)
+        self.statistics.remember()
+        state.updater.zero_grad()
+        finite = torch.ones((), dtype=torch.bool, device=self.ranks.device)
+        for part in range(count):
+            watch.at(state.step, "data")
+            with monitor.waiting_for_data():
+                batch = next(batches)
+            monitor.count(len(batch.labels))
+            watch.at(state.step, "forward")
+            number = state.step * count + part
+            seed_step(self.config.run.seed, number, self.ranks.rank)
+            out = self.task.compute(batch, number, part == count - 1, state.scale.value / count)
+            finite = finite & out.finite
+        watch.at(state.step, "update")
+        norm = state.updater.gradient_norm()
+        finite = finite & norm.isfinite()
+        state.updater.step(lr, norm, finite, state.scale.value)
+        self.task.apply(finite)
+        self._settle(finite)
+        scale = state.scale.value.clone()
+        state.scale.update(finite)
+        state.step += 1
+        values: dict[str, float | Tensor] = {"epoch": state.step / self.epoch_steps, **out.report}
+        values |= {"lr": lr, "grad_norm": norm / scale}
+        return values if state.scale.fixed else {**values, "loss_scale": scale}
+
+    def _settle(self, finite: Tensor) -> None:
+        """What follows an update: running statistics, counters of skipped updates, moving averages."""
+        state = self.state
+        self.statistics.settle(finite)
+        state.skipped += ~finite
+        state.streak.copy_(torch.where(finite, 0, state.streak + 1))
+        if state.average is not None:
+            state.average.update()
+
+    def run(self, checkpoints: Checkpoints, monitor: Monitor, watch: Watch) -> int:
+        """The loop. Returns the signal that stopped it (0 when it came to the end).
+
+        Raises:
+            TrainingError: too many updates in a row were not finite.
+            CheckpointError: two checkpoints in a row could not be written.
+        """
+        state, vote, every = self.state, Vote(), self.config.checkpoint.every_steps
+        batches = state.loader.batches()
+        answer: list[int] | None = None
+        while state.step < self.steps and not (answer and answer[0]):
+            values = self.update(batches, monitor, watch)
+            if monitor.due(state.step):
+                watch.at(state.step, "log")
+                self._log(monitor, values)
+            monitor.advance(state.step)
+            watch.at(state.step, "save")
+            if answer and answer[1] == 1:
+                checkpoints.settle()
+            if every and state.step % every == 0 and state.step < self.steps:
+                self.save(checkpoints)
+            answer = vote.cast(watch.stop_signal, checkpoints.saving * (1 if checkpoints.idle else 2))
+        watch.at(state.step, "save")
+        self.save(checkpoints)
+        checkpoints.settle()
+        return answer[0] if answer and state.step < self.steps else 0
+
+    def _log(self, monitor: Monitor, values: dict[str, float | Tensor]) -> None:
+        line = monitor.log(self.state.step, {**values, "skipped_steps": self.state.skipped})
+        limit, streak = self.config.train.max_nonfinite_steps, int(self.state.streak)
+        if streak > limit:
+            raise TrainingError(
+                f"{streak} updates in a row were not finite up to step {self.state.step} (loss {line['loss']}); they "
+                "changed nothing. Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
+                f"(limit: train.max_nonfinite_steps={limit})"
+            )
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Begin a checkpoint of the present state, unless this very state is saved already."""
+        if self._saved_step == self.state.step:
+            return
+        self._saved_step = self.state.step
+        seal = {
+            "step": self.state.step,
+            "steps": self.steps,
+            "loader": self.state.loader.state_dict(),
+            "world_size": self.ranks.world_size,
+            "identity": identity(self.config, self.inputs),
+            "num_classes": self.inputs.num_classes,
+            "config": self.config.model_dump(mode="json"),
+            "time": time.time(),
+        }
+        checkpoints.save(self.state.tensors(), seal)
+
+    def resume(self, checkpoints: Checkpoints) -> str:
+        """Continue from the newest whole checkpoint, if there is one; says what was done, for people."""
+        if self.config.checkpoint.resume == "never":
+            if broadcast_object(any(self.folder.glob("checkpoints/step-*"))):
+                raise ConfigError(
+                    f"run.dir = {self.folder}: has checkpoints and checkpoint.resume=never; choose another"
+                )
+            return "starting"
+        checkpoint = checkpoints.newest()
+        if checkpoint is None:
+            return "starting"
+        self.state.load(checkpoint)
+        self._saved_step = self.state.step
+        return f"continuing from {checkpoint.folder} (written by {checkpoint.seal['world_size']} ranks)"
+
+
+def train(config: Config, ranks: Ranks) -> RunSummary:
+    """Train as configured; all ranks call it. Starts, continues, or finds that the run is finished and does nothing.
+
+    Raises:
+        LceError: the input is wrong (nothing has been written then), checkpoints are damaged, the loss diverges.
+    """
+    began = time.perf_counter()
+    inputs = prepare(config, ranks)
+    task, loader = _build(config, inputs, ranks)
+    try:
+        engine = Engine(config, ranks, inputs, task, loader)
+        done = on_main(lambda: _finished(config.run.dir, engine.steps), ranks)
+        if done is not None:
+            return done
+        on_main(lambda: _open_folder(config), ranks)
+        return _train(engine, began)
+    finally:
+        loader.close()
+
+
+def _build(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[TrainTask, Loader]:
+    """Task and loader; a problem on one rank is raised on all, before the run folder is touched."""
+    problem: Exception | None = None
+    built: tuple[TrainTask, Loader] | None = None
+    try:
+        loader = build_loader(config, inputs.dataset, ranks)
+        built = TrainTask(config, inputs, ranks), loader
+    except LceError as error:
+        problem = error
+    agree(problem)
+    assert built is not None
+    return built
+
+
+def _train(engine: Engine, began: float) -> RunSummary:
+    config, ranks, folder = engine.config, engine.ranks, engine.folder
+    warnings: list[str] = []
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, ranks, warnings.append)
+    checkpoints.clean()
+    started = engine.resume(checkpoints)
+    with (
+        Watch(folder / "ranks", ranks, config.run.timeout_seconds) as watch,
+        Monitor(folder, config.log, ranks, engine.steps, engine.state.step) as monitor,
+    ):
+        checkpoints.notify = monitor.say
+        for line in (
+            *warnings,
+            f"{folder}: {started}, step {engine.state.step} of {engine.steps}, {ranks.world_size} ranks",
+        ):
+            monitor.say(line)
+        try:
+            stopped = engine.run(checkpoints, monitor, watch)
+        except Exception as error:
+            error.add_note(watch.explain(error))
+            raise
+        summary = RunSummary(
+            "interrupted" if stopped else "finished",
+            stopped,
+            str(folder),
+            engine.state.step,
+            engine.steps,
+            int(engine.state.skipped),
+            round(time.perf_counter() - began, 3),
+            monitor.last,
+        )
+        if stopped:
+            monitor.say(
+                f"{folder}: stopped by {signal.Signals(stopped).name} at step {summary.step}; "
+                "the same command continues"
+            )
+        else:
+            _finish(engine, summary)
+            monitor.say(f"{folder}: finished, {summary.step} steps, model in {folder / 'model'}")
+    return summary
+
+
+def _open_folder(config: Config) -> None:
+    """Make the run folder, keep the resolved configuration, and forget the notes of an earlier attempt's ranks."""
+    try:
+        folder = config.run.dir
+        (folder / "ranks").mkdir(parents=True, exist_ok=True)
+        for note in (folder / "ranks").iterdir():
+            note.unlink()
+        _write_beside(folder / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"run.dir = {config.run.dir}: cannot be written: {error.strerror}") from None
+
+
+def _finished(folder: Path, steps: int) -> RunSummary | None:
+    """The summary of a run that has made all its steps."""
+    try:
+        summary = RunSummary(**json.loads((folder / SUMMARY).read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / SUMMARY}: not a summary of a run: {error}; remove it to continue the run"
+        ) from None
+    return summary if summary.step >= steps else None
+
+
+def _finish(engine: Engine, summary: RunSummary) -> None:
+    """Export the model and write the summary, which marks the run as finished."""
+    figures = {k: float(v) for k, v in summary.last.items() if isinstance(v, int | float)}
+    state = engine.state
+    weights = state.average.values if state.average is not None else state.weights()
+    engine.task.export(engine.folder / "model", weights, summary.step, figures)
+    on_main(lambda: _write_beside(engine.folder / SUMMARY, json.dumps(asdict(summary), indent=1)), engine.ranks)
+    barrier()
+
+
+def _write_beside(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text)
+    beside.replace(path)

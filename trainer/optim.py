@@ -1,0 +1,243 @@
+"""The backbone's optimizer, the learning rate over the updates, clipping, loss scaling and the moving average.
+
+An update never waits for the device: torch's fused optimizers take the factor that undoes loss scaling and clips
+(``grad_scale``) and the flag that leaves everything as it is (``found_inf``) as tensors.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trainer.config import OptimizerConfig, ScheduleConfig
+from trainer.distributed import all_reduce_sum
+
+GROWTH_STEPS = 2000  # finite updates after which the loss scale doubles
+
+
+def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
+    """The learning rate of update ``step`` (0-based) of ``steps``: a linear climb, then the schedule's fall.
+
+    Warm-up: ``peak · (step + 1) / w`` over the first ``w = ⌈warmup · steps⌉`` updates. After it, with
+    ``t = (step − w) / (steps − w)`` in [0, 1): polynomial ``peak · (1 − t)^power``, cosine ``peak · (1 + cos πt) / 2``,
+    step ``peak · gamma^k`` with k milestones at or before ``step / steps``, constant ``peak``.
+    """
+    warmup = math.ceil(config.warmup * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    t = min(1.0, (step - warmup) / max(1, steps - warmup))
+    match config.name:
+        case "polynomial":
+            return float(peak * (1 - t) ** config.power)
+        case "cosine":
+            return peak * (1 + math.cos(math.pi * t)) / 2
+        case "step":
+            return float(peak * config.gamma ** sum(step >= milestone * steps for milestone in config.milestones))
+        case "constant":
+            return peak
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """A DTensor's part on this rank (sharing memory); any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(local: Tensor, parameter: Tensor) -> Tensor:
+    """``local`` seen with the sharding of ``parameter``: a DTensor when that is one."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+class LossScale:
+    """The factor on gradients that keeps float16 from underflowing.
+
+    Doubled after 2,000 finite updates in a row, halved after one that is not.
+
+    Args:
+        start: the first factor; 1 with ``fixed`` for every other dtype.
+        fixed: never change it.
+        device: where the factor lives; it is never read by the host in a step.
+    """
+
+    def __init__(self, start: float, fixed: bool, device: torch.device) -> None:
+        self.fixed = fixed
+        self.value = torch.tensor(start, dtype=torch.float32, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, finite: Tensor) -> None:
+        """Take note of an update; ``finite`` is a bool scalar that is equal on all ranks."""
+        if self.fixed:
+            return
+        grow = finite & (self.good_steps + 1 >= GROWTH_STEPS)
+        factor = torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
+        self.value.mul_(factor).clamp_(1.0, 2.0**24)
+        self.good_steps.copy_(torch.where(finite & ~grow, self.good_steps + 1, 0))
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors to save and to load into."""
+        return {"value": self.value, "good_steps": self.good_steps}
+
+
+class Updater:
+    """Applies gradients to the parameters of named modules: unscale, clip, skip when not finite, then SGD or AdamW.
+
+    Every parameter is decayed, as in the published face recognition recipes.
+
+    Args:
+        modules: name → module; parameters are known as ``name.parameter`` in :meth:`state`. Parameters may be DTensors
+            (FSDP2): the update is elementwise, so each rank updates its own part.
+        config: optimizer, learning rate, decay and clipping.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], config: OptimizerConfig) -> None:
+        self.clip_norm = config.clip_norm
+        self.parameters: dict[str, nn.Parameter] = {
+            f"{name}.{key}": parameter
+            for name, module in modules.items()
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self._local = {key: nn.Parameter(local_part(p.detach())) for key, p in self.parameters.items()}
+        self.optimizer = _build(config, list(self._local.values()))
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of all gradients over all ranks' parts, a float32 scalar; inf or nan when any entry is."""
+        whole = [p.grad for p in self.parameters.values() if p.grad is not None and not isinstance(p.grad, DTensor)]
+        parts = [p.grad.to_local() for p in self.parameters.values() if isinstance(p.grad, DTensor)]
+        square = _square_norm(whole, next(iter(self._local.values())).device)
+        if parts:
+            square = square + all_reduce_sum(_square_norm(parts, square.device))
+        return square.sqrt()
+
+    def step(self, lr: float, norm: Tensor, finite: Tensor, scale: Tensor) -> None:
+        """Update every parameter once, or none.
+
+        Args:
+            lr: the learning rate.
+            norm: :meth:`gradient_norm`, still scaled.
+            finite: bool scalar, equal on all ranks; False leaves parameters and state as they are.
+            scale: the loss scale the gradients carry.
+        """
+        divisor = scale
+        if self.clip_norm > 0:
+            divisor = scale * torch.clamp(norm / (scale * self.clip_norm), min=1.0)
+        for key, parameter in self.parameters.items():
+            gradient = parameter.grad
+            self._local[key].grad = None if gradient is None else local_part(gradient)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """``parameter/entry`` → the optimizer's tensors, sharded like their parameter; to save and to load into."""
+        out: dict[str, Tensor] = {}
+        for key, parameter in self.parameters.items():
+            for entry, value in self.optimizer.state[self._local[key]].items():
+                if isinstance(value, Tensor):
+                    out[f"{key}/{entry}"] = like(value, parameter) if value.ndim else value
+        return out
+
+
+def _square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(list(tensors))).float().square().sum()
+
+
+def _build(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The fused optimizer, its state made at once: a checkpoint can be loaded into it before the first step."""
+    optimizer: torch.optim.Optimizer
+    if config.name == "sgd":
+        optimizer = torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+    for parameter in parameters:
+        if config.name == "adamw":
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        elif config.momentum > 0:
+            optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+    return optimizer
+
+
+class Average:
+    """Exponential moving average of modules' weights: ``a = decay · a + (1 − decay) · weight`` after each update.
+
+    Other buffers (running statistics, counters) are copied.
+
+    Args:
+        modules: name → module; the averages start at their present weights.
+        decay: in (0, 1).
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
+        self.modules, self.decay = modules, decay
+        self.values = {name: {k: v.detach().clone() for k, v in m.state_dict().items()} for name, m in modules.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the modules' present weights in."""
+        for name, module in self.modules.items():
+            trained = {k for k, p in module.named_parameters() if p.requires_grad}
+            state = module.state_dict()
+            averaged = [(local_part(v), local_part(state[k])) for k, v in self.values[name].items() if k in trained]
+            torch._foreach_lerp_([a for a, _ in averaged], [w for _, w in averaged], 1 - self.decay)
+            for key, value in self.values[name].items():
+                if key not in trained:
+                    value.copy_(state[key])
+
+
+class Statistics:
+    """The batch norms' running statistics: the same on all ranks after an update, and untouched by one that is skipped.
+
+    Args:
+        modules: whose floating-point buffers are meant.
+        world_size: W.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], world_size: int) -> None:
+        self.buffers = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+        self.world_size = world_size
+        self._before: Tensor | None = None
+
+    def _flat(self) -> Tensor:
+        return torch.cat([b.flatten() for b in self.buffers])
+
+    def remember(self) -> None:
+        """Before the forward pass: keep a copy."""
+        if self.buffers:
+            self._before = self._flat()
+
+    @torch.no_grad()
+    def settle(self, finite: Tensor) -> None:
+        """After the update: the ranks' mean in one all-reduce, or the copy when ``finite`` (bool scalar) is False."""
+        if self._before is None:
+            return
+        mean = all_reduce_sum(self._flat()).div_(self.world_size)
+        kept = torch.where(finite, mean, self._before)
+        for buffer, value in zip(self.buffers, kept.split([b.numel() for b in self.buffers]), strict=True):
+            buffer.copy_(value.view_as(buffer))

@@ -1,0 +1,117 @@
+"""The backbone across ranks: DDP (replicated) or FSDP2 (sharded), precision, recomputation and compilation.
+
+The head gives each rank the gradient of the global mean with respect to its own embeddings, so the ranks' parameter
+gradients have to be summed. DDP and FSDP take their mean; :func:`scale_gradient` multiplies by W on the way from the
+head to the backbone (and by the loss scale of float16), so that neither the head nor the wrapper needs to know.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.backbones.recompute import Recompute
+from trainer.config import TrainConfig
+from trainer.distributed import Ranks
+from trainer.errors import ConfigError
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return gradients[0] * factor.to(gradients[0].dtype), None
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """``x`` unchanged; its gradient is multiplied by the scalar ``factor`` on the way back."""
+    out: Tensor = _ScaleGradient.apply(x, factor)
+    return out
+
+
+@contextmanager
+def _frozen_statistics(network: nn.Module) -> Iterator[None]:
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
+
+
+def embed(network: nn.Module, images: Tensor) -> Tensor:
+    """``network(images)`` for a rank's slice (b, 3, H, W) of any size, also b = 0 and 1 → (b, D).
+
+    Batch norm needs two samples: with fewer, this rank's norms use their running statistics for the step and leave them
+    as they are. A rank with no sample runs one blank image, so that it takes part in the backbone's collectives, and
+    drops its embedding.
+    """
+    if len(images) >= 2:
+        return cast(Tensor, network(images))
+    with _frozen_statistics(network):
+        if len(images) == 1:
+            return cast(Tensor, network(images))
+        blank = images.new_zeros((1, *images.shape[1:]))
+        return cast(Tensor, network(blank))[:0]
+
+
+def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """The module to call in training; ``backbone`` itself keeps the parameters and their plain names.
+
+    Its dtype and device have been set before. Raises :class:`ConfigError` for activation checkpointing or FSDP without
+    blocks.
+    """
+    if config.activation_checkpointing:
+        if not isinstance(backbone, Recompute):
+            raise ConfigError(f"train.activation_checkpointing: {type(backbone).__name__} has no blocks to recompute")
+        backbone.recompute = True
+    network = backbone
+    if config.parallel == "fsdp":
+        shard(backbone, ranks)
+    if config.compile:
+        network = torch.compile(backbone)  # type: ignore[assignment]
+    if config.parallel == "ddp" and torch.distributed.is_initialized() and ranks.world_size > 1:
+        device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        network = DistributedDataParallel(
+            network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    return network
+
+
+def shard(backbone: nn.Module, ranks: Ranks) -> None:
+    """Shard the parameters over all ranks in place (FSDP2), block by block where the network has blocks."""
+    if not torch.distributed.is_initialized():
+        raise ConfigError("train.parallel = fsdp needs a process group: start with lce launch or torchrun")
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
+    if isinstance(backbone, Recompute):
+        for block in backbone.blocks():
+            fully_shard(block, mesh=mesh)
+    fully_shard(backbone, mesh=mesh)
+
+
+def gradient_sync(network: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Around forward and backward of one of several accumulated batches: only the last one reduces over ranks."""
+    if isinstance(network, DistributedDataParallel):
+        return nullcontext() if last else network.no_sync()
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The backbone's mixed precision: bfloat16 or float16 matrix products and convolutions, float32 parameters."""
+    if config.precision in ("float32", "float64"):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, config.precision))

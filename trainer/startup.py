@@ -1,0 +1,145 @@
+"""What is checked before anything is written: the inputs, the run folder, and that all ranks agree."""
+
+import hashlib
+import os
+import platform
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainer import __version__
+from trainer.backbones import build_backbone
+from trainer.compat.center_bank import CenterBank
+from trainer.config import Config, dump_config
+from trainer.data import Dataset, open_dataset
+from trainer.distributed import Ranks, agree, gather_objects
+from trainer.errors import CenterBankError, ConfigError, DataError, LceError
+
+_AVAILABLE = ("none", "lce")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened and checked inputs of a run.
+
+    Attributes:
+        dataset: None for synthetic data.
+        num_classes: C.
+        image_size: (H, W) in pixels.
+        bank: the old model's centres, when the run is to be compatible.
+    """
+
+    dataset: Dataset | None
+    num_classes: int
+    image_size: tuple[int, int]
+    bank: CenterBank | None
+
+
+def prepare(config: Config, ranks: Ranks) -> Inputs:
+    """Open and check everything a user can get wrong; all ranks call it and all raise when one does.
+
+    Raises:
+        LceError: the first problem of the lowest rank that has one: :class:`DataError` (missing, empty, labels out of
+            range), :class:`CenterBankError` (another dimension or class count), :class:`ConfigError` (more ranks than
+            classes, unknown backbone, run folder not writable, ranks that do not agree).
+    """
+    inputs: Inputs | None = None
+    problem: Exception | None = None
+    try:
+        inputs = _open(config, ranks)
+        if ranks.is_main:
+            check_writable(config.run.dir)
+    except LceError as error:
+        problem = error
+    agree(problem)
+    assert inputs is not None
+    check_agreement(identity(config, inputs))
+    return inputs
+
+
+def _open(config: Config, ranks: Ranks) -> Inputs:
+    if config.data.loader == "synthetic":
+        dataset, classes = None, config.data.synthetic_classes
+        size = (config.data.synthetic_size, config.data.synthetic_size)
+    else:
+        assert config.data.path is not None
+        dataset = open_dataset(config.data.path, config.data.labels)
+        classes, size = dataset.num_classes, dataset.info.image_size
+        if len(dataset.kept) == 0:
+            raise DataError(f"{dataset.path}: no record to train on (all labels are −1, or the data set is empty)")
+    if ranks.world_size > classes:
+        raise ConfigError(
+            f"{ranks.world_size} ranks for {classes} classes: a rank would own none; start at most {classes}"
+        )
+    bank = None if config.compat.method == "none" else _open_bank(config, classes)
+    with torch.device("meta"):
+        build_backbone(config.backbone, size)
+    return Inputs(dataset, classes, size, bank)
+
+
+def _open_bank(config: Config, classes: int) -> CenterBank:
+    if config.compat.method not in _AVAILABLE or config.compat.mode != "direct":
+        raise ConfigError(
+            f"compat: method {config.compat.method}, mode {config.compat.mode} is not available in this version; "
+            "available: method none or lce, mode direct"
+        )
+    assert config.compat.bank is not None
+    bank = CenterBank.open(config.compat.bank)
+    if bank.num_classes != classes:
+        raise CenterBankError(
+            f"{config.compat.bank}: {bank.num_classes} classes, the data set has {classes}; "
+            "make the bank from this data set (lce centers)"
+        )
+    if bank.dim != config.backbone.dim:
+        raise CenterBankError(
+            f"{config.compat.bank}: dimension {bank.dim}, backbone.dim is {config.backbone.dim}; "
+            f"direct mode needs backbone.dim={bank.dim}"
+        )
+    return bank
+
+
+def check_writable(folder: Path) -> None:
+    """Raise :class:`ConfigError` unless files can be made in ``folder`` (or it can be made); leaves nothing behind."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"run.dir = {folder}: {existing} is a file, not a folder")
+    probe = existing / f".writable-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run.dir = {folder}: cannot be written ({error.strerror}); choose another run.dir") from None
+
+
+def identity(config: Config, inputs: Inputs) -> dict[str, str]:
+    """What has to be the same on all ranks: configuration, data, code and versions, each as a short text."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "configuration": hashlib.sha256(dump_config(config).encode()).hexdigest()[:16],
+        "data set": inputs.dataset.fingerprint if inputs.dataset else "synthetic",
+        "centre bank": inputs.bank.fingerprint if inputs.bank else "none",
+        "trainer version": __version__,
+        "trainer code": code.hexdigest()[:16],
+        "torch version": torch.__version__,
+        "python version": platform.python_version(),
+    }
+
+
+def check_agreement(mine: dict[str, str]) -> None:
+    """Raise :class:`ConfigError` on every rank when one differs from rank 0; names rank, host and both values."""
+    everyone = gather_objects((socket.gethostname(), mine))
+    first_host, first = everyone[0]
+    for rank, (host, theirs) in enumerate(everyone):
+        for key, value in first.items():
+            if theirs.get(key) != value:
+                raise ConfigError(
+                    f"rank {rank} on {host} has another {key} ({theirs.get(key)}) than rank 0 on {first_host} "
+                    f"({value}); "
+                    "start all ranks from the same code, configuration and data"
+                )

@@ -1,0 +1,206 @@
+"""What is trained: from a batch to a loss. The engine knows this seam and no loss.
+
+:class:`TrainTask` trains a new model: backbone, class-sharded head and, where configured, direct LCE against the old
+model's centres.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trainer.backbones import build_backbone
+from trainer.compat.center_bank import CenterBank
+from trainer.compat.lce import DirectCompat
+from trainer.config import Config
+from trainer.data import Batch, DatasetInfo
+from trainer.distributed import Ranks, on_main
+from trainer.export import ModelCard, save_model
+from trainer.head.partial_fc import PartialFC
+from trainer.head.partition import class_range
+from trainer.parallel import autocast, embed, gradient_sync, scale_gradient, wrap
+from trainer.startup import Inputs
+from trainer.weights import load_backbone_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float16": torch.float32, "float64": torch.float64}
+"""train.precision → dtype of the parameters; the half precisions are autocast over float32."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a task makes of one batch.
+
+    Attributes:
+        report: detached scalars by name, equal on all ranks; ``loss`` is the whole loss, the mean over the global
+            batch.
+        finite: bool scalar, equal on all ranks.
+    """
+
+    report: dict[str, Tensor]
+    finite: Tensor
+
+
+class Task(Protocol):
+    """What the engine asks of a training task."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that the optimizer updates, by name; parameters may be sharded."""
+
+    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
+        """Forward and backward of one batch; parameter gradients are added up.
+
+        Args:
+            batch: this rank's slice; images (b, 3, H, W), b may be 0.
+            step: number of the batch, from which random draws are seeded.
+            last: whether this is the last batch of the update (earlier ones need not reduce gradients over ranks).
+            factor: float32 scalar on the modules' gradients: the loss scale, divided by the batches per update.
+        """
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of what the task updates by itself (the head's rows)."""
+
+    def apply(self, finite: Tensor) -> None:
+        """End of the update: apply what was held back, or drop it when ``finite`` (bool scalar) is False."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors beyond the modules' own that decide the next step, to save and to load into."""
+
+    def loaded(self) -> None:
+        """Called after a checkpoint was loaded into :meth:`state`."""
+
+    def export(self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]) -> None:
+        """Write what was trained for use without the trainer; all ranks call it.
+
+        Args:
+            folder: to be made.
+            weights: module → its state dict (the moving average, where one is kept); tensors may be sharded.
+            step: updates made.
+            figures: the last logged numbers.
+        """
+
+
+class TrainTask:
+    """Backbone and head, with direct LCE when a centre bank is given.
+
+    Args:
+        config: the run's configuration.
+        inputs: the opened data set and bank.
+        ranks: who we are.
+    """
+
+    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        dtype = DTYPES[config.train.precision]
+        self.inputs = inputs
+        torch.manual_seed(config.run.seed)
+        backbone = self._build()
+        if config.backbone.weights is not None:
+            load_backbone_weights(backbone, config.backbone.weights)
+        backbone = backbone.to(ranks.device, dtype)
+        if config.train.channels_last:
+            backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backbone = backbone
+        self.network = wrap(backbone, config.train, ranks)
+        compat = None if inputs.bank is None else build_compat(config, inputs.bank, ranks)
+        self.head = PartialFC(
+            config.head,
+            inputs.num_classes,
+            config.backbone.dim,
+            ranks,
+            seed=config.run.seed,
+            compat=compat,
+            local_batch=-(-config.data.batch_size // ranks.world_size),
+        )
+        # Rows are updated within the backward pass, unless only the whole update tells whether and how far they may
+        # move.
+        self._deferred = config.train.accumulate > 1 or config.train.precision == "float16"
+        self._dtype = dtype
+
+    def _build(self) -> nn.Module:
+        return build_backbone(self.config.backbone, self.inputs.image_size)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The backbone."""
+        return {"backbone": self.backbone}
+
+    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
+        """See :class:`Task`."""
+        images = batch.images.to(self._dtype)
+        if self.config.train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with gradient_sync(self.network, last):
+            with autocast(self.config.train, self.ranks.device):
+                embeddings = embed(self.network, images)
+            embeddings = scale_gradient(embeddings.to(self._dtype), factor * self.ranks.world_size)
+            with self.head.deferred() if self._deferred else nullcontext():
+                out = self.head(embeddings, batch.labels, step)
+            out.loss.backward()
+        report = {"loss": out.loss.detach(), **out.report}
+        if "alignment" in report:  # in the paper's unit too: mean_d (u − v)² = (2 − 2 cos) / D on unit vectors
+            report["alignment_mse"] = report["alignment"] * (2 / self.config.backbone.dim)
+        return StepOutput(report, out.finite)
+
+    def set_lr(self, lr: float) -> None:
+        """See :class:`Task`."""
+        self.head.set_lr(lr)
+
+    def apply(self, finite: Tensor) -> None:
+        """See :class:`Task`."""
+        if not self._deferred:
+            return
+        if bool(finite):  # waits for the device
+            self.head.apply_update(1 / self.config.train.accumulate)
+        else:
+            self.head.discard_update()
+
+    def state(self) -> dict[str, Tensor]:
+        """The head's rows and their optimizer's state, sharded by class."""
+        return dict(self.head.shard_state())
+
+    def loaded(self) -> None:
+        """See :class:`Task`."""
+        self.head.load_shard_state()
+
+    def export(self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]) -> None:
+        """See :class:`Task`: the backbone with its card."""
+        whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights["backbone"].items()}
+        on_main(lambda: self._write_model(folder, whole, step, figures), self.ranks)
+
+    def _write_model(self, folder: Path, weights: dict[str, Tensor], step: int, figures: dict[str, float]) -> None:
+        backbone = self._build()
+        backbone.to(self._dtype).load_state_dict(weights)
+        dataset, bank = self.inputs.dataset, self.inputs.bank
+        look = dataset.info if dataset is not None else DatasetInfo()
+        card = ModelCard(
+            backbone=self.config.backbone,
+            dim=self.config.backbone.dim,
+            image_size=self.inputs.image_size,
+            color=look.color,
+            mean=look.mean,
+            std=look.std,
+            mode="" if bank is None else self.config.compat.mode,
+            compatible_with=None if bank is None else bank.info.model,
+            compatible_with_hash=None if bank is None else bank.info.model_hash,
+            step=step,
+            trained_on="synthetic" if dataset is None else str(dataset.path),
+            classes=self.inputs.num_classes,
+            figures=figures,
+        )
+        save_model(folder, backbone, card)
+
+
+def build_compat(config: Config, bank: CenterBank, ranks: Ranks) -> DirectCompat:
+    """The old model's centres and boundaries of this rank's classes, with the weights of the losses."""
+    mine = class_range(bank.num_classes, ranks.rank, ranks.world_size)
+    rows = bank.rows(mine.start, mine.stop)
+    return DirectCompat(
+        rows.centers.to(ranks.device),
+        rows.boundaries.to(ranks.device),
+        rows.mask.to(ranks.device),
+        config.compat.alignment_weight,
+        config.compat.boundary_weight,
+    )

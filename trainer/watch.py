@@ -1,0 +1,209 @@
+"""How a run stops: by a signal, by another rank's failure, by a hang; and how every rank learns why.
+
+Each rank keeps a small file ``<run>/ranks/rank-XXXXX.json`` that says where it is (step and phase), written by a
+background thread every two seconds, and at a failure the reason. They can be read from outside while a run goes on, and
+they are how the surviving ranks learn who stopped first: a collective only says that the connection is gone.
+
+Exit status of a rank: 0 finished; 2 wrong use; 70 crash; 71 another rank failed or hangs; 75 stopped by SIGTERM and 130
+by Ctrl-C, both with a checkpoint, so that the same command continues.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.distributed import Ranks
+
+EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED = 0, 2, 70, 71, 75, 130
+PHASES = ("data", "forward", "backward", "update", "save", "log")
+BEAT_SECONDS = 2.0
+GRACE_SECONDS = 8.0  # after Ctrl-C: a rank that does not come to the end of its step by then is ended
+
+
+class Vote:
+    """Agree on a few small numbers every step without waiting for it: the answer comes one step later.
+
+    The maximum over the ranks, reduced over gloo in host memory, so that the device is never waited for.
+    """
+
+    def __init__(self) -> None:
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self._group = None if alone else dist.new_group(backend="gloo")
+        self._cast: torch.Tensor | None = None
+        self._work: Any = None
+
+    def cast(self, *values: int) -> list[int] | None:
+        """Give this step's numbers; returns the maxima of the step before, equal on all ranks (None at the first)."""
+        answer: list[int] | None = None
+        if self._cast is not None:
+            if self._work is not None:
+                self._work.wait()
+            answer = [int(v) for v in self._cast.tolist()]
+        self._cast = torch.tensor(values, dtype=torch.int64)
+        if self._group is not None:
+            self._work = dist.all_reduce(self._cast, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return answer
+
+
+class Watch:
+    """Keeps an eye on this rank and, when something fails, on the others.
+
+    Use as a context manager around the loop, on the main thread. While it is open, SIGINT and SIGTERM only set
+    :attr:`stop_signal`; a second Ctrl-C is as the first.
+
+    Args:
+        folder: ``<run>/ranks``.
+        ranks: who we are.
+        timeout_seconds: a step phase that lasts longer ends this process.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, timeout_seconds: float) -> None:
+        self.folder, self.ranks, self.timeout_seconds = folder, ranks, timeout_seconds
+        self.stop_signal = 0
+        self._step, self._phase, self._since = -1, "start", time.time()
+        self._stopped_at = 0.0
+        self._reason: str | None = None
+        self._handlers: dict[int, Any] = {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if error is None:
+            self._path(self.ranks.rank).unlink(missing_ok=True)
+
+    def at(self, step: int, phase: str) -> None:
+        """Say where the main thread is."""
+        self._step, self._phase, self._since = step, phase, time.time()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.stop_signal:
+            self._stopped_at = time.time()
+        self.stop_signal = max(self.stop_signal, number)
+
+    def _run(self) -> None:
+        while not self._end.wait(BEAT_SECONDS if not self.stop_signal else 0.25):
+            self._write()
+            now = time.time()
+            if now - self._since > self.timeout_seconds:
+                self._leave(f"no progress for {now - self._since:.0f} s", EXIT_PEER)
+            late = self.stop_signal == signal.SIGINT and now - self._stopped_at > GRACE_SECONDS
+            if late and self._phase != "save":
+                self._leave(f"interrupted; the step did not end within {GRACE_SECONDS:.0f} s", EXIT_INTERRUPTED)
+
+    def _leave(self, reason: str, status: int) -> None:
+        """End the process from the background thread: the main one is stuck in a call that cannot be interrupted."""
+        self._reason = f"{reason} in step {self._step}, {self._phase}"
+        self._write()
+        time.sleep(2 * BEAT_SECONDS if status == EXIT_PEER else 0)
+        blame = self._missing() if status == EXIT_PEER else None
+        print(f"rank {self.ranks.rank}: {self._reason}" + (f"; {blame}" if blame else ""), file=sys.stderr, flush=True)
+        os._exit(status)
+
+    def explain(self, error: BaseException) -> str:
+        """Note this rank's failure, wait for the others' notes, and say who failed first and why.
+
+        Returns:
+            One line; it names another rank when this rank's failure is only the echo of that one's.
+        """
+        text = str(error).strip().splitlines()
+        self._reason = f"{type(error).__name__}: {text[0] if text else ''}"
+        echo = is_echo(error)
+        self._write(echo=echo)
+        here = f"rank {self.ranks.rank}, step {self._step}, {self._phase}"
+        if not echo:
+            return f"{here}: {self._reason}"
+        for _ in range(int(2 * BEAT_SECONDS / 0.25)):
+            first = self._first_failure()
+            if first is not None:
+                return (
+                    f"{here}: stopped because rank {first['rank']} failed in step {first['step']}, {first['phase']}: "
+                    + str(first["reason"])
+                )
+            time.sleep(0.25)
+        return f"{here}: {self._missing() or self._reason}"
+
+    def _first_failure(self) -> dict[str, Any] | None:
+        notes = [n for n in self._notes() if n["reason"] and not n["echo"]]
+        return min(notes, key=lambda n: float(n["time"]), default=None)
+
+    def _missing(self) -> str | None:
+        """Which rank the others wait for: one that left no word, or that is behind all others."""
+        notes = {int(n["rank"]): n for n in self._notes()}
+        silent = [r for r in range(self.ranks.world_size) if r not in notes or not notes[r]["reason"]]
+        if silent:
+            last = notes.get(silent[0])
+            seen = f", last seen in step {last['step']}, {last['phase']} on {last['host']}" if last else ""
+            return f"rank {silent[0]} went away without a word (killed, or its machine is gone){seen}"
+        place = {r: (int(n["step"]), _order(n["phase"])) for r, n in notes.items()}
+        behind = min(place, key=lambda r: place[r])
+        if place[behind] == max(place.values()):
+            return None
+        n = notes[behind]
+        return f"rank {behind} did not arrive: it is in step {n['step']}, {n['phase']} on {n['host']}"
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:05d}.json"
+
+    def _write(self, echo: bool = False) -> None:
+        note = {
+            "rank": self.ranks.rank,
+            "step": self._step,
+            "phase": self._phase,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.time(),
+            "reason": self._reason,
+            "echo": echo,
+        }
+        path = self._path(self.ranks.rank)
+        try:
+            beside = path.with_suffix(f".{threading.get_ident()}")
+            beside.write_text(json.dumps(note))
+            beside.replace(path)
+        except OSError:
+            pass  # a full disk must not end training; the note is only an aid
+
+    def _notes(self) -> list[dict[str, Any]]:
+        notes = []
+        for rank in range(self.ranks.world_size):
+            try:
+                notes.append(json.loads(self._path(rank).read_text()))
+            except (OSError, ValueError):
+                continue
+        return notes
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an exception only says that a collective broke, as it does on every rank but the one that failed."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "NCCL", "Connection closed", "Socket")
+    )
+
+
+def _order(phase: str) -> int:
+    return PHASES.index(phase) if phase in PHASES else -1
