@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer.config import AugmentConfig
 from trainer.data.draws import normals, uniforms
 from trainer.data.order import Samples
+from trainer.data.pixels import resize_weights
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -159,11 +160,17 @@ def _round(x: Tensor) -> Tensor:
 
 def _low_resolution(x: Tensor, sizes: Floats) -> Tensor:
     height, width = x.shape[2:]
-    for i, (h, w) in enumerate(sizes.astype(int)):
+    for i, (h, w) in enumerate(sizes.astype(int).tolist()):
         if (h, w) != (height, width):
-            small = _round(F.interpolate(x[i : i + 1], (int(h), int(w)), mode="bilinear", antialias=True))
-            x[i : i + 1] = _round(F.interpolate(small, (height, width), mode="bilinear", antialias=True))
+            x[i] = _resize(_resize(x[i], h, w), height, width)
     return x
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    rows, columns = (
+        torch.from_numpy(resize_weights(*pair)) for pair in zip(image.shape[1:], (height, width), strict=True)
+    )
+    return _round(rows @ image @ columns.T)
 
 
 def _grid(warp: Floats, height: int, width: int) -> Tensor:

@@ -8,7 +8,6 @@ well: a folder with .rec files of other tools (InsightFace's layout too) and a f
 """
 
 import hashlib
-import io
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +16,11 @@ import numpy as np
 import pydantic
 import yaml
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.data import store
+from trainer.data.pixels import decode_image
 from trainer.errors import DataError
 
 DESCRIPTION = "dataset.yaml"
@@ -163,41 +163,6 @@ class Dataset:
     def close(self) -> None:
         """Close the files; reading opens them again."""
         self.store.close()
-
-
-def decode_image(data: bytes, size: tuple[int, int] | None, color: str = "RGB") -> NDArray[np.uint8]:
-    """Decode with Pillow: (H, W, 3) uint8, upright by its EXIF orientation, resized to ``size`` (antialiased bilinear)
-    if it differs.
-
-    Raises:
-        ValueError: the bytes are no complete image.
-    """
-    problem = image_problem(data)
-    if problem:
-        raise ValueError(problem)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        if size is not None and upright.size != (size[1], size[0]):
-            upright = upright.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError, IndexError, TypeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image is damaged ({error})") from None
-    pixels = np.asarray(upright)
-    return np.ascontiguousarray(pixels[:, :, ::-1]) if color == "BGR" else pixels
-
-
-def image_problem(data: bytes) -> str | None:
-    """What is wrong with encoded bytes by their beginning and end alone, or None: quick enough for every step."""
-    if data[:3] == b"\xff\xd8\xff":
-        # Other software's bytes may follow the end marker; a thumbnail's own marker lies near the beginning.
-        return None if data.rfind(b"\xff\xd9", len(data) // 2) >= 0 else "the JPEG is cut short (no end marker)"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return None if data.rfind(b"IEND", len(data) // 2) >= 0 else "the PNG is cut short (no end chunk)"
-    if not data:
-        return "the record holds no image"
-    if data[:2] in (b"BM", b"II", b"MM", b"P5", b"P6") or data[:4] == b"RIFF":
-        return None
-    return f"begins with {data[:4].hex()}, which is no image format known here"
 
 
 def open_dataset(path: str | Path, labels: str | Path | None = None) -> Dataset:

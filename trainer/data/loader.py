@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.index import Dataset, image_problem
+from trainer.data.index import Dataset
 from trainer.data.order import Samples, Schedule, Slot
+from trainer.data.pixels import image_problem
 from trainer.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -23,15 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.data import recordio, store
-from trainer.data.index import (
-    DESCRIPTION,
-    DatasetInfo,
-    PartInfo,
-    decode_image,
-    image_problem,
-    load_description,
-    save_description,
-)
+from trainer.data.index import DESCRIPTION, DatasetInfo, PartInfo, load_description, save_description
+from trainer.data.pixels import decode_image, image_problem
 from trainer.data.sources import Listing
 from trainer.errors import DataError
 

@@ -17,6 +17,7 @@ from trainer.config import AugmentConfig
 from trainer.data import augment, index
 from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
 from trainer.data.order import Samples, Schedule, Slot
+from trainer.data.pixels import decode_image
 from trainer.errors import DataError
 
 
@@ -61,7 +62,7 @@ class _Maker(Dataset[_Made]):
             while True:
                 record, image = self.reader.fetch(int(records[row]))
                 try:
-                    pixels[row] = index.decode_image(image, info.image_size, info.color)
+                    pixels[row] = decode_image(image, info.image_size, info.color)
                 except ValueError as error:
                     self.reader.note(record, f"{self.dataset.where(record)} does not decode: {error}")
                     continue
