@@ -21,7 +21,8 @@ class ResidualBottleneck(nn.Module):
     """One RBT block: ``skip(x) + Σ_k path_k(x)``, a path being three times Linear (no bias), BN, PReLU through a
     narrow width.
 
-    The skip is the identity; where the dimension changes, a linear projection without bias.
+    The skip is the identity; where the dimension changes, a linear projection without bias. The last BN of each path
+    starts with weight 0, so that the block starts as its skip (this project's choice; the paper says nothing of it).
     """
 
     def __init__(self, dim_in: int, dim_out: int, paths: int, bottleneck: int) -> None:
@@ -31,6 +32,8 @@ class ResidualBottleneck(nn.Module):
         self.paths = nn.ModuleList(
             nn.Sequential(*(layer for a, b in pairwise(widths) for layer in _layer(a, b))) for _ in range(paths)
         )
+        for path in self.paths:
+            nn.init.zeros_(path.get_parameter("7.weight"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, D_in) → (n, D_out)."""
@@ -58,6 +61,12 @@ class Orthogonal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, D_in) → (n, D_out)."""
         return self.linear(x)
+
+    def plain(self) -> nn.Linear:
+        """The same map as an ordinary linear layer, for export."""
+        out = nn.Linear(self.linear.in_features, self.linear.out_features, bias=False)
+        out.weight.data.copy_(self.linear.weight)
+        return out
 
 
 def build_transform(config: TransformConfig, dim_in: int, dim_out: int) -> nn.Module:
