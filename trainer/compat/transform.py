@@ -6,6 +6,7 @@ Compatibility", Wang et al., BMVC 2020); the others are this project's additions
 """
 
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Orthogonal(nn.Module):
         super().__init__()
         linear = nn.Linear(dim_in, dim_out, bias=False)
         nn.init.eye_(linear.weight)
-        self.linear = parametrizations.orthogonal(linear, orthogonal_map="householder")
+        self.linear = cast(nn.Linear, parametrizations.orthogonal(linear, orthogonal_map="householder"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, D_in) → (n, D_out)."""
