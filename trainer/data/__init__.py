@@ -12,7 +12,7 @@ from trainer.data.order import Order, Schedule, slice_of
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 
-__all__ = ["Batch", "Dataset", "DatasetInfo", "Loader", "build_loader", "open_dataset", "slice_of"]
+__all__ = ["Batch", "Dataset", "DatasetInfo", "Loader", "build_loader", "choose_loader", "open_dataset", "slice_of"]
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,206 @@
+"""Measure the input: our loader against a bare DALI pipeline, and the torch loader, on the same records in one run.
+
+The reference is a DALI pipeline with DALI's own reader: the records in file order, the same decoding, the same
+augmentations with random numbers of DALI's own. Ours reads them in the seeded global order with labels from the table.
+Rounds of both alternate; the figures are medians.
+
+Example:
+  lce bench input                                 # on made-up JPEG images
+  lce bench input --data packed/ --augment full --json -
+"""
+
+import argparse
+import io
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.config import AugmentConfig
+    from trainer.data import Dataset
+
+HELP = "images per second of the loaders against a bare DALI pipeline"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lce bench input`."""
+    parser.add_argument(
+        "--data", type=Path, help="a data set of .rec files; default: made-up images in a temporary folder"
+    )
+    parser.add_argument("--images", type=int, default=8192, help="made-up images (8192)")
+    parser.add_argument("--size", type=int, default=112, help="their side in pixels (112)")
+    parser.add_argument("--batch", type=int, default=128, help="images per batch (128)")
+    parser.add_argument("--threads", type=int, default=2, help="decoding threads or worker processes (2)")
+    parser.add_argument("--steps", type=int, default=60, help="batches per round (60)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each side (5)")
+    parser.add_argument("--augment", choices=("flip", "full"), default="flip", help="full: every augmentation there is")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: decode on the GPU")
+    parser.add_argument("--no-torch", action="store_true", help="leave the torch loader out")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; returns the exit status."""
+    import json
+
+    figures = measure(args)
+    text = json.dumps(figures, indent=1)
+    if args.json == "-":
+        print(text)
+    elif args.json:
+        Path(args.json).write_text(text + "\n")
+    if args.json != "-":
+        for side in ("reference", "ours", "torch"):
+            if side in figures:
+                print(f"{side:10} {figures[side]['images_per_second']:10,.0f} images/s")
+        print(f"ours / reference: {figures['ratio']:.3f}")
+    return 0
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one run, as the JSON holds them. Raises :class:`trainer.errors.ConfigError` without DALI."""
+    import torch
+
+    from trainer.config import AugmentConfig
+    from trainer.data import choose_loader, open_dataset
+
+    choose_loader("dali")
+    full = {
+        **dict.fromkeys(("contrast", "saturation", "scale"), 0.1),
+        **dict.fromkeys(("blur", "low_resolution", "occlusion"), 0.3),
+        **{"brightness": 0.05, "translate": 0.03, "noise": 0.02, "rotate_degrees": 5.0},
+    }
+    augment = AugmentConfig(flip=0.5, **(full if args.augment == "full" else {}))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.data or _make_images(Path(scratch), args.images, args.size)
+        dataset = open_dataset(folder)
+        sides = {"reference": _bare(dataset, augment, args), "ours": _ours("dali", dataset, augment, args)}
+        if not args.no_torch:
+            sides["torch"] = _ours("torch", dataset, augment, args)
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        for round_number in range(args.rounds + 1):
+            for side, take in sides.items():
+                began = time.perf_counter()
+                take(args.steps)
+                if round_number:  # the first round warms up
+                    seconds[side].append(time.perf_counter() - began)
+            print(f"round {round_number} of {args.rounds}", file=sys.stderr)
+        images = args.steps * args.batch
+        figures = {
+            side: {"seconds": statistics.median(times), "images_per_second": images / statistics.median(times)}
+            for side, times in seconds.items()
+        }
+        return {
+            "bench": "input",
+            "images": len(dataset),
+            "image_size": list(dataset.info.image_size),
+            "batch": args.batch,
+            "threads": args.threads,
+            "augment": args.augment,
+            "device": args.device,
+            "torch_version": torch.__version__,
+            **figures,
+            "ratio": statistics.median(
+                reference / ours for reference, ours in zip(seconds["reference"], seconds["ours"], strict=True)
+            ),
+        }
+
+
+def _make_images(folder: Path, count: int, size: int) -> Path:
+    """A packed data set of made-up JPEG images: smooth coloured patterns, as large in bytes as photographs of faces."""
+    import numpy as np
+    from PIL import Image
+
+    from trainer.data import recordio, store
+    from trainer.data.index import DatasetInfo, PartInfo, save_description
+
+    random = np.random.default_rng(0)
+    writer = recordio.RecordWriter(folder / "train.rec")
+    labels = np.arange(count) % 100
+    for record, label in enumerate(labels.tolist()):
+        coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), np.uint8)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
+        grain = random.normal(0, 4, (size, size, 3))
+        out = io.BytesIO()
+        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+        writer.write(record, recordio.encode_record(out.getvalue(), float(label), record))
+    offsets = np.array([*writer.offsets, writer.position])
+    writer.close()
+    store.save_array(store.offsets_path(writer.path), offsets)
+    store.save_array(folder / "labels.npy", labels)
+    part = PartInfo(rec="train.rec", records=count, bytes=writer.position, first_id=0)
+    info = DatasetInfo(image_size=(size, size), uniform=True, num_classes=100, labels="labels.npy", parts=(part,))
+    save_description(folder, info)
+    return folder
+
+
+def _ours(kind: str, dataset: "Dataset", augment: "AugmentConfig", args: argparse.Namespace) -> Callable[[int], None]:
+    import torch
+
+    from trainer.config import Config, DataConfig, RunConfig
+    from trainer.data import build_loader
+    from trainer.distributed import Ranks
+
+    data = DataConfig(
+        path=dataset.path, loader=kind, batch_size=args.batch, workers=args.threads, drop_last=True, augment=augment
+    )
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
+    loader = build_loader(Config(run=RunConfig(dir=Path("unused")), data=data), dataset, Ranks(device=device))
+    batches = loader.batches()
+
+    def take(steps: int) -> None:
+        for _ in itertools.islice(batches, steps):
+            pass
+
+    return take
+
+
+def _bare(dataset: "Dataset", augment: "AugmentConfig", args: argparse.Namespace) -> Callable[[int], None]:
+    """DALI alone: its reader, the records in file order, its own random numbers."""
+    import torch
+    from nvidia.dali import Pipeline, fn, types
+
+    from trainer.data.dali import image_graph
+    from trainer.data.store import RecordStore
+    from trainer.errors import ConfigError
+
+    if not isinstance(dataset.store, RecordStore):
+        raise ConfigError(f"{dataset.path}: the reference reads .rec files; pack the images first")
+    height, width = dataset.info.image_size
+    identity = types.Constant([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], shape=(2, 3), dtype=types.FLOAT)
+    grey = types.Constant([1.0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0], shape=(3, 4), dtype=types.FLOAT)
+    random: dict[str, Callable[[], Any]] = {
+        "flip": lambda: fn.random.coin_flip(probability=augment.flip),
+        "warp": lambda: identity + fn.random.normal(shape=(2, 3), stddev=0.02),
+        "low_size": lambda: fn.random.uniform(range=(height / 4, height / 1.0), shape=(2,)),
+        "blur": lambda: fn.random.uniform(range=(0.01, 1.0)),
+        "hole_corner": lambda: fn.random.uniform(range=(0.0, height / 2), shape=(2,)),
+        "hole_size": lambda: fn.random.uniform(range=(0.0, height / 3), shape=(2,)),
+        "colour": lambda: grey + fn.random.normal(shape=(3, 4), stddev=0.02),
+        "noise": lambda: fn.random.normal(shape=(height, width, 3)),
+    }
+    gpu = args.device == "cuda"
+
+    def parameter(name: str, gpu: bool = False) -> Any:
+        return random[name]().gpu() if gpu and args.device == "cuda" else random[name]()
+
+    pipeline = Pipeline(args.batch, args.threads, 0 if gpu else None, prefetch_queue_depth=2, seed=0)
+    files = [str(part.path) for part in dataset.store.parts]
+    with pipeline:
+        encoded, labels = fn.readers.mxnet(path=files, index_path=[f.removesuffix(".rec") + ".idx" for f in files])
+        pipeline.set_outputs(image_graph(encoded, dataset.info, augment, parameter, gpu), labels)
+    pipeline.build()
+
+    def take(steps: int) -> None:
+        for _ in range(steps):
+            images, labels = pipeline.run()
+            torch.utils.dlpack.from_dlpack(images.as_tensor())
+            torch.utils.dlpack.from_dlpack(labels.as_tensor())
+
+    return take
