@@ -3,6 +3,7 @@
 import datetime
 import multiprocessing as mp
 import os
+import pickle
 import queue
 import tempfile
 import traceback
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from trainer.distributed import Ranks
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "tests.ranks"])
+_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "trainer.engine", "tests.ranks"])
 
 
 def _child(function: Callable[..., Any], rank: int, world: int, store: str, args: tuple[Any, ...], out: Any) -> None:
@@ -27,7 +28,8 @@ def _child(function: Callable[..., Any], rank: int, world: int, store: str, args
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
         )
-        out.put((rank, True, function(Ranks(rank, world, rank, torch.device("cpu")), *args)))
+        # plain pickle carries a tensor's data; the queue's own would share memory that ends with this process
+        out.put((rank, True, pickle.dumps(function(Ranks(rank, world, rank, torch.device("cpu")), *args))))
         dist.destroy_process_group()
     except BaseException:
         out.put((rank, False, traceback.format_exc()))
@@ -39,8 +41,8 @@ def _child(function: Callable[..., Any], rank: int, world: int, store: str, args
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """``function(ranks, *args)`` on ``world_size`` processes joined by gloo; the results in rank order.
 
-    ``function`` must be importable (top level of a test module) and its arguments and result picklable (tensors as numpy arrays or
-    plain tensors are fine). One rank's exception fails the call with that rank's traceback; so does a hang, after ``timeout``.
+    ``function`` must be importable (top level of a test module) and its arguments and result picklable (tensors are
+    fine). One rank's exception fails the call with that rank's traceback; so does a hang, after ``timeout``.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = _context.Queue()
@@ -57,7 +59,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 rank, good, value = out.get(timeout=timeout)
                 if not good:
                     raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
-                results[rank] = value
+                results[rank] = pickle.loads(value)
         except queue.Empty:
             raise AssertionError(f"only ranks {sorted(results)} of {world_size} answered in {timeout:.0f} s") from None
         finally:

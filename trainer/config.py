@@ -7,7 +7,6 @@ known one; wrong values are errors that name the file, the key and what is allow
 """
 
 import difflib
-import os
 import types
 import typing
 from pathlib import Path
@@ -313,7 +312,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base: dict[str, Any] = {}
     parents = tree.pop("extends", [])
     for parent in [parents] if isinstance(parents, str) else parents:
-        _merge(base, _read_yaml(path.parent / os.path.expanduser(parent), (*seen, path.resolve())))
+        _merge(base, _read_yaml(path.parent / Path(parent).expanduser(), (*seen, path.resolve())))
     _check_keys(Config, tree, "", str(path))
     _merge(base, tree)
     return base

@@ -7,7 +7,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,10 @@ from trainer.errors import ConfigError
 
 T = TypeVar("T")
 
+# Newer releases of torch renamed these two collectives.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -28,7 +32,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -37,14 +41,17 @@ class Ranks:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` → this rank's device. Raises :class:`ConfigError` for cuda without a CUDA device."""
+    """``auto``, ``cpu`` or ``cuda`` → this rank's device. Raises :class:`ConfigError` for cuda without a CUDA
+    device.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device = cuda: this machine has no usable CUDA device; use run.device=cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; start fewer ranks"
+            f"local rank {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; "
+            "start fewer ranks"
         )
     return torch.device("cuda", local_rank)
 
@@ -89,12 +96,12 @@ def all_gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
     width = max(sizes)
     if min(sizes) == width:
         out = local.new_empty((width * len(sizes), *local.shape[1:]))
-        dist.all_gather_into_tensor(out, local.contiguous())
+        _all_gather(out, local.contiguous())
         return out
     padded = local.new_zeros((width, *local.shape[1:]))
     padded[: len(local)] = local
     out = local.new_empty((width * len(sizes), *local.shape[1:]))
-    dist.all_gather_into_tensor(out, padded)
+    _all_gather(out, padded)
     return torch.cat([out[r * width : r * width + n] for r, n in enumerate(sizes)])
 
 
@@ -109,7 +116,7 @@ def reduce_scatter_rows(full: Tensor, sizes: list[int], rank: int) -> Tensor:
             padded[r * width : r * width + len(part)] = part
         full = padded
     out = full.new_empty((width, *full.shape[1:]))
-    dist.reduce_scatter_tensor(out, full.contiguous())
+    _reduce_scatter(out, full.contiguous())
     return out[: sizes[rank]]
 
 
@@ -197,7 +204,7 @@ class _GatherBatch(torch.autograd.Function):
         out = packed
         if world_size > 1:
             out = packed.new_empty(world_size * capacity, width)
-            dist.all_gather_into_tensor(out, packed)
+            _all_gather(out, packed)
         every_label = out[:, width - 8 :].contiguous().view(torch.int64)[:, 0]
         ctx.mark_non_differentiable(every_label)
         return out[:, :head].contiguous().view(rows.dtype), every_label
@@ -207,13 +214,14 @@ class _GatherBatch(torch.autograd.Function):
         full = grads[0].contiguous()
         if ctx.world_size > 1:
             part = full.new_empty(ctx.capacity, full.shape[1])
-            dist.reduce_scatter_tensor(part, full)
+            _reduce_scatter(part, full)
             full = part
         return full[: ctx.n], None, None, None
 
 
 def gather_batch(rows: Tensor, labels: Tensor, world_size: int, capacity: int) -> tuple[Tensor, Tensor]:
-    """The global batch on every rank, embeddings and labels in one collective; the gradient comes back summed over the ranks.
+    """The global batch on every rank, embeddings and labels in one collective; the gradient comes back summed over
+    the ranks.
 
     Args:
         rows: (n, D) of this rank, any float dtype; n ≤ capacity, and n may differ between ranks or be 0.

@@ -42,8 +42,8 @@ class DirectCompat:
         """Raise :class:`CenterBankError` unless the bank fits the rank's ``classes`` rows of dimension ``dim``."""
         if self.centers.shape != (classes, dim):
             raise CenterBankError(
-                f"centre bank: {self.centers.shape[0]} centres of dimension {self.centers.shape[1]} for {classes} classes of dimension "
-                f"{dim}; direct mode needs D1 = D2 (choose backbone.dim, or a mode with a transformation)"
+                f"centre bank: {len(self.centers)} centres of dimension {self.centers.shape[1]} for {classes} classes of "
+                f"dimension {dim}; direct mode needs D1 = D2 (choose backbone.dim, or a mode with a transformation)"
             )
 
     def total(self, device: torch.device) -> Tensor:
@@ -51,7 +51,9 @@ class DirectCompat:
         return all_reduce_sum(self.mask.sum().to(device=device, dtype=torch.float64))
 
     def rows(self, index: Tensor | slice, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Centres (n, D1) as they are stored, and the mask as numbers (n,) of the dtype of ``like``, both on its device."""
+        """Centres (n, D1) as they are stored, and the mask as numbers (n,) of the dtype of ``like``, both on its
+        device.
+        """
         if isinstance(index, Tensor):
             index = index.to(self.centers.device)
         return self.centers[index].to(like.device, non_blocking=True), self.mask[index].to(like)

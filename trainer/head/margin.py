@@ -1,7 +1,8 @@
 """Margins: what happens to the cosine of a sample with its own class, in closed form on B numbers.
 
-A margin maps the target cosine ``t`` (and, for two of them, the norm of the embedding) to the modified cosine ψ whose logit is s·ψ.
-Nothing here ever sees a B × C matrix; the only margin that touches the negatives (curricular) says so by ``reweights_negatives``.
+A margin maps the target cosine ``t`` (and, for two of them, the norm of the embedding) to the modified cosine ψ
+whose logit is s·ψ. Nothing here ever sees a B × C matrix; the only margin that touches the negatives (curricular)
+says so by ``reweights_negatives``.
 
 | name       | ψ(θ), t = cos θ                          | paper |
 | ---------- | ---------------------------------------- | ----- |
@@ -10,11 +11,13 @@ Nothing here ever sees a B × C matrix; the only margin that touches the negativ
 | arcface    | f(θ + m)                                 | ArcFace, Deng et al., CVPR 2019, eq. 3 |
 | combined   | f(m1·θ + m2) − m3                        | ArcFace, eq. 4 |
 | adaface    | f(clip(θ − m·ẑ)) − (m + m·ẑ)             | AdaFace, Kim et al., CVPR 2022, eq. 5–9, ẑ from the norm |
-| magface    | f(θ + m(a)), plus λ_g·g(a)               | MagFace, Meng et al., CVPR 2021, eq. 4 and Appendix; a is the norm |
+| magface    | f(θ + m(a)), plus λ_g·g(a)               | MagFace, Meng et al., CVPR 2021, eq. 4 and Appendix; a is
+the norm |
 | curricular | f(θ + m); hard negatives t_j·(τ + t_j)   | CurricularFace, Huang et al., CVPR 2020, eq. 9–12 |
 
-``f(φ) = (−1)^k cos φ − 2k`` with ``k = ⌊φ/π⌋`` is SphereFace's monotone continuation of the cosine (Liu et al., CVPR 2017, eq. 7): it
-equals cos φ up to π, and beyond it keeps falling, without a jump, where cos φ would rise again.
+``f(φ) = (−1)^k cos φ − 2k`` with ``k = ⌊φ/π⌋`` is SphereFace's monotone continuation of the cosine (Liu et al.,
+CVPR 2017, eq. 7): it equals cos φ up to π, and beyond it keeps falling, without a jump, where cos φ would rise
+again.
 """
 
 import math
@@ -26,15 +29,18 @@ from torch import Tensor
 from trainer.config import MarginConfig
 
 SMALLEST_SINE = 1e-3
-"""sin θ is taken to be at least this in the derivative 1/sin θ of arccos, which has a pole where a sample lies on its class."""
+"""sin θ is taken to be at least this in the derivative 1/sin θ of arccos, which has a pole where a sample lies on
+its class.
+"""
 
 
 @dataclass(frozen=True)
 class Target:
     """The modified target cosines of a batch and their derivatives; all (B,).
 
-    ``slope`` is ∂ψ/∂t, ``norm_slope`` is ∂ψ/∂‖x‖ (None: the margin ignores the norm or treats it as a constant). ``penalty`` is
-    a further loss per sample that depends on the norm alone and ``penalty_slope`` its derivative (None: there is none).
+    ``slope`` is ∂ψ/∂t, ``norm_slope`` is ∂ψ/∂‖x‖ (None: the margin ignores the norm or treats it as a constant).
+    ``penalty`` is a further loss per sample that depends on the norm alone and ``penalty_slope`` its derivative
+    (None: there is none).
     """
 
     psi: Tensor
@@ -75,8 +81,9 @@ class Margin:
 class AdaFace(Margin):
     """AdaFace: the margin grows with the embedding's norm relative to a running mean and deviation (eq. 5–9).
 
-    ẑ = clip((‖x‖ − μ)/(σ + ε)·h, −1, 1), ψ = f(clip(θ − m·ẑ, 0, π)) − (m + m·ẑ). The norm is a constant for the gradient, as in
-    the paper. μ and σ are running means over global batches with the share ``norm_momentum``, starting at 20 and 100.
+    ẑ = clip((‖x‖ − μ)/(σ + ε)·h, −1, 1), ψ = f(clip(θ − m·ẑ, 0, π)) − (m + m·ẑ). The norm is a constant for the
+    gradient, as in the paper. μ and σ are running means over global batches with the share ``norm_momentum``,
+    starting at 20 and 100.
     """
 
     def __init__(self, config: MarginConfig) -> None:
@@ -104,7 +111,8 @@ class AdaFace(Margin):
 
 
 class MagFace(Margin):
-    """MagFace: m(a) = l_m + (u_m − l_m)/(u_a − l_a)·(a − l_a) with a = clip(‖x‖, l_a, u_a), and λ_g·(1/a + a/u_a²) (eq. 4).
+    """MagFace: m(a) = l_m + (u_m − l_m)/(u_a − l_a)·(a − l_a) with a = clip(‖x‖, l_a, u_a), and λ_g·(1/a + a/u_a²)
+    (eq. 4).
 
     The gradient flows through the norm, in the margin and in the norm term; outside [l_a, u_a] it is zero.
     """
@@ -124,7 +132,8 @@ class MagFace(Margin):
 
 
 class Curricular(Margin):
-    """CurricularFace: ArcFace's target; a negative with t_j > ψ counts as t_j·(τ + t_j), τ a running mean of the target cosine.
+    """CurricularFace: ArcFace's target; a negative with t_j > ψ counts as t_j·(τ + t_j), τ a running mean of the
+    target cosine.
 
     τ starts at 0 and moves by 1 % of the global batch's mean target cosine each step (eq. 12, momentum 0.99).
     """

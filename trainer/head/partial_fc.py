@@ -1,8 +1,9 @@
 """The class-sharded head: a module that maps this rank's embeddings and labels to the loss of the global batch.
 
-Per step it makes three collectives, whose bytes do not depend on the number of classes: an all-gather of embeddings and labels (W·b·(4·D + 8)
-bytes in float32), an all-reduce of 2·B + 3 float64 numbers, and a reduce-scatter of the embeddings' gradient (W·b·4·D bytes).
-(CurricularFace needs the target cosines before the negatives: one more all-reduce of B numbers.)
+Per step it makes three collectives, whose bytes do not depend on the number of classes: an all-gather of embeddings
+and labels (W·b·(4·D + 8) bytes in float32), an all-reduce of 2·B + 3 float64 numbers, and a reduce-scatter of the
+embeddings' gradient (W·b·4·D bytes). (CurricularFace needs the target cosines before the negatives: one more
+all-reduce of B numbers.)
 """
 
 from collections.abc import Iterator
@@ -28,15 +29,18 @@ from trainer.head.sharded_softmax import KEEP_SHARE, Drawn, FusedSoftmax, FusedS
 COMPILE_FROM_ROWS = 32768
 """Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""
 INIT_BLOCK = 1024
-"""Rows are initialised in blocks of so many classes, each seeded by its number, so that they do not depend on the world size."""
+"""Rows are initialised in blocks of so many classes, each seeded by its number, so that they do not depend on the
+world size.
+"""
 
 
 @dataclass(frozen=True)
 class HeadOutput:
     """What a step of the head gives.
 
-    ``loss`` is the mean over the global batch, 0-dim, with gradient; ``report`` holds detached 0-dim tensors, equal on all ranks;
-    ``finite`` is a 0-dim bool tensor, equal on all ranks: where it is False no row changes and the embeddings' gradient is zero.
+    ``loss`` is the mean over the global batch, 0-dim, with gradient; ``report`` holds detached 0-dim tensors, equal
+    on all ranks; ``finite`` is a 0-dim bool tensor, equal on all ranks: where it is False no row changes and the
+    embeddings' gradient is zero.
     """
 
     loss: Tensor
@@ -45,12 +49,14 @@ class HeadOutput:
 
 
 class PartialFC(nn.Module):
-    """Margin softmax over C classes whose rows and optimizer state are sharded over all ranks (Partial FC, An et al., CVPR 2022).
+    """Margin softmax over C classes whose rows and optimizer state are sharded over all ranks (Partial FC, An et
+    al., CVPR 2022).
 
-    ``loss.backward()`` gives the gradient of the *global* mean with respect to this rank's embeddings: it is already summed over the ranks and
-    must not be averaged again. It also updates the rows, chunk by chunk, with the gradient that arrives at ``loss``; so scale the embeddings'
-    gradient, not the loss, where a wrapper (DDP) divides by W. Inside :meth:`deferred` rows' gradients are collected instead, for gradient
-    accumulation and loss scaling, until :meth:`apply_update` or :meth:`discard_update`.
+    ``loss.backward()`` gives the gradient of the *global* mean with respect to this rank's embeddings: it is
+    already summed over the ranks and must not be averaged again. It also updates the rows, chunk by chunk, with the
+    gradient that arrives at ``loss``; so scale the embeddings' gradient, not the loss, where a wrapper (DDP)
+    divides by W. Inside :meth:`deferred` rows' gradients are collected instead, for gradient accumulation and loss
+    scaling, until :meth:`apply_update` or :meth:`discard_update`.
 
     Args:
         config: validated settings.
@@ -59,8 +65,8 @@ class PartialFC(nn.Module):
         ranks: this process among all.
         seed: seeds rows, drawing and stochastic rounding.
         compat: LCE's direct mode, fused into the pass; its centres are this rank's.
-        local_batch: the largest number of samples that any rank hands in; None: the ranks agree on it each step, by one more
-            (8-byte) collective.
+        local_batch: the largest number of samples that any rank hands in; None: the ranks agree on it each step, by
+            one more (8-byte) collective.
 
     Raises:
         ConfigError: settings that exclude each other, or a scale too large for float32.
@@ -121,7 +127,7 @@ class PartialFC(nn.Module):
         with torch.no_grad():
             drawn = self._draw(every_label, step)
         if self.reference is not None:
-            return HeadOutput(*self.reference.step(x, every_label, drawn))
+            return HeadOutput(*self.reference.step(x, every_label, drawn, self._deferring))
         self.optimizer.reseed(hash((self.seed, step, self.classes.start)) & 0x7FFFFFFFFFFFFFFF)
         fused = FusedStep(
             self._settings(drawn, len(x)),
@@ -137,7 +143,8 @@ class PartialFC(nn.Module):
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Collect the rows' gradients of the forward calls made inside, instead of updating; end with :meth:`apply_update`.
+        """Collect the rows' gradients of the forward calls made inside, instead of updating; end with
+        :meth:`apply_update`.
 
         Memory: the drawn rows' gradient per call, or one gradient of the whole shard when all rows take part.
         """
@@ -173,8 +180,9 @@ class PartialFC(nn.Module):
             self.reference.discard()
 
     def shard_state(self) -> dict[str, DTensor | Tensor]:
-        """Everything a checkpoint must keep, for torch.distributed.checkpoint: (C·K, D) and (C·K,) tensors as DTensor ``Shard(0)``
-        over the live memory (loading writes in place), running statistics of the margin as plain tensors.
+        """Everything a checkpoint must keep, for torch.distributed.checkpoint: (C·K, D) and (C·K,) tensors as
+        DTensor ``Shard(0)`` over the live memory (loading writes in place), running statistics of the margin as
+        plain tensors.
         """
         self.optimizer.flush()
         tables = dict(zip(("rows", *self.optimizer.state_names), self.optimizer.tables, strict=True))
@@ -189,7 +197,9 @@ class PartialFC(nn.Module):
         return state | {name: as_sharded(table, total, mesh) for name, table in tables.items()}
 
     def load_shard_state(self) -> None:
-        """Call after a checkpoint was loaded into the tensors of :meth:`shard_state`: what was collected is forgotten."""
+        """Call after a checkpoint was loaded into the tensors of :meth:`shard_state`: what was collected is
+        forgotten.
+        """
         self.discard_update()
 
     def _capacity(self, local: int) -> int:
@@ -244,14 +254,15 @@ class PartialFC(nn.Module):
 
 
 def initial_rows(config: HeadConfig, classes: ClassRange, dim: int, device: torch.device, seed: int) -> Tensor:
-    """Normal rows (c·K, D) with deviation ``init_std``; class j's do not depend on the world size (they do on the device's type)."""
+    """Normal rows (c·K, D) with deviation ``init_std``; class j's do not depend on the world size (they do on the
+    device's type).
+    """
     k = config.sub_centers
     rows = torch.empty(classes.size * k, dim, dtype=getattr(torch, config.rows), device=device)
-    draw_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     generator = torch.Generator(device)
     for block in range(classes.start // INIT_BLOCK, -(-classes.stop // INIT_BLOCK)):
         generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA6B + 1) & 0x7FFFFFFFFFFFFFFF)
-        values = torch.randn(INIT_BLOCK * k, dim, generator=generator, device=device, dtype=draw_dtype)
+        values = torch.randn(INIT_BLOCK * k, dim, generator=generator, device=device)
         low, high = max(classes.start, block * INIT_BLOCK), min(classes.stop, (block + 1) * INIT_BLOCK)
         part = values[(low - block * INIT_BLOCK) * k : (high - block * INIT_BLOCK) * k] * config.init_std
         rows[(low - classes.start) * k : (high - classes.start) * k] = part

@@ -1,7 +1,7 @@
 """``impl: reference``: the plain way, kept in the product as what the fused pass is compared with.
 
-``weight[index]`` is copied, the logits of the batch are materialised, autograd builds a dense gradient of the whole shard, and torch's own
-optimizer touches every row. It costs what that costs.
+``weight[index]`` is copied, the logits of the batch are materialised, autograd builds a dense gradient of the whole
+shard, and torch's own optimizer touches every row. It costs what that costs.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,19 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0]
+
+
+class _FiniteGradient(torch.autograd.Function):
+    """Identity whose gradient is zero where the step is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, finite: list[Tensor]) -> Tensor:
+        ctx.finite = finite
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return torch.where(ctx.finite[0], grads[0], 0.0), None
 
 
 class ReferenceSoftmax:
@@ -60,10 +73,17 @@ class ReferenceSoftmax:
         """The learning rate of the coming updates."""
         self.optimizer.param_groups[0]["lr"] = lr
 
-    def step(self, x: Tensor, labels: Tensor, drawn: "Drawn") -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Loss, report and finiteness for gathered embeddings (B, D) and labels (B,)."""
+    def step(
+        self, x: Tensor, labels: Tensor, drawn: "Drawn", deferred: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss, report and finiteness for gathered embeddings (B, D) and labels (B,).
+
+        ``deferred`` leaves the gradient for :meth:`apply`.
+        """
+        self._deferred = deferred
         head, scale = self.head, self.head.config.margin.scale
-        x = x.to(self.weight.dtype)
+        verdict: list[Tensor] = []  # filled below, read in backward
+        x = _FiniteGradient.apply(x.to(self.weight.dtype), verdict)
         valid, count = labels >= 0, (labels >= 0).sum().clamp_min(1)
         norm = x.norm(dim=1).clamp_min(1e-12)
         unit = x / norm[:, None]
@@ -91,10 +111,14 @@ class ReferenceSoftmax:
         report = {"classification": loss.detach(), "target_cosine": target_cosine.detach()[valid].sum() / count}
         loss = self._penalty(loss, norm, valid, count, report)
         loss = self._compatibility(loss, unit, rows, drawn, report)
-        return loss, report, torch.isfinite(loss.detach()) & torch.isfinite(x).all()
+        self._finite = torch.isfinite(loss.detach()) & torch.isfinite(x.detach()).all()
+        verdict.append(self._finite)
+        return loss, report, self._finite
 
     def _psi(self, cosine: Tensor, norm: Tensor, valid: Tensor) -> Tensor:
-        """ψ with the margin's own derivatives, for autograd: the value is exact, the slopes are constants of a linear map."""
+        """ψ with the margin's own derivatives, for autograd: the value is exact, the slopes are constants of a
+        linear map.
+        """
         target = self.head.margin.target(cosine[valid].detach(), norm[valid].detach(), self.head.training)
         linear = cosine[valid] * target.slope
         if target.norm_slope is not None:
@@ -136,7 +160,9 @@ class ReferenceSoftmax:
         return loss
 
     def _after_backward(self, _: Tensor) -> None:
-        if not self.head._deferring:
+        if not bool(self._finite):
+            self.discard()
+        elif not self._deferred:
             self.apply(1.0)
 
     def apply(self, inverse_scale: float) -> None:

@@ -2,16 +2,19 @@
 
 Only the rows drawn in a step are read, differentiated and written. What that means for the others:
 
-* **SGD** (momentum μ, decay λ, learning rate η): *as if every row had been updated in every step*, a row that was not drawn with a zero gradient.
-  Such a step is linear and the same for all rows, ``(w, v) ← [[1 − ηλ, −ημ], [λ, μ]] (w, v)``, so a row remembers the number of the update
-  that touched it last, and when it is drawn again the product of the steps it missed, four numbers from a table, brings it up to date.
-  Training is numerically that of a dense gradient with ``torch.optim.SGD``, at the cost of the drawn rows. Every ``HORIZON`` updates, and
-  before a checkpoint, all rows are brought up to date in one sweep.
-* **AdamW**: *a row's clock runs only while it is drawn*. Moments, decay and bias correction (by the row's own number of draws) stand still
-  otherwise; torch's rule for a zero gradient is not linear, and decaying second moments of undrawn rows would make their next step huge.
+* **SGD** (momentum μ, decay λ, learning rate η): *as if every row had been updated in every step*, a row that was
+  not drawn with a zero gradient. Such a step is linear and the same for all rows, ``(w, v) ← [[1 − ηλ, −ημ], [λ,
+  μ]] (w, v)``, so a row remembers the number of the update that touched it last, and when it is drawn again the
+  product of the steps it missed, four numbers from a table, brings it up to date. Training is numerically that of a
+  dense gradient with ``torch.optim.SGD``, at the cost of the drawn rows. Every ``HORIZON`` updates, and before a
+  checkpoint, all rows are brought up to date in one sweep.
+* **AdamW**: *a row's clock runs only while it is drawn*. Moments, decay and bias correction (by the row's own
+  number of draws) stand still otherwise; torch's rule for a zero gradient is not linear, and decaying second
+  moments of undrawn rows would make their next step huge.
 
-Rows and state may be stored in bfloat16: arithmetic is float32, and results are rounded stochastically (each of the two neighbours with the
-probability that makes the mean exact), so updates smaller than a bfloat16 step do not vanish in the mean.
+Rows and state may be stored in bfloat16: arithmetic is float32, and results are rounded stochastically (each of the
+two neighbours with the probability that makes the mean exact), so updates smaller than a bfloat16 step do not
+vanish in the mean.
 """
 
 from abc import ABC, abstractmethod
@@ -32,8 +35,9 @@ HORIZON = 1024
 class RowGradient:
     """The gradient of n rows w in factored form: ``q @ x + radial[:, None] · w + pull_scale[:, None] · pull``.
 
-    ``q`` (n, B) and ``x`` (B, D) are what the softmax leaves behind (None: no such part), ``radial`` (n,) is its projection; ``pull``
-    (n, D) with ``pull_scale`` (n,) are vectors that attract the rows, such as old class centres (None: none).
+    ``q`` (n, B) and ``x`` (B, D) are what the softmax leaves behind (None: no such part), ``radial`` (n,) is its
+    projection; ``pull`` (n, D) with ``pull_scale`` (n,) are vectors that attract the rows, such as old class
+    centres (None: none).
     """
 
     q: Tensor | None
@@ -64,7 +68,8 @@ class RowGradient:
 class Selection:
     """The rows of one step with their state, as float32 (or float64) blocks.
 
-    Without an index (all rows) blocks are views of the table where the dtypes agree; with one they are slices of a gathered copy.
+    Without an index (all rows) blocks are views of the table where the dtypes agree; with one they are slices of a
+    gathered copy.
     """
 
     def __init__(self, owner: "RowOptimizer", index: Tensor | None) -> None:
@@ -73,7 +78,9 @@ class Selection:
         self._kept = None if index is None else owner.gather(index)
 
     def load(self, start: int, stop: int) -> tuple[Tensor, ...]:
-        """Rows and state [start, stop) of the selection, (n, D) each, to be changed in place and given to :meth:`store`."""
+        """Rows and state [start, stop) of the selection, (n, D) each, to be changed in place and given to
+        :meth:`store`.
+        """
         if self._kept is not None:
             return tuple(t[start:stop] for t in self._kept)
         return tuple(t[start:stop].to(self.owner.work) for t in self.owner.tables)
@@ -160,7 +167,8 @@ class RowOptimizer(ABC):
         """The step is complete: its rows ``index`` (None: all) were updated if ``gate`` says so."""
 
     def flush(self) -> None:
-        """Bring every row up to date."""
+        """Bring every row up to date; nothing to do where rows that were not drawn stand still."""
+        return
 
     def extra_state(self) -> dict[str, Tensor]:
         """What a checkpoint must keep beside the tables, by name: (R,) tensors."""
@@ -222,7 +230,8 @@ class SgdRows(RowOptimizer):
         else:
             self._missed[1:] = torch.where(gate > 0, longer, self._missed[1:])
             self._now += (gate > 0).to(self._now)
-        # A gated step wrote rows that were brought up to date to `now`, which did not move; an update moved both by one.
+        # A gated step wrote rows that were brought up to date to `now`, which did not move; an update moved both by
+        # one.
         if index is None:
             self._last.copy_(self._now.expand_as(self._last))
         else:

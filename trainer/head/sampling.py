@@ -1,14 +1,16 @@
-"""Which classes take part in a step: every positive of the global batch, and negatives drawn by a counter-based generator.
+"""Which classes take part in a step: every positive of the global batch, and negatives drawn by a counter-based
+generator.
 
-The C classes are cut into S = round(rate · C) strata of nearly equal size, rotated by an offset of the step, and one class is drawn
-from each stratum. Offset and draws are hashes of (seed, step, stratum): whether a class is drawn depends on the seed, the step and
-the class alone, never on the world size, on the rank or on how often the run was resumed, and a rank finds its own draws in O(S/W) without
-looking at the classes that were not drawn.
+The C classes are cut into S = round(rate · C) strata of nearly equal size, rotated by an offset of the step, and
+one class is drawn from each stratum. Offset and draws are hashes of (seed, step, stratum): whether a class is drawn
+depends on the seed, the step and the class alone, never on the world size, on the rank or on how often the run was
+resumed, and a rank finds its own draws in O(S/W) without looking at the classes that were not drawn.
 
-*Estimator.* Each class is drawn with the same probability S/C (the rotation makes it exact); two neighbours in one stratum are never drawn
-together, so sums over the drawn classes vary less than under independent draws. Like Partial FC (An et al., ICCVW 2021) the default takes
-the softmax over positives and drawn negatives as it is, which underestimates the full denominator. ``sampling_correction`` weights each
-drawn class that is not a positive of the batch by C/S (Horvitz–Thompson), which makes the sum over the negatives unbiased.
+*Estimator.* Each class is drawn with the same probability S/C (the rotation makes it exact); two neighbours in one
+stratum are never drawn together, so sums over the drawn classes vary less than under independent draws. Like
+Partial FC (An et al., ICCVW 2021) the default takes the softmax over positives and drawn negatives as it is, which
+underestimates the full denominator. ``sampling_correction`` weights each drawn class that is not a positive of the
+batch by C/S (Horvitz–Thompson), which makes the sum over the negatives unbiased.
 """
 
 from typing import TypeVar
@@ -49,7 +51,8 @@ def draw_negatives(
         begin = k * total // strata
         size = (k + 1) * total // strata - begin
         drawn = begin + (_hash(k, key) >> 31) % size
-        # Only the first and the last stratum may reach over the edge of [low, high); decide them on the host, without a device sync.
+        # Only the first and the last stratum may reach over the edge of [low, high); decide them on the host,
+        # without a device sync.
         skip_first = not low <= _draw_one(first, key, total, strata) < high
         skip_last = last > first and not low <= _draw_one(last, key, total, strata) < high
         drawn = drawn[int(skip_first) : len(drawn) - int(skip_last)]
@@ -98,8 +101,9 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-# The strata's hash must be the same on tensors and on Python integers. Torch has no unsigned 64-bit product, so it works on 31-bit
-# halves: two rounds of multiply-xorshift on values < 2**31 never leave int64, and the key enters each round.
+# The strata's hash must be the same on tensors and on Python integers. Torch has no unsigned 64-bit product, so it
+# works on 31-bit halves: two rounds of multiply-xorshift on values < 2**31 never leave int64, and the key enters
+# each round.
 _ROUNDS = ((0x45D9F3B, 15), (0x2C1B3C6D, 13))
 
 

@@ -1,11 +1,13 @@
 """The fused pass: margin softmax over a rank's rows without ever holding logits of the size batch × classes.
 
-Cosine logits are bounded by the scale s, so the softmax needs no running maximum: ``exp(s·cos − shift)`` with one constant shift neither overflows
-nor loses a term in float32 (:func:`constant_shift`). Two passes over chunks of rows:
+Cosine logits are bounded by the scale s, so the softmax needs no running maximum: ``exp(s·cos − shift)`` with one
+constant shift neither overflows nor loses a term in float32 (:func:`constant_shift`). Two passes over chunks of
+rows:
 
-1. forward: z = s·cos of a chunk, its Σ exp over the negatives; the target's cosine comes from the target's row alone. One all-reduce of
-   2·B numbers (and three of LCE) gives every rank the softmax's denominator and the loss.
-2. backward: z again (or kept, where it is small), the softmax weights, ∂L/∂x, and the rows' gradient, which is applied to the chunk at once.
+1. forward: z = s·cos of a chunk, its Σ exp over the negatives; the target's cosine comes from the target's row
+   alone. One all-reduce of 2·B numbers (and three of LCE) gives every rank the softmax's denominator and the loss.
+2. backward: z again (or kept, where it is small), the softmax weights, ∂L/∂x, and the rows' gradient, which is
+  applied to the chunk at once.
 
 Notation: rows w_j (n, D) with ρ_j = 1/‖w_j‖, unit embeddings x_i (B, D), P_ij = ∂L/∂cos_ij. The gradient of row j is
 ``ρ_j Σ_i P_ij x_i − ρ_j² (Σ_i P_ij cos_ij) w_j``: one matrix product with Q = ρP and one number per row.
@@ -29,16 +31,20 @@ from trainer.head.row_optimizer import RowGradient, RowOptimizer
 LARGEST_EXPONENT = 70.0
 """exp(70) times 29 million rows is still below the largest float32 (exp(88.7)), with a factor of 4 to spare."""
 MASKED = -1e20
-"""What a target's logit is replaced by among the negatives: exp of it is 0, and it stays finite when multiplied by any 1/‖w‖."""
+"""What a target's logit is replaced by among the negatives: exp of it is 0, and it stays finite when multiplied by
+any 1/‖w‖.
+"""
 KEEP_SHARE = 0.05
-"""The first pass's products are kept for the second where they take at most this share of the rows' and their state's memory."""
+"""The first pass's products are kept for the second where they take at most this share of the rows' and their
+state's memory.
+"""
 
 
 def constant_shift(scale: float, dtype: torch.dtype) -> float:
     """The constant subtracted from every logit s·cos before exp: s − 70 in float32, 0 in float64.
 
-    At cos = 1 for all of 29 million rows the sum is below float32's largest number; at cos = −1 a single term exp(−s − shift) is still a
-    normal number while s ≤ 78.
+    At cos = 1 for all of 29 million rows the sum is below float32's largest number; at cos = −1 a single term
+    exp(−s − shift) is still a normal number while s ≤ 78.
 
     Raises:
         ConfigError: the scale is too large for float32.
@@ -94,7 +100,9 @@ def exp_sum(products: Tensor, inverse: Tensor, offset: Tensor) -> Tensor:
 
 
 def softmax_weights(products: Tensor, inverse: Tensor, log_sum: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (n, B) and Σ_i P_ij z_ij (n,): P = coefficient·exp(z − log_sum), z = ρ·products, Q = ρP; log_sum is (1, B) or (n, B)."""
+    """Q (n, B) and Σ_i P_ij z_ij (n,): P = coefficient·exp(z − log_sum), z = ρ·products, Q = ρP; log_sum is (1, B)
+    or (n, B).
+    """
     z = products * inverse
     p = torch.exp(z - log_sum) * coefficient
     return p * inverse, (p * z).sum(1)
@@ -102,10 +110,11 @@ def softmax_weights(products: Tensor, inverse: Tensor, log_sum: Tensor, coeffici
 
 @dataclass(frozen=True)
 class Drawn:
-    """The rows of a step: ``index`` (n,) local classes or None for all; the first ``negatives`` of them were drawn as such.
+    """The rows of a step: ``index`` (n,) local classes or None for all; the first ``negatives`` of them were drawn
+    as such.
 
-    ``samples`` (P,) are the samples whose class is on this rank and ``places`` (P,) their classes' places among the drawn.
-    ``probability`` is S/C.
+    ``samples`` (P,) are the samples whose class is on this rank and ``places`` (P,) their classes' places among the
+    drawn. ``probability`` is S/C.
     """
 
     index: Tensor | None
@@ -187,7 +196,7 @@ class FusedStep:
         """The cosines of the samples whose class is here, from their rows alone; with sub-centres the nearest row's."""
         k, places = self.settings.sub_centers, self.drawn.places
         every = (places[:, None] * k + torch.arange(k, device=places.device)).reshape(-1)
-        rows = self.rows.take(every).view(len(places), k, -1)
+        rows = self.rows.take(every).view(len(places), k, self.x.shape[1])
         rows = rows / torch.linalg.vector_norm(rows, dim=2, keepdim=True).clamp_min(1e-12)
         cosines = torch.einsum("pkd,pd->pk", rows, self.x[self.drawn.samples])
         self.target_cosine, nearest = cosines.max(1)
@@ -246,7 +255,9 @@ class FusedStep:
         return out
 
     def _offset(self, first: int, last: int) -> Tensor:
-        """shift − log(weight) per class (n, 1): weight C/S for a class that only the draw brought in, if correction is on."""
+        """shift − log(weight) per class (n, 1): weight C/S for a class that only the draw brought in, if correction
+        is on.
+        """
         offset = torch.full((last - first, 1), self.shift, dtype=self.optimizer.work, device=self.x.device)
         if self.settings.correction and self.drawn.index is not None:
             if not hasattr(self, "_log_weight"):
@@ -269,7 +280,9 @@ class FusedStep:
         return torch.exp(z - offset).sum(0)
 
     def _negative_logits(self, products: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits of the negatives after sub-centres, filter and curriculum (n, B), their slope ∂logit/∂z, and the nearest-row mask."""
+        """Logits of the negatives after sub-centres, filter and curriculum (n, B), their slope ∂logit/∂z, and the
+        nearest-row mask.
+        """
         k, scale = self.settings.sub_centers, self.settings.scale
         z, nearest = products * inverse, None
         if k > 1:
@@ -303,7 +316,8 @@ class FusedStep:
 
     def _alignment(self, w: Tensor, inverse: Tensor, first: int, last: int) -> Tensor:
         """Σ (1 − cos(w_j, o_j)) over the drawn classes of a chunk that have a centre, weighted by C/S."""
-        assert self.compat is not None and self.center_cosine is not None, "only called with a centre bank"
+        assert self.compat is not None, "only called with a centre bank"
+        assert self.center_cosine is not None, "allocated with the centre bank"
         centers, mask = self.compat.rows(self._local_classes(first, last), self.x)
         cosine = torch.linalg.vecdot(w, centers.to(w.dtype)) * inverse
         self.center_cosine[first:last] = cosine
@@ -363,7 +377,8 @@ class FusedStep:
     # ---------------------------------------------------------------- second pass
 
     def backward(self, grad: Tensor) -> Tensor:
-        """∂L/∂x of the gathered embeddings (B, D), this rank's part of the sum; rows are updated (or their gradient collected).
+        """∂L/∂x of the gathered embeddings (B, D), this rank's part of the sum; rows are updated (or their gradient
+        collected).
 
         Args:
             grad: the 0-dim gradient of the total with respect to the loss.
@@ -446,7 +461,9 @@ class FusedStep:
     def _alignment_gradient(
         self, first: int, last: int, radial: Tensor, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """The pull of the old centres, −λ_a/C·(o − cos·w/‖w‖)/‖w‖: the centres (n, D), their factors (n,), and the radial part with theirs."""
+        """The pull of the old centres, −λ_a/C·(o − cos·w/‖w‖)/‖w‖: the centres (n, D), their factors (n,), and the
+        radial part with theirs.
+        """
         if self.compat is None or self.center_cosine is None or self.compat_total is None:
             return None, None, radial
         centers, mask = self.compat.rows(self._local_classes(first, last), self.x)
