@@ -42,8 +42,8 @@ class DirectCompat:
         """Raise :class:`CenterBankError` unless the bank fits the rank's ``classes`` rows of dimension ``dim``."""
         if self.centers.shape != (classes, dim):
             raise CenterBankError(
-                f"centre bank: {len(self.centers)} centres of dimension {self.centers.shape[1]} for {classes} classes of "
-                f"dimension {dim}; direct mode needs D1 = D2 (choose backbone.dim, or a mode with a transformation)"
+                f"centre bank: {len(self.centers)} centres of dimension {self.centers.shape[1]} for {classes} classes "
+                f"of dimension {dim}; direct mode needs D1 = D2 (choose backbone.dim, or a mode with a transformation)"
             )
 
     def total(self, device: torch.device) -> Tensor:
