@@ -1,5 +1,6 @@
 """The verdict on constructed safe, unsafe and undecided upgrades, and on sets that cannot carry one."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from trainer.evaluation.arrays import class_index
 from trainer.evaluation.compatibility import Spaces, class_centres
 from trainer.evaluation.study import NamedSet, Options, study
 
-OPTIONS = Options(fars=(1e-3, 1e-2), replicates=200)
+OPTIONS = Options(fars=(1e-3, 1e-2), replicates=200, backfill_images=0)
 
 
 def upgrade(toward: float, noise: float = 0.0, classes: int = 60, images: int = 5, spread: float = 1.6) -> NamedSet:
@@ -84,7 +85,7 @@ def test_few_identities_never_make_safe_but_can_make_not_safe():
 
 
 def test_a_false_accept_rate_below_what_the_set_resolves_is_said():
-    verdict = answer(upgrade(1.0), options=Options(fars=(1e-7,), replicates=50))
+    verdict = answer(upgrade(1.0), options=Options(fars=(1e-7,), replicates=50, backfill_images=0))
     assert verdict["answer"] == "NOT ENOUGH DATA"
     assert "resolve no FAR below" in verdict["paragraph"]
 
@@ -95,14 +96,14 @@ def test_a_tolerated_loss_counts_as_level():
     case = upgrade(0.1, noise=0.3)
     strict, lenient = (
         answer(case),
-        answer(case, options=Options(fars=(1e-2,), replicates=200, rules=Rules(tolerance=0.5))),
+        answer(case, options=Options(fars=(1e-2,), replicates=200, backfill_images=0, rules=Rules(tolerance=0.5))),
     )
     assert strict["answer"] == "NOT ENOUGH DATA"
     assert {f["outcome"] for f in lenient["sets"][0]["findings"]} <= {"better", "level"}
 
 
 def test_the_result_is_plain_and_complete():
-    result = study([upgrade(1.0)], OPTIONS)
+    result = study([upgrade(1.0)], dataclasses.replace(OPTIONS, backfill_images=5000))
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     one = result["sets"]["unseen"]
     assert set(one["cells"]) == {"old->old", "new->old", "new->new", "old->new", "paragon->paragon", "paragon->old"}

@@ -49,12 +49,20 @@ class Options:
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A labelled set under every model. records: (n,) the data set's own numbers of the images."""
+    """A labelled set under every model.
+
+    labels: (n,) identities. records: (n,) the data set's own numbers of the images. class_names: by label, where known.
+    """
 
     name: str
     spaces: Spaces
     labels: IntArray
     records: IntArray
+    class_names: Sequence[str] | None = None
+
+    def identity(self, label: int) -> str:
+        """An identity's name, or its label where it has none."""
+        return str(label) if self.class_names is None else self.class_names[label]
 
 
 def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], None] = lambda stage: None) -> Result:
@@ -157,7 +165,7 @@ def _describe(
             "negative_count": len(turned.negative),
             "positive_count": len(turned.positive),
             "worst_identities": [
-                {"label": label, "lost": lost, "gained": gained, "images": images}
+                {"identity": one.identity(label), "lost": lost, "gained": gained, "images": images}
                 for label, lost, gained, images in turned.worst
             ],
         },

@@ -169,11 +169,9 @@ def _sentence(s: SetVerdict) -> str:
 
 
 def _threshold_sentence(point: OperatingPoint) -> str:
-    ratio = point.far_kept / point.far
-    kept = (
-        f"At FAR {point.far:g} the deployed threshold {point.threshold:.3f} would give FAR {point.far_kept:.2g} "
-        f"({ratio:.2g} times) and TAR {point.tar_kept:.3f}"
+    more = f" ({point.far_kept / point.far:.2g} times as many impostors)" if point.far_kept > point.far else ""
+    return (
+        f"The deployed threshold {point.threshold:.3f} (FAR {point.far:g}, TAR {point.tar:.3f}) would give FAR "
+        f"{point.far_kept:.2g}{more} and TAR {point.tar_kept:.3f}; {point.restored:.3f} restores the FAR, with TAR "
+        f"{point.tar_restored:.3f}."
     )
-    if ratio <= 1:
-        return f"{kept}; it may stay, or become {point.restored:.3f} for TAR {point.tar_restored:.3f}."
-    return f"{kept}; the threshold {point.restored:.3f} restores the FAR (TAR {point.tar_restored:.3f})."

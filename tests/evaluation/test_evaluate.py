@@ -1,0 +1,151 @@
+"""The command on real files: two small models, pictures in folders, verdict, JSON, report, cache, refusals."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tools import cli
+from trainer.backbones import build_backbone
+from trainer.compat.transform import build_transform
+from trainer.config import BackboneConfig, TransformConfig
+from trainer.export import ModelCard, TransformCard, save_model
+
+
+def pictures(folder, classes, images, seed, size=32):
+    """A folder per identity with noisy copies of a random smooth pattern."""
+    generator = np.random.default_rng(seed)
+    for c in range(classes):
+        pattern = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
+        (folder / f"person-{c}").mkdir(parents=True)
+        for i in range(images):
+            noisy = np.asarray(pattern, np.float64) + generator.normal(0, 40, (size, size, 3))
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"person-{c}" / f"{i}.png")
+    return folder
+
+
+def model(folder, seed, dim=16, size=32, transforms=None):
+    """A small network with random weights as a model folder."""
+    torch.manual_seed(seed)
+    config = BackboneConfig(name="small", dim=dim)
+    cards = {
+        d: TransformCard(config=TransformConfig(name="linear"), dim_in=i, dim_out=o)
+        for d, (i, o) in (transforms or {}).items()
+    }
+    modules = {d: build_transform(c.config, c.dim_in, c.dim_out) for d, c in cards.items()}
+    card = ModelCard(backbone=config, dim=dim, image_size=(size, size), transforms=cards)
+    save_model(folder, build_backbone(config, (size, size)), card, modules)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    pictures(folder / "unseen", 24, 4, seed=1)
+    pictures(folder / "seen", 8, 3, seed=2)
+    for name, seed in (("old", 1), ("other", 2)):
+        model(folder / name, seed)
+    model(folder / "wide", 3, dim=24)
+    model(folder / "mapped", 3, dim=24, transforms={"t21": (24, 16), "t12": (16, 24)})
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("run:\n  seed: 5\n")
+    lines = [{"step": s, "loss": 9 / (s + 1), "alignment": 1 / (s + 1), "lr": 0.1} for s in range(30)]
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def this_command_alone(monkeypatch):
+    monkeypatch.setattr(cli, "COMMANDS", ("evaluate",))
+
+
+def evaluate(place, *extra, old="old", new="other", data=("unseen",)):
+    sets = [f"{name}={place / name}" for name in data]
+    fixed = ["--fars", "1e-2,1e-1", "--replicates", "60", "--cache", str(place / "cache"), "--device", "cpu"]
+    return cli.main(["evaluate", "--old", str(place / old), "--new", str(place / new), "--data", *sets, *fixed, *extra])
+
+
+def test_the_whole_command(place, capsys):
+    report, result = place / "out.html", place / "out.json"
+    models = ["--paragon", str(place / "other"), "--runs", str(place / "run")]
+    status = evaluate(
+        place, *models, "--report", str(report), "--json", str(result), "--fail-unsafe", data=("unseen", "seen")
+    )
+    assert status == 1  # independent networks
+    found = json.loads(result.read_text())
+    assert found["verdict"]["answer"] == "NOT SAFE"
+    assert set(found["sets"]) == {"unseen", "seen"}
+    assert found["models"]["old"]["dimension"] == 16
+    assert found["provenance"]["lce-trainer"]
+    assert found["sets"]["unseen"]["flips"]["worst_identities"][0]["lost"] > 0
+    page = report.read_text()
+    assert "NOT SAFE" in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is loaded from elsewhere
+    assert page.count('class="plot"') == 1 + 2 * 3 + 2  # criterion; ROC, scores, backfill a set; loss and alignment
+    assert "seed: 5" in page
+    assert page.count("data:image/png;base64") > 20  # the pictures are small: PNG
+    plots = sorted(p.name for p in (place / "out-plots").iterdir())
+    assert len(plots) == 9
+    assert "unseen-roc.png" in plots
+    printed = capsys.readouterr().out
+    assert "NOT SAFE" in printed
+    assert "new → old" in printed
+
+
+def test_json_to_standard_output_is_all_there_is_on_it(place, capsys):
+    assert evaluate(place, "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["verdict"]["answer"] == "NOT SAFE"
+
+
+def test_the_cache_is_used_and_a_damaged_entry_is_replaced(place, monkeypatch, capsys):
+    import trainer.evaluation.sources as sources
+
+    assert evaluate(place) == 0
+    calls = []
+    embed = sources.embed_dataset
+    monkeypatch.setattr(sources, "embed_dataset", lambda *a, **k: calls.append(a) or embed(*a, **k))
+    assert evaluate(place) == 0
+    assert calls == []
+    for file in (place / "cache").iterdir():
+        file.write_bytes(b"damaged")
+    assert evaluate(place) == 0
+    assert len(calls) == 2
+    assert evaluate(place, "--flip") == 0  # other embeddings
+    assert len(calls) == 4
+    capsys.readouterr()
+
+
+def test_a_transformation_is_applied_where_it_belongs(place, capsys):
+    assert evaluate(place, "--json", "-", new="mapped") == 0
+    cells = json.loads(capsys.readouterr().out)["sets"]["unseen"]["cells"]
+    assert cells["new->old"]["how"] == "backward"
+    assert cells["old->new"]["how"] == "backward"  # T₁₂ carries old queries into the new space
+
+
+def test_wrong_use_is_one_line_and_status_2(place, capsys):
+    def refused(*extra, **kwargs):
+        assert evaluate(place, *extra, **kwargs) == 2
+        text = capsys.readouterr().err.strip()
+        assert len(text.splitlines()) == 1
+        return text
+
+    assert "dimension 24 against 16" in refused(new="wide")
+    assert "no model" in refused(new="nothing")
+    assert "nothing" in refused(data=("nothing",))
+    assert "expected numbers" in refused("--fars", "a,b")
+    assert "between 0 and 1" in refused("--fars", "2")
+    assert "does not exist" in refused("--report", str(place / "no" / "such" / "report.html"))
+    assert "log.jsonl" in refused("--runs", str(place / "old"), "--report", str(place / "r.html"))
+    assert "expected NAME=DATASET" in refused("--data", "unseen")
+    pictures(place / "large", 2, 2, seed=3, size=40)
+    assert "40 × 40" in refused(data=("large",))
+    pictures(place / "one", 1, 4, seed=3)
+    assert "one identity" in refused(data=("one",))
+    pictures(place / "single", 4, 1, seed=3)
+    assert "single image" in refused(data=("single",))

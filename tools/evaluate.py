@@ -1,0 +1,241 @@
+"""Say whether a new model may query the gallery of a deployed one: verdict, figures with intervals, JSON and a report.
+
+    lce evaluate --old runs/old --new runs/new --paragon runs/alone --data unseen=data/unseen seen=data/seen \\
+        --fars 1e-4,1e-3 --json result.json --report report.html --runs runs/old runs/new --fail-unsafe
+
+Models are run folders, export folders or ONNX files; data sets are what `lce pack` makes, or a folder of identity
+folders. Give identities that no setting was chosen on. Several ranks share the embedding: torchrun --nproc-per-node 2
+-m tools.cli evaluate … Exit status: 0 done (1 with --fail-unsafe unless the verdict is SAFE), 2 wrong use.
+"""
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import DataError, LceError
+
+if TYPE_CHECKING:
+    from trainer.data.index import Dataset
+    from trainer.distributed import Ranks
+    from trainer.evaluation.report import RunRecord
+    from trainer.evaluation.sources import Progress
+    from trainer.export import EmbeddingModel
+
+HELP = "may the new model query the old gallery? verdict, figures, report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--old", required=True, metavar="MODEL", help="the deployed model")
+    parser.add_argument("--new", required=True, metavar="MODEL", help="the model that is to replace it")
+    parser.add_argument(
+        "--paragon", metavar="MODEL", help="a new model trained without compatibility, for the update gain"
+    )
+    parser.add_argument("--data", required=True, nargs="+", metavar="NAME=DATASET", help="labelled sets to measure on")
+    parser.add_argument(
+        "--fars", default="1e-4,1e-3,1e-2", help="false accept rates, comma separated (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runs", nargs="*", default=[], metavar="RUN", help="run folders whose training the report shows"
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the HTML report (and its plots beside it)")
+    parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for standard output")
+    parser.add_argument("--fail-unsafe", action="store_true", help="exit status 1 unless the verdict is SAFE")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="a loss of at most this much counts as level (default: 0)"
+    )
+    parser.add_argument("--min-identities", type=int, default=20, help="fewer never make SAFE (default: %(default)s)")
+    parser.add_argument(
+        "--replicates", type=int, default=500, help="bootstrap draws of identities (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of random orders (default: 0)")
+    parser.add_argument("--flip", action="store_true", help="add the mirrored image's embedding to each")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where models run")
+    parser.add_argument(
+        "--cache", metavar="FOLDER", help="where embeddings are kept; none: nowhere (default: user's cache)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``lce evaluate``; returns the exit status."""
+    from trainer.distributed import process_group
+
+    fars, named = _fars(args.fars), _named(args.data)
+    _check_outputs(args)
+    runs = _runs(args.runs)
+    with process_group(args.device) as ranks:
+        result, datasets = _measure(args, fars, named, ranks)
+        if not ranks.is_main:
+            return 0
+        _write(args, result, datasets, runs)
+        if args.json != "-":
+            _print(result)
+        return 1 if args.fail_unsafe and result["verdict"]["answer"] != "SAFE" else 0
+
+
+def _fars(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        raise LceError(f"--fars {text}: expected numbers separated by commas, for example 1e-4,1e-3") from None
+
+
+def _named(texts: Sequence[str]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for text in texts:
+        name, separator, path = text.partition("=")
+        if not separator or not name or not path:
+            raise LceError(f"--data {text}: expected NAME=DATASET, for example unseen=data/unseen")
+        if name in named:
+            raise LceError(f"--data: two sets are named {name}; give each a name of its own")
+        named[name] = Path(path)
+    return named
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    for option, place in (("--report", args.report), ("--json", None if args.json in (None, "-") else Path(args.json))):
+        if place is not None and not place.absolute().parent.is_dir():
+            raise LceError(f"{option} {place}: the folder {place.absolute().parent} does not exist; make it first")
+
+
+def _measure(
+    args: argparse.Namespace, fars: tuple[float, ...], named: dict[str, Path], ranks: "Ranks"
+) -> tuple[dict[str, Any], dict[str, "Dataset"]]:
+    """Embed on all ranks, measure on the first (the others return what is empty)."""
+    from trainer.data import open_dataset
+    from trainer.evaluation.provenance import provenance
+    from trainer.evaluation.sources import EmbeddingCache, check_models, default_cache, embed_set
+    from trainer.evaluation.study import Options, stages, study
+    from trainer.evaluation.verdict import Rules
+    from trainer.export import load_model
+
+    rules = Rules(tolerance=args.tolerance, min_identities=args.min_identities)
+    options = Options(fars=fars, replicates=args.replicates, seed=args.seed, rules=rules)
+    paths = {"old": args.old, "new": args.new} | ({"paragon": args.paragon} if args.paragon else {})
+    models = {role: load_model(path, ranks.device) for role, path in paths.items()}
+    datasets = {name: open_dataset(path) for name, path in named.items()}
+    check_models(models, datasets)
+    cache = EmbeddingCache(None if args.cache == "none" else Path(args.cache) if args.cache else default_cache())
+    with _progress(ranks.is_main) as (counted, staged):
+        sets = [
+            embed_set(name, models, dataset, cache, ranks, counted, args.flip) for name, dataset in datasets.items()
+        ]
+        if not ranks.is_main:
+            return {}, datasets
+        result = study(sets, options, staged(stages(len(sets), len(models))))
+    result["models"] = {role: _describe(model) for role, model in models.items()}
+    result["settings"] = {"data": {name: str(path) for name, path in named.items()}, "flip": args.flip}
+    result["provenance"] = provenance()
+    return result, datasets
+
+
+def _describe(model: "EmbeddingModel") -> dict[str, Any]:
+    card = model.card
+    return {
+        "path": str(model.path),
+        "backbone": card.backbone.name if card.backbone else "ONNX graph",
+        "dimension": card.dim,
+        "image": f"{card.image_size[0]} × {card.image_size[1]} {card.color}",
+        "mode": card.mode or "–",
+        "identities": card.classes or "–",
+        "steps": card.step or "–",
+        "hash": model.hash,
+    }
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[tuple["Progress", Callable[[int], Callable[[str], None]]]]:
+    """Two bars on standard error: images embedded, stages measured."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bars:
+        tasks: dict[str, Any] = {}
+
+        def counted(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(f"embedding {what}", total=total)
+            bars.update(tasks[what], completed=done)
+
+        def staged(total: int) -> Callable[[str], None]:
+            task = bars.add_task("measuring", total=total)
+
+            def notify(stage: str) -> None:
+                bars.update(task, advance=1, description=f"measuring {stage}")
+
+            return notify
+
+        yield counted, staged
+
+
+def _write(
+    args: argparse.Namespace, result: dict[str, Any], datasets: dict[str, "Dataset"], runs: "list[RunRecord]"
+) -> None:
+    from trainer.evaluation.report import write_report
+
+    if args.report is not None:
+        write_report(args.report, result, runs, _pictures(datasets))
+    if args.json is not None:
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            try:
+                Path(args.json).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise DataError(f"--json {args.json}: cannot be written: {error.strerror}") from None
+
+
+def _runs(folders: Sequence[str]) -> "list[RunRecord]":
+    from trainer.evaluation.report import RunRecord
+    from trainer.evaluation.sources import training_curves
+
+    records = []
+    for folder in map(Path, folders):
+        config = folder / "config.yaml"
+        settings = config.read_text(encoding="utf-8") if config.is_file() else ""
+        records.append(RunRecord(folder.name, training_curves(folder), settings))
+    return records
+
+
+def _pictures(datasets: dict[str, "Dataset"]) -> Callable[[str, int], bytes | None]:
+    from PIL import Image
+
+    def picture(name: str, record: int) -> bytes:
+        pixels = datasets[name].decode(record)
+        if datasets[name].info.color == "BGR":
+            pixels = pixels[..., ::-1]
+        image = Image.fromarray(pixels)
+        image.thumbnail((112, 112))
+        buffer = io.BytesIO()
+        small = max(image.size) < 64
+        image.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": 85}))
+        return buffer.getvalue()
+
+    return picture
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for name, one in result["sets"].items():
+        fars = [entry["far"] for entry in one["cells"]["old->old"]["tar"]]
+        table = Table(
+            "query → gallery",
+            *(f"TAR@FAR {far:g}" for far in fars),
+            "rank-1",
+            title=f"{name}: {one['identities']:,} identities, {one['images']:,} images",
+        )
+        for cell, value in one["cells"].items():
+            tars = [f"{entry['value']:.3f}" + ("" if entry["resolved"] else " *") for entry in value["tar"]]
+            table.add_row(cell.replace("->", " → "), *tars, f"{value['rank']['1']['value']:.3f}")
+        console.print(table)
+    console.print(result["verdict"]["paragraph"], highlight=False)
