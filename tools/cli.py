@@ -1,4 +1,5 @@
-"""The command ``lce``: one subcommand a file in this folder; this one only dispatches and turns errors into exit statuses.
+"""The command ``lce``: one subcommand a file in this folder; this one only dispatches and turns errors into exit
+statuses.
 
 Exit status: 0 done; 1 the answer is no (damage found, upgrade unsafe); 2 wrong use or configuration. A crash is never 1
 or 2: it ends with 70 and its traceback; an interruption by Ctrl-C with 130.
@@ -17,7 +18,7 @@ EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
 
 # A subcommand is a module with HELP (one line), add_arguments(parser) and run(args) -> exit status. It imports what is
 # heavy or optional inside run(), so that `lce --help` stays quick and works without the extras.
-COMMANDS = ("demo", "pack", "check", "launch", "centers", "evaluate", "export", "checkpoint", "bench")
+COMMANDS = ("demo", "pack", "check", "split", "launch", "centers", "evaluate", "export", "checkpoint", "bench")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +50,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one ``lce`` command; returns its exit status."""
     args = parse(build_parser(), argv)
+    args.words = list(sys.argv[1:] if argv is None else argv)  # for commands that start themselves again on all ranks
     try:
         return int(args.run(args))
     except LceError as error:

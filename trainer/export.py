@@ -5,10 +5,7 @@ transformations ``t21.safetensors`` (new â†’ old) and ``t12.safetensors`` (old â
 folder, a run folder (its ``model/``) or an ONNX file, and gives one :class:`EmbeddingModel` for all of them.
 """
 
-import contextlib
 import hashlib
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +17,7 @@ import pydantic
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -30,6 +27,7 @@ from trainer.compat.transform import build_transform, transform_vectors
 from trainer.config import BackboneConfig, TransformConfig
 from trainer.distributed import Ranks, agree, all_gather_rows
 from trainer.errors import ConfigError, LceError, ModelError
+from trainer.files import replaced, save_tensors
 
 if TYPE_CHECKING:
     from trainer.data.index import Dataset
@@ -98,36 +96,12 @@ def save_model(
     if folder.exists() and any(folder.iterdir()) and not (folder / CARD_FILE).is_file():
         raise ModelError(f"{folder}: exists and is no model folder; nothing was replaced")
     card = card.model_copy(update={"backbone": card.backbone.model_copy(update={"weights": None})})
-    with replaced(folder) as partial:
+    with replaced(folder, ModelError) as partial:
         partial.mkdir(parents=True)
         for name, module in modules.items():
             state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-            save_file(state, partial / f"{name}.safetensors")
+            save_tensors(state, partial / f"{name}.safetensors")
         (partial / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replaced(target: Path) -> Iterator[Path]:
-    """A path beside ``target`` (a file or a folder to be) that takes its place when the block ends well, else is
-    removed.
-
-    Raises:
-        ModelError: nothing can be written there.
-    """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = partial.with_suffix(".old")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        if target.is_dir():
-            target.rename(old)
-        partial.rename(target)
-    except OSError as error:
-        raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from None
-    finally:
-        for path in (partial, old):
-            shutil.rmtree(path, ignore_errors=True)
-            path.unlink(missing_ok=True)
 
 
 class EmbeddingModel(ABC):

@@ -21,7 +21,8 @@ from torch.nn.functional import normalize
 
 from trainer.compat.transform import Orthogonal
 from trainer.errors import ModelError
-from trainer.export import Direction, ModelCard, TorchModel, replaced
+from trainer.export import Direction, ModelCard, TorchModel
+from trainer.files import replaced
 from trainer.onnx_model import CARD_KEY, IMAGES_INSIDE, IMAGES_OUTSIDE, INPUT_KEY, VECTORS, OnnxModel, OnnxTransform
 
 OPSET = 18
@@ -127,7 +128,7 @@ def export_onnx(
         INPUT_KEY: IMAGES_INSIDE if normalisation == "inside" else IMAGES_OUTSIDE,
     }
     example = torch.rand(2, 3, *card.image_size) * (255 if normalisation == "inside" else 1)
-    with replaced(path) as partial:
+    with replaced(path, ModelError) as partial:
         write_graph(graph, example, partial, "data", metadata)
         return compare(lambda part: OnnxModel.open(partial).embed(part), images, expected, bound, path, partial)
 
@@ -146,7 +147,7 @@ def export_transform(
     if not len(vectors):
         raise ModelError(f"{path}: an export is compared on real embeddings; none were given")
     metadata = {CARD_KEY: model.card.model_dump_json(), INPUT_KEY: VECTORS, "lce_direction": direction}
-    with replaced(path) as partial:
+    with replaced(path, ModelError) as partial:
         example = torch.randn(2, vectors.shape[1])
         write_graph(_VectorGraph(model.transforms[direction]), example, partial, "vectors", metadata)
         return compare(lambda part: OnnxTransform(partial)(part), vectors, expected, bound, path, partial)

@@ -22,11 +22,11 @@ from typing import Any, Literal
 import pydantic
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer import __version__
 from trainer.errors import CenterBankError
+from trainer.files import save_tensors
 
 SHARD_BYTES = 64 * 2**20
 NORM_TOLERANCE = 1e-3
@@ -168,6 +168,11 @@ class CenterBank:
             per_class["counts"],
             per_class["class_ids"],
         )
+
+    def per_class(self, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
+        """``boundaries``, ``class_ids``, ``counts`` and ``mask`` of the classes [start, stop), without their
+        centres."""
+        return self._slice(self._manifest.classes, start, self.num_classes if stop is None else stop)
 
     def verify(self) -> None:
         """Read every byte once and compare all checksums. Raises :class:`CenterBankError`."""
@@ -391,7 +396,7 @@ class BankWriter:
     def _write(self, name: str, tensors: dict[str, Tensor], start: int, stop: int) -> _FileInfo:
         path = self._partial / name
         try:
-            save_file(tensors, path)
+            save_tensors(tensors, path)
         except (OSError, SafetensorError) as error:
             raise CenterBankError(f"{path}: cannot be written: {error}") from None
         return _FileInfo(file=name, start=start, stop=stop, size_bytes=path.stat().st_size, crc32=_crc32_of(path))

@@ -1,0 +1,182 @@
+"""Make the centre bank that training needs to stay compatible with an old model, and look into one.
+
+  lce centers from-model runs/old data/train bank --nproc 2             # the old model (run, export or .onnx) on a
+  data set lce centers from-embeddings old.npy bank --dataset data/train         # old embeddings, one row per record
+  lce centers from-classifier checkpoint_gpu_*.pt bank                  # the old classifier's rows, as saved per rank
+
+A bank holds a centre and a boundary for each class of the *new* training set (trainer/compat/center_bank.py).
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.compat.boundary import BoundaryRule
+    from trainer.compat.center_bank import CenterBank
+
+HELP = "make the centre bank of an old model, or look into one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``lce centers``."""
+    commands = parser.add_subparsers(dest="how", required=True, metavar="HOW")
+    model = commands.add_parser("from-model", help="run the old model over the new training set")
+    model.add_argument("model", type=Path, help="run folder, export folder or .onnx file")
+    model.add_argument("dataset", type=Path, help="data set folder")
+    model.add_argument("out", type=Path, help="the bank's folder")
+    model.add_argument("--labels", type=Path, help="int64 .npy that replaces the data set's labels")
+    model.add_argument("--nproc", type=int, default=1, help="processes on this machine (torchrun is started for you)")
+    model.add_argument("--batch-size", type=int, default=256)
+    model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    model.add_argument("--flip", action="store_true", help="embed as the sum of the image and its mirror image")
+    model.add_argument("--embeddings", type=Path, help="keep the embeddings by record in this .npy file")
+    _add_rule(model)
+    embeddings = commands.add_parser("from-embeddings", help="mean and boundary of old embeddings per class")
+    embeddings.add_argument("embeddings", type=Path, nargs="+", help=".npy, .npz, .safetensors or .pt files, in order")
+    embeddings.add_argument("out", type=Path, help="the bank's folder")
+    embeddings.add_argument("--labels", type=Path, help="int64 .npy, the new class of each embedding (−1: leave out)")
+    embeddings.add_argument("--dataset", type=Path, help="take labels and class count from this data set")
+    embeddings.add_argument("--classes", type=int, help="class count, where it is more than the largest label + 1")
+    embeddings.add_argument("--key", help="the array's name inside the files")
+    _add_rule(embeddings)
+    for sub in (model, embeddings):
+        _add_output(sub)
+
+
+def _add_rule(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("centres and boundaries")
+    group.add_argument("--centers", type=Path, metavar="BANK", help="keep this bank's centres, measure boundaries only")
+    group.add_argument("--quantile", type=float, default=0.0, help="share of a class outside its boundary (0: minimum)")
+    group.add_argument("--outliers", choices=("none", "iqr", "nearest"), default="none", help="left out before that")
+    group.add_argument("--nearest-share", type=float, default=0.9, help="with --outliers nearest")
+    group.add_argument("--single", type=float, help="boundary of classes with one image (default: the others' median)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--storage", choices=("float32", "bfloat16", "int8"), default="float32")
+    parser.add_argument("--force", action="store_true", help="replace an existing bank")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what ``args.how`` says; returns the exit status."""
+    return {"from-model": _from_model, "from-embeddings": _from_embeddings}[args.how](args)
+
+
+def _from_model(args: argparse.Namespace) -> int:
+    from tools.parallel import on_ranks_already, one_voice, start_ranks
+    from trainer.distributed import process_group
+
+    if args.nproc != 1 and not on_ranks_already():
+        return start_ranks(args.words, args.nproc)
+    with process_group(args.device) as ranks, one_voice(ranks):
+        return _run_model(args, ranks)
+
+
+def _run_model(args: argparse.Namespace, ranks: Any) -> int:
+    from tools.progress import progress_bar
+    from trainer.compat.center_bank import CenterBank
+    from trainer.compat.from_model import bank_from_model
+    from trainer.data.index import open_dataset
+    from trainer.export import load_model
+
+    rule = _rule(args)
+    dataset = open_dataset(args.dataset, args.labels)
+    model = load_model(args.model, ranks.device)
+    centers = None if args.centers is None else CenterBank.open(args.centers)
+    started = time.perf_counter()
+    with progress_bar("embedding, then centres", ranks.is_main) as progress:
+        bank = bank_from_model(
+            model,
+            dataset,
+            args.out,
+            rule=rule,
+            centers=centers,
+            flip=args.flip,
+            batch_size=args.batch_size,
+            keep_embeddings=args.embeddings,
+            ranks=ranks,
+            embed_progress=progress,
+            bank_progress=progress,
+            storage=args.storage,
+            overwrite=args.force,
+        )
+    if ranks.is_main:
+        _report(args, bank, time.perf_counter() - started)
+    return 0
+
+
+def _from_embeddings(args: argparse.Namespace) -> int:
+    from tools.progress import progress_bar
+    from trainer.compat.center_bank import BankInfo, CenterBank
+    from trainer.compat.convert import bank_from_embeddings
+    from trainer.compat.sources import open_rows, read_labels
+    from trainer.data.index import open_dataset
+    from trainer.errors import LceError
+
+    if (args.labels is None) == (args.dataset is None):
+        raise LceError("give the classes of the embeddings: --labels FILE or --dataset FOLDER, one of them")
+    rule, classes = _rule(args), args.classes
+    if args.dataset is not None:
+        dataset = open_dataset(args.dataset)
+        labels, classes = dataset.labels, classes or dataset.num_classes
+    else:
+        labels = read_labels(args.labels)
+    info = BankInfo(
+        made_from="embeddings",
+        source=" ".join(str(path) for path in args.embeddings),
+        dataset=None if args.dataset is None else str(args.dataset),
+        dataset_fingerprint=None if args.dataset is None else dataset.fingerprint,
+        boundary=rule.words(),
+    )
+    started = time.perf_counter()
+    with progress_bar("centres") as progress:
+        bank = bank_from_embeddings(
+            open_rows(args.embeddings, args.key),
+            labels,
+            classes or int(labels.max()) + 1,
+            args.out,
+            info,
+            rule=rule,
+            centers=None if args.centers is None else CenterBank.open(args.centers),
+            progress=progress,
+            storage=args.storage,
+            overwrite=args.force,
+        )
+    _report(args, bank, time.perf_counter() - started)
+    return 0
+
+
+def _rule(args: argparse.Namespace) -> "BoundaryRule":
+    from trainer.compat.boundary import BoundaryRule
+    from trainer.errors import LceError
+
+    try:
+        return BoundaryRule(args.quantile, args.outliers, args.nearest_share, args.single)
+    except ValueError as error:
+        raise LceError(str(error)) from None
+
+
+def _report(args: argparse.Namespace, bank: "CenterBank", seconds: float) -> None:
+    """Say what was made, on the screen or as JSON."""
+    from trainer.compat.bank_info import summarise
+
+    figures = {**summarise(bank), "out": str(args.out), "seconds": round(seconds, 3)}
+    if args.json:
+        text = json.dumps(figures, indent=1)
+        if args.json == "-":
+            print(text)
+        else:
+            Path(args.json).write_text(text + "\n", encoding="utf-8")
+    if args.json != "-":
+        boundary = figures["boundary"]
+        known = (
+            f"boundaries {boundary['min']:.3f} … {boundary['median']:.3f} … {boundary['max']:.3f}" if boundary else ""
+        )
+        print(
+            f"{args.out}: {figures['classes']} classes × {figures['dim']} ({figures['storage']}), {figures['masked']} "
+            f"without a centre, {known or 'no boundaries'}; {seconds:.1f} s"
+        )
