@@ -16,11 +16,10 @@ import numpy as np
 import pydantic
 import yaml
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.data import store
-from trainer.data.pixels import decode_image
+from trainer.data.pixels import decode_image, image_size
 from trainer.errors import DataError
 
 DESCRIPTION = "dataset.yaml"
@@ -259,7 +258,7 @@ def _open_records(folder: Path, recs: list[Path]) -> tuple[DatasetInfo, store.St
     labels = found[0].labels if len(found) == 1 else np.concatenate([f.labels for f in found])
     file = folder / "property"
     if not file.exists():
-        return DatasetInfo(), images, labels
+        return DatasetInfo(image_size=_first_size(images)), images, labels
     try:
         classes, height, width = (int(word) for word in file.read_text().strip().split(","))
         return DatasetInfo(image_size=(height, width), num_classes=classes), images, labels
@@ -273,6 +272,15 @@ def _open_files(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.int6
         raise DataError(f"{folder}: holds neither dataset.yaml, nor .rec files, nor identity folders with images")
     number = {name: index for index, name in enumerate(dict.fromkeys(name for name, _ in pairs))}
     labels = np.array([number[name] for name, _ in pairs], np.int64)
-    with Image.open(pairs[0][1]) as image:
-        size = (image.height, image.width)
-    return DatasetInfo(image_size=size, num_classes=len(number)), store.FileStore([file for _, file in pairs]), labels
+    images = store.FileStore([file for _, file in pairs])
+    return DatasetInfo(image_size=_first_size(images), num_classes=len(number)), images, labels
+
+
+def _first_size(images: store.Store) -> tuple[int, int]:
+    """(H, W) of the first record that shows one, for data sets that do not say their size."""
+    for record in range(min(len(images), 16)):
+        try:
+            return image_size(images.read(record))
+        except (ValueError, DataError):
+            continue
+    raise DataError(f"{images.where(0)}: neither this record nor those after it hold an image that can be read")

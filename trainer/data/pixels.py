@@ -2,10 +2,14 @@
 
 import functools
 import io
+import struct
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# What Pillow raises on damaged bytes, whatever the format.
+_DAMAGE = (OSError, ValueError, SyntaxError, IndexError, TypeError, struct.error, Image.DecompressionBombError)
 
 
 def decode_image(data: bytes, size: tuple[int, int] | None, color: str = "RGB") -> NDArray[np.uint8]:
@@ -21,12 +25,29 @@ def decode_image(data: bytes, size: tuple[int, int] | None, color: str = "RGB") 
     try:
         with Image.open(io.BytesIO(data)) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, IndexError, TypeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image is damaged ({error})") from None
+    except _DAMAGE as error:
+        raise ValueError(_reason(error)) from None
     pixels = np.asarray(upright)
     if size is not None and pixels.shape[:2] != tuple(size):
         pixels = resize(pixels, size)
     return np.ascontiguousarray(pixels[:, :, ::-1]) if color == "BGR" else pixels
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(H, W) that an encoded image announces; nothing is decoded. Raises :class:`ValueError`: no complete image."""
+    problem = image_problem(data)
+    if problem:
+        raise ValueError(problem)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except _DAMAGE as error:
+        raise ValueError(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    unknown = isinstance(error, UnidentifiedImageError)
+    return "the image's header is damaged" if unknown else f"the image is damaged ({error})"
 
 
 def image_problem(data: bytes) -> str | None:

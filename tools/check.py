@@ -1,0 +1,103 @@
+"""Look for damage in a data set: every record is read, and with --deep every image is decoded.
+
+Reported: records and classes, classes without images, images per class, header records, sizes, byte-identical images,
+    records whose
+header has another label than the label table, and damage: records that cannot be read or decoded, files that were cut,
+offsets that point nowhere, sizes other than described. Exit status 1 when there is damage, else 0.
+
+--write-bad puts the damaged records' numbers into DATASET/bad_records.npy; training passes over them, up to
+data.max_bad_records of them.
+
+Example:
+  lce check packed/
+  lce check packed/ --deep --write-bad --json report.json
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from trainer.data.checking import CheckReport
+
+HELP = "what is wrong with a data set"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lce check`."""
+    parser.add_argument("dataset", type=Path, metavar="DATASET")
+    parser.add_argument("--labels", type=Path, help="check with this label table instead of the data set's own")
+    parser.add_argument("--deep", action="store_true", help="decode every image")
+    parser.add_argument(
+        "--write-bad", action="store_true", help="write DATASET/bad_records.npy for training to pass over"
+    )
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="reading processes (one per core)")
+    parser.add_argument("--json", metavar="FILE", help="write the findings as JSON (- for standard output)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check; returns 0, or 1 when damage was found."""
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from trainer.data import open_dataset, store
+    from trainer.data.checking import check
+    from trainer.data.index import BAD_RECORDS
+
+    if not args.dataset.is_dir():
+        raise DataError(f"{args.dataset}: no such data set folder")
+    try:
+        dataset = open_dataset(args.dataset, args.labels)
+    except DataError as error:
+        _write_json(args.json, {"dataset": str(args.dataset), "damage": [str(error)]})
+        print(f"damage: {error}", file=sys.stderr if args.json == "-" else sys.stdout)
+        return 1
+    processes = args.processes or len(os.sched_getaffinity(0))
+    console = Console(stderr=True)
+    with Progress("checking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=len(dataset))
+        report = check(
+            dataset, deep=args.deep, processes=processes, progress=lambda done: bar.update(task, completed=done)
+        )
+    if args.write_bad:
+        store.save_array(args.dataset / BAD_RECORDS, np.array(sorted(report.bad), np.int64))
+    _write_json(args.json, {"dataset": str(args.dataset), **dataclasses.asdict(report)})
+    if args.json != "-":
+        _print(args.dataset, report)
+    return 1 if report.damage else 0
+
+
+def _write_json(target: str | None, findings: dict[str, object]) -> None:
+    if target:
+        text = json.dumps(findings, indent=1) + "\n"
+        sys.stdout.write(text) if target == "-" else Path(target).write_text(text)
+
+
+def _print(dataset: Path, report: "CheckReport") -> None:
+    spread = report.images_per_class
+    sizes = ", ".join(f"{size} ({count})" for size, count in report.sizes.items())
+    print(
+        f"{dataset}: {report.records} records in {report.parts} part(s), {report.used} used, {report.classes} classes"
+    )
+    print(f"  images per class: {spread['min']:.0f} to {spread['max']:.0f}, median {spread['median']:.0f}")
+    if report.empty_classes:
+        print(f"  classes without images: {report.empty_classes} (the first: {report.first_empty})")
+    print(f"  sizes: {sizes}; header records: {report.header_records}")
+    print(
+        f"  byte-identical images: {report.duplicates} (under another label: {report.duplicates_across_classes}); "
+        f"relabelled: {report.relabelled}"
+    )
+    for line in report.damage:
+        print(f"damage: {line}")
+    for record in sorted(report.bad)[:20]:
+        print(f"  record {record}: {report.bad[record]}")
+    print(
+        "damage was found" if report.damage else f"no damage was found{'' if report.deep else ' (--deep decodes too)'}"
+    )

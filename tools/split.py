@@ -1,0 +1,65 @@
+"""Split a data set for compatible training: label tables for the old and the new model, no image is copied.
+
+OUT gets old.npy and new.npy (and unseen.npy, tune.npy, seen.npy where asked for), each an int64 label per record, −1
+where the table does not use it, with NAME.yaml (its class count) and NAME.classes.npy (the data set's class of each of
+its classes). Use them as data.labels in a configuration.
+
+  extended-class  old: a share of the classes;            new: all classes
+  extended-data   old: a share of each class's images;    new: all images
+  open-class      old: a share of the classes;            new: the other classes
+  open-data       old: a share of each class's images;    new: the other images
+
+Example:
+  lce split packed/ splits/ --kind extended-class --share 0.3 --unseen 0.2 --seen 1
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HELP = "old, new and held-out label tables for compatible training"
+KINDS = ("extended-class", "extended-data", "open-class", "open-data")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lce split`."""
+    parser.add_argument("dataset", type=Path, metavar="DATASET")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tables; made if missing")
+    parser.add_argument("--kind", choices=KINDS, default="extended-class")
+    parser.add_argument("--share", type=_share, default=0.3, help="the old model's share (0.3)")
+    parser.add_argument("--unseen", type=_share, default=0.0, help="share of the classes held out for the report")
+    parser.add_argument("--tune", type=_share, default=0.0, help="share of the classes held out for choosing settings")
+    parser.add_argument("--seen", type=int, default=0, metavar="N", help="images of each other class held out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the counts as JSON (- for standard output)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Split; returns the exit status."""
+    from trainer.data import open_dataset
+    from trainer.data.splitting import SplitOptions, save_tables, split
+
+    dataset = open_dataset(args.dataset)
+    options = SplitOptions(args.kind, args.share, args.unseen, args.tune, args.seen, args.seed)
+    tables = split(dataset, options)
+    made_by = f"lce split {args.dataset} --kind {args.kind} --share {args.share} --unseen {args.unseen} "
+    save_tables(tables, args.out, made_by + f"--tune {args.tune} --seen {args.seen} --seed {args.seed}")
+    counts = {name: {"classes": len(table.classes), "images": table.images} for name, table in tables.items()}
+    if args.json:
+        text = json.dumps(counts, indent=1) + "\n"
+        sys.stdout.write(text) if args.json == "-" else Path(args.json).write_text(text)
+    if args.json != "-":
+        for name, count in counts.items():
+            print(f"{args.out / name}.npy: {count['images']} images of {count['classes']} classes")
+    return 0
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a share from 0 to 1")
+    return value

@@ -1,0 +1,222 @@
+"""What is wrong with a data set: the work behind `lce check`."""
+
+import hashlib
+import multiprocessing as mp
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data import recordio
+from trainer.data.index import Dataset
+from trainer.data.pixels import decode_image, image_size
+from trainer.data.store import RecordStore
+from trainer.errors import DataError
+
+_BLOCK = 2048
+_LISTED = 20
+
+
+@dataclass
+class CheckReport:
+    """The findings. ``damage`` is what makes `lce check` answer no; the rest is for people to judge.
+
+    Attributes:
+        records, used: all records, and those whose label is not −1.
+        classes: the class count; ``empty_classes`` of them have no image.
+        images_per_class: minimum, median, mean and maximum over the classes that have images.
+        relabelled: records whose own header has another label than the label table (not damage: tables are there for
+            that).
+        duplicates: records whose bytes an earlier record has too; ``duplicates_across_classes`` under another label.
+        sizes: image height×width → count.
+        bad: damaged record → reason.
+        damage: one line per kind of damage.
+    """
+
+    records: int
+    used: int
+    classes: int
+    empty_classes: int
+    first_empty: list[int]
+    images_per_class: dict[str, float]
+    fingerprint: str
+    parts: int
+    deep: bool
+    header_records: int = 0
+    relabelled: int = 0
+    duplicates: int = 0
+    duplicates_across_classes: int = 0
+    first_duplicates: list[list[int]] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+    damage: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What one process found in the records [start, start + n)."""
+
+    start: int
+    hashes: NDArray[np.uint64]
+    sizes: NDArray[np.int32]
+    header_labels: NDArray[np.float32]
+    bad: dict[int, str]
+
+
+def check(
+    dataset: Dataset,
+    *,
+    deep: bool = False,
+    processes: int = 1,
+    progress: Callable[[int], None] = lambda done: None,
+) -> CheckReport:
+    """Read every record of a data set and judge it.
+
+    Args:
+        dataset: opened, so its tables have been checked already.
+        deep: decode every image; otherwise its beginning, its end and its announced size are looked at.
+        processes: how many read.
+        progress: called with the number of records done so far.
+    """
+    report = _tables(dataset, deep)
+    _walk_files(dataset, report)
+    hashes = np.zeros(len(dataset), np.uint64)
+    sizes = np.zeros((len(dataset), 2), np.int32)
+    headers = np.full(len(dataset), -1, np.float32)
+    done = 0
+    for block in _blocks(dataset, deep, processes):
+        rows = slice(block.start, block.start + len(block.hashes))
+        hashes[rows], sizes[rows], headers[rows] = block.hashes, block.sizes, block.header_labels
+        report.bad.update(block.bad)
+        done += len(block.hashes)
+        progress(done)
+    good = np.ones(len(dataset), bool)
+    good[list(report.bad)] = False
+    _sizes(dataset, sizes[good], report)
+    _duplicates(dataset, hashes, good, report)
+    exact = good & (headers >= 0) & (headers < recordio.EXACT_FLOAT_LABELS)
+    report.relabelled = int((headers[exact] != np.asarray(dataset.labels)[exact]).sum())
+    if report.bad:
+        report.damage.append(f"{len(report.bad)} damaged record(s), the first: {report.bad[min(report.bad)]}")
+    return report
+
+
+def _tables(dataset: Dataset, deep: bool) -> CheckReport:
+    labels = np.asarray(dataset.labels)
+    counts = np.bincount(labels[labels >= 0], minlength=dataset.num_classes)
+    filled = counts[counts > 0]
+    empty = np.flatnonzero(counts == 0)
+    spread = {"min": 0.0, "median": 0.0, "mean": 0.0, "max": 0.0}
+    if len(filled):
+        spread = {
+            "min": float(filled.min()),
+            "median": float(np.median(filled)),
+            "mean": float(filled.mean()),
+            "max": float(filled.max()),
+        }
+    parts = len(dataset.store.parts) if isinstance(dataset.store, RecordStore) else 0
+    return CheckReport(
+        records=len(dataset),
+        used=int(counts.sum()),
+        classes=dataset.num_classes,
+        empty_classes=len(empty),
+        first_empty=empty[:_LISTED].tolist(),
+        images_per_class=spread,
+        fingerprint=dataset.fingerprint,
+        parts=parts,
+        deep=deep,
+    )
+
+
+def _walk_files(dataset: Dataset, report: CheckReport) -> None:
+    """Walk each .rec from frame to frame: every record in the file must be in the table, and the table's in the file."""
+    if not isinstance(dataset.store, RecordStore):
+        return
+    for part in dataset.store.parts:
+        try:
+            found = np.fromiter(recordio.scan(part.path), np.int64)
+        except DataError as error:
+            report.damage.append(str(error))
+            continue
+        missing = np.setdiff1d(part.offsets[:-1], found)
+        if len(missing):
+            report.damage.append(
+                f"{part.path}: {len(missing)} offset(s) lie where no record begins, first {missing[0]}"
+            )
+        report.header_records += len(found) - (len(part) - len(missing))
+
+
+def _blocks(dataset: Dataset, deep: bool, processes: int) -> Iterator[_Block]:
+    starts = range(0, len(dataset), _BLOCK)
+    if processes == 1:
+        yield from (_examine(dataset, start, deep) for start in starts)
+        return
+    context = mp.get_context("fork")
+    with ProcessPoolExecutor(processes, context, _start_worker, (dataset, deep)) as pool:
+        yield from pool.map(_work, starts)
+
+
+_dataset: Any = None
+_deep = False
+
+
+def _start_worker(dataset: Dataset, deep: bool) -> None:
+    global _dataset, _deep
+    dataset.close()  # each process opens the files for itself
+    _dataset, _deep = dataset, deep
+
+
+def _work(start: int) -> _Block:
+    return _examine(_dataset, start, _deep)
+
+
+def _examine(dataset: Dataset, start: int, deep: bool) -> _Block:
+    stop = min(start + _BLOCK, len(dataset))
+    n = stop - start
+    block = _Block(start, np.zeros(n, np.uint64), np.zeros((n, 2), np.int32), np.full(n, -1, np.float32), {})
+    for row, number in enumerate(range(start, stop)):
+        try:
+            if isinstance(dataset.store, RecordStore):
+                record = dataset.store.record(number)
+                image, block.header_labels[row] = record.image, record.label
+            else:
+                image = dataset.read(number)
+            block.hashes[row] = int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little")
+            block.sizes[row] = _size(image, deep)
+        except DataError as error:
+            block.bad[number] = str(error)
+        except ValueError as error:
+            block.bad[number] = f"{dataset.where(number)}: {error}"
+    return block
+
+
+def _size(image: bytes, deep: bool) -> tuple[int, int]:
+    """(H, W) of an encoded image. Raises :class:`ValueError` for a damaged one."""
+    if deep:
+        pixels = decode_image(image, None)
+        return pixels.shape[0], pixels.shape[1]
+    return image_size(image)
+
+
+def _sizes(dataset: Dataset, sizes: NDArray[np.int32], report: CheckReport) -> None:
+    distinct, counts = np.unique(sizes, axis=0, return_counts=True) if len(sizes) else (sizes, np.empty(0, int))
+    by_count = np.argsort(-counts)
+    report.sizes = {f"{distinct[k][0]}x{distinct[k][1]}": int(counts[k]) for k in by_count[:_LISTED]}
+    wanted = dataset.info.image_size
+    odd = int((sizes != np.array(wanted)).any(1).sum()) if len(sizes) else 0
+    if dataset.info.uniform and odd:
+        report.damage.append(f"{odd} image(s) are not {wanted[0]}x{wanted[1]}, as dataset.yaml says (uniform)")
+
+
+def _duplicates(dataset: Dataset, hashes: NDArray[np.uint64], good: NDArray[np.bool_], report: CheckReport) -> None:
+    rows = np.flatnonzero(good)
+    ordered = rows[np.argsort(hashes[rows], kind="stable")]
+    same = np.flatnonzero(hashes[ordered][1:] == hashes[ordered][:-1])
+    earlier, later = ordered[same], ordered[same + 1]
+    labels = np.asarray(dataset.labels)
+    report.duplicates = len(same)
+    report.duplicates_across_classes = int((labels[earlier] != labels[later]).sum())
+    report.first_duplicates = [[int(a), int(b)] for a, b in zip(earlier[:_LISTED], later[:_LISTED], strict=True)]

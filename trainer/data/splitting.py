@@ -1,0 +1,125 @@
+"""Splits for compatible training, as label tables over one data set: no image is copied."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from trainer.data import store
+from trainer.data.index import Dataset, LabelsInfo
+from trainer.errors import DataError
+
+Kind = Literal["extended-class", "extended-data", "open-class", "open-data"]
+KINDS: tuple[Kind, ...] = ("extended-class", "extended-data", "open-class", "open-data")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Labels over all records of a data set; ``classes[j]`` is the data set's class that the table calls j."""
+
+    labels: NDArray[np.int64]
+    classes: NDArray[np.int64]
+
+    @property
+    def images(self) -> int:
+        """How many records the table uses."""
+        return int((self.labels >= 0).sum())
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How a data set is split.
+
+    Attributes:
+        kind: ``extended-class``: the old model gets a share of the classes, the new one all of them; ``open-class``:
+            the new one gets the other classes only. ``extended-data`` and ``open-data``: the same with a share of each
+            class's images.
+        share: the old model's share.
+        unseen, tune: shares of the classes held out of both, for the report and for choosing settings.
+        seen: images of each remaining class held out of both.
+        seed: of every choice.
+    """
+
+    kind: Kind = "extended-class"
+    share: float = 0.3
+    unseen: float = 0.0
+    tune: float = 0.0
+    seen: int = 0
+    seed: int = 0
+
+
+def split(dataset: Dataset, options: SplitOptions) -> dict[str, Table]:
+    """The tables ``old``, ``new`` and, where asked for, ``unseen``, ``tune`` and ``seen``.
+
+    Raises:
+        DataError: shares that leave no class or no image for a table.
+    """
+    labels = np.asarray(dataset.labels)
+    random = np.random.Generator(np.random.Philox(key=options.seed))
+    classes = random.permutation(np.unique(labels[labels >= 0]))
+    held = [round(share * len(classes)) for share in (options.unseen, options.tune)]
+    unseen, tune, rest = np.split(classes, np.cumsum(held))
+    rank = _rank_within_class(labels, random)
+    counts = np.bincount(labels[labels >= 0], minlength=dataset.num_classes)
+    base = np.isin(labels, rest)
+    seen = base & (rank < np.minimum(options.seen, counts[labels] - 1))
+    pool = base & ~seen
+    if options.kind.endswith("class"):
+        chosen = rest[: round(options.share * len(rest))]
+        old = pool & np.isin(labels, chosen)
+        new = pool if options.kind.startswith("extended") else pool & ~old
+        old_classes = np.sort(chosen)
+        new_classes = np.sort(rest if options.kind.startswith("extended") else rest[len(chosen) :])
+    else:
+        left = counts[labels] - options.seen
+        old = pool & (rank - options.seen < np.maximum(1, np.rint(options.share * left)))
+        new = pool if options.kind.startswith("extended") else pool & ~old
+        old_classes = new_classes = np.sort(rest)
+    tables = {"old": _table(labels, old, old_classes), "new": _table(labels, new, new_classes)}
+    for name, classes_of, wanted in (("unseen", unseen, options.unseen), ("tune", tune, options.tune)):
+        if wanted:
+            tables[name] = _table(labels, np.isin(labels, classes_of) & (labels >= 0), np.sort(classes_of))
+    if options.seen:
+        tables["seen"] = _table(labels, seen, np.sort(rest))
+    for name, table in tables.items():
+        if not table.images:
+            raise DataError(f"{dataset.path}: the split leaves no image for `{name}`; change the shares")
+    return tables
+
+
+def save_tables(tables: dict[str, Table], folder: Path, made_by: str) -> None:
+    """Write NAME.npy (labels), NAME.classes.npy and, last, NAME.yaml for each table."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            store.save_array(folder / f"{name}.npy", table.labels)
+            store.save_array(folder / f"{name}.classes.npy", table.classes)
+            info = LabelsInfo(
+                num_classes=len(table.classes),
+                records=len(table.labels),
+                made_by=made_by,
+                classes=f"{name}.classes.npy",
+            )
+            store.write_text(folder / f"{name}.yaml", yaml.safe_dump(info.model_dump(), sort_keys=False))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def _table(labels: NDArray[np.int64], used: NDArray[np.bool_], classes: NDArray[np.int64]) -> Table:
+    number = np.full(int(labels.max()) + 1, -1, np.int64)
+    number[classes] = np.arange(len(classes))
+    return Table(np.where(used, number[labels], -1), classes.astype(np.int64))
+
+
+def _rank_within_class(labels: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
+    """For each record its place 0, 1, … in a random order of its class's records."""
+    shuffled = random.permutation(len(labels))
+    order = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    ordered = labels[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    rank = np.empty(len(labels), np.int64)
+    rank[order] = np.arange(len(labels)) - np.repeat(starts, np.diff(np.append(starts, len(labels))))
+    return rank
