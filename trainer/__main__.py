@@ -13,6 +13,9 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+if __name__ == "__main__":  # until the loop watches for signals there is nothing to save: Ctrl-C ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from trainer.config import Config, load_config
 from trainer.distributed import process_group
 from trainer.errors import LceError

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
@@ -36,6 +37,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 
 SEAL = "state.json"
 FORMAT = 1
+_SAVE_ERRORS = (Exception, CheckpointException)  # torch derives its own from BaseException
 _INDEX = ".metadata"
 _INDEX_CLASSES = {
     ("torch", "Size"),
@@ -261,7 +263,7 @@ class Checkpoints:
         outcome: dict[str, tuple[int, int]] | str
         try:
             outcome = saving.files.result()
-        except Exception as error:
+        except _SAVE_ERRORS as error:
             outcome = _first_line(error)
         outcomes = gather_objects(outcome)
         problem = next((o for o in outcomes if isinstance(o, str)), None)
@@ -369,7 +371,7 @@ def _resolve(files: "Future[dict[str, tuple[int, int]]]", write: Callable[[], ob
     try:
         write()
         files.set_result({path.name: checksum(path) for path in sorted(folder.glob(f"__{rank}_*"))})
-    except Exception as error:
+    except _SAVE_ERRORS as error:
         files.set_exception(error)
 
 

@@ -96,7 +96,7 @@ def shard(backbone: nn.Module, ranks: Ranks) -> None:
         raise ConfigError("train.parallel = fsdp needs a process group: start with lce launch or torchrun")
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
     if isinstance(backbone, Recompute):
-        for block in backbone.blocks():
+        for block in backbone.units():
             fully_shard(block, mesh=mesh)
     fully_shard(backbone, mesh=mesh)
 

@@ -73,6 +73,7 @@ class Watch:
         self._step, self._phase, self._since = -1, "start", time.time()
         self._stopped_at = 0.0
         self._reason: str | None = None
+        self._echo = False
         self._handlers: dict[int, Any] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -131,10 +132,10 @@ class Watch:
         """
         text = str(error).strip().splitlines()
         self._reason = f"{type(error).__name__}: {text[0] if text else ''}"
-        echo = is_echo(error)
-        self._write(echo=echo)
+        self._echo = is_echo(error)
+        self._write()
         here = f"rank {self.ranks.rank}, step {self._step}, {self._phase}"
-        if not echo:
+        if not self._echo:
             return f"{here}: {self._reason}"
         for _ in range(int(2 * BEAT_SECONDS / 0.25)):
             first = self._first_failure()
@@ -168,7 +169,7 @@ class Watch:
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"
 
-    def _write(self, echo: bool = False) -> None:
+    def _write(self) -> None:
         note = {
             "rank": self.ranks.rank,
             "step": self._step,
@@ -177,7 +178,7 @@ class Watch:
             "pid": os.getpid(),
             "time": time.time(),
             "reason": self._reason,
-            "echo": echo,
+            "echo": self._echo,
         }
         path = self._path(self.ranks.rank)
         try:

@@ -10,7 +10,9 @@ from typing import TypeAlias
 from torch import nn
 
 from trainer.backbones.iresnet import UNITS, IResNet
+from trainer.backbones.mobilefacenet import MobileFaceNet
 from trainer.backbones.small import Small, SmallResNet
+from trainer.backbones.vit import SIZES, VisionTransformer
 from trainer.config import BackboneConfig
 from trainer.errors import ConfigError
 
@@ -20,6 +22,8 @@ BACKBONES: dict[str, Builder] = {
     "small": Small,
     "small_resnet": SmallResNet,
     **{f"iresnet{depth}": partial(IResNet, depth) for depth in UNITS},
+    "mobilefacenet": MobileFaceNet,
+    **{f"vit_{size}": partial(VisionTransformer, size) for size in SIZES},
 }
 """name → builder(dim, image_size, [width])."""
 

@@ -70,7 +70,7 @@ class IResNet(Recompute):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.1)
 
-    def blocks(self) -> list[nn.Module]:
+    def units(self) -> list[nn.Module]:
         """The residual units, in order."""
         stages = (self.get_submodule(f"layer{stage}") for stage in range(1, 5))
         return [unit for stage in stages for unit in stage.children()]
@@ -78,7 +78,7 @@ class IResNet(Recompute):
     def forward(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) → (b, D)."""
         x = self.prelu(self.bn1(self.conv1(images)))
-        for block in self.blocks():
-            x = self.run_block(block, x)
+        for block in self.units():
+            x = self.run_unit(block, x)
         x = self.fc(self.bn2(x).flatten(1))
         return self.features(x)

@@ -22,24 +22,24 @@ def _keep_statistics(block: nn.Module) -> Iterator[None]:
 
 
 class Recompute(nn.Module):
-    """A network of blocks in series whose activations may be recomputed.
+    """A network of units in series whose activations may be recomputed.
 
     Attributes:
-        recompute: whether :meth:`run_block` recomputes in the backward pass.
+        recompute: whether :meth:`run_unit` recomputes in the backward pass.
     """
 
     recompute: bool = False
 
-    def blocks(self) -> list[nn.Module]:
-        """The blocks in series; FSDP shards at these borders too."""
+    def units(self) -> list[nn.Module]:
+        """The units in series; FSDP shards at these borders too."""
         raise NotImplementedError
 
-    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        """``block(x)``, with the activations kept or recomputed. Running statistics count the batch once."""
+    def run_unit(self, unit: nn.Module, x: Tensor) -> Tensor:
+        """``unit(x)``, with the activations kept or recomputed. Running statistics count the batch once."""
         if not (self.recompute and self.training and x.requires_grad):
-            return block(x)
+            return unit(x)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _keep_statistics(block)
+            return nullcontext(), _keep_statistics(unit)
 
-        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        return checkpoint(unit, x, use_reentrant=False, context_fn=contexts)

@@ -1,0 +1,194 @@
+"""Checkpoints: whole or not there; damage is found and named; failed saves do no harm; retention; nothing is unpickled freely."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from tests.ranks import run_ranks
+from trainer.checkpoint import Checkpoints, find_damage, list_checkpoints, load_tensors, read_index, read_seal
+from trainer.config import CheckpointConfig
+from trainer.distributed import Ranks, as_sharded, class_mesh
+from trainer.errors import CheckpointError
+from trainer.head.partition import class_range
+
+
+def _state(value: float) -> dict[str, Tensor]:
+    return {"a": torch.full((5, 3), value), "b": torch.tensor(int(value))}
+
+
+def _written(folder: Path, *steps: int, **settings: Any) -> tuple[Checkpoints, list[str]]:
+    said: list[str] = []
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3, **settings), Ranks(), said.append)
+    for step in steps:
+        checkpoints.save(_state(step), {"step": step})
+    return checkpoints, said
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    checkpoints, _ = _written(tmp_path, 3, 7)
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 7
+    state = _state(0)
+    load_tensors(newest, state)
+    assert all(torch.equal(state[k], v) for k, v in _state(7).items())
+    assert find_damage(newest.folder, newest.seal["files"]) is None
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_retention(tmp_path: Path) -> None:
+    _written(tmp_path, *range(1, 9), keep_every=3)
+    assert [p.name[-1] for p in list_checkpoints(tmp_path)] == ["3", "6", "7", "8"]
+
+
+def _cut(folder: Path) -> None:
+    file = next(folder.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(folder: Path) -> None:
+    file = next(folder.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _unseal(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def _garble_seal(folder: Path) -> None:
+    (folder / "state.json").write_text('{"format": 1, "step"')
+
+
+def _newer_format(folder: Path) -> None:
+    seal = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(seal | {"format": 99}))
+
+
+def _lose(folder: Path) -> None:
+    next(folder.glob("*.distcp")).unlink()
+
+
+@pytest.mark.parametrize("harm", [_cut, _flip, _unseal, _garble_seal, _newer_format, _lose])
+def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, harm: Any) -> None:
+    checkpoints, said = _written(tmp_path, 3, 7)
+    harm(tmp_path / "step-00000007")
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 3
+    assert len(said) == 1
+    assert "step-00000007" in said[0]
+    with pytest.raises(CheckpointError, match="resume=exact"):
+        _written(tmp_path, resume="exact")[0].newest()
+    harm(tmp_path / "step-00000003")
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole"):
+        checkpoints.newest()
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert _written(tmp_path)[0].newest() is None
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("unpickled",))
+
+
+def test_an_index_that_runs_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _written(tmp_path, 1)
+    (tmp_path / "step-00000001/.metadata").write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(CheckpointError, match="not the index"):
+        read_index(tmp_path / "step-00000001")
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    newest = _written(tmp_path, 1)[0].newest()
+    assert newest is not None
+    with pytest.raises(CheckpointError, match=r"a is \(5, 3\), this run needs \(6, 3\)"):
+        load_tensors(newest, {"a": torch.zeros(6, 3)})
+    with pytest.raises(CheckpointError, match="has no c"):
+        load_tensors(newest, {"c": torch.zeros(1)})
+
+
+class _FullDisk:
+    """Makes the writer fail as a full disk does, from now on and as often as told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.left = times
+        write = FileSystemWriter.write_data
+
+        def failing(writer: Any, *args: Any) -> Any:
+            if self.left > 0:
+                self.left -= 1
+                raise OSError(28, "No space left on device")
+            return write(writer, *args)
+
+        monkeypatch.setattr(FileSystemWriter, "write_data", failing)
+
+
+def test_a_full_disk_is_survived_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, said = _written(tmp_path, 1)
+    disk = _FullDisk(monkeypatch, 1)
+    checkpoints.save(_state(2), {"step": 2})
+    assert len(said) == 1
+    assert "No space left" in said[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    checkpoints.save(_state(3), {"step": 3})  # a success in between starts the count anew
+    disk.left = 2
+    checkpoints.save(_state(4), {"step": 4})
+    with pytest.raises(CheckpointError, match="failed too"):
+        checkpoints.save(_state(5), {"step": 5})
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 3
+
+
+def _sharded(ranks: Ranks, value: float) -> dict[str, Tensor]:
+    mine = class_range(7, ranks.rank, ranks.world_size)
+    rows = torch.arange(mine.start, mine.stop, dtype=torch.float64)[:, None].repeat(1, 2) + value
+    return {"rows": as_sharded(rows, 7, class_mesh(ranks)), "same": torch.full((4,), value)}
+
+
+def _save_in_background(ranks: Ranks, folder: Path) -> list[str]:
+    said: list[str] = []
+    checkpoints = Checkpoints(folder, CheckpointConfig(), ranks, said.append)
+    state = _sharded(ranks, 0.0)
+    checkpoints.save(state, {"step": 1})
+    state["same"].fill_(99)  # training goes on while the copy is written
+    checkpoints.settle()
+    if ranks.rank == 1:
+        _FullDisk(pytest.MonkeyPatch(), 1)
+    checkpoints.save(_sharded(ranks, 5.0), {"step": 2})
+    checkpoints.settle()
+    return said
+
+
+def _load_sharded(ranks: Ranks, folder: Path) -> tuple[int, Tensor, Tensor]:
+    newest = Checkpoints(folder, CheckpointConfig(), ranks, print).newest()
+    assert newest is not None
+    state = _sharded(ranks, -1.0)
+    load_tensors(newest, state)
+    return newest.step, state["rows"].full_tensor()[:, 0], state["same"]  # type: ignore[attr-defined]
+
+
+def test_sharded_in_the_background_and_loaded_by_another_number_of_ranks(tmp_path: Path) -> None:
+    """Seven rows saved by two ranks, loaded by three; the second save fails on rank 1 alone and on all together."""
+    said = run_ranks(_save_in_background, 2, tmp_path)
+    assert "rank 1: OSError" in said[0][0]
+    assert said[1] == []
+    for step, rows, same in run_ranks(_load_sharded, 3, tmp_path):
+        assert (step, rows.tolist(), same.tolist()) == (1, list(range(7)), [0.0] * 4)
+
+
+def test_seal_lists_every_file(tmp_path: Path) -> None:
+    _written(tmp_path, 1)
+    folder = tmp_path / "step-00000001"
+    assert {p.name for p in folder.iterdir()} == {*read_seal(folder)["files"], "state.json"}

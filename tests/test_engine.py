@@ -1,0 +1,227 @@
+"""The loop: one rank and many give the same run; a continued run is the uninterrupted one; bad steps change nothing."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+import trainer.engine
+import trainer.task
+from tests.ranks import run_ranks
+from tests.runs import config, log_of, losses_of, train_rank
+from trainer.checkpoint import Checkpoint, list_checkpoints, load_tensors, read_index, read_seal
+from trainer.data import Batch
+from trainer.distributed import Ranks
+from trainer.engine import train
+from trainer.errors import TrainingError
+from trainer.export import load_model
+
+SAMPLED = {"head__sample_rate": 0.5}
+BATCH_NORM = {
+    "backbone__name": "small",
+    "train__precision": "float32",
+    "head__rows": "float32",
+    "data__synthetic_size": 16,
+}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint."""
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    index = read_index(newest).state_dict_metadata
+    state = {
+        name: torch.zeros(entry.size, dtype=entry.properties.dtype)
+        for name, entry in index.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load_tensors(Checkpoint(newest, read_seal(newest)), state)
+    return state
+
+
+class Stopped(Exception):
+    """Stands for the death of a process."""
+
+
+def _train_until(ranks: Ranks, folder: Path, changes: dict[str, Any], last: int) -> None:
+    """A rank that dies when it asks for batch number ``last``."""
+    build = trainer.engine.build_loader
+
+    def build_dying(*args: Any) -> Any:
+        loader = build(*args)
+        whole = loader.batches
+
+        def batches() -> Iterator[Batch]:
+            for number, batch in enumerate(whole()):
+                if number == last:
+                    raise Stopped
+                if number == 4:
+                    time.sleep(1.0)  # the checkpoint of step 4 is written meanwhile, and sealed after step 6
+                yield batch
+
+        loader.batches = batches  # type: ignore[method-assign]
+        return loader
+
+    trainer.engine.build_loader = build_dying
+    try:
+        with pytest.raises(Stopped):
+            train_rank(ranks, folder, changes)
+    finally:
+        trainer.engine.build_loader = build
+
+
+def _unscaled_rank(ranks: Ranks, folder: Path, changes: dict[str, Any]) -> None:
+    trainer.task.scale_gradient = lambda x, factor: x
+    train_rank(ranks, folder, changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        SAMPLED | {"optimizer__name": "adamw", "optimizer__lr": 0.01, "optimizer__clip_norm": 0.5},
+        {"data__batch_size": 5, "train__accumulate": 2, "train__ema": 0.9},
+    ],
+    ids=["plain", "sampled-adamw-clip", "accumulate-ema"],
+)
+def test_ranks_do_not_change_the_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Losses of 8 updates at W = 2 and 3 (uneven slices, one of them empty at times) equal those of one process."""
+    changes = {
+        "data__synthetic_records": 36,
+        **changes,
+    }  # 36 = 5·7 + 1: the epoch's last batch leaves ranks without a sample
+    train(config(tmp_path / "1", **changes), Ranks())
+    expected = losses_of(tmp_path / "1")
+    assert expected[-1] < expected[0]
+    for world in (2, 3):
+        run_ranks(train_rank, world, tmp_path / str(world), changes)
+        np.testing.assert_allclose(losses_of(tmp_path / str(world)), expected, rtol=1e-9)
+
+
+def test_scaling_by_world_size_matters(tmp_path: Path) -> None:
+    """Negative control: without the factor W the ranks' mean is taken instead of the sum, and the run differs."""
+    train(config(tmp_path / "1"), Ranks())
+    run_ranks(_unscaled_rank, 2, tmp_path / "2", {})
+    assert abs(losses_of(tmp_path / "2")[-1] / losses_of(tmp_path / "1")[-1] - 1) > 1e-3
+
+
+def test_continued_run_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    """Two ranks, batch norm, drawn classes, momentum, moving average: killed in step 7, continued from step 4."""
+    changes = BATCH_NORM | SAMPLED | {"checkpoint__every_steps": 4, "train__ema": 0.9}
+    run_ranks(train_rank, 2, tmp_path / "whole", changes)
+    run_ranks(_train_until, 2, tmp_path / "cut", changes, 7)
+    assert [p.name for p in list_checkpoints(tmp_path / "cut/checkpoints")] == ["step-00000004"]
+    run_ranks(train_rank, 2, tmp_path / "cut", changes)
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    whole, cut = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert {name.split(".")[0] for name in whole} == {
+        "module",
+        "average",
+        "optimizer",
+        "task",
+        "scale",
+        "skipped",
+        "streak",
+    }
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+RESUMED = SAMPLED | {"checkpoint__every_steps": 4, "checkpoint__asynchronous": False}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``whole``: 8 steps of one process; ``cut``: begun on two ranks, killed after 5, with a checkpoint of step 4."""
+    folder = tmp_path_factory.mktemp("begun")
+    train(config(folder / "whole", **RESUMED), Ranks())
+    run_ranks(_train_until, 2, folder / "cut", RESUMED, 5)
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_continued_on_another_number_of_ranks(begun: Path, tmp_path: Path, world: int) -> None:
+    """Begun on two ranks, continued on 1, 3 or 4: the same samples and the same losses."""
+    run = tmp_path / "run"
+    shutil.copytree(begun / "cut", run)
+    if world == 1:
+        train(config(run, **RESUMED), Ranks())
+    else:
+        run_ranks(train_rank, world, run, RESUMED)
+    np.testing.assert_allclose(losses_of(run), losses_of(begun / "whole"), rtol=1e-9)
+
+
+def test_finished_run(tmp_path: Path) -> None:
+    """A finished run has a model that loads and a summary; starting it again does nothing; more steps continue it."""
+    done = train(config(tmp_path / "run"), Ranks())
+    assert (done.status, done.step, done.steps, done.skipped_steps) == ("finished", 8, 8, 0)
+    assert load_model(tmp_path / "run").dim == 6
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    assert train(config(tmp_path / "run"), Ranks()) == done
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+    assert train(config(tmp_path / "run", train__steps=10), Ranks()).step == 10
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 11))
+
+
+class _Poison:
+    """Wraps a loader; its images are not a number in the given batches."""
+
+    def __init__(self, loader: Any, bad: set[int]) -> None:
+        self.loader, self.bad = loader, bad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def batches(self) -> Iterator[Batch]:
+        for number, batch in enumerate(self.loader.batches()):
+            images = batch.images * float("nan") if number in self.bad else batch.images
+            yield Batch(images, batch.labels, batch.records)
+
+
+def _poisoned_rank(ranks: Ranks, folder: Path, changes: dict[str, Any], bad: set[int], where: int) -> None:
+    build = trainer.engine.build_loader
+    trainer.engine.build_loader = lambda *args: _Poison(build(*args), bad if ranks.rank == where else set())
+    train_rank(ranks, folder, changes)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_anywhere(tmp_path: Path) -> None:
+    """Bad images on rank 1 in the last two of five steps: all ranks keep everything as it was after three."""
+    changes = BATCH_NORM | {"schedule__name": "constant", "schedule__warmup": 0.0, "train__ema": 0.5}
+    run_ranks(train_rank, 2, tmp_path / "three", changes | {"train__steps": 3})
+    run_ranks(_poisoned_rank, 2, tmp_path / "five", changes | {"train__steps": 5}, {3, 4}, 1)
+    three, five = tensors_of(tmp_path / "three"), tensors_of(tmp_path / "five")
+    moved = {n for n in three if not torch.equal(three[n], five[n])}
+    assert {n for n in moved if "average" not in n and "num_batches" not in n} == {"skipped", "streak"}
+    assert (int(five["skipped"]), int(five["streak"])) == (2, 2)
+
+
+def test_too_many_bad_steps_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = trainer.engine.build_loader
+    monkeypatch.setattr(trainer.engine, "build_loader", lambda *args: _Poison(build(*args), set(range(2, 99))))
+    with pytest.raises(TrainingError, match=r"4 updates in a row .* step 6"):
+        train(config(tmp_path / "run", train__max_nonfinite_steps=3), Ranks())
+
+
+def test_float16_lowers_its_scale_until_steps_are_finite(tmp_path: Path) -> None:
+    """From 65,536 the scale is halved at each overflow, and training goes on as in float32."""
+    changes = BATCH_NORM | {"train__steps": 12, "optimizer__lr": 0.05}
+    train(config(tmp_path / "32", **changes), Ranks())
+    train(config(tmp_path / "16", **changes | {"train__precision": "float16"}), Ranks())
+    lines = log_of(tmp_path / "16")
+    skipped = lines[-1]["skipped_steps"]
+    assert lines[-1]["loss_scale"] == 2.0 ** (16 - skipped)
+    assert skipped < 10
+    np.testing.assert_allclose(lines[0]["loss"], losses_of(tmp_path / "32")[0], rtol=1e-2)
+
+
+def test_bfloat16_follows_float32(tmp_path: Path) -> None:
+    changes = BATCH_NORM | {"optimizer__lr": 0.002, "data__batch_size": 32}
+    train(config(tmp_path / "32", **changes), Ranks())
+    train(config(tmp_path / "half", **changes | {"train__precision": "bfloat16"}), Ranks())
+    np.testing.assert_allclose(losses_of(tmp_path / "half"), losses_of(tmp_path / "32"), rtol=0.03)
+    assert losses_of(tmp_path / "half") != losses_of(tmp_path / "32")
