@@ -1,8 +1,8 @@
 """The demo's steps: done once, continued when interrupted, done anew when what they are made from changed.
 
-Every step has a stamp ``folder/steps/NAME.json`` with a key, the hash of all that went into it and into the steps before
-it. A finished step with the same key is skipped; an unfinished one is run again on what it left (a training resumes from
-its checkpoint); with another key its products are deleted first.
+Every step has a stamp ``folder/steps/NAME.json`` with a key, the hash of all that went into it and into the steps
+before it. A finished step with the same key is skipped; an unfinished one is run again on what it left (a training
+resumes from its checkpoint); with another key its products are deleted first.
 """
 
 import contextlib

@@ -1,0 +1,173 @@
+"""The story that `lce demo` tells: pictures → old model → centre bank → new model → evaluation → export, for one seed.
+
+Every step is a command of the product (`lce pack`, `lce launch`, `lce centers`, `lce evaluate`, `lce export`); what is
+particular to the demo is only the order, the folders and the pictures.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools import demo_sources
+from tools.demo_steps import Steps, run_lce
+from trainer.config import dump_config, load_config
+from trainer.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FILES = ("data/train", "data/unseen", "old", "new", "paragon", "bank", "new.onnx", "embeddings")
+FILES += ("export.json", "evaluation.json", "onnx.json", "report.html")  # what a story's folder holds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What distinguishes the two stories.
+
+    Attributes:
+        write: lays the pictures out as ``folder/SET/CLASS/*.png`` for a seed, from a cache folder.
+        sets: the sets that it writes; ``old`` and ``train`` are trained on.
+        reported: those of them that the verdict goes by.
+        fars: the false accept rates that are reported.
+    """
+
+    write: Callable[[Path, int, Path], None]
+    sets: tuple[str, ...]
+    reported: tuple[str, ...]
+    fars: tuple[float, ...]
+
+
+PLANS = {
+    "faces": Plan(demo_sources.write_faces, ("old", "train", "seen", "unseen"), ("unseen", "seen"), (1e-2, 1e-1)),
+    "characters": Plan(
+        demo_sources.write_characters,
+        ("old", "train", "seen", "unseen", "validation"),
+        ("unseen", "seen"),
+        (1e-4, 1e-3),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """One story's outcome.
+
+    Attributes:
+        evaluation: what ``lce evaluate --json`` reports. onnx: the same with the exported model as the new one.
+        export: what ``lce export --json`` reports. report: the HTML file. seconds: by step.
+    """
+
+    seed: int
+    evaluation: dict[str, Any]
+    onnx: dict[str, Any]
+    export: dict[str, Any]
+    report: Path
+    seconds: dict[str, float]
+
+
+class Story:
+    """One story: a kind of pictures, a seed, a folder.
+
+    Args:
+        data: ``faces`` or ``characters``.
+        seed: draws the split and seeds the trainings.
+        folder: everything is written inside it.
+        nproc: training processes.
+        say: prints a line.
+        settings: overrides of every training's configuration (``train.steps=20``), for trying things out.
+        quiet_stdout: keep the commands' output off standard output.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        seed: int,
+        folder: Path,
+        nproc: int,
+        say: Callable[[str], None],
+        settings: Sequence[str] = (),
+        quiet_stdout: bool = False,
+    ) -> None:
+        self.data, self.plan, self.seed, self.folder, self.nproc = data, PLANS[data], seed, folder, nproc
+        self._settings, self._quiet = list(settings), quiet_stdout
+        self._steps = Steps(folder, say)
+        if not (CONFIGS / "base.yaml").is_file():
+            raise ConfigError(
+                f"{CONFIGS}: the demo's configurations are not there; run it from a clone of the repository"
+            )
+
+    def tell(self) -> Told:
+        """Do what is not done yet, and return the outcome."""
+        self._pictures()
+        self._train("old", "the old model", "data/old", [])
+        self._centers()
+        self._train("paragon", "the paragon: the new model without compatibility", "data/train", [])
+        self._train("new", "the new model, with LCE", "data/train", [f"compat.bank={self._path('bank')}"])
+        self._export()
+        self._evaluate()
+        evaluation, onnx, export = (
+            json.loads(self._path(f"{name}.json").read_text()) for name in ("evaluation", "onnx", "export")
+        )
+        return Told(self.seed, evaluation, onnx, export, self._path("report.html"), self._steps.seconds)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _pictures(self) -> None:
+        def action() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="pictures-", dir=self.folder) as temporary:
+                self.plan.write(Path(temporary), self.seed, demo_sources.cache_folder())
+                for name in self.plan.sets:
+                    run_lce(["pack", str(Path(temporary) / name), str(self._path("data") / name)], self._quiet)
+
+        made_from = [self.data, str(self.seed), *self.plan.sets]
+        self._steps.run("pictures", "pictures → data sets", made_from, [self._path("data")], action)
+
+    def _train(self, name: str, title: str, data: str, overrides: list[str]) -> None:
+        config = CONFIGS / f"demo-{self.data}-{name}.yaml"
+        run_dir = self._path(name)
+        overrides = [
+            f"run.dir={run_dir}",
+            f"run.seed={self.seed}",
+            f"data.path={self._path(data)}",
+            *overrides,
+            *self._settings,
+        ]
+        made_from = [dump_config(load_config(config, overrides)), str(self.nproc)]
+
+        def action() -> None:
+            run_lce(["launch", str(config), "--nproc", str(self.nproc), *overrides], self._quiet)
+
+        self._steps.run(name, f"training {title}", made_from, [run_dir], action)
+
+    def _centers(self) -> None:
+        words = self._words("centers", "from-model", "old", "data/train", "bank", "--nproc", str(self.nproc))
+        self._command("bank", "old model → centre bank of the new training set", words, ["bank"])
+
+    def _export(self) -> None:
+        words = self._words("export", "new", "new.onnx", "--dataset", "data/unseen", "--json", "export.json")
+        self._command(
+            "export", "the new model → ONNX, compared with torch on real images", words, ["new.onnx", "export.json"]
+        )
+
+    def _evaluate(self) -> None:
+        """Measure the three models, and once more with ONNX Runtime running the new one on the old gallery."""
+        fars = ",".join(f"{far:g}" for far in self.plan.fars)
+        common = self._words("evaluate", "--old", "old", "--fars", fars, "--cache", "embeddings", "--data")
+        sets = [f"{name}={self._path('data') / name}" for name in self.plan.reported]
+        words = self._words("--new", "new", "--paragon", "paragon", "--runs", "old", "new", "paragon")
+        words += self._words("--report", "report.html", "--json", "evaluation.json")
+        products = ["embeddings", "report.html", "evaluation.json"]
+        self._command("evaluate", "evaluation and report", [*common, *sets, *words], products)
+        words = self._words("--new", "new.onnx", "--replicates", "20", "--json", "onnx.json")
+        self._command("onnx", "the old gallery searched by the ONNX model", [*common, sets[0], *words], ["onnx.json"])
+
+    def _words(self, *words: str) -> list[str]:
+        """A command line in which the names of this story's files stand for their paths."""
+        return [str(self._path(word)) if word in FILES else word for word in words]
+
+    def _command(self, name: str, title: str, words: list[str], products: list[str]) -> None:
+        paths = [self._path(product) for product in products]
+        self._steps.run(name, title, words, paths, lambda: run_lce(words, self._quiet))
