@@ -132,7 +132,7 @@ def _tables(dataset: Dataset, deep: bool) -> CheckReport:
 
 
 def _walk_files(dataset: Dataset, report: CheckReport) -> None:
-    """Walk each .rec from frame to frame: every record in the file must be in the table, and the table's in the file."""
+    """Walk each .rec from frame to frame: what the table lists must be there, and the rest is counted."""
     if not isinstance(dataset.store, RecordStore):
         return
     for part in dataset.store.parts:
@@ -208,7 +208,7 @@ def _sizes(dataset: Dataset, sizes: NDArray[np.int32], report: CheckReport) -> N
     wanted = dataset.info.image_size
     odd = int((sizes != np.array(wanted)).any(1).sum()) if len(sizes) else 0
     if dataset.info.uniform and odd:
-        report.damage.append(f"{odd} image(s) are not {wanted[0]}x{wanted[1]}, as dataset.yaml says (uniform)")
+        report.damage.append(f"{odd} image(s) are not {wanted[0]}x{wanted[1]}, as dataset.yaml says")
 
 
 def _duplicates(dataset: Dataset, hashes: NDArray[np.uint64], good: NDArray[np.bool_], report: CheckReport) -> None:
