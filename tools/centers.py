@@ -3,12 +3,15 @@
   lce centers from-model runs/old data/train bank --nproc 2             # the old model (run, export or .onnx) on a
   data set lce centers from-embeddings old.npy bank --dataset data/train         # old embeddings, one row per record
   lce centers from-classifier checkpoint_gpu_*.pt bank                  # the old classifier's rows, as saved per rank
+  lce centers from-classifier head.pt bank --map map.csv                # other class numbers: lines new,old
+  lce centers info bank                                                 # counts, boundaries, likely duplicates
 
 A bank holds a centre and a boundary for each class of the *new* training set (trainer/compat/center_bank.py).
 """
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.compat.boundary import BoundaryRule
     from trainer.compat.center_bank import CenterBank
+    from trainer.compat.class_map import ClassMap
 
 HELP = "make the centre bank of an old model, or look into one"
 
@@ -42,8 +46,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     embeddings.add_argument("--classes", type=int, help="class count, where it is more than the largest label + 1")
     embeddings.add_argument("--key", help="the array's name inside the files")
     _add_rule(embeddings)
-    for sub in (model, embeddings):
+    classifier = commands.add_parser("from-classifier", help="the rows of the old model's classifier")
+    classifier.add_argument("source", type=Path, nargs="+", help="a file, the files of all ranks, or a folder")
+    classifier.add_argument("out", type=Path, help="the bank's folder")
+    classifier.add_argument("--key", help="the weight's name inside the file (default: guessed and shown)")
+    classifier.add_argument("--layout", choices=("auto", "rows", "columns"), default="auto", help="rows: classes × dim")
+    classifier.add_argument("--old-classes", type=int, help="the old class count: settles guesses, finds lost ranks")
+    classifier.add_argument(
+        "--map", type=Path, help="which old class each new class is: .npy (−1: none) or .csv new,old"
+    )
+    classifier.add_argument("--new-dataset", type=Path, help="the new training set, for class names")
+    classifier.add_argument("--old-dataset", type=Path, help="the old training set, for class names")
+    for sub in (model, embeddings, classifier):
         _add_output(sub)
+    info = commands.add_parser("info", help="counts, boundaries, and likely duplicates in a bank")
+    info.add_argument("bank", type=Path)
+    info.add_argument("--pairs", type=int, default=10, help="how many nearest pairs of centres to show")
+    info.add_argument("--verify", action="store_true", help="read everything and compare the checksums first")
+    info.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
 
 
 def _add_rule(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +83,13 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what ``args.how`` says; returns the exit status."""
-    return {"from-model": _from_model, "from-embeddings": _from_embeddings}[args.how](args)
+    actions = {
+        "from-model": _from_model,
+        "from-embeddings": _from_embeddings,
+        "from-classifier": _from_classifier,
+        "info": _info,
+    }
+    return actions[args.how](args)
 
 
 def _from_model(args: argparse.Namespace) -> int:
@@ -72,7 +98,7 @@ def _from_model(args: argparse.Namespace) -> int:
 
     if args.nproc != 1 and not on_ranks_already():
         return start_ranks(args.words, args.nproc)
-    with process_group(args.device) as ranks, one_voice(ranks):
+    with process_group(args.device, timeout_seconds=24 * 3600) as ranks, one_voice(ranks):
         return _run_model(args, ranks)
 
 
@@ -150,6 +176,76 @@ def _from_embeddings(args: argparse.Namespace) -> int:
     return 0
 
 
+def _from_classifier(args: argparse.Namespace) -> int:
+    from tools.progress import progress_bar
+    from trainer.compat.center_bank import BankInfo
+    from trainer.compat.classifiers import open_classifier
+    from trainer.compat.convert import bank_from_rows
+
+    classifier = open_classifier(args.source, args.key, args.layout, args.old_classes)
+    class_map = _class_map(args)
+    print(classifier.found, file=sys.stderr)
+    if class_map is not None:
+        print(class_map.summary, file=sys.stderr)
+    info = BankInfo(
+        made_from="classifier",
+        source=" ".join(str(path) for path in args.source),
+        dataset=None if args.new_dataset is None else str(args.new_dataset),
+        boundary="none (a classifier says nothing of the spread of its images)",
+    )
+    started = time.perf_counter()
+    with progress_bar("centres") as progress:
+        bank = bank_from_rows(
+            classifier.rows,
+            args.out,
+            info,
+            class_map=class_map,
+            progress=progress,
+            storage=args.storage,
+            overwrite=args.force,
+        )
+    _report(args, bank, time.perf_counter() - started)
+    return 0
+
+
+def _class_map(args: argparse.Namespace) -> "ClassMap | None":
+    from trainer.compat.class_map import ClassMap
+    from trainer.data.index import open_dataset
+    from trainer.errors import CenterBankError
+
+    names: list[list[str] | None] = []
+    for path in (args.new_dataset, args.old_dataset):
+        dataset = None if path is None else open_dataset(path)
+        names.append(None if dataset is None else dataset.class_names)
+        if dataset is not None and names[-1] is None:
+            raise CenterBankError(f"{path}: its classes have no names; give numbers in --map instead")
+    new, old = names
+    if args.map is not None:
+        return ClassMap.from_file(args.map, new, old)
+    if new is not None and old is not None:
+        return ClassMap.from_names(new, old, f"{args.new_dataset} and {args.old_dataset}")
+    if new is not None or old is not None:
+        raise CenterBankError("identical names need both --new-dataset and --old-dataset")
+    return None
+
+
+def _info(args: argparse.Namespace) -> int:
+    from tools.progress import progress_bar
+    from trainer.compat.bank_info import describe, nearest_pairs, summarise
+    from trainer.compat.center_bank import CenterBank
+
+    bank = CenterBank.open(args.bank)
+    if args.verify:
+        bank.verify()
+    with progress_bar("comparing centres") as progress:
+        pairs = nearest_pairs(bank, args.pairs, progress=progress)
+    figures = {**summarise(bank), "nearest_pairs": pairs}
+    _write_json(args, figures)
+    if args.json != "-":
+        print(describe(args.bank, figures))
+    return 0
+
+
 def _rule(args: argparse.Namespace) -> "BoundaryRule":
     from trainer.compat.boundary import BoundaryRule
     from trainer.errors import LceError
@@ -160,17 +256,20 @@ def _rule(args: argparse.Namespace) -> "BoundaryRule":
         raise LceError(str(error)) from None
 
 
+def _write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    text = json.dumps(figures, indent=1)
+    if args.json == "-":
+        print(text)
+    elif args.json:
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+
+
 def _report(args: argparse.Namespace, bank: "CenterBank", seconds: float) -> None:
     """Say what was made, on the screen or as JSON."""
     from trainer.compat.bank_info import summarise
 
     figures = {**summarise(bank), "out": str(args.out), "seconds": round(seconds, 3)}
-    if args.json:
-        text = json.dumps(figures, indent=1)
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
+    _write_json(args, figures)
     if args.json != "-":
         boundary = figures["boundary"]
         known = (

@@ -51,7 +51,9 @@ class Rows:
         for part, first in zip(self._parts, self._starts, strict=False):
             low, high = max(start - int(first), 0), min(stop - int(first), len(part))
             if low < high:
-                pieces.append(part[low:high].to(torch.float32))
+                piece = part[low:high]
+                aligned = piece.data_ptr() % piece.element_size() == 0  # a mapped file may begin anywhere
+                pieces.append((piece if aligned else piece.clone()).to(torch.float32))
         return torch.cat(pieces) if len(pieces) != 1 else pieces[0].contiguous()
 
     def take(self, index: np.ndarray) -> Tensor:

@@ -1,0 +1,254 @@
+"""Old classifiers in the files of several trainers: right order and count, guesses that are shown, and no code run
+from a file."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+from trainer.checkpoint import checksum
+from trainer.compat.bank_info import describe, nearest_pairs, summarise
+from trainer.compat.center_bank import BankInfo, write_bank
+from trainer.compat.classifiers import open_classifier
+from trainer.compat.sources import open_arrays, open_rows, read_labels
+from trainer.errors import CenterBankError
+
+CLASSES, DIM = 103, 16
+
+
+def weight(classes: int = CLASSES, dim: int = DIM) -> Tensor:
+    return torch.randn(classes, dim, generator=torch.Generator().manual_seed(1))
+
+
+def all_rows(classifier: Any) -> Tensor:
+    return torch.cat(
+        [classifier.rows.read(i, min(i + 7, len(classifier.rows))) for i in range(0, len(classifier.rows), 7)]
+    )
+
+
+def save_shards(folder: Path, world: int, style: str = "new") -> list[Path]:
+    """As arcface_torch saves its head: the first C mod W ranks have one class more."""
+    sizes = [CLASSES // world + (rank < CLASSES % world) for rank in range(world)]
+    files = []
+    for rank, part in enumerate(weight().split(sizes)):
+        if style == "old":
+            torch.save(part.clone(), folder / f"rank_{rank}_softmax_weight.pt")
+            torch.save(torch.zeros_like(part), folder / f"rank_{rank}_softmax_weight_mom.pt")
+            files.append(folder / f"rank_{rank}_softmax_weight.pt")
+            continue
+        backbone = nn.Linear(DIM, DIM)
+        optimizer = torch.optim.SGD([nn.Parameter(part.clone())], 0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+        checkpoint = {
+            "epoch": 3,
+            "global_step": 7,
+            "state_dict_backbone": backbone.state_dict(),
+            "state_dict_softmax_fc": {"weight": part.clone()},
+            "state_optimizer": optimizer.state_dict(),
+            "state_lr_scheduler": scheduler.state_dict(),
+        }
+        torch.save(checkpoint, folder / f"checkpoint_gpu_{rank}.pt")
+        files.append(folder / f"checkpoint_gpu_{rank}.pt")
+    return files
+
+
+@pytest.mark.parametrize("style", ["new", "old"])
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 12])
+def test_rank_files_come_back_bit_for_bit_in_rank_order(tmp_path: Path, style: str, world: int) -> None:
+    files = save_shards(tmp_path, world, style)
+    for given in ([tmp_path], sorted(files, key=str), files[::-1]):
+        classifier = open_classifier(given)
+        assert torch.equal(all_rows(classifier), weight())
+    assert f"{CLASSES} classes of dimension {DIM}" in classifier.found
+
+
+def test_a_missing_or_repeated_rank_is_named(tmp_path: Path) -> None:
+    files = save_shards(tmp_path, 4)
+    with pytest.raises(CenterBankError, match="rank 2 is missing"):
+        open_classifier([files[0], files[1], files[3]])
+    with pytest.raises(CenterBankError, match="rank 3 of 4 is missing"):
+        open_classifier(files[:3], num_classes=CLASSES)
+    (tmp_path / "copy").mkdir()
+    again = tmp_path / "copy" / "checkpoint_gpu_01.pt"
+    again.write_bytes(files[1].read_bytes())
+    with pytest.raises(CenterBankError, match="rank 1 is given twice"):
+        open_classifier([*files, again])
+    torch.save({"state_dict_softmax_fc": {"weight": weight(40)}}, files[2])
+    with pytest.raises(CenterBankError, match="no split of one head"):
+        open_classifier(files)
+    with pytest.raises(CenterBankError, match="together, expected are 50"):
+        open_classifier(save_shards(tmp_path, 4), num_classes=50)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "npy", "npz", "npz-compressed"])
+def test_single_files_in_both_layouts(tmp_path: Path, kind: str, transposed: bool) -> None:
+    matrix = weight(900, 64)
+    stored = matrix.T.contiguous() if transposed else matrix
+    path = tmp_path / f"head.{kind.split('-')[0]}"
+    if kind == "pt":
+        torch.save({"state_dict": {"module.fc.weight": stored, "module.conv.weight": torch.zeros(8, 8)}}, path)
+    elif kind == "safetensors":
+        save_file({"head.kernel": stored, "features.weight": torch.zeros(8, 8)}, path)
+    elif kind == "npy":
+        np.save(path, stored.numpy())
+    else:
+        (np.savez if kind == "npz" else np.savez_compressed)(path, weight=stored.numpy(), labels=np.arange(3))
+    classifier = open_classifier([path])
+    assert torch.equal(all_rows(classifier), matrix)
+    assert ("dimension × classes" in classifier.found) == transposed
+    assert torch.equal(all_rows(open_classifier([path], num_classes=900)), matrix)
+    with pytest.raises(CenterBankError, match="901"):
+        open_classifier([path], num_classes=901)
+
+
+def test_unclear_files_are_not_guessed(tmp_path: Path) -> None:
+    path = tmp_path / "two.safetensors"
+    save_file({"head.weight": weight(30, 64), "fc.weight": weight(40, 64)}, path)
+    with pytest.raises(CenterBankError, match=r"give --key; it has .*head.weight \(30, 64\)"):
+        open_classifier([path])
+    assert len(open_classifier([path], num_classes=30).rows) == 30
+    assert len(open_classifier([path], key="fc.weight").rows) == 40
+    with pytest.raises(CenterBankError, match="no matrix 'nothing'"):
+        open_classifier([path], key="nothing")
+    save_file({"weight": weight(60, 70)}, path)
+    with pytest.raises(CenterBankError, match="--layout"):
+        open_classifier([path])
+    assert open_classifier([path], layout="columns").rows.dim == 60
+    save_file({"weight": weight(100, 512)}, path)
+    assert len(open_classifier([path]).rows) == 100, "512 is a usual dimension, 100 is none"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_converted(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"weight": weight(300, 64).to(dtype)}, tmp_path / "w.safetensors")
+    assert torch.equal(all_rows(open_classifier([tmp_path / "w.safetensors"])), weight(300, 64).to(dtype).float())
+
+
+class Hostile:
+    """Unpickling it would write a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_hostile_pickles_do_not_run(tmp_path: Path, legacy: bool) -> None:
+    path, target = tmp_path / "checkpoint_gpu_0.pt", tmp_path / "written"
+    torch.save(
+        {"state_dict_softmax_fc": {"weight": weight()}, "extra": Hostile(target)},
+        path,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    with pytest.raises(CenterBankError, match="nothing of it was executed"):
+        open_classifier([path])
+    assert not target.exists()
+    objects = np.array([Hostile(target)], dtype=object)
+    np.save(tmp_path / "x.npy", objects, allow_pickle=True)
+    np.savez(tmp_path / "x.npz", weight=objects)
+    for file in ("x.npy", "x.npz"):
+        with pytest.raises(CenterBankError, match="cannot be read"):
+            open_arrays(tmp_path / file)
+        assert not target.exists()
+    with pytest.raises(CenterBankError):
+        read_labels(tmp_path / "x.npy")
+    torch.load(path, weights_only=False)
+    assert target.exists(), "the control: an unrestrained unpickler does run it"
+
+
+def test_files_of_before_the_zip_format_are_read(tmp_path: Path) -> None:
+    torch.save({"weight": weight(300, 64)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(all_rows(open_classifier([tmp_path / "old.pt"])), weight(300, 64))
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(b"nothing")
+    (tmp_path / "a.txt").write_text("1 2 3")
+    (tmp_path / "a.safetensors").write_bytes(b"x" * 40)
+    (tmp_path / "a.npz").write_bytes(b"x" * 40)
+    for name, reason in (
+        ("a.npy", "cannot be read"),
+        ("a.npz", "cannot be read"),
+        ("a.safetensors", "cannot be read"),
+        ("a.txt", "unknown kind"),
+        ("absent.npy", "no such file"),
+    ):
+        with pytest.raises(CenterBankError, match=f"{name}: {reason}"):
+            open_arrays(tmp_path / name)
+    with pytest.raises(CenterBankError, match="holds no checkpoint_gpu"):
+        open_classifier([tmp_path])
+    np.save(tmp_path / "ints.npy", np.arange(6).reshape(2, 3))
+    with pytest.raises(CenterBankError, match="not rows of vectors"):
+        open_rows([tmp_path / "ints.npy"])
+
+
+def test_our_own_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000007"
+    state = {"task.rows": weight(), "task.momentum": torch.zeros(CLASSES, DIM), "backbone.w": torch.ones(4, 4)}
+    save_distributed(state, checkpoint_id=folder, no_dist=True)
+    files = {p.name: list(checksum(p)) for p in folder.iterdir()}
+    (folder / "state.json").write_text(json.dumps({"format": 1, "step": 7, "files": files}))
+    for given in (tmp_path, folder):
+        classifier = open_classifier([given])
+        assert torch.equal(all_rows(classifier), weight())
+    data = max(folder.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CenterBankError, match="content changed"):
+        open_classifier([folder])
+
+
+def test_info_finds_duplicates_and_odd_boundaries(tmp_path: Path) -> None:
+    centers = nn.functional.normalize(weight())
+    centers[70] = nn.functional.normalize(centers[11] + 0.02 * centers[12], dim=0)
+    centers[5] = centers[90]
+    mask = torch.ones(CLASSES, dtype=torch.bool)
+    mask[90] = False
+    boundaries = torch.full((CLASSES,), 0.6)
+    boundaries[[3, 8]] = torch.tensor([-0.2, -1.0])
+    counts = torch.full((CLASSES,), 4)
+    counts[20] = 1
+    bank = write_bank(
+        tmp_path / "bank", centers=centers, boundaries=boundaries, counts=counts, mask=mask, info=BankInfo()
+    )
+    figures = {**summarise(bank), "nearest_pairs": nearest_pairs(bank, 4)}
+    assert figures["nearest_pairs"][0]["classes"] == [11, 70], "and not 5 with the masked 90"
+    products = centers @ centers.T
+    products[~mask] = products[:, ~mask] = -2
+    expected = products.triu(1).flatten().topk(4).values.tolist()
+    assert [pair["cosine"] for pair in figures["nearest_pairs"]] == pytest.approx(expected, abs=1e-5)
+    assert (figures["masked"], figures["single_image"], figures["unrestrained"]) == (1, 1, 1)
+    assert figures["meaningless"]["examples"] == [3]
+    text = describe(tmp_path / "bank", figures)
+    assert "11 – 70" in text
+    assert "classes 3" in text
+
+
+def test_sampled_pairs_compare_the_sample_with_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    centers = nn.functional.normalize(weight())
+    bank = write_bank(
+        tmp_path / "bank",
+        centers=centers,
+        boundaries=torch.zeros(CLASSES),
+        counts=torch.ones(CLASSES),
+        mask=torch.ones(CLASSES, dtype=torch.bool),
+        info=BankInfo(),
+    )
+    monkeypatch.setattr("trainer.compat.bank_info.EXACT_CLASSES", 50)
+    monkeypatch.setattr("trainer.compat.bank_info.SAMPLE_PRODUCTS", 20 * CLASSES)
+    sample = np.sort(np.random.default_rng(0).choice(CLASSES, 20, replace=False))
+    products = centers @ centers.T
+    products.fill_diagonal_(-2)
+    best = nearest_pairs(bank, 1)[0]
+    assert best["cosine"] == pytest.approx(float(products[sample].max()), abs=1e-5)
