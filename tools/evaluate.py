@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainer.data.index import Dataset
     from trainer.distributed import Ranks
     from trainer.evaluation.report import RunRecord
-    from trainer.evaluation.sources import Progress
+    from trainer.evaluation.sources import EmbeddingCache, Progress
     from trainer.export import EmbeddingModel
 
 HELP = "may the new model query the old gallery? verdict, figures, report"
@@ -36,7 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paragon", metavar="MODEL", help="a new model trained without compatibility, for the update gain"
     )
-    parser.add_argument("--data", required=True, nargs="+", metavar="NAME=DATASET", help="labelled sets to measure on")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="NAME=DATASET", help="labelled sets: the verdict is theirs"
+    )
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="pair lists: NAME=FILE.bin, or NAME=LIST.txt@DATASET",
+    )
+    parser.add_argument(
+        "--templates",
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="template sets, in the layout of IJB-B and IJB-C",
+    )
+    parser.add_argument("--score-weights", action="store_true", help="weigh a template's images by detection score")
     parser.add_argument(
         "--fars", default="1e-4,1e-3,1e-2", help="false accept rates, comma separated (default: %(default)s)"
     )
@@ -65,14 +82,16 @@ def run(args: argparse.Namespace) -> int:
     """Run ``lce evaluate``; returns the exit status."""
     from trainer.distributed import process_group
 
-    fars, named = _fars(args.fars), _named(args.data)
+    fars = _fars(args.fars)
     _check_outputs(args)
     runs = _runs(args.runs)
     with process_group(args.device) as ranks:
-        result, datasets = _measure(args, fars, named, ranks)
+        study = _Study(args, fars, ranks)
+        study.check()
+        result = study.measure()
         if not ranks.is_main:
             return 0
-        _write(args, result, datasets, runs)
+        _write(args, result, study.datasets, runs)
         if args.json != "-":
             _print(result)
         return 1 if args.fail_unsafe and result["verdict"]["answer"] != "SAFE" else 0
@@ -85,15 +104,15 @@ def _fars(text: str) -> tuple[float, ...]:
         raise LceError(f"--fars {text}: expected numbers separated by commas, for example 1e-4,1e-3") from None
 
 
-def _named(texts: Sequence[str]) -> dict[str, Path]:
-    named: dict[str, Path] = {}
+def _named(option: str, texts: Sequence[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
     for text in texts:
         name, separator, path = text.partition("=")
         if not separator or not name or not path:
-            raise LceError(f"--data {text}: expected NAME=DATASET, for example unseen=data/unseen")
+            raise LceError(f"{option} {text}: expected NAME=PATH, for example unseen=data/unseen")
         if name in named:
-            raise LceError(f"--data: two sets are named {name}; give each a name of its own")
-        named[name] = Path(path)
+            raise LceError(f"{option}: two sets are named {name}; give each a name of its own")
+        named[name] = path
     return named
 
 
@@ -103,35 +122,99 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise LceError(f"{option} {place}: the folder {place.absolute().parent} does not exist; make it first")
 
 
-def _measure(
-    args: argparse.Namespace, fars: tuple[float, ...], named: dict[str, Path], ranks: "Ranks"
-) -> tuple[dict[str, Any], dict[str, "Dataset"]]:
-    """Embed on all ranks, measure on the first (the others return what is empty)."""
-    from trainer.data import open_dataset
-    from trainer.evaluation.provenance import provenance
-    from trainer.evaluation.sources import EmbeddingCache, check_models, default_cache, embed_set
-    from trainer.evaluation.study import Options, stages, study
-    from trainer.evaluation.verdict import Rules
-    from trainer.export import load_model
+class _Study:
+    """What is evaluated. All is opened at once, so that what is wrong shows before anything is embedded."""
 
-    rules = Rules(tolerance=args.tolerance, min_identities=args.min_identities)
-    options = Options(fars=fars, replicates=args.replicates, seed=args.seed, rules=rules)
-    paths = {"old": args.old, "new": args.new} | ({"paragon": args.paragon} if args.paragon else {})
-    models = {role: load_model(path, ranks.device) for role, path in paths.items()}
-    datasets = {name: open_dataset(path) for name, path in named.items()}
-    check_models(models, datasets)
-    cache = EmbeddingCache(None if args.cache == "none" else Path(args.cache) if args.cache else default_cache())
-    with _progress(ranks.is_main) as (counted, staged):
-        sets = [
-            embed_set(name, models, dataset, cache, ranks, counted, args.flip) for name, dataset in datasets.items()
-        ]
-        if not ranks.is_main:
-            return {}, datasets
-        result = study(sets, options, staged(stages(len(sets), len(models))))
-    result["models"] = {role: _describe(model) for role, model in models.items()}
-    result["settings"] = {"data": {name: str(path) for name, path in named.items()}, "flip": args.flip}
-    result["provenance"] = provenance()
-    return result, datasets
+    def __init__(self, args: argparse.Namespace, fars: tuple[float, ...], ranks: "Ranks") -> None:
+        from trainer.data import open_dataset
+        from trainer.evaluation.pairs import read_bin, read_list
+        from trainer.evaluation.study import Options
+        from trainer.evaluation.templates import read_templates
+        from trainer.evaluation.verdict import Rules
+        from trainer.export import load_model
+
+        if not (args.data or args.pairs or args.templates):
+            raise LceError("nothing to measure on: give --data NAME=DATASET, --pairs or --templates")
+        self.args, self.ranks = args, ranks
+        rules = Rules(tolerance=args.tolerance, min_identities=args.min_identities)
+        self.options = Options(fars=fars, replicates=args.replicates, seed=args.seed, rules=rules)
+        paths = {"old": args.old, "new": args.new} | ({"paragon": args.paragon} if args.paragon else {})
+        self.models = {role: load_model(path, ranks.device) for role, path in paths.items()}
+        self.size = self.models["old"].card.image_size
+        self.datasets = {name: open_dataset(path) for name, path in _named("--data", args.data).items()}
+        self.pairs = {}
+        for name, text in _named("--pairs", args.pairs).items():
+            file, separator, folder = text.partition("@")
+            self.pairs[name] = (
+                read_list(Path(file), open_dataset(folder)) if separator else read_bin(Path(file), self.size)
+            )
+        self.templates = {
+            name: read_templates(Path(path)) for name, path in _named("--templates", args.templates).items()
+        }
+
+    def check(self) -> None:
+        """Refuse what cannot be compared. Raises :class:`LceError`."""
+        from trainer.evaluation.arrays import class_index
+        from trainer.evaluation.sources import check_models
+
+        check_models(self.models, self.datasets | {name: pairs.dataset for name, pairs in self.pairs.items()})
+        for name, dataset in self.datasets.items():
+            class_index(dataset.labels[dataset.kept], f"{name} ({dataset.path})")
+
+    def measure(self) -> dict[str, Any]:
+        """Embed on all ranks, measure on the first (the others return nothing)."""
+        from trainer.evaluation.provenance import provenance
+        from trainer.evaluation.sources import EmbeddingCache, default_cache, embed_set
+        from trainer.evaluation.study import plain, stages, study
+
+        place = self.args.cache
+        cache = EmbeddingCache(None if place == "none" else Path(place) if place else default_cache())
+        with _progress(self.ranks.is_main) as (counted, staged):
+            sets = [
+                embed_set(name, self.models, dataset, cache, self.ranks, counted, self.args.flip)
+                for name, dataset in self.datasets.items()
+            ]
+            more = {
+                "pair_sets": self._measure_pairs(cache, counted),
+                "template_sets": self._measure_templates(cache, counted),
+            }
+            if not self.ranks.is_main:
+                return {}
+            result = study(sets, self.options, staged(stages(len(sets), len(self.models))))
+        result.update(plain(more))
+        result["models"] = {role: _describe(model) for role, model in self.models.items()}
+        given = {
+            option: getattr(self.args, option) for option in ("data", "pairs", "templates", "flip", "score_weights")
+        }
+        result["settings"], result["provenance"] = given, provenance()
+        return result
+
+    def _measure_pairs(self, cache: "EmbeddingCache", counted: "Progress") -> dict[str, Any]:
+        import numpy as np
+
+        from trainer.evaluation.pairs import measure_pairs
+        from trainer.evaluation.sources import embed_spaces
+
+        measured, o = {}, self.options
+        for name, pairs in self.pairs.items():
+            records = np.unique(np.concatenate([pairs.first, pairs.second]))
+            spaces = embed_spaces(name, self.models, pairs.dataset, records, cache, self.ranks, counted, self.args.flip)
+            if self.ranks.is_main:
+                measured[name] = measure_pairs(pairs, spaces, records, o.fars, o.replicates, o.seed)
+        return measured
+
+    def _measure_templates(self, cache: "EmbeddingCache", counted: "Progress") -> dict[str, Any]:
+        from trainer.evaluation.sources import embed_spaces, pool_spaces
+        from trainer.evaluation.templates import AlignedImages, measure_templates
+
+        measured, o = {}, self.options
+        for name, protocol in self.templates.items():
+            images = AlignedImages(protocol, self.size)
+            flat = embed_spaces(name, self.models, images, images.kept, cache, self.ranks, counted, self.args.flip)
+            if self.ranks.is_main:
+                numbers, spaces = pool_spaces(flat, protocol, self.models["new"], self.args.score_weights)
+                measured[name] = measure_templates(protocol, spaces, numbers, o.fars, o.replicates, o.seed)
+        return measured
 
 
 def _describe(model: "EmbeddingModel") -> dict[str, Any]:
@@ -225,12 +308,14 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from trainer.evaluation.compatibility import rate_text
+
     console = Console()
     for name, one in result["sets"].items():
         fars = [entry["far"] for entry in one["cells"]["old->old"]["tar"]]
         table = Table(
             "query → gallery",
-            *(f"TAR@FAR {far:g}" for far in fars),
+            *(f"TAR@FAR {rate_text(far)}" for far in fars),
             "rank-1",
             title=f"{name}: {one['identities']:,} identities, {one['images']:,} images",
         )

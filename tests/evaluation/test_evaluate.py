@@ -1,6 +1,7 @@
 """The command on real files: two small models, pictures in folders, verdict, JSON, report, cache, refusals."""
 
 import json
+import pickle
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from tools import cli
 from trainer.backbones import build_backbone
 from trainer.compat.transform import build_transform
 from trainer.config import BackboneConfig, TransformConfig
+from trainer.evaluation.templates import POINTS_112
 from trainer.export import ModelCard, TransformCard, save_model
 
 
@@ -68,7 +70,8 @@ def this_command_alone(monkeypatch):
 def evaluate(place, *extra, old="old", new="other", data=("unseen",)):
     sets = [f"{name}={place / name}" for name in data]
     fixed = ["--fars", "1e-2,1e-1", "--replicates", "60", "--cache", str(place / "cache"), "--device", "cpu"]
-    return cli.main(["evaluate", "--old", str(place / old), "--new", str(place / new), "--data", *sets, *fixed, *extra])
+    models = ["--old", str(place / old), "--new", str(place / new)]
+    return cli.main(["evaluate", *models, *(["--data", *sets] if sets else []), *fixed, *extra])
 
 
 def test_the_whole_command(place, capsys):
@@ -128,6 +131,57 @@ def test_a_transformation_is_applied_where_it_belongs(place, capsys):
     assert cells["old->new"]["how"] == "backward"  # T₁₂ carries old queries into the new space
 
 
+def test_pair_lists_and_templates_stand_beside_the_labelled_sets(place, capsys):
+    files = sorted((place / "unseen").glob("*/*.png"))
+    pairs = [(a, b) for a in files[:40] for b in files[:40] if a < b]
+    same = [a.parent == b.parent for a, b in pairs]
+    images = [file.read_bytes() for pair in pairs for file in pair]
+    (place / "lfw.bin").write_bytes(pickle.dumps((images, same)))
+    lines = [
+        f"{a.relative_to(place / 'unseen')} {b.relative_to(place / 'unseen')} {int(s)}"
+        for (a, b), s in zip(pairs, same, strict=True)
+    ]
+    (place / "pairs.txt").write_text("\n".join(lines))
+    write_templates(place / "ijb", files)
+    lists = [f"lfw={place / 'lfw.bin'}", f"listed={place / 'pairs.txt'}@{place / 'unseen'}"]
+    more = ["--pairs", *lists, "--templates", f"ijb={place / 'ijb'}", "--score-weights"]
+    assert evaluate(place, *more, "--json", "-", "--report", str(place / "more.html"), new="mapped", data=()) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"]["answer"] == "NOT ENOUGH DATA"  # none of these knows identities
+    lfw, listed = (found["pair_sets"][name]["cells"]["old->old"] for name in ("lfw", "listed"))
+    assert lfw["accuracy"] == listed["accuracy"]
+    assert lfw["accuracy"]["mean"] > 0.9
+    assert found["pair_sets"]["lfw"]["cells"]["new->old"]["how"] == "backward"
+    cell = found["template_sets"]["ijb"]["cells"]["old->old"]
+    assert cell["verification"]["tar"][-1]["value"] > 0.5
+    assert cell["identification"]["enrolled"] == 20
+    page = (place / "more.html").read_text()
+    assert "Pair lists" in page
+    assert "Template sets" in page
+
+
+def write_templates(folder, files):
+    """The pictures as a template protocol: each identity's first two images enrolled, the others probed."""
+    (folder / "loose_crop").mkdir(parents=True)
+    (folder / "meta").mkdir()
+    faces, marks = [], []
+    people = sorted({file.parent.name for file in files})
+    for number, file in enumerate(files):
+        (folder / "loose_crop" / f"{number}.png").write_bytes(file.read_bytes())
+        person, image = people.index(file.parent.name), int(file.stem)
+        faces.append(f"{number}.png {2 * person + image // 2} {number}")
+        marks.append(f"{number}.png {' '.join(f'{v:.2f}' for v in (POINTS_112 * 32 / 112).ravel())} 0.9")
+    (folder / "meta" / "t_face_tid_mid.txt").write_text("\n".join(faces))
+    (folder / "meta" / "t_name_5pts_score.txt").write_text("\n".join(marks))
+    every = [f"{2 * a} {2 * b + 1} {int(a == b)}" for a in range(len(people)) for b in range(len(people))]
+    (folder / "meta" / "t_template_pair_label.txt").write_text("\n".join(every))
+    for name, chosen in (("G1", range(10)), ("G2", range(10, 20))):
+        rows = ["TEMPLATE_ID,SUBJECT_ID", *(f"{2 * p},{p}" for p in chosen)]
+        (folder / "meta" / f"t_1N_gallery_{name}.csv").write_text("\n".join(rows))
+    rows = ["TEMPLATE_ID,SUBJECT_ID", *(f"{2 * p + 1},{p}" for p in range(20))]
+    (folder / "meta" / "t_1N_probe_mixed.csv").write_text("\n".join(rows))
+
+
 def test_wrong_use_is_one_line_and_status_2(place, capsys):
     def refused(*extra, **kwargs):
         assert evaluate(place, *extra, **kwargs) == 2
@@ -138,11 +192,12 @@ def test_wrong_use_is_one_line_and_status_2(place, capsys):
     assert "dimension 24 against 16" in refused(new="wide")
     assert "no model" in refused(new="nothing")
     assert "nothing" in refused(data=("nothing",))
+    assert "nothing to measure on" in refused(data=())
     assert "expected numbers" in refused("--fars", "a,b")
     assert "between 0 and 1" in refused("--fars", "2")
     assert "does not exist" in refused("--report", str(place / "no" / "such" / "report.html"))
     assert "log.jsonl" in refused("--runs", str(place / "old"), "--report", str(place / "r.html"))
-    assert "expected NAME=DATASET" in refused("--data", "unseen")
+    assert "expected NAME=PATH" in refused("--data", "unseen")
     pictures(place / "large", 2, 2, seed=3, size=40)
     assert "40 × 40" in refused(data=("large",))
     pictures(place / "one", 1, 4, seed=3)

@@ -36,7 +36,7 @@ def test_a_clear_improvement_is_safe():
     assert verdict["paragraph"].startswith("SAFE")
     for part in (
         "60 identities",
-        "TAR@FAR=0.001",
+        "TAR@FAR=1e-3",
         "rank-1",
         "95 % interval",
         "threshold",

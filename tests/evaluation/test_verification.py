@@ -76,9 +76,10 @@ def test_highest_impostors_survive_trimming_and_thinning_keeps_the_share(monkeyp
     x, y = identities(60, 5, seed=3)
     monkeypatch.setattr(verification, "_BLOCK", 4000)
     everything = score_pairs(x, y, keep_far=1.0)
-    trimmed = score_pairs(x, y, keep_far=1e-3, keep=500)
+    trimmed = score_pairs(x, y, keep_far=1e-3, keep=5000)
     assert trimmed.impostor_pairs.stride == 1
-    assert trimmed.impostor_pairs.score == pytest.approx(everything.impostor_pairs.score[:500])
+    assert 1000 < len(trimmed.impostor_pairs) < 2000
+    assert trimmed.impostor_pairs.score == pytest.approx(everything.impostor_pairs.score[: len(trimmed.impostor_pairs)])
     thinned = score_pairs(x, y, keep_far=1.0, keep=5000)
     stride = thinned.impostor_pairs.stride
     assert stride > 1
@@ -122,14 +123,14 @@ def test_fold_accuracy_by_hand_and_with_ties():
     assert fold_accuracy(np.full(40, 0.5), genuine)[0] == 0.5
 
 
-def test_twenty_thousand_images_in_bounded_memory():
-    x, y = identities(4000, 5, dim=64, seed=5)
+def test_fifty_million_pairs_in_bounded_memory():
+    x, y = identities(2000, 5, dim=32, seed=5)
     tracemalloc.start()
     scores = score_pairs(x, y)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert scores.impostor_count == 20_000 * 19_999 // 2 - 4000 * 10
-    assert peak < 400e6  # all scores at once would be 800 MB in float32 and their places 3.2 GB
+    assert scores.impostor_count == 10_000 * 9_999 // 2 - 2000 * 10
+    assert peak < 300e6  # all scores at once would be 200 MB in float32 and their places 800 MB
     assert 0 < scores.tar_at(1e-6) < scores.tar_at(1e-3) < 1
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from trainer.evaluation.arrays import FloatArray, IntArray, class_index
 from trainer.evaluation.compatibility import class_centres
@@ -66,24 +67,26 @@ def backfill_curve(
     """
     n = len(labels)
     cuts = np.linspace(0, n, steps + 1).astype(int)
-    genuine = np.zeros((2, steps, BINS), np.int64)
-    impostor = np.zeros((2, steps, BINS), np.int64)
-    best = np.full((2, 2, steps, n), -2, np.float32)  # which model, own identity or other, part of the gallery, query
-    for model in (0, 1):
-        for part in range(steps):
-            columns = order[cuts[part] : cuts[part + 1]]
+    counts = np.zeros((2, BINS), np.int64)  # genuine, impostor, with no part re-encoded
+    change = np.zeros((2, steps, BINS), np.int32)  # what re-encoding a part adds and takes away
+    best = np.full((2, 2, steps, n), -2, np.float32)  # old or new entry, own identity or other, part, query
+    for part in range(steps):
+        columns = order[cuts[part] : cuts[part + 1]]
+        for entry in (0, 1):
             if len(columns):
-                _score_part(
-                    queries[model], gallery[model][columns], labels, columns, genuine, impostor, best, (model, part)
-                )
-    rank1, tar = [], []
-    counted = np.bincount(np.unique(labels, return_inverse=True)[1])[np.unique(labels, return_inverse=True)[1]] > 1
+                found = _score_part(queries[entry], gallery[entry][columns], labels, columns, best[entry, :, part])
+                change[:, part] += found if entry else -found
+                counts += 0 if entry else found
+    _, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    counted = sizes[index] > 1
     empty = PairList(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+    rank1, tar = [], []
     for done in range(steps + 1):
+        if done:
+            counts += change[:, done - 1]
         own, other = (np.maximum(_top(best[1, kind, :done]), _top(best[0, kind, done:])) for kind in (0, 1))
         rank1.append(float((own > other)[counted].mean()))
-        parts = [h[1, :done].sum(0) + h[0, done:].sum(0) for h in (genuine, impostor)]
-        tar.append(PairScores(parts[0], parts[1], empty, empty).tar_at(far))
+        tar.append(PairScores(counts[0], counts[1], empty, empty).tar_at(far))
     shares = [float(cut / n) for cut in cuts]
     return BackfillCurve(name, shares, rank1, tar, far, {"rank-1": _area(shares, rank1), "TAR": _area(shares, tar)})
 
@@ -97,24 +100,24 @@ def _area(shares: Sequence[float], values: Sequence[float]) -> float:
 
 
 def _score_part(
-    queries: FloatArray,
-    part: FloatArray,
-    labels: IntArray,
-    columns: IntArray,
-    genuine: IntArray,
-    impostor: IntArray,
-    best: FloatArray,
-    at: tuple[int, int],
-) -> None:
-    """Add the scores of all queries against one part of the gallery to the tables' entry ``at``."""
+    queries: FloatArray, part: FloatArray, labels: IntArray, columns: IntArray, best: FloatArray
+) -> npt.NDArray[np.int32]:
+    """Score all queries against one part of the gallery: histograms (2, BINS) of genuine and impostor pairs.
+
+    ``best`` (2, n) is filled with each query's highest score of its own and of another identity.
+    """
+    counts = np.zeros((2, BINS), np.int32)
     rows = max(1, (1 << 22) // len(columns))
     for a in range(0, len(queries), rows):
         stop = min(a + rows, len(queries))
         block = queries[a:stop] @ part.T
         itself = np.arange(a, stop)[:, None] == columns[None, :]
-        own = (labels[a:stop, None] == labels[columns][None, :]) & ~itself
-        genuine[at] += histogram(block[own])
-        best[at[0], 0, at[1], a:stop] = np.where(own, block, -2).max(1)
-        other = ~own & ~itself
-        impostor[at] += histogram(block[other])
-        best[at[0], 1, at[1], a:stop] = np.where(other, block, -2).max(1)
+        same = labels[a:stop, None] == labels[columns][None, :]
+        own = same & ~itself
+        counts[0] += histogram(block[own]).astype(np.int32)
+        best[0, a:stop] = np.where(own, block, -2).max(1)
+        block[same] = -2  # falls into the lowest bin, whose count is corrected
+        counts[1] += histogram(block).astype(np.int32)
+        counts[1, 0] -= np.count_nonzero(same)
+        best[1, a:stop] = block.max(1)
+    return counts

@@ -54,12 +54,15 @@ def resample_tar(scores: PairScores, index: IntArray, draws: IntArray, far: floa
     sizes = np.bincount(index)
     both_orders = scores.impostor_count == int(sizes.sum()) ** 2 - int((sizes**2).sum())
     falling = -own.score
+    reach = int(2 * far * scores.impostor_count / top.stride) + 100  # nearly always enough, and much less than all
     out = np.empty(len(draws))
     for r, drawn in enumerate(draws):
         weight = drawn * sizes
-        total = (int(weight.sum()) ** 2 - int((weight**2).sum())) / (1 if both_orders else 2)
-        accepted = np.cumsum(drawn[first] * drawn[second]) * top.stride
-        k = int(np.searchsorted(accepted, far * total + 1e-9, side="right"))
+        allowed = far * (int(weight.sum()) ** 2 - int((weight**2).sum())) / (1 if both_orders else 2) + 1e-9
+        accepted = np.cumsum(drawn[first[:reach]] * drawn[second[:reach]]) * top.stride
+        if accepted[-1] <= allowed:
+            accepted = np.cumsum(drawn[first] * drawn[second]) * top.stride
+        k = int(np.searchsorted(accepted, allowed, side="right"))
         # The first impostor too many, at k, must be rejected: accept what scores above it.
         limit = -top.score[k] if k < len(top) else -(top.score[-1] - 1e-6)
         genuine = np.cumsum(drawn[whose])

@@ -72,8 +72,16 @@ class Cell:
 
 
 def tar_name(far: float) -> str:
-    """The metric's name in results: ``TAR@FAR=0.0001``."""
-    return f"TAR@FAR={far:g}"
+    """The metric's name in results: ``TAR@FAR=1e-4``."""
+    return f"TAR@FAR={rate_text(far)}"
+
+
+def rate_text(rate: float) -> str:
+    """A rate as people write it: ``1e-4``, ``2.5e-3``, ``0.5``."""
+    if rate >= 0.1 or rate <= 0:
+        return f"{rate:g}"
+    digits, exponent = f"{rate:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def compare(
@@ -210,13 +218,15 @@ class Flips:
     """Rank-1 answers that changed: negative (right before, wrong now) and positive (wrong before, right now).
 
     negative, positive: (k,) image numbers. share_negative, share_positive: of the counted images.
-    worst: identities by lost answers, most first: (label, lost, gained, images counted).
+    worse: how many identities lost more answers than they gained; worst: the first of them, by the difference:
+    (label, lost, gained, images counted).
     """
 
     negative: IntArray
     positive: IntArray
     share_negative: float
     share_positive: float
+    worse: int
     worst: list[tuple[int, int, int, int]]
 
 
@@ -233,9 +243,8 @@ def flips(before: Ranking, after: Ranking, labels: IntArray, keep: int = 20) -> 
         for c in order
         if table[0][c] > table[1][c]
     ]
-    return Flips(
-        np.flatnonzero(lost), np.flatnonzero(won), float(lost.sum() / counted), float(won.sum() / counted), worst[:keep]
-    )
+    shares = float(lost.sum() / counted), float(won.sum() / counted)
+    return Flips(np.flatnonzero(lost), np.flatnonzero(won), *shares, len(worst), worst[:keep])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from trainer.evaluation.compatibility import rate_text
+
 Result = Mapping[str, Any]
 
 CELL_STYLES: dict[str, tuple[str, str]] = {
@@ -153,7 +155,7 @@ def _backfill(one: Result) -> Figure:
             axes.plot(
                 curve["shares"], curve[key], color=colour, linestyle=dash, marker=marker, markersize=4, label=label
             )
-        axes.set_ylabel(base if key == "rank1" else f"TAR at FAR {one['far']:g}")
+        axes.set_ylabel(base if key == "rank1" else f"TAR at FAR {rate_text(one['far'])}")
     lower.xaxis.set_major_formatter(PercentFormatter(1.0))
     lower.set_xlabel("share of the gallery re-encoded")
     figure.legend(loc="outside lower center", ncols=3)

@@ -46,7 +46,7 @@ table{border-collapse:collapse;font-size:.9rem;margin:.5rem 0}
 th,td{border:1px solid var(--line);padding:.3rem .55rem;text-align:left;vertical-align:top}
 th{background:#f2f2f2}
 td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td small{color:var(--soft)}
+td small{color:var(--soft)}td:first-child{white-space:nowrap}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr));gap:1rem}
 figure{margin:0;max-width:34rem}
 figure>img{width:100%;height:auto}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from trainer.evaluation.compatibility import rate_text
 from trainer.evaluation.plots import arrow
 
 Result = Mapping[str, Any]
@@ -126,7 +127,15 @@ def data_set(name: str, one: Result, plots: Plots, album: Album) -> str:
 
 def _matrix(one: Result) -> str:
     fars = [entry["far"] for entry in one["cells"]["old->old"]["tar"]]
-    head = ["query → gallery", "how", *(f"TAR at FAR {far:g}" for far in fars), "rank-1", "rank-5", "EER", "pairs"]
+    head = [
+        "query → gallery",
+        "how",
+        *(f"TAR at FAR {rate_text(far)}" for far in fars),
+        "rank-1",
+        "rank-5",
+        "EER",
+        "pairs",
+    ]
     rows = []
     for name, cell in one["cells"].items():
         pairs = f"{cell['genuine_pairs']:,} + {cell['impostor_pairs']:,}"
@@ -151,7 +160,7 @@ def _operating_points(one: Result) -> str:
         [
             escape(arrow(name)),
             _number(point["threshold"], ".4f"),
-            _number(point["far_kept"], ".2g"),
+            rate_text(point["far_kept"]),
             _number(point["tar_kept"]),
             _number(point["restored"], ".4f"),
             _number(point["tar_restored"]),
@@ -161,8 +170,9 @@ def _operating_points(one: Result) -> str:
     today = one["operating_point"]["new->old"]
     head = ["query → gallery", "threshold kept", "FAR then", "TAR then", "restoring threshold", "TAR at it"]
     lead = (
-        f"<h3>The deployed threshold</h3><p>Today the threshold {today['threshold']:.4f} gives FAR {today['far']:g} "
-        f"and TAR {today['tar']:.3f}. What it gives after the upgrade, and the threshold that restores the FAR:</p>"
+        f"<h3>The deployed threshold</h3><p>Today the threshold {today['threshold']:.4f} gives FAR "
+        f"{rate_text(today['far'])} and TAR {today['tar']:.3f}. What it gives after the "
+        "upgrade, and the threshold that restores the FAR:</p>"
     )
     return lead + _table(head, rows)
 
@@ -194,7 +204,7 @@ def _backfill(one: Result) -> str:
         "rank-1 before",
         "after",
         "area",
-        f"TAR at FAR {one['far']:g} before",
+        f"TAR at FAR {rate_text(one['far'])} before",
         "after",
         "area",
     ]
@@ -214,7 +224,8 @@ def _flips(name: str, one: Result, album: Album) -> str:
             for w in turned["worst_identities"]
         ]
         table = _table(["identity", "lost", "gained", "images"], rows)
-        parts.append(f"<details><summary>Identities that got worse ({len(rows)})</summary>{table}</details>")
+        count = f"Identities that got worse: {turned['worse_identities_count']:,}; the first {len(rows)}"
+        parts.append(f"<details><summary>{count}</summary>{table}</details>")
     shown = []
     for flip in turned["negative"]:
         trio = (("query", "query"), ("before", "found before"), ("now", "found now"))
@@ -253,7 +264,7 @@ def pair_sets(value: Result) -> str:
     parts = []
     for name, one in value.items():
         fars = [entry["far"] for entry in next(iter(one["cells"].values()))["tar"]]
-        head = ["query → gallery", "accuracy, 10 folds", *(f"TAR at FAR {far:g}" for far in fars), "EER"]
+        head = ["query → gallery", "accuracy, 10 folds", *(f"TAR at FAR {rate_text(far)}" for far in fars), "EER"]
         rows = [
             [
                 escape(arrow(cell_name)),
@@ -283,7 +294,7 @@ def template_sets(value: Result) -> str:
 def _templates_1_1(cells: Mapping[str, Result]) -> str:
     fars = [entry["far"] for entry in next(iter(cells.values()))["tar"]]
     rows = [[escape(arrow(name)), *(_tar(entry) for entry in cell["tar"])] for name, cell in cells.items()]
-    return _table(["1:1", *(f"TAR at FAR {far:g}" for far in fars)], rows)
+    return _table(["1:1", *(f"TAR at FAR {rate_text(far)}" for far in fars)], rows)
 
 
 def _templates_1_n(cells: Mapping[str, Result]) -> str:
@@ -296,7 +307,10 @@ def _templates_1_n(cells: Mapping[str, Result]) -> str:
         ]
         for name, cell in cells.items()
     ]
-    head = [*(f"rank-{k}" for k in first["rank"]), *(f"TPIR at FPIR {fpir}" for fpir in first["tpir"])]
+    head = [
+        *(f"rank-{k}" for k in first["rank"]),
+        *(f"TPIR at FPIR {rate_text(float(fpir))}" for fpir in first["tpir"]),
+    ]
     return _table(["1:N", *head], rows)
 
 

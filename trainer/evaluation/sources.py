@@ -11,9 +11,10 @@ import numpy as np
 from trainer.data.index import Dataset
 from trainer.distributed import Ranks, on_main
 from trainer.errors import DataError, ModelError
-from trainer.evaluation.arrays import FloatArray, IntArray, class_index
+from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.study import NamedSet
+from trainer.evaluation.templates import TemplateSet, pool
 from trainer.export import Direction, EmbeddingModel, embed_dataset
 
 Progress = Callable[[str, int, int], None]
@@ -83,11 +84,11 @@ def default_cache() -> Path:
 
 
 def check_models(models: Mapping[str, EmbeddingModel], datasets: Mapping[str, Dataset]) -> None:
-    """Refuse, before anything is embedded, models that cannot be compared and sets that cannot be used.
+    """Refuse, before anything is embedded, models that cannot be compared or cannot read the images.
 
     Raises:
         ModelError: old and new of other dimensions without a transformation.
-        DataError: images of another size, nothing labelled, or no pairs to compare.
+        DataError: images of another size.
     """
     old, new = models["old"], models["new"]
     if old.dim != new.dim and not _directions(new):
@@ -104,7 +105,6 @@ def check_models(models: Mapping[str, EmbeddingModel], datasets: Mapping[str, Da
                 f"to {expected[1]}; was it trained against another old model?"
             )
     for name, dataset in datasets.items():
-        class_index(dataset.labels[dataset.kept], f"{name} ({dataset.path})")
         for role, model in models.items():
             if tuple(model.card.image_size) != tuple(dataset.info.image_size):
                 raise DataError(
@@ -121,21 +121,21 @@ def _directions(new: EmbeddingModel) -> list[Direction]:
     return list(new.card.transforms)
 
 
-def embed_set(
+def embed_spaces(
     name: str,
     models: Mapping[str, EmbeddingModel],
     dataset: Dataset,
+    records: IntArray,
     cache: EmbeddingCache,
     ranks: Ranks,
     progress: Progress | None = None,
     flip: bool = False,
-) -> NamedSet:
-    """Embed a labelled set under every model, T applied where the new model has one. Every rank must call it.
+) -> Spaces:
+    """Embed records (n,) under every model, T applied where the new model has one. Every rank must call it.
 
     Raises:
         LceError: a record or a model cannot be used.
     """
-    records = dataset.kept
     native: dict[str, FloatArray] = {}
     for role, model in models.items():
 
@@ -148,7 +148,40 @@ def embed_set(
     for direction in _directions(models["new"]):
         query, space = ("new", "old") if direction == "t21" else ("old", "new")
         mapped[query, space] = models["new"].transform(direction, native[query])
-    return NamedSet(name, Spaces(native, mapped), np.asarray(dataset.labels[records]), records, dataset.class_names)
+    return Spaces(native, mapped)
+
+
+def embed_set(
+    name: str,
+    models: Mapping[str, EmbeddingModel],
+    dataset: Dataset,
+    cache: EmbeddingCache,
+    ranks: Ranks,
+    progress: Progress | None = None,
+    flip: bool = False,
+) -> NamedSet:
+    """Embed the labelled records of a set under every model. Every rank must call it."""
+    spaces = embed_spaces(name, models, dataset, dataset.kept, cache, ranks, progress, flip)
+    return NamedSet(name, spaces, np.asarray(dataset.labels[dataset.kept]), dataset.kept, dataset.class_names)
+
+
+def pool_spaces(
+    spaces: Spaces, templates: TemplateSet, model: EmbeddingModel, by_score: bool
+) -> tuple[IntArray, Spaces]:
+    """Image embeddings → template numbers (t,) and template embeddings under every model.
+
+    T₂₁ has worked on the query's images; T₁₂ works on the pooled templates, because these are what a gallery keeps.
+    """
+    weights = templates.score if by_score else None
+
+    def pooled(embeddings: FloatArray) -> tuple[IntArray, FloatArray]:
+        return pool(embeddings, templates.template, templates.media, weights)
+
+    native = {role: pooled(embeddings)[1] for role, embeddings in spaces.native.items()}
+    mapped = {key: pooled(embeddings)[1] for key, embeddings in spaces.mapped.items()}
+    if ("old", "new") in mapped:
+        mapped["old", "new"] = model.transform("t12", native["old"])
+    return pooled(spaces.native["old"])[0], Spaces(native, mapped)
 
 
 def training_curves(

@@ -80,8 +80,8 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
         DataError: a set without genuine or impostor pairs.
     """
     judged: list[SetVerdict] = []
-    points: dict[str, OperatingPoint | None] = {}
-    shares: dict[str, PointToSet | None] = {}
+    points: dict[str, OperatingPoint] = {}
+    shares: dict[str, PointToSet] = {}
     results: dict[str, Result] = {}
     for one in sets:
         cells = measure_cells(one, options, notify)
@@ -91,8 +91,10 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
         judged.append(judge_set(one.name, cells["old", "old"], cells["new", "old"], size, options.fars, options.rules))
         far = resolved_far(options.fars, cells["old", "old"].scores.impostor_count, options.rules) or max(options.fars)
         points[one.name] = operating_point(cells["old", "old"].scores, cells["new", "old"].scores, far)
-        shares[one.name] = _point_to_set(one)
-        results[one.name] = _describe(one, cells, far, points[one.name], shares[one.name], options)
+        share = _point_to_set(one)
+        if share is not None:
+            shares[one.name] = share
+        results[one.name] = _describe(one, cells, far, points[one.name], share, options)
         notify(f"{one.name}: backfill")
         results[one.name]["backfill"] = backfill(one, far, options)
     verdict = decide(judged, points, shares)
@@ -139,7 +141,7 @@ def _describe(
     one: NamedSet,
     cells: dict[tuple[str, str], Cell],
     far: float,
-    point: OperatingPoint | None,
+    point: OperatingPoint,
     share: PointToSet | None,
     options: Options,
 ) -> Result:
@@ -164,6 +166,7 @@ def _describe(
             "negative": [_flip(one, old, new, i) for i in turned.negative[:24]],
             "negative_count": len(turned.negative),
             "positive_count": len(turned.positive),
+            "worse_identities_count": turned.worse,
             "worst_identities": [
                 {"identity": one.identity(label), "lost": lost, "gained": gained, "images": images}
                 for label, lost, gained, images in turned.worst

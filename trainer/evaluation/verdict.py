@@ -11,12 +11,12 @@ example), and *unclear* otherwise.
 - NOT ENOUGH DATA: anything else; the reason says what is missing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from trainer.evaluation.bootstrap import Interval, interval
-from trainer.evaluation.compatibility import Cell, OperatingPoint, PointToSet, tar_name
+from trainer.evaluation.compatibility import Cell, OperatingPoint, PointToSet, rate_text, tar_name
 
 Answer = Literal["SAFE", "NOT SAFE", "NOT ENOUGH DATA"]
 Outcome = Literal["better", "level", "worse", "unclear"]
@@ -89,7 +89,9 @@ def judge_set(
     if far is None:
         pairs = min(old.scores.impostor_count, new.scores.impostor_count)
         smallest = rules.min_false_accepts / pairs
-        missing.append(f"its {pairs:,} impostor pairs resolve no FAR below {smallest:.1g}, so none of those asked for")
+        missing.append(
+            f"its {pairs:,} impostor pairs resolve no FAR below {rate_text(smallest)}, so none of those asked for"
+        )
     if identities < rules.min_identities:
         missing.append(f"it has {identities} identities, {rules.min_identities} are needed to call an upgrade safe")
     answer: Answer = "NOT ENOUGH DATA"
@@ -128,50 +130,52 @@ def _find(metric: str, old: Cell, new: Cell, rules: Rules) -> Finding:
 
 
 def decide(
-    sets: Sequence[SetVerdict],
-    points: dict[str, OperatingPoint | None],
-    shares: dict[str, PointToSet | None],
+    sets: Sequence[SetVerdict], points: Mapping[str, OperatingPoint], shares: Mapping[str, PointToSet]
 ) -> Verdict:
-    """The verdict over all sets, with the operating point and the point-to-set shares of each set for the paragraph."""
-    answers = [s.answer for s in sets]
+    """The verdict over all sets; operating point and point-to-set shares, by set, are for the paragraph alone."""
+    answers = {s.answer for s in sets}
     answer: Answer = "NOT ENOUGH DATA"
     if "NOT SAFE" in answers:
         answer = "NOT SAFE"
-    elif answers and all(a == "SAFE" for a in answers):
+    elif answers == {"SAFE"}:
         answer = "SAFE"
-    opening = {
-        "SAFE": "SAFE: the new model may query the old gallery.",
-        "NOT SAFE": "NOT SAFE: the new model must not query the old gallery.",
-        "NOT ENOUGH DATA": "NOT ENOUGH DATA: whether the new model may query the old gallery is not shown.",
-    }[answer]
-    sentences = [opening]
-    for s in sets:
-        sentences.append(_sentence(s))
-        share = shares.get(s.name)
-        if share is not None:
-            sentences.append(
-                f"Of the new embeddings {share.nearest:.1%} lie nearest to their own old class and {share.within:.1%} "
-                f"within its boundary (of the old ones {share.old_nearest:.1%} lie nearest to theirs)."
-            )
-        point = points.get(s.name)
-        if point is not None:
-            sentences.append(_threshold_sentence(point))
+    sentences = [_OPENINGS[answer], *(_sentence(s) for s in sets)]
+    if not sets:
+        sentences.append("No set with labelled identities was given.")
+    if shares:
+        name, share = min(shares.items(), key=lambda item: item[1].nearest)
+        sentences.append(
+            f"Of the new embeddings of {name} {share.nearest:.1%} lie nearest to their own old class and "
+            f"{share.within:.1%} within its boundary (of the old ones {share.old_nearest:.1%} lie nearest to theirs)."
+        )
+    if points:
+        name, point = max(points.items(), key=lambda item: item[1].far_kept / item[1].far)
+        sentences.append(_threshold_sentence(name, point))
     return Verdict(answer, " ".join(sentences), list(sets))
 
 
+_OPENINGS: dict[Answer, str] = {
+    "SAFE": "SAFE: the new model may query the old gallery.",
+    "NOT SAFE": "NOT SAFE: the new model must not query the old gallery.",
+    "NOT ENOUGH DATA": "NOT ENOUGH DATA: it is not shown whether the new model may query the old gallery.",
+}
+
+
 def _sentence(s: SetVerdict) -> str:
-    figures = "; ".join(
-        f"{f.metric} {f.new.value:.3f} against {f.old.value:.3f} "
-        f"(difference {f.difference.value:+.3f}, 95 % interval {f.difference.low:+.3f} to {f.difference.high:+.3f})"
+    figures = ", ".join(
+        f"{f.metric} is {f.new.value:.3f} where the old model has {f.old.value:.3f} "
+        f"({f.difference.value:+.3f}, 95 % interval {f.difference.low:+.3f} to {f.difference.high:+.3f})"
         for f in s.findings
     )
-    return f"On {s.name} ({s.identities:,} identities, {s.images:,} images): {figures}. {s.answer}: {s.reason}."
+    why = "" if s.answer == "SAFE" else f": {s.answer}, {s.reason}"
+    return f"On {s.name} ({s.identities:,} identities, {s.images:,} images) {figures}{why}."
 
 
-def _threshold_sentence(point: OperatingPoint) -> str:
+def _threshold_sentence(name: str, point: OperatingPoint) -> str:
     more = f" ({point.far_kept / point.far:.2g} times as many impostors)" if point.far_kept > point.far else ""
+    before = f"FAR {rate_text(point.far)}, TAR {point.tar:.3f}"
     return (
-        f"The deployed threshold {point.threshold:.3f} (FAR {point.far:g}, TAR {point.tar:.3f}) would give FAR "
-        f"{point.far_kept:.2g}{more} and TAR {point.tar_kept:.3f}; {point.restored:.3f} restores the FAR, with TAR "
-        f"{point.tar_restored:.3f}."
+        f"The deployed threshold, {point.threshold:.3f} on {name} ({before}), would give FAR "
+        f"{rate_text(point.far_kept)}{more} and TAR {point.tar_kept:.3f}; {point.restored:.3f} restores the FAR, with "
+        f"TAR {point.tar_restored:.3f}."
     )

@@ -197,7 +197,8 @@ def score_pairs(
     ends = np.cumsum(sizes)
     genuine_count, impostor_count = pair_counts(sizes, same)
     own = _Keeper(2 * genuine_count, -(-genuine_count // keep))
-    top = _Keeper(keep, max(1, -(-int(8 * keep_far * impostor_count) // keep)))
+    wanted = int(8 * keep_far * impostor_count) + 1000
+    top = _Keeper(min(wanted, keep), -(-wanted // keep))
     genuine, impostor = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     n, rows = len(y), max(1, _BLOCK // len(y))
     for a in range(0, n, rows):
