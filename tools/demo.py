@@ -57,9 +57,17 @@ def run(args: argparse.Namespace) -> int:
             folder = args.out / args.data / f"seed-{seed}"
 
             def say(line: str, seed: int = seed) -> None:
-                console.print(f"[bold]{args.data}, seed {seed}:[/bold] {line}")
+                console.print(f"[bold]{args.data}, seed {seed}:[/bold] {line}", soft_wrap=True)
 
-            story = Story(args.data, seed, folder, args.nproc, say, args.overrides, quiet_stdout=args.json == "-")
+            story = Story(
+                args.data,
+                seed,
+                folder,
+                args.nproc,
+                say,
+                args.overrides,
+                stdout=sys.stderr.fileno() if args.json == "-" else None,
+            )
             told.append(story.tell())
     outcome = summarise(args.data, told)
     _print(console, outcome)

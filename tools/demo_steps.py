@@ -1,8 +1,8 @@
 """The demo's steps: done once, continued when interrupted, done anew when what they are made from changed.
 
 Every step has a stamp ``folder/steps/NAME.json`` with a key, the hash of all that went into it and into the steps
-before it. A finished step with the same key is skipped; an unfinished one is run again on what it left (a training
-resumes from its checkpoint); with another key its products are deleted first.
+before it. A finished step with the same key is skipped. An unfinished one is run again: on what it left where it can
+continue (a training resumes from its checkpoint), else from nothing, as is a step whose key has changed.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 from trainer import __version__
 from trainer.errors import LceError
 
-STOP_SECONDS = (6.0, 2.0)  # how long children may take to end after SIGINT, and then after SIGTERM
+STOP_SECONDS = (8.5, 0.7)  # how long children may take to end after SIGINT, and then after SIGTERM
 
 
 class StepFailed(LceError):
@@ -43,7 +43,13 @@ class Steps:
         self._key = __version__
 
     def run(
-        self, name: str, title: str, made_from: Sequence[str], products: Sequence[Path], action: Callable[[], None]
+        self,
+        name: str,
+        title: str,
+        made_from: Sequence[str],
+        products: Sequence[Path],
+        action: Callable[[], None],
+        continues: bool = False,
     ) -> None:
         """Do one step, unless it is done.
 
@@ -52,7 +58,8 @@ class Steps:
             title: what is printed.
             made_from: everything that determines the result beside the earlier steps: command line, configuration.
             products: files and folders that the step makes, all inside :attr:`folder`.
-            action: does it. It must be able to continue what an interrupted run of itself has left.
+            action: does it.
+            continues: ``action`` can go on from what an interrupted run of itself left; else that is deleted first.
         """
         self._key = hashlib.sha256(json.dumps([self._key, *made_from]).encode()).hexdigest()
         path = self.folder / "steps" / f"{name}.json"
@@ -61,11 +68,12 @@ class Steps:
             self.seconds[name] = stamp["seconds"]
             self._say(f"{title}: done before ({stamp['seconds']:.0f} s)")
             return
-        if stamp.get("key") != self._key:
+        begun = stamp.get("key") == self._key
+        if not (begun and continues):
             for product in products:
                 _delete(product)
-            stamp = {"key": self._key, "done": False, "seconds": 0.0}
-            _write(path, stamp)
+        stamp = {"key": self._key, "done": False, "seconds": stamp["seconds"] if begun else 0.0}
+        _write(path, stamp)
         self._say(title)
         start = time.monotonic()
         try:
@@ -77,18 +85,18 @@ class Steps:
         self.seconds[name] = stamp["seconds"]
 
 
-def run_lce(arguments: Sequence[str], quiet_stdout: bool = False) -> None:
+def run_lce(arguments: Sequence[str], stdout: int | None = None) -> None:
     """Run ``lce ARGUMENTS`` as a child of its own process group, and end that group when this process is interrupted.
 
     Args:
         arguments: subcommand and its arguments.
-        quiet_stdout: send the child's standard output to standard error, because ours is for JSON.
+        stdout: a file descriptor for its standard output, or ``subprocess.DEVNULL``; None: ours.
 
     Raises:
         StepFailed: the command's exit status is not 0.
     """
     command = [sys.executable, "-m", "tools.cli", *arguments]
-    process = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr if quiet_stdout else None)
+    process = subprocess.Popen(command, start_new_session=True, stdout=stdout)
     try:
         status = process.wait()
     except BaseException:

@@ -5,6 +5,7 @@ particular to the demo is only the order, the folders and the pictures.
 """
 
 import json
+import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,6 @@ from trainer.config import dump_config, load_config
 from trainer.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-FILES = ("data/train", "data/unseen", "old", "new", "paragon", "bank", "new.onnx", "embeddings")
-FILES += ("export.json", "evaluation.json", "onnx.json", "report.html")  # what a story's folder holds
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Story:
         nproc: training processes.
         say: prints a line.
         settings: overrides of every training's configuration (``train.steps=20``), for trying things out.
-        quiet_stdout: keep the commands' output off standard output.
+        stdout: where the commands' own output goes (:func:`tools.demo_steps.run_lce`).
     """
 
     def __init__(
@@ -87,10 +86,10 @@ class Story:
         nproc: int,
         say: Callable[[str], None],
         settings: Sequence[str] = (),
-        quiet_stdout: bool = False,
+        stdout: int | None = None,
     ) -> None:
         self.data, self.plan, self.seed, self.folder, self.nproc = data, PLANS[data], seed, folder, nproc
-        self._settings, self._quiet = list(settings), quiet_stdout
+        self._settings, self._stdout = list(settings), stdout
         self._steps = Steps(folder, say)
         if not (CONFIGS / "base.yaml").is_file():
             raise ConfigError(
@@ -107,12 +106,12 @@ class Story:
         self._export()
         self._evaluate()
         evaluation, onnx, export = (
-            json.loads(self._path(f"{name}.json").read_text()) for name in ("evaluation", "onnx", "export")
+            json.loads((self.folder / f"{name}.json").read_text()) for name in ("evaluation", "onnx", "export")
         )
-        return Told(self.seed, evaluation, onnx, export, self._path("report.html"), self._steps.seconds)
+        return Told(self.seed, evaluation, onnx, export, self.folder / "report.html", self._steps.seconds)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / name
+    def _path(self, name: str) -> str:
+        return str(self.folder / name)
 
     def _pictures(self) -> None:
         def action() -> None:
@@ -120,16 +119,15 @@ class Story:
             with tempfile.TemporaryDirectory(prefix="pictures-", dir=self.folder) as temporary:
                 self.plan.write(Path(temporary), self.seed, demo_sources.cache_folder())
                 for name in self.plan.sets:
-                    run_lce(["pack", str(Path(temporary) / name), str(self._path("data") / name)], self._quiet)
+                    run_lce(["pack", str(Path(temporary) / name), self._path(f"data/{name}")], self._stdout)
 
         made_from = [self.data, str(self.seed), *self.plan.sets]
-        self._steps.run("pictures", "pictures → data sets", made_from, [self._path("data")], action)
+        self._steps.run("pictures", "pictures → data sets", made_from, [self.folder / "data"], action)
 
     def _train(self, name: str, title: str, data: str, overrides: list[str]) -> None:
         config = CONFIGS / f"demo-{self.data}-{name}.yaml"
-        run_dir = self._path(name)
         overrides = [
-            f"run.dir={run_dir}",
+            f"run.dir={self._path(name)}",
             f"run.seed={self.seed}",
             f"data.path={self._path(data)}",
             *overrides,
@@ -138,36 +136,36 @@ class Story:
         made_from = [dump_config(load_config(config, overrides)), str(self.nproc)]
 
         def action() -> None:
-            run_lce(["launch", str(config), "--nproc", str(self.nproc), *overrides], self._quiet)
+            run_lce(["launch", str(config), "--nproc", str(self.nproc), *overrides], self._stdout)
 
-        self._steps.run(name, f"training {title}", made_from, [run_dir], action)
+        self._steps.run(name, f"training {title}", made_from, [self.folder / name], action, continues=True)
 
     def _centers(self) -> None:
-        words = self._words("centers", "from-model", "old", "data/train", "bank", "--nproc", str(self.nproc))
-        self._command("bank", "old model → centre bank of the new training set", words, ["bank"])
+        words = ["centers", "from-model", self._path("old"), self._path("data/train"), self._path("bank")]
+        words += ["--nproc", str(self.nproc)]
+        self._command("bank", "old model → centre bank of the new training set", words, ["bank"], self._stdout)
 
     def _export(self) -> None:
-        words = self._words("export", "new", "new.onnx", "--dataset", "data/unseen", "--json", "export.json")
-        self._command(
-            "export", "the new model → ONNX, compared with torch on real images", words, ["new.onnx", "export.json"]
-        )
+        words = ["export", self._path("new"), self._path("new.onnx"), "--dataset", self._path("data/unseen")]
+        words += ["--json", self._path("export.json")]
+        title = "the new model → ONNX, compared with torch on real images"
+        self._command("export", title, words, ["new.onnx", "export.json"], self._stdout)
 
     def _evaluate(self) -> None:
         """Measure the three models, and once more with ONNX Runtime running the new one on the old gallery."""
-        fars = ",".join(f"{far:g}" for far in self.plan.fars)
-        common = self._words("evaluate", "--old", "old", "--fars", fars, "--cache", "embeddings", "--data")
-        sets = [f"{name}={self._path('data') / name}" for name in self.plan.reported]
-        words = self._words("--new", "new", "--paragon", "paragon", "--runs", "old", "new", "paragon")
-        words += self._words("--report", "report.html", "--json", "evaluation.json")
+        common = ["evaluate", "--old", self._path("old"), "--fars", ",".join(f"{far:g}" for far in self.plan.fars)]
+        common += ["--cache", self._path("embeddings"), "--data"]
+        sets = [f"{name}={self._path(f'data/{name}')}" for name in self.plan.reported]
+        words = ["--new", self._path("new"), "--paragon", self._path("paragon")]
+        words += ["--runs", *(self._path(name) for name in ("old", "new", "paragon"))]
+        words += ["--report", self._path("report.html"), "--json", self._path("evaluation.json")]
         products = ["embeddings", "report.html", "evaluation.json"]
         self._command("evaluate", "evaluation and report", [*common, *sets, *words], products)
-        words = self._words("--new", "new.onnx", "--replicates", "20", "--json", "onnx.json")
+        words = ["--new", self._path("new.onnx"), "--replicates", "20", "--json", self._path("onnx.json")]
         self._command("onnx", "the old gallery searched by the ONNX model", [*common, sets[0], *words], ["onnx.json"])
 
-    def _words(self, *words: str) -> list[str]:
-        """A command line in which the names of this story's files stand for their paths."""
-        return [str(self._path(word)) if word in FILES else word for word in words]
-
-    def _command(self, name: str, title: str, words: list[str], products: list[str]) -> None:
-        paths = [self._path(product) for product in products]
-        self._steps.run(name, title, words, paths, lambda: run_lce(words, self._quiet))
+    def _command(
+        self, name: str, title: str, words: list[str], products: list[str], stdout: int | None = subprocess.DEVNULL
+    ) -> None:
+        paths = [self.folder / product for product in products]
+        self._steps.run(name, title, words, paths, lambda: run_lce(words, stdout))

@@ -33,7 +33,7 @@ class Story:
                 if name == fail_in:
                     raise KeyboardInterrupt
 
-            steps.run(name, f"step {name}", [settings.get(name, "")], [product], action)
+            steps.run(name, f"step {name}", [settings.get(name, "")], [product], action, continues=name == "b")
         return self.ran
 
     def log(self, name: str) -> str:
@@ -54,12 +54,16 @@ def test_a_change_redoes_its_step_and_all_after_it_from_nothing(tmp_path: Path) 
     assert (story.log("a"), story.log("b"), story.log("c")) == ("a", "b", "c")
 
 
-def test_an_interrupted_step_continues_on_what_it_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("interrupted", "log"), [("b", "bb"), ("c", "c")])
+def test_an_interrupted_step_continues_on_what_it_left_only_where_it_can(
+    tmp_path: Path, interrupted: str, log: str
+) -> None:
     story = Story(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        story.tell({}, fail_in="b")
-    assert story.tell({}) == "bc"
-    assert story.log("b") == "bb"
+        story.tell({}, fail_in=interrupted)
+    assert story.tell({})[0] == interrupted
+    assert story.log(interrupted) == log
+    assert story.tell({}) == ""
 
 
 def test_an_interrupted_step_does_not_continue_with_other_settings(tmp_path: Path) -> None:

