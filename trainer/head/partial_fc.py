@@ -165,11 +165,10 @@ class PartialFC(nn.Module):
         selection = self.optimizer.select(index)
         for start in range(0, selection.count, self.kernels.chunk_rows):
             stop = min(start + self.kernels.chunk_rows, selection.count)
-            blocks = selection.load(start, stop)
+            selection.open(start, stop)
             ones = torch.ones(stop - start, dtype=self.optimizer.work, device=self.rows.device)
             pull = RowGradient(None, None, ones * 0, gradient[start:stop], ones * inverse_scale)
-            self.optimizer.update(blocks, pull, None)
-            selection.store(start, stop, blocks)
+            self.optimizer.update(selection, start, stop, pull, None)
         self.optimizer.finish(index, None)
         self.discard_update()
 

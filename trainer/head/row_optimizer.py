@@ -20,6 +20,7 @@ vanish in the mean.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from trainer.errors import ConfigError
 
 HORIZON = 1024
 """After so many updates all rows are brought up to date, so that no row can miss more steps than the table holds."""
+FLUSH_ROWS = 65536
+"""Rows per block of that sweep."""
 
 
 @dataclass(frozen=True)
@@ -68,40 +71,57 @@ class RowGradient:
 class Selection:
     """The rows of one step with their state, as float32 (or float64) blocks.
 
-    Without an index (all rows) blocks are views of the table where the dtypes agree; with one they are slices of a
-    gathered copy.
+    Where all rows take part and the dtypes agree, blocks are views of the tables. Otherwise they are copies in a
+    workspace that the owner keeps from step to step; drawn rows stay in it from the first pass to the second.
     """
 
     def __init__(self, owner: "RowOptimizer", index: Tensor | None) -> None:
         self.owner, self.index = owner, index
-        self.count = owner.rows.shape[0] if index is None else len(index)
-        self._kept = None if index is None else owner.gather(index)
+        self.count = len(owner.rows) if index is None else len(index)
+        self.in_place = index is None and owner.rows.dtype == owner.work
+        self._loaded = -1
+        if not self.in_place:
+            self._space = owner.workspace(self.count if index is not None else 0)
 
-    def load(self, start: int, stop: int) -> tuple[Tensor, ...]:
-        """Rows and state [start, stop) of the selection, (n, D) each, to be changed in place and given to
-        :meth:`store`.
-        """
-        if self._kept is not None:
-            return tuple(t[start:stop] for t in self._kept)
-        return tuple(t[start:stop].to(self.owner.work) for t in self.owner.tables)
+    def open(self, start: int, stop: int) -> Tensor:
+        """The rows [start, stop) of the selection (n, D), for the first time in this step."""
+        if self.index is None:
+            return self.blocks(start, stop)[0]
+        blocks = tuple(t[start:stop] for t in self._space)
+        self.owner.gather(self.index[start:stop], blocks)
+        return blocks[0]
 
-    def weights(self, start: int, stop: int) -> Tensor:
-        """The rows alone."""
-        table = self.owner.rows if self._kept is None else self._kept[0]
-        return table[start:stop].to(self.owner.work)
+    def blocks(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Rows and state [start, stop), (n, D) each; drawn rows must have been opened."""
+        if self.in_place:
+            return tuple(t[start:stop] for t in self.owner.tables)
+        if self.index is not None:
+            return tuple(t[start:stop] for t in self._space)
+        blocks = tuple(t[: stop - start] for t in self.owner.workspace(stop - start))
+        if self._loaded != start:  # the workspace holds one block of all rows at a time
+            for block, table in zip(blocks, self.owner.tables, strict=True):
+                block.copy_(table[start:stop])
+            self._loaded = start
+        return blocks
 
     def take(self, places: Tensor) -> Tensor:
         """Copies of the rows at some places of the selection, (P, D)."""
-        table = self.owner.rows if self._kept is None else self._kept[0]
-        return table.index_select(0, places).to(self.owner.work)
+        if self.index is None:
+            return self.owner.rows.index_select(0, places).to(self.owner.work)
+        shape = (len(places), self.owner.rows.shape[1])
+        blocks = tuple(self.owner.rows.new_empty(shape, dtype=self.owner.work) for _ in self.owner.tables)
+        self.owner.gather(self.index[places], blocks)
+        return blocks[0]
 
     def store(self, start: int, stop: int, blocks: tuple[Tensor, ...]) -> None:
-        """Write changed blocks back."""
+        """Write changed blocks back to the tables."""
+        if self.in_place:
+            return
         for table, block in zip(self.owner.tables, blocks, strict=True):
-            value = block if table.dtype == block.dtype else self.owner.round(block, table.dtype)
+            value = self.owner.round(block)
             if self.index is not None:
                 table.index_copy_(0, self.index[start:stop], value)
-            elif value.data_ptr() != table[start:stop].data_ptr():
+            else:
                 table[start:stop] = value
 
 
@@ -123,7 +143,8 @@ class RowOptimizer(ABC):
         self.work = torch.float64 if rows.dtype == torch.float64 else torch.float32
         self.tables = (rows, *(torch.zeros_like(rows) for _ in self.state_names))
         self._noise = torch.Generator(rows.device).manual_seed(seed)
-        self.fuse: Callable[[Callable[..., None]], Callable[..., None]] = lambda function: function
+        self._space: tuple[Tensor, ...] = ()
+        self.fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the coming updates (the configuration's ``lr_factor`` is applied here)."""
@@ -133,31 +154,47 @@ class RowOptimizer(ABC):
         """The rows ``index`` (None: all), brought up to date."""
         return Selection(self, index)
 
-    def gather(self, index: Tensor) -> tuple[Tensor, ...]:
-        """Copies of rows and state at ``index`` in working precision, brought up to date."""
-        return tuple(t.index_select(0, index).to(self.work) for t in self.tables)
+    def workspace(self, count: int) -> tuple[Tensor, ...]:
+        """A block of at least ``count`` rows for each table in working precision, kept between steps."""
+        if not self._space or len(self._space[0]) < count:
+            self._space = ()  # first let go, then take
+            size = (count + count // 16, self.rows.shape[1])  # room for the next draws, which differ by a few rows
+            self._space = tuple(self.rows.new_empty(size, dtype=self.work) for _ in self.tables)
+        return self._space
 
-    def round(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """Round stochastically to bfloat16: E[result] = value."""
-        if dtype != torch.bfloat16:
-            return value.to(dtype)
+    def gather(self, index: Tensor, blocks: tuple[Tensor, ...]) -> None:
+        """Copy rows and state at ``index`` into ``blocks``, brought up to date."""
+        for table, block in zip(self.tables, blocks, strict=True):
+            if table.dtype == block.dtype:
+                torch.index_select(table, 0, index, out=block)
+            else:
+                block.copy_(table.index_select(0, index))
+
+    def round(self, value: Tensor) -> Tensor:
+        """In the tables' dtype; to bfloat16 stochastically: E[result] = value."""
+        if self.rows.dtype != torch.bfloat16:
+            return value.to(self.rows.dtype)
+        return self.fuse(_round_stochastically)(value, *self._noise_for(value))
+
+    def _noise_for(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Random int32 by row (n, 1) and by column (1, D); their hash is the noise of an element."""
         n, d = value.shape
-        limits = (-(2**31), 2**31)
-        by_row = torch.randint(*limits, (n, 1), generator=self._noise, device=value.device, dtype=torch.int32)
-        by_column = torch.randint(*limits, (1, d), generator=self._noise, device=value.device, dtype=torch.int32)
-        noise = (((by_row ^ by_column) * -1640531535) >> 16) & 0xFFFF  # Knuth's multiplicative hash, its upper half
-        return ((value.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)
+        options = {"generator": self._noise, "device": value.device, "dtype": torch.int32}
+        both = torch.randint(-(2**31), 2**31, (n + d,), **options)  # type: ignore[call-overload]
+        return both[:n, None], both[None, n:]
 
     def reseed(self, seed: int) -> None:
         """Seed the rounding of a step, so that a resumed run rounds alike."""
         self._noise.manual_seed(seed)
 
     @abstractmethod
-    def update(self, blocks: tuple[Tensor, ...], gradient: RowGradient, gate: Tensor | None) -> None:
-        """Change rows and state (n, D) in place.
+    def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
+        """Update the rows [start, stop) of a selection, and store them.
 
         Args:
-            blocks: rows, then the state in the order of ``state_names``.
+            selection: the step's rows.
+            start: first row.
+            stop: one past the last; blocks come in order, each once.
             gradient: the rows' gradient, averaged over the batch.
             gate: a 0-dim float tensor on the device, 1 to update and 0 to leave everything as it is (None: update).
         """
@@ -187,20 +224,20 @@ class SgdRows(RowOptimizer):
         self._last = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
         self._now = torch.zeros((), dtype=torch.int32, device=rows.device)
         self._since_flush = 0
-        # _missed[k] is the product of the last k steps, (HORIZON + 1, 2, 2); it is exact, so it is kept in float64.
-        self._missed = torch.eye(2, dtype=torch.float64, device=rows.device).repeat(HORIZON + 1, 1, 1)
+        # _missed[k] is the product of the last k steps as (a, b, c, d), kept in float64; _coefficients is what rows
+        # use.
+        identity = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=rows.device)
+        self._missed = identity.repeat(HORIZON + 1, 1)
+        self._coefficients = self._missed.to(self.work)
 
-    def gather(self, index: Tensor) -> tuple[Tensor, ...]:
+    def gather(self, index: Tensor, blocks: tuple[Tensor, ...]) -> None:
         """See :meth:`RowOptimizer.gather`."""
-        w, v = super().gather(index)
-        age = self._now - self._last.index_select(0, index)
-        a, b, c, d = self._missed.view(-1, 4).index_select(0, age).to(self.work).t()[:, :, None].contiguous().unbind()
-        self.fuse(_catch_up)(w, v, a, b, c, d)
-        return w, v
+        missed = self._coefficients.index_select(0, self._now - self._last.index_select(0, index))
+        self.fuse(_gather_and_catch_up)(index, *self.tables, missed, *blocks)
 
-    def update(self, blocks: tuple[Tensor, ...], gradient: RowGradient, gate: Tensor | None) -> None:
+    def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.update`."""
-        w, v = blocks
+        w, v = blocks = selection.blocks(start, stop)
         mu, decay = self.config.momentum, self.config.weight_decay
         step = torch.as_tensor(self.lr, dtype=w.dtype, device=w.device)
         if gate is not None:
@@ -212,30 +249,39 @@ class SgdRows(RowOptimizer):
         else:
             v.mul_(mu).add_(gradient.product(w))
         beta = (gradient.radial + (decay if gate is None else decay * gate))[:, None]
-        if gradient.pull is None or gradient.pull_scale is None:
-            self.fuse(_descend)(w, v, beta, step)
+        if gradient.pull is not None and gradient.pull_scale is not None:
+            self.fuse(_pull)(v, gradient.pull, gradient.pull_scale[:, None])
+        if selection.index is not None and self.rows.dtype == self.work:
+            self.fuse(_descend_into)(selection.index[start:stop], *self.tables, w, v, beta, step)
         else:
-            self.fuse(_descend_pulled)(w, v, beta, step, gradient.pull, gradient.pull_scale[:, None])
+            self.fuse(_descend)(w, v, beta, step)
+            selection.store(start, stop, blocks)
 
     def finish(self, index: Tensor | None, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.finish`."""
         if not self.sampled:
             return
         mu, decay, lr = self.config.momentum, self.config.weight_decay, self.lr
-        step = torch.tensor([[1 - lr * decay, -lr * mu], [decay, mu]], dtype=torch.float64, device=self.rows.device)
-        longer = step @ self._missed[:-1]
-        if gate is None:
-            self._missed[1:] = longer
-            self._now += 1
-        else:
-            self._missed[1:] = torch.where(gate > 0, longer, self._missed[1:])
-            self._now += (gate > 0).to(self._now)
-        # A gated step wrote rows that were brought up to date to `now`, which did not move; an update moved both by
-        # one.
+        a, b, c, d = self._missed[:-1].unbind(1)
+        # [[1 − ηλ, −ημ], [λ, μ]] times the product so far
+        longer = torch.stack(
+            [
+                (1 - lr * decay) * a - lr * mu * c,
+                (1 - lr * decay) * b - lr * mu * d,
+                decay * a + mu * c,
+                decay * b + mu * d,
+            ],
+            dim=1,
+        )
+        done = torch.ones_like(self._now) if gate is None else (gate > 0).to(self._now)
+        self._missed[1:] = longer if gate is None else torch.where(gate > 0, longer, self._missed[1:])
+        self._coefficients = self._missed.to(self.work)
+        self._now += done
+        # A gated step wrote rows brought up to date to `now`, which did not move; an update moved both by one.
         if index is None:
             self._last.copy_(self._now.expand_as(self._last))
         else:
-            self._last[index] = self._now.expand(len(index))
+            self._last.index_fill_(0, index, self._now)
         self._since_flush += 1
         if self._since_flush >= HORIZON:
             self.flush()
@@ -244,10 +290,14 @@ class SgdRows(RowOptimizer):
         """See :meth:`RowOptimizer.flush`."""
         if not self.sampled:
             return
-        for start in range(0, len(self.rows), 65536):
-            index = torch.arange(start, min(start + 65536, len(self.rows)), device=self.rows.device)
-            selection = self.select(index)
-            selection.store(0, len(index), selection.load(0, len(index)))
+        rows, device = FLUSH_ROWS, self.rows.device
+        for first in range(0, len(self.rows), rows):
+            index = torch.arange(first, min(first + rows, len(self.rows)), device=device)
+            shape = (len(index), self.rows.shape[1])
+            blocks = tuple(self.rows.new_empty(shape, dtype=self.work) for _ in self.tables)
+            self.gather(index, blocks)
+            for table, block in zip(self.tables, blocks, strict=True):
+                table[first : first + len(index)] = self.round(block)
         self._last.copy_(self._now.expand_as(self._last))
         self._since_flush = 0
 
@@ -260,20 +310,13 @@ class AdamWRows(RowOptimizer):
     def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
         super().__init__(config, rows, sampled, seed)
         self._draws = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
-        self._counts: Tensor = self._draws
 
-    def select(self, index: Tensor | None) -> Selection:
-        """See :meth:`RowOptimizer.select`."""
-        self._counts = self._draws if index is None else self._draws.index_select(0, index)
-        self._offset = 0
-        return super().select(index)
-
-    def update(self, blocks: tuple[Tensor, ...], gradient: RowGradient, gate: Tensor | None) -> None:
-        """See :meth:`RowOptimizer.update`; blocks must come in order."""
-        w, first, second = blocks
-        c = self.config
-        count = self._counts[self._offset : self._offset + len(w), None].to(w.dtype) + 1
-        self._offset += len(w)
+    def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
+        """See :meth:`RowOptimizer.update`."""
+        w, first, second = blocks = selection.blocks(start, stop)
+        c, index = self.config, selection.index
+        draws = self._draws[start:stop] if index is None else self._draws.index_select(0, index[start:stop])
+        count = draws[:, None].to(w.dtype) + 1
         on = torch.ones((), dtype=w.dtype, device=w.device) if gate is None else gate.to(w.dtype)
         g = gradient.dense(w)
         first.add_((g - first) * ((1 - c.beta1) * on))
@@ -281,6 +324,7 @@ class AdamWRows(RowOptimizer):
         root = (second / (1 - c.beta2**count)).sqrt_().add_(c.eps)
         w.mul_(1 - self.lr * c.weight_decay * on)
         w.sub_(first / root * (self.lr * on / (1 - c.beta1**count)))
+        selection.store(start, stop, blocks)
 
     def finish(self, index: Tensor | None, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.finish`."""
@@ -305,17 +349,37 @@ def build_row_optimizer(config: RowOptimizerConfig, rows: Tensor, sampled: bool,
     return kind(config, rows, sampled, seed)
 
 
+# The element-wise work on a block, plain torch that torch.compile fuses; the first argument has the block's length n.
+
+
 def _descend(w: Tensor, v: Tensor, beta: Tensor, lr: Tensor) -> None:
     v.addcmul_(w, beta)
     w.sub_(v * lr)
 
 
-def _descend_pulled(w: Tensor, v: Tensor, beta: Tensor, lr: Tensor, pull: Tensor, pull_scale: Tensor) -> None:
-    v.addcmul_(w, beta).addcmul_(pull.to(v.dtype), pull_scale)
-    w.sub_(v * lr)
+def _descend_into(
+    index: Tensor, rows: Tensor, momentum: Tensor, w: Tensor, v: Tensor, beta: Tensor, lr: Tensor
+) -> None:
+    """:func:`_descend`, its result written to the tables at ``index``."""
+    new = v + w * beta
+    momentum[index] = new
+    rows[index] = w - new * lr
 
 
-def _catch_up(w: Tensor, v: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
-    old = w.clone()
-    w.mul_(a).addcmul_(v, b)
-    v.mul_(d).addcmul_(old, c)
+def _pull(v: Tensor, centers: Tensor, scale: Tensor) -> None:
+    v.addcmul_(centers.to(v.dtype), scale)
+
+
+def _gather_and_catch_up(
+    index: Tensor, rows: Tensor, momentum: Tensor, missed: Tensor, out_w: Tensor, out_v: Tensor
+) -> None:
+    """Rows and momentum at ``index``, each pair multiplied by its 2 × 2 ``missed`` (n, 4)."""
+    w, v = rows[index].to(out_w.dtype), momentum[index].to(out_v.dtype)
+    a, b, c, d = missed[:, 0:1], missed[:, 1:2], missed[:, 2:3], missed[:, 3:4]
+    out_w.copy_(a * w + b * v)
+    out_v.copy_(c * w + d * v)
+
+
+def _round_stochastically(value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    noise = (((by_row ^ by_column) * -1640531535) >> 16) & 0xFFFF  # Knuth's multiplicative hash, its upper half
+    return ((value.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)

@@ -14,6 +14,7 @@ Notation: rows w_j (n, D) with ρ_j = 1/‖w_j‖, unit embeddings x_i (B, D), P
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,24 +61,23 @@ def constant_shift(scale: float, dtype: torch.dtype) -> float:
 
 @dataclass
 class Kernels:
-    """The element-wise work on a chunk, compiled for full chunks where that pays; plain torch otherwise."""
+    """The element-wise work on a chunk, compiled where that pays; plain torch otherwise."""
 
     chunk_rows: int
     compiled: bool
     _cache: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` compiled for chunks of ``chunk_rows``; its first argument's length decides."""
+        """``function`` compiled: once for full chunks, and once more for any other length of a chunk."""
         if not self.compiled:
             return function
         if function not in self._cache:
             self._cache[function] = _with_fallback(function, self)
-        fast = self._cache[function]
-        return lambda first, *rest: (fast if len(first) == self.chunk_rows else function)(first, *rest)
+        return self._cache[function]
 
 
 def _with_fallback(function: Callable[..., Any], kernels: Kernels) -> Callable[..., Any]:
-    fast = torch.compile(function, dynamic=False)
+    fast = torch.compile(function)
 
     def call(*arguments: Any) -> Any:
         if not kernels.compiled:
@@ -85,8 +85,6 @@ def _with_fallback(function: Callable[..., Any], kernels: Kernels) -> Callable[.
         try:
             return fast(*arguments)
         except Exception as error:  # whatever the compiler of this machine raises: none, broken, unsupported
-            import warnings
-
             kernels.compiled = False
             warnings.warn(f"torch.compile does not work here, the head runs uncompiled: {error!s:.200}", stacklevel=2)
             return function(*arguments)
@@ -233,7 +231,7 @@ class FusedStep:
             None if self.compat is None else torch.empty(total, dtype=self.optimizer.work, device=device)
         )
         for number, first, last in self._chunks():
-            w = self.rows.weights(first * k, last * k)
+            w = self.rows.open(first * k, last * k)
             inverse = torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min_(1e-12).reciprocal_()
             self.inverse[first * k : last * k] = inverse
             products = self._products(w, number, first)
@@ -399,22 +397,25 @@ class FusedStep:
         )
         self.coefficient = share.to(work)
         self._target_gradient(share)
-        dx = torch.zeros_like(self.x)
+        transposed = torch.zeros_like(self.x.t(), memory_format=torch.contiguous_format)
         k = self.settings.sub_centers
         for number, first, last in self._chunks():
-            blocks = self.rows.load(first * k, last * k)
-            q, radial = self._chunk_weights(blocks[0], number, first, last)
+            w = self.rows.blocks(first * k, last * k)[0]
+            q, radial = self._chunk_weights(w, number, first, last)
             q = q.to(self.settings.compute)
-            dx += torch.mm(q.t(), blocks[0].to(self.settings.compute))
+            if q.dtype == transposed.dtype:
+                transposed.addmm_(w.t(), q)  # (D, B): this order of the product is the quicker one
+            else:
+                transposed += torch.mm(w.to(q.dtype).t(), q)
             pull, pull_scale, radial = self._alignment_gradient(first, last, radial, grad)
             gradient = RowGradient(q, self.x.to(self.settings.compute), radial, pull, pull_scale)
             if self.collect is None:
-                self.optimizer.update(blocks, gradient, gate)
-                self.rows.store(first * k, last * k, blocks)
+                self.optimizer.update(self.rows, first * k, last * k, gradient, gate)
             else:
-                self.collect(self._row_index(first * k, last * k), gradient.dense(blocks[0]))
+                self.collect(self._row_index(first * k, last * k), gradient.dense(w))
         if self.collect is None:
             self.optimizer.finish(self._row_index(0, self.rows.count), gate)
+        dx = transposed.t().contiguous()
         self._boundary_gradient(dx, grad)
         dx -= self.x * torch.linalg.vecdot(dx, self.x)[:, None]
         dx /= self.norm[:, None]

@@ -1,0 +1,291 @@
+"""Measure one step of the head (forward, backward, update of the rows) against the plain implementation.
+
+Each side runs in processes of its own, so that its peak memory is its own; steps of the two alternate, and the figures
+are medians. "Bound" is the time of the four matrix products that the two passes need, at the speed of one such product
+measured in the same run on a chunk that stays in cache. Where both sides do not fit into memory together, --sequential
+runs one after the other, and --only ours leaves the reference out.
+
+Examples:
+  lce bench head --classes 1000000 --rate 0.1
+  lce bench head --classes 100000 --rate 1.0 --json -
+  lce bench head --classes 100000 --rate 0.1 --lce direct --world-size 2
+  lce bench head --classes 5500000 --rows bfloat16 --only ours
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tools.benchmarks.measuring import origin, write_json
+
+HELP = "time and memory of a step of the class-sharded head"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lce bench head`."""
+    parser.add_argument("--classes", type=lambda t: int(float(t)), default=100_000, help="C, all classes (100000)")
+    parser.add_argument("--rate", type=float, default=1.0, help="sample rate (1.0)")
+    parser.add_argument("--batch", type=int, default=128, help="B, the global batch (128)")
+    parser.add_argument("--dim", type=int, default=512, help="D, the embedding dimension (512)")
+    parser.add_argument("--margin", default="cosface", help="the margin (cosface)")
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="of the rows (sgd)")
+    parser.add_argument("--rows", choices=("float32", "bfloat16"), default="float32", help="dtype of rows and state")
+    parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="dtype of the products")
+    parser.add_argument("--lce", choices=("none", "direct"), default="none", help="with LCE's direct losses")
+    parser.add_argument("--against-no-lce", action="store_true", help="the other side is ours without LCE")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks (1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--steps", type=int, default=7, help="measured steps of each side (7)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before (2)")
+    parser.add_argument("--only", choices=("both", "ours", "reference"), default="both", help="leave a side out")
+    parser.add_argument("--sequential", action="store_true", help="one side after the other, not alternating")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; returns the exit status."""
+    figures = measure(args)
+    write_json(figures, args.json)
+    if args.json != "-":
+        print(summary(figures))
+    return 0
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """One measurement in words."""
+    head = f"{figures['classes']:,} classes, rate {figures['rate']}, batch {figures['batch']}, {figures['dtype']}"
+    lines = [f"{head}, {figures['world_size']} rank(s) on {figures['device']}"]
+    for side in ("reference", "ours"):
+        if figures.get(side):
+            one = figures[side]
+            lines.append(f"  {side:9} {one['seconds']:.4f} s, peak {one['peak_bytes'] / 2**30:.2f} GiB")
+    if "ratio" in figures:
+        lines.append(f"  ratio {figures['ratio']:.2f}")
+    if "bound_seconds" in figures:
+        lines.append(
+            f"  {figures['times_bound']:.2f} × the bound of {figures['bound_seconds']:.4f} s; "
+            f"peak {figures['times_state']:.2f} × the state of {figures['state_bytes'] / 2**30:.2f} GiB"
+        )
+    return "\n".join(lines)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one run, as the JSON holds them."""
+    names = ["reference", "ours"] if args.only == "both" else [args.only]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    figures: dict[str, Any] = {
+        "bench": "head",
+        **{k: getattr(args, k) for k in ("classes", "rate", "batch", "dim", "device", "world_size", "lce", "margin")},
+        "dtype": f"rows {args.rows}, compute {args.compute}",
+        "optimizer": args.optimizer,
+        "alternating": not args.sequential,
+        **origin(),
+    }
+    groups = [names] if not args.sequential else [[name] for name in names]
+    for group in groups:
+        sides = {name: Side(name, args) for name in group}
+        try:
+            for step in range(args.warmup + args.steps):
+                for name, side in sides.items():
+                    taken = side.step(step)
+                    if step >= args.warmup:
+                        seconds[name].append(taken)
+                print(f"step {step + 1} of {args.warmup + args.steps} ({', '.join(group)})", file=sys.stderr)
+            for name, side in sides.items():
+                figures[name] = {"seconds": statistics.median(seconds[name]), **side.finish()}
+        finally:
+            for side in sides.values():
+                side.close()
+    return figures | _ratios(args, figures, seconds)
+
+
+def _ratios(args: argparse.Namespace, figures: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    if len(seconds) == 2:
+        pairs = zip(seconds["reference"], seconds["ours"], strict=True)
+        out["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
+    if "ours" in figures:
+        ours = figures["ours"]
+        out["bound_seconds"] = ours.pop("bound_seconds")
+        out["state_bytes"] = ours.pop("state_bytes")
+        out["times_bound"] = ours["seconds"] / out["bound_seconds"]
+        out["times_state"] = ours["peak_bytes"] / out["state_bytes"]
+    return out
+
+
+class Side:
+    """One implementation on W processes, driven step by step."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(args.world_size):
+            ours, theirs = context.Pipe()
+            store = str(Path(self.folder.name) / "store")
+            process = context.Process(target=_rank, args=(name, args, rank, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        self._ask("ready")
+
+    def step(self, number: int) -> float:
+        """Take one step on all ranks; the slowest one's seconds."""
+        return float(max(self._ask(number)))
+
+    def finish(self) -> dict[str, Any]:
+        """Peak memory of a rank in bytes, the largest; ours also measures the bound."""
+        answers = self._ask("finish")
+        return {key: max(answer[key] for answer in answers) for key in answers[0]}
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+        self.folder.cleanup()
+
+    def _ask(self, what: int | str) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send(what)
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} ended without an answer (out of memory?)") from None
+        return answers
+
+
+def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Connection) -> None:
+    """One process: build the head, then answer until the pipe closes."""
+    import os
+
+    import torch
+    import torch.distributed as dist
+
+    from trainer.distributed import Ranks
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
+    device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
+    if args.world_size > 1:
+        backend = "nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=args.world_size)
+    ranks = Ranks(rank, args.world_size, rank, device)
+    head = _head(name, args, ranks)
+    generator = torch.Generator().manual_seed(rank)
+    local = args.batch // args.world_size
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:
+            return
+        if request == "ready":
+            pipe.send(True)
+        elif request == "finish":
+            pipe.send(_final(name, args, head, device))
+        else:
+            x = torch.randn(local, args.dim, generator=generator).to(device).requires_grad_()
+            y = torch.randint(0, args.classes, (local,), generator=generator).to(device)
+            pipe.send(_timed_step(head, x, y, request))
+
+
+def _head(name: str, args: argparse.Namespace, ranks: Any) -> Any:
+    from trainer.config import HeadConfig, MarginConfig, RowOptimizerConfig
+    from trainer.head.partial_fc import PartialFC
+
+    plain = name == "reference" and not args.against_no_lce
+    config = HeadConfig(
+        impl="reference" if plain else "fused",
+        margin=MarginConfig(name=args.margin, scale=64.0, m=0.4),
+        sample_rate=args.rate,
+        optimizer=RowOptimizerConfig(name=args.optimizer),
+        rows="float32" if plain else args.rows,
+        compute="float32" if plain else args.compute,
+    )
+    compat = None
+    if args.lce == "direct" and not (name == "reference" and args.against_no_lce):
+        compat = _bank(args, ranks)
+    local = args.batch // ranks.world_size
+    head = PartialFC(config, args.classes, args.dim, ranks, seed=0, compat=compat, local_batch=local)
+    head.set_lr(0.1)
+    return head
+
+
+def _bank(args: argparse.Namespace, ranks: Any) -> Any:
+    """Made-up centres of the rank's classes."""
+    import torch
+
+    from trainer.compat.lce import DirectCompat
+    from trainer.head.partition import class_range
+
+    size = class_range(args.classes, ranks.rank, ranks.world_size).size
+    centers = torch.empty(size, args.dim, device=ranks.device)
+    for part in centers.split(65536):
+        part.normal_()
+        part /= torch.linalg.vector_norm(part, dim=1, keepdim=True)
+    boundaries = torch.full((size,), 0.3, device=ranks.device)
+    mask = torch.ones(size, dtype=torch.bool, device=ranks.device)
+    return DirectCompat(centers, boundaries, mask, 0.4, 1.0)
+
+
+def _timed_step(head: Any, x: Any, y: Any, number: int) -> float:
+    import torch
+
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    head(x, y, number).loss.backward()
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _final(name: str, args: argparse.Namespace, head: Any, device: Any) -> dict[str, Any]:
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if name != "ours":
+        return {"peak_bytes": peak}
+    rows = len(head.rows) if args.rate == 1 else round(args.rate * len(head.rows))
+    state = sum(t.numel() * t.element_size() for t in head.optimizer.tables)
+    if head.compat is not None:
+        state += head.compat.centers.numel() * head.compat.centers.element_size()
+    return {"peak_bytes": peak, "state_bytes": state, "bound_seconds": bound_seconds(rows, args, device)}
+
+
+def bound_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
+    """Seconds of four products of (rows × D) with (D × B), at the speed of one on a chunk that stays in cache."""
+    import torch
+
+    chunk = 4096 if device.type == "cpu" else 65536
+    dtype = torch.bfloat16 if args.compute == "bfloat16" else torch.float32
+    a = torch.randn(chunk, args.dim, device=device).to(dtype)
+    b = torch.randn(args.dim, args.batch, device=device).to(dtype)
+    out = torch.empty(chunk, args.batch, device=device, dtype=dtype)
+    times = []
+    for _ in range(60):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 4 * rows / chunk * statistics.median(times[10:])
