@@ -43,6 +43,10 @@ def save_shards(folder: Path, world: int, style: str = "new") -> list[Path]:
             torch.save(torch.zeros_like(part), folder / f"rank_{rank}_softmax_weight_mom.pt")
             files.append(folder / f"rank_{rank}_softmax_weight.pt")
             continue
+        if style == "head":
+            torch.save({"weight": part.clone()}, folder / f"softmax_fc_gpu_{rank}.pt")
+            files.append(folder / f"softmax_fc_gpu_{rank}.pt")
+            continue
         backbone = nn.Linear(DIM, DIM)
         optimizer = torch.optim.SGD([nn.Parameter(part.clone())], 0.1, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
@@ -59,7 +63,7 @@ def save_shards(folder: Path, world: int, style: str = "new") -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize("style", ["new", "old"])
+@pytest.mark.parametrize("style", ["new", "old", "head"])
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 12])
 def test_rank_files_come_back_bit_for_bit_in_rank_order(tmp_path: Path, style: str, world: int) -> None:
     files = save_shards(tmp_path, world, style)

@@ -1,9 +1,9 @@
 """Find the rows of an old classifier in the files that trainers leave behind.
 
 Understood: arcface_torch's sharded head as saved per rank (``checkpoint_gpu_{rank}.pt``, key
-``state_dict_softmax_fc``; older ``rank_{rank}_softmax_weight.pt``), any state dict (.pt, .safetensors) or array (.npy,
-.npz) with the weight's name given or guessed, classes × dimension or dimension × classes (as MagFace saves it), and
-this project's own checkpoints and runs.
+``state_dict_softmax_fc``; older ``rank_{rank}_softmax_weight.pt``; and ``softmax_fc_gpu_{rank}.pt``, the head's state
+dict alone), any state dict (.pt, .safetensors) or array (.npy, .npz) with the weight's name given or guessed, classes
+× dimension or dimension × classes (as MagFace saves it), and this project's own checkpoints and runs.
 """
 
 import io
@@ -25,7 +25,7 @@ from trainer.errors import CenterBankError, CheckpointError
 
 Layout = Literal["auto", "rows", "columns"]
 
-_RANK_FILE = re.compile(r"^(?:checkpoint_gpu_|rank_)(\d+)(?:_softmax_weight)?\.pt$")
+_RANK_FILE = re.compile(r"^(?:(?:checkpoint|softmax_fc)_gpu_(\d+)|rank_(\d+)_softmax_weight)\.pt$")
 _WEIGHT_NAMES = ("weight", "kernel", "array", "fc.weight", "head.weight", "head.kernel", "classifier.weight", "rows")
 _HEAD_WORDS = ("softmax_fc", "head", "fc", "classifier", "margin", "loss", "logits", "arcface", "metric")
 _USUAL_DIMS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
@@ -135,9 +135,10 @@ def _sharded(files: list[Path], key: str | None, num_classes: int | None) -> Cla
             raise CenterBankError(
                 f"{path}: several files must be called checkpoint_gpu_RANK.pt or rank_RANK_softmax_weight.pt"
             )
-        if int(match[1]) in by_rank:
-            raise CenterBankError(f"{path}: rank {int(match[1])} is given twice, also by {by_rank[int(match[1])]}")
-        by_rank[int(match[1])] = path
+        rank = int(match[1] or match[2])
+        if rank in by_rank:
+            raise CenterBankError(f"{path}: rank {rank} is given twice, also by {by_rank[rank]}")
+        by_rank[rank] = path
     folder = files[0].parent
     missing = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
     if missing:
@@ -153,7 +154,7 @@ def _sharded(files: list[Path], key: str | None, num_classes: int | None) -> Cla
 
 def _shard_weight(path: Path) -> tuple[str, Tensor]:
     arrays = {name: array for name, array in open_arrays(path).items() if array.ndim == 2}
-    own = {n: a for n, a in arrays.items() if n.startswith("state_dict_softmax_fc.") or n == "array"}
+    own = {n: a for n, a in arrays.items() if n.startswith("state_dict_softmax_fc.") or n in ("array", "weight")}
     if len(own) != 1:
         raise CenterBankError(
             f"{path}: one matrix under state_dict_softmax_fc is needed; it has {_listed(own or arrays)}"

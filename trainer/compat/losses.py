@@ -1,0 +1,237 @@
+"""The losses of compatible training as plain functions: what the fused and sharded paths are compared with.
+
+Every function takes raw vectors, normalises them itself (n(v) = v / ‖v‖), works in the dtype it is given (float64 for
+references), and uses only the classes or samples that ``mask`` keeps, exactly: the others are taken out before
+anything is computed. Weights are left to the caller. Alignment terms are in (1 − cos) units: ½ ‖u − v‖² on unit
+vectors; the paper's mean over dimensions is 2/D of it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize, one_hot
+
+Map = Callable[[Tensor], Tensor]
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """cos(a_i, b_i): (n, D), (n, D) → (n,)."""
+    return (normalize(a) * normalize(b)).sum(1)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean, and 0 of nothing."""
+    return values.sum() / max(1, len(values))
+
+
+def alignment(
+    rows: Tensor,
+    centers: Tensor,
+    mask: Tensor,
+    *,
+    t21: Map | None = None,
+    t12: Map | None = None,
+    authors_formula: bool = False,
+) -> Tensor:
+    """LCE's alignment of class centres (Meng et al., "Learning Compatible Embeddings", ICCV 2021, eq. 5), in (1 − cos)
+    units.
+
+    Without maps ``mean_j [1 − cos(w_j, o_j)]``; with T₂₁ ``mean_j [1 − cos(T₂₁(n(w_j)), o_j)]``; with T₁₂
+    ``mean_j [1 − cos(w_j, T₁₂(o_j))]``; with both the mean of the two.
+
+    Args:
+        rows: (C, D2), the new classifier's. centers: (C, D1), the old centres. mask: (C,) bool.
+        authors_formula: T's output is not renormalised, as in the authors' code: ½ ‖T(·) − ·‖².
+    """
+    w, o = normalize(rows[mask]), normalize(centers[mask])
+    terms = []
+    if t21 is not None:
+        terms.append(_distance(t21(w), o, authors_formula))
+    if t12 is not None:
+        terms.append(_distance(t12(o), w, authors_formula))
+    if not terms:
+        terms.append(_distance(w, o, True))
+    return torch.stack(terms).mean()
+
+
+def _distance(mapped: Tensor, target: Tensor, as_it_is: bool) -> Tensor:
+    """mean_i ½ ‖u_i − v_i‖², which is 1 − cos where u is normalised."""
+    u = mapped if as_it_is else normalize(mapped)
+    return _mean((u - target).square().sum(1) / 2)
+
+
+def boundary(
+    embeddings: Tensor,
+    centers: Tensor,
+    boundaries: Tensor,
+    mask: Tensor,
+    *,
+    t21: Map | None = None,
+    t12: Map | None = None,
+    authors_formula: bool = False,
+) -> Tensor:
+    """LCE's boundary loss (ICCV 2021, eq. 6): new embeddings stay inside their class's old radius.
+
+    ``mean_i max(0, b_i − cos(T₂₁(n(x_i)), o_i))`` over the samples that ``mask`` keeps; the identity where there is no
+    T₂₁. In forward mode, where only T₁₂ is trained, ``cos(x_i, T₁₂(o_i))`` (the paper gives no formula for it).
+
+    Args:
+        embeddings: (n, D2). centers: (n, D1), boundaries: (n,), mask: (n,) bool, all of the samples' own classes.
+        authors_formula: the product of the unnormalised embedding with the centre, clamped to [−1, 1], as in the
+            authors' code; nearly every sample then lies in the clamp, where the gradient is 0.
+    """
+    x, o, b = embeddings[mask], normalize(centers[mask]), boundaries[mask]
+    if authors_formula:
+        mapped = x if t21 is None else t21(x)
+        return _mean((b - (mapped * o).sum(1).clamp(-1, 1)).clamp_min(0))
+    x = normalize(x)
+    if t21 is not None:
+        x = t21(x)
+    elif t12 is not None:
+        o = t12(o)
+    return _mean((b - cosine(x, o)).clamp_min(0))
+
+
+def bct(
+    embeddings: Tensor, labels: Tensor, old_rows: Tensor, mask: Tensor, scale: float, margin: float = 0.0
+) -> Tensor:
+    """BCT's influence loss: the old classifier, frozen, must classify the new embeddings (Shen et al., CVPR 2020, eq.
+    5).
+
+    Cross entropy of ``s · cos(x, o_j)``, the target's cosine less ``margin`` (CosFace), over the classes that have an
+    old row. Left
+    out: the knowledge distillation and synthesised classifier rows for classes that the old model did not know (they
+    are masked).
+
+    Args:
+        embeddings: (n, D1). labels: (n,) in [0, C). old_rows: (C, D1). mask: (C,) bool.
+    """
+    kept = mask[labels]
+    place = torch.cumsum(mask, 0) - 1
+    x, y = normalize(embeddings[kept]), place[labels[kept]]
+    logits = x @ normalize(old_rows[mask]).T
+    logits = logits - margin * one_hot(y, logits.shape[1]).to(logits)
+    return _mean(cross_entropy(scale * logits, y, reduction="none"))
+
+
+def l2(embeddings: Tensor, old_embeddings: Tensor) -> Tensor:
+    """Regression to the old embedding of the same image, ``mean_i ½ ‖n(x_i) − n(e_i)‖²`` = ``mean_i [1 − cos(x_i,
+    e_i)]``.
+
+    The instance baseline of BCT (Shen et al., CVPR 2020, section 4) and MixBCT. Args: both (n, D1), image by image.
+    """
+    return _mean(1 - cosine(embeddings, old_embeddings))
+
+
+def unibct_prototypes(
+    new: Tensor, old: Tensor, labels: Tensor, num_classes: int, *, share: float = 0.9, temperature: float = 0.05
+) -> tuple[Tensor, Tensor]:
+    """UniBCT's refined prototypes, which then take the place of BCT's old rows (Zhang et al., IJCAI 2022, eq. 8 to 10).
+
+    Within a class, images are linked by the softmax E of their new embeddings' cosines over ``temperature`` (no
+    self-links); the old embeddings are averaged along the links, ``(1 − λ)(I − λE)⁻¹ e``, and their mean is the
+    prototype. E is normalised over the rows here, so that a constant stays what it is. Left out: linking across
+    classes, and repeating it while the new model trains.
+
+    Args:
+        new: (n, D2), old: (n, D1), labels: (n,). share: λ in [0, 1).
+
+    Returns:
+        Unit prototypes (C, D1), zero for classes without images, and their mask (C,) bool.
+    """
+    prototypes = old.new_zeros(num_classes, old.shape[1])
+    mask = torch.bincount(labels, minlength=num_classes) > 0
+    for j in mask.nonzero().flatten().tolist():
+        x, e = normalize(new[labels == j]), normalize(old[labels == j])
+        if len(x) > 1:
+            links = (x @ x.T / temperature).fill_diagonal_(-torch.inf).softmax(1)
+            identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+            e = (1 - share) * torch.linalg.solve(identity - share * links, e)
+        prototypes[j] = normalize(e.mean(0), dim=0)
+    return prototypes, mask
+
+
+def elastic_boundary(
+    embeddings: Tensor, centers: Tensor, boundaries: Tensor, mask: Tensor, elasticity: float = 0.5
+) -> Tensor:
+    """An elastic radius in the manner of AdvBCT (Pan et al., CVPR 2023): ``mean_i max(0, θ_i − r_i)`` in radians.
+
+    θ_i is the angle between the new embedding and its old centre. The radius r_i lies between the class's old radius
+    ``arccos b`` and the angle that the new embeddings of the batch have on average (``elasticity`` 0 … 1, without
+    gradient), where that is
+    larger: a class that the new model spreads wider is not forced at once. This is the idea, not the authors'
+    schedule; their radius from the training set's new embeddings needs a pass over it each epoch.
+
+    Args:
+        embeddings: (n, D1). centers: (n, D1), boundaries: (n,), mask: (n,) bool of the samples' classes.
+    """
+    angles = angle(embeddings[mask], centers[mask])
+    radius = boundaries[mask].clamp(-1, 1).arccos()
+    usual = _mean(angles.detach())
+    return _mean((angles - (radius + elasticity * (usual - radius).clamp_min(0))).clamp_min(0))
+
+
+def angle(a: Tensor, b: Tensor) -> Tensor:
+    """The angle between a_i and b_i in radians, (n,), by atan2: its gradient stays finite at 0 and π."""
+    u, v = normalize(a), normalize(b)
+    tiny = torch.finfo(u.dtype).tiny
+    return 2 * torch.atan2(((u - v).square().sum(1) + tiny).sqrt(), ((u + v).square().sum(1) + tiny).sqrt())
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        return -grads[0]
+
+
+def adversarial(embeddings: Tensor, old_embeddings: Tensor, discriminator: Map) -> Tensor:
+    """AdvBCT's adversarial term (Pan et al., CVPR 2023): a discriminator must not tell new embeddings from old ones.
+
+    The discriminator's own cross entropy, with the gradient reversed on its way into the embeddings: one minimisation
+    trains both.
+
+    Args:
+        embeddings, old_embeddings: (n, D1), (m, D1). discriminator: (k, D1) → (k, 1) logits of being new.
+    """
+    both = torch.cat([_Reverse.apply(normalize(embeddings)), normalize(old_embeddings)])
+    target = torch.cat([torch.ones(len(embeddings)), torch.zeros(len(old_embeddings))]).to(both)
+    return binary_cross_entropy_with_logits(discriminator(both)[:, 0], target)
+
+
+def mixbct(embeddings: Tensor, old_embeddings: Tensor, credible: Tensor, share: float, draws: Tensor) -> Tensor:
+    """MixBCT (Liang et al., arXiv 2308.06948): old embeddings stand in for a share of the new ones before the
+    classifier.
+
+    The one classification loss then sees both, so its rows must serve both. Both kinds are made unit here.
+
+    Args:
+        embeddings, old_embeddings: (n, D1), image by image. credible: (n,) bool, the old embedding is among the
+            nearest (the authors' 90 %) to its centre. share: of the batch to be replaced. draws: (n,) in [0, 1),
+            uniform and independent; the credible images with the smallest draws are replaced.
+
+    Returns:
+        (n, D1) unit vectors for the classifier; no gradient flows where an old one stands.
+    """
+    order = torch.where(credible, draws, torch.inf).argsort()
+    count = min(int(share * len(embeddings)), int(credible.sum()))
+    replaced = torch.zeros_like(credible)
+    replaced[order[:count]] = True
+    return torch.where(replaced[:, None], normalize(old_embeddings).detach(), normalize(embeddings))
+
+
+def fct(mapped_old: Tensor, embeddings: Tensor) -> Tensor:
+    """Forward-compatible training's map (Ramanujan et al., CVPR 2022, eq. 3): ``mean_i [1 − cos(h(e_i), x_i)]``.
+
+    The new embeddings are the target and get no gradient. Left out: the side information of a third network that the
+    paper stores beside each old embedding; so this is its weaker variant, which needs nothing that a deployed gallery
+    lacks.
+
+    Args:
+        mapped_old: (n, D2), h of the old embeddings. embeddings: (n, D2), image by image.
+    """
+    return _mean(1 - cosine(mapped_old, embeddings.detach()))
