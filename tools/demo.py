@@ -136,6 +136,8 @@ def _summarise_one(told: "Told") -> dict[str, Any]:
                 metric: _figure(told.onnx["sets"]["unseen"]["cells"]["new->old"], metric) for metric in judged
             },
         },
+        "trained_on": told.evaluation["models"]["new"]["identities"],
+        "dim": told.evaluation["models"]["new"]["dimension"],
         "report": str(told.report),
         "seconds": told.seconds,
     }
@@ -177,8 +179,13 @@ def _print(console: "Console", outcome: dict[str, Any]) -> None:
             f"{onnx['images_compared']} images and finds {onnx['new->old']['rank-1']:.1%} in the old gallery at "
             f"rank 1; {sum(one['seconds'].values()):.0f} s in all"
         )
-        console.print(f"  report: {one['report']}", soft_wrap=True)
+        console.print(f"  report: {one['report']}", soft_wrap=True, markup=False)
         console.print(f"  [bold]{one['answer']}[/bold]{one['paragraph'].removeprefix(one['answer'])}")
+        if one["answer"] != "SAFE" and one["trained_on"] < one["dim"]:
+            console.print(
+                f"  A likely reason: the centres of {one['trained_on']} training identities do not pin down a space of "
+                f"{one['dim']} dimensions, so unseen identities may land elsewhere in it than the old model puts them."
+            )
     console.print(
         f"[bold]{outcome['data']}:[/bold] new→old above old→old on unseen identities, in {' and '.join(metrics)}: "
         f"{outcome['criterion_met']} of {len(seeds)} seed(s); verdict SAFE: {outcome['safe']} of {len(seeds)}"

@@ -138,7 +138,8 @@ class Story:
         def action() -> None:
             run_lce(["launch", str(config), "--nproc", str(self.nproc), *overrides], self._stdout)
 
-        self._steps.run(name, f"training {title}", made_from, [self.folder / name], action, continues=True)
+        products = [self.folder / name]
+        self._steps.run(name, f"training {title}", self._placeless(made_from), products, action, continues=True)
 
     def _centers(self) -> None:
         words = ["centers", "from-model", self._path("old"), self._path("data/train"), self._path("bank")]
@@ -168,4 +169,8 @@ class Story:
         self, name: str, title: str, words: list[str], products: list[str], stdout: int | None = subprocess.DEVNULL
     ) -> None:
         paths = [self.folder / product for product in products]
-        self._steps.run(name, title, words, paths, lambda: run_lce(words, stdout))
+        self._steps.run(name, title, self._placeless(words), paths, lambda: run_lce(words, stdout))
+
+    def _placeless(self, words: list[str]) -> list[str]:
+        """The words without this story's place, so that the same story under another path is not another one."""
+        return [word.replace(str(self.folder), "story") for word in words]
