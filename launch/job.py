@@ -51,6 +51,7 @@ class Job:
         """Variables that every rank needs."""
         names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
         out = dict.fromkeys(names, self.interface) if self.interface else {}
+        out["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restarted group finds the addresses of dead ranks
         if "OMP_NUM_THREADS" not in os.environ:  # the trainer sets its own threads; this silences torchrun's warning
             out["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.nproc))
         return out

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there; damage is found and named; failed saves do no harm; retention; nothing is unpickled freely."""
+"""Checkpoints: whole or not there; damage is named; failed saves do no harm; nothing is unpickled freely."""
 
 import json
 import pickle

@@ -76,12 +76,25 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
     started = world > 1 or "RANK" in os.environ
     if started:
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+        _join(backend, rank, world, datetime.timedelta(seconds=timeout_seconds))
     try:
         yield Ranks(rank, world, local, where)
     finally:
         if started and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join(backend: str, rank: int, world: int, timeout: datetime.timedelta) -> None:
+    """Make the default group from the environment; a restarted one must not find the addresses of dead ranks."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    # torchrun keeps one store over all its attempts, with everything that the ranks of earlier ones have left in it.
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))  # type: ignore[attr-defined]
+    own = dist.PrefixStore(  # type: ignore[attr-defined]
+        f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 
 def all_gather_rows(local: Tensor, sizes: list[int]) -> Tensor:

@@ -116,7 +116,7 @@ class Updater:
             parameter.grad = None
 
     def gradient_norm(self) -> Tensor:
-        """The 2-norm of all gradients over all ranks' parts, a float32 scalar; inf or nan when any entry is."""
+        """The 2-norm of all gradients over all ranks' parts, a float64 scalar; inf or nan when any entry is."""
         whole = [p.grad for p in self.parameters.values() if p.grad is not None and not isinstance(p.grad, DTensor)]
         parts = [p.grad.to_local() for p in self.parameters.values() if isinstance(p.grad, DTensor)]
         square = _square_norm(whole, next(iter(self._local.values())).device)
@@ -157,8 +157,8 @@ class Updater:
 
 def _square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     if not tensors:
-        return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(list(tensors))).float().square().sum()
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
 
 
 def _build(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

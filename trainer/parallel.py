@@ -75,8 +75,10 @@ def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
     """
     if config.activation_checkpointing:
         if not isinstance(backbone, Recompute):
-            raise ConfigError(f"train.activation_checkpointing: {type(backbone).__name__} has no blocks to recompute")
+            raise ConfigError(f"train.activation_checkpointing: {type(backbone).__name__} has no units to recompute")
         backbone.recompute = True
+    if config.parallel.startswith("zero"):
+        raise ConfigError(f"train.parallel = {config.parallel}: not available in this version; use ddp or fsdp")
     network = backbone
     if config.parallel == "fsdp":
         shard(backbone, ranks)

@@ -1,0 +1,140 @@
+"""What is left when ranks are interrupted, killed, fail or hang: a checkpoint, the first reason, the same run."""
+
+import multiprocessing as mp
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.ranks import _child, _context
+from tests.runs import config, log_of, losses_of, train_rank, tree
+from trainer.checkpoint import list_checkpoints
+from trainer.distributed import Ranks
+from trainer.engine import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def _start(
+    folder: Path, fault: str = "none:0:0", slow: float = 0.0, ranks: int = 2, restarts: int = 0, **changes: object
+) -> "subprocess.Popen[str]":
+    """A launcher with ranks that fail as told (tests/faulty.py), in ``folder/run``."""
+    settings = tree(folder / "run", **changes)
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    environment = os.environ | {
+        "FAULT": fault,
+        "SLOW": str(slow),
+        "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    words = [sys.executable, "-m", "tests.faulty", str(folder / "run.yaml"), str(ranks), str(restarts)]
+    return subprocess.Popen(
+        words, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def _wait_for_step(folder: Path, step: int, limit_seconds: float = 120.0) -> None:
+    end = time.time() + limit_seconds
+    log = folder / "run/log.jsonl"
+    while time.time() < end:
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} in {limit_seconds} s")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_saves_and_the_same_command_continues(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    started = _start(tmp_path, slow=0.1, train__steps=200)
+    _wait_for_step(tmp_path, 3)
+    asked = time.time()
+    started.send_signal(number)
+    output, _ = started.communicate(timeout=30)
+    assert started.returncode == status, output
+    assert time.time() - asked < 10
+    done = len(losses_of(tmp_path / "run"))
+    assert 3 <= done < 200
+    assert [p.name for p in list_checkpoints(tmp_path / "run/checkpoints")] == [f"step-{done:08d}"]
+    assert "Traceback" not in output
+    train(config(tmp_path / "run", train__steps=done + 4), Ranks())
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, done + 5))
+
+
+def test_a_killed_rank_is_started_again_from_the_checkpoint(tmp_path: Path) -> None:
+    started = _start(tmp_path, "kill:1:6", restarts=1, checkpoint__every_steps=2, checkpoint__asynchronous=False)
+    output, _ = started.communicate(timeout=150)
+    assert started.returncode == 0, output
+    assert "step 6 of 8" in output
+    assert "rank 1 went away without a word" in output
+    train(config(tmp_path / "whole"), Ranks())
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-9)
+
+
+def test_the_first_reason_reaches_every_rank(tmp_path: Path) -> None:
+    started = _start(tmp_path, "raise:1:4", ranks=3)
+    output, _ = started.communicate(timeout=150)
+    assert started.returncode == 70, output
+    assert output.count("stopped because rank 1 failed in step 4, data: ValueError: a defect for the test") == 2
+    assert output.count("Traceback") == 1
+
+
+def test_an_error_of_the_user_keeps_its_status(tmp_path: Path) -> None:
+    started = _start(tmp_path, "data:1:2")
+    output, _ = started.communicate(timeout=150)
+    assert started.returncode == 2, output
+    assert "trainer, rank 1: record 5 is damaged" in output
+    assert "Traceback" not in output
+
+
+def test_a_hang_ends_and_names_the_rank(tmp_path: Path) -> None:
+    started = _start(tmp_path, "hang:1:4", run__timeout_seconds=3.0)
+    output, _ = started.communicate(timeout=150)
+    assert started.returncode == 70, output
+    assert "rank 1 did not arrive: it is in step 4, data" in output
+
+
+def _attempt(folder: Path, changes: dict[str, object], world: int, seconds: float | None) -> bool:
+    """Two or more ranks; after ``seconds`` in the loop all are killed. Whether they came to the end."""
+    with tempfile.TemporaryDirectory() as store:
+        out = _context.Queue()
+        processes = [
+            _context.Process(
+                target=_child, args=(train_rank, r, world, f"{store}/store", (folder, changes), out), daemon=True
+            )
+            for r in range(world)
+        ]
+        for process in processes:
+            process.start()
+        if seconds is not None:
+            end = time.time() + 20
+            while not (folder / "log.jsonl").exists() and time.time() < end:
+                time.sleep(0.01)
+            mp.connection.wait([p.sentinel for p in processes], timeout=seconds)
+            for process in processes:
+                process.kill()
+        for process in processes:
+            process.join(60)
+        return all(p.exitcode == 0 for p in processes)
+
+
+def test_killed_at_random_moments_it_is_still_the_same_run(tmp_path: Path) -> None:
+    """Groups of 1 to 3 ranks killed at seeded random moments; the losses are those of an undisturbed run."""
+    changes: dict[str, object] = {"train__steps": 60, "checkpoint__every_steps": 3, "head__sample_rate": 0.5}
+    train(config(tmp_path / "whole", **changes), Ranks())
+    moments = random.Random(5)
+    kills = 0
+    for _ in range(12):
+        if _attempt(tmp_path / "run", changes, moments.randint(1, 3), moments.uniform(0.0, 0.4)):
+            break
+        kills += 1
+    assert _attempt(tmp_path / "run", changes, 2, None)
+    assert kills >= 3
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-8)

@@ -1,0 +1,183 @@
+"""Bad input: one clear line, status 2, before any time is spent, and nothing half-written left behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.data.samples import packed
+from tests.ranks import run_ranks
+from tests.runs import config, log_of, tree
+from trainer.compat.center_bank import BankInfo, write_bank
+from trainer.distributed import Ranks
+from trainer.engine import train
+from trainer.errors import CenterBankError, ConfigError, DataError, LceError, ModelError
+from trainer.export import load_model
+from trainer.startup import check_agreement, check_writable
+
+ROOT = Path(__file__).parent.parent
+
+
+def _bank(folder: Path, classes: int, dim: int) -> Path:
+    centers = torch.nn.functional.normalize(
+        torch.randn(classes, dim, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    write_bank(
+        folder,
+        centers=centers,
+        boundaries=torch.full((classes,), 0.5),
+        counts=torch.ones(classes, dtype=torch.int64),
+        mask=torch.ones(classes, dtype=torch.bool),
+        info=BankInfo(),
+    )
+    return folder
+
+
+def _real(folder: Path, path: Path, **changes: Any) -> Any:
+    base = {"data__loader": "torch", "data__workers": 0, "data__path": str(path), "train__steps": 30}
+    return config(folder, **base | changes)
+
+
+def _bad_input(name: str, folder: Path) -> tuple[dict[str, Any], type[LceError], str]:
+    """Changes to a run on a real data set of 5 classes, the error that they must cause, and what it must say."""
+    lce = {"compat__method": "lce", "compat__alignment_weight": 1.0}
+    match name:
+        case "missing data set":
+            return {"data__path": str(folder / "nowhere")}, DataError, "nowhere"
+        case "empty data set":
+            (folder / "empty").mkdir()
+            return {"data__path": str(folder / "empty")}, DataError, "empty"
+        case "labels out of range":
+            labels = np.arange(45) % 5
+            labels[7] = -3
+            np.save(folder / "labels.npy", labels)
+            return {"data__labels": str(folder / "labels.npy")}, DataError, "record 7"
+        case "bank of another dimension":
+            return lce | {"compat__bank": str(_bank(folder / "bank", 5, 9))}, CenterBankError, "dimension 9"
+        case "bank of another class count":
+            return lce | {"compat__bank": str(_bank(folder / "bank", 4, 6))}, CenterBankError, "4 classes"
+        case "run folder is below a file":
+            (folder / "file").write_text("")
+            return {"run__dir": str(folder / "file/run")}, ConfigError, "is a file"
+        case "unknown backbone":
+            return {"backbone__name": "resnet"}, ConfigError, "iresnet100"
+        case "weights of another network":
+            torch.save({"x": torch.zeros(1)}, folder / "w.pt")
+            return {"backbone__weights": str(folder / "w.pt")}, ModelError, "not the weights"
+        case "method not there yet":
+            return {"compat__method": "fct", "compat__bank": "x"}, ConfigError, "not available"
+    raise AssertionError(name)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "missing data set",
+        "empty data set",
+        "labels out of range",
+        "bank of another dimension",
+        "bank of another class count",
+        "run folder is below a file",
+        "unknown backbone",
+        "weights of another network",
+        "method not there yet",
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing(dataset: Path, tmp_path: Path, name: str) -> None:
+    changes, error, words = _bad_input(name, tmp_path)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(error, match=words) as caught:
+        train(_real(tmp_path / "run", dataset, **changes), Ranks())
+    assert "\n" not in str(caught.value)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_good_run_on_the_same_data_set(dataset: Path, tmp_path: Path) -> None:
+    """The control: real images, a bank that fits, a loss with alignment and boundary, a model that says what it is."""
+    bank = _bank(tmp_path / "bank", 5, 6)
+    changes = {"compat__method": "lce", "compat__bank": str(bank), "optimizer__lr": 0.05}
+    train(_real(tmp_path / "run", dataset, **changes), Ranks())
+    first, *_, last = log_of(tmp_path / "run")
+    assert last["alignment"] < first["alignment"]
+    assert first["alignment_mse"] == pytest.approx(first["alignment"] * 2 / 6)
+    assert {"boundary", "classification", "target_cosine", "lr", "grad_norm", "data_share"} <= first.keys()
+    card = load_model(tmp_path / "run").card
+    assert (card.mode, card.classes, card.step, card.image_size) == ("direct", 5, 30, (32, 32))
+
+
+def _refused_rank(ranks: Ranks, folder: Path) -> str:
+    try:
+        train(config(folder, data__synthetic_classes=2), ranks)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_more_ranks_than_classes(tmp_path: Path) -> None:
+    answers = run_ranks(_refused_rank, 3, tmp_path / "run")
+    assert len(set(answers)) == 1
+    assert "3 ranks for 2 classes" in answers[0]
+    assert not (tmp_path / "run").exists()
+
+
+def _disagreeing_rank(ranks: Ranks) -> str:
+    try:
+        check_agreement({"configuration": "a", "torch version": "2.13" if ranks.rank < 2 else "2.12"})
+    except ConfigError as error:
+        return str(error)
+    return "agreed"
+
+
+def test_a_rank_with_another_version_is_named() -> None:
+    answers = run_ranks(_disagreeing_rank, 3)
+    assert len(set(answers)) == 1
+    assert "rank 2 on" in answers[0]
+    assert "another torch version (2.12)" in answers[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_writable(tmp_path / "locked/run")
+
+
+def test_read_only_file_system_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_writable(Path("/proc/run"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.device=cuda", "no usable CUDA device"),
+        ("trian.steps=5", "did you mean train"),
+        ("train.steps=x", "train.steps"),
+    ],
+)
+def test_command_line_status_is_2(tmp_path: Path, override: str, words: str) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tmp_path / "run")))
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", str(tmp_path / "run.yaml"), override],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
