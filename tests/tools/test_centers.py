@@ -1,0 +1,236 @@
+"""``lce centers`` and ``lce export`` as a user runs them: on ranks, continued after a kill, and refused with one
+line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.ranks import run_ranks
+from tests.test_export import images, saved
+from tools.cli import main
+from trainer.compat import from_model
+from trainer.compat.center_bank import CenterBank
+from trainer.compat.from_model import bank_from_model
+from trainer.data.index import open_dataset
+from trainer.data.packing import PackOptions, pack
+from trainer.data.sources import list_source
+from trainer.distributed import Ranks
+from trainer.errors import DataError
+from trainer.export import load_model
+
+PEOPLE, IMAGES = 13, 60
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and a small packed data set of coloured blobs."""
+    folder = tmp_path_factory.mktemp("stage")
+    for number, picture in enumerate(images(IMAGES)):
+        path = folder / "pictures" / f"person{number % PEOPLE:02d}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    pack(list_source(folder / "pictures"), folder / "data", PackOptions(size=(32, 32), seed=1))
+    saved(folder / "model")
+    return folder
+
+
+def expected_centers(stage: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Centres and smallest cosines, class by class, straight from the definition."""
+    dataset, model = open_dataset(stage / "data"), load_model(stage / "model")
+    unit = model.embed(np.stack([dataset.decode(i) for i in range(len(dataset))])).astype(np.float64)
+    centers, boundaries = [], []
+    for j in range(PEOPLE):
+        own = unit[np.asarray(dataset.labels) == j]
+        center = own.mean(0) / np.linalg.norm(own.mean(0))
+        centers.append(center)
+        boundaries.append((own @ center).min())
+    return np.stack(centers), np.array(boundaries)
+
+
+def assert_right(stage: Path, bank: CenterBank) -> None:
+    centers, boundaries = expected_centers(stage)
+    rows = bank.rows(0, PEOPLE)
+    np.testing.assert_allclose(rows.centers, centers, atol=1e-5)
+    np.testing.assert_allclose(rows.boundaries, boundaries, atol=1e-5)
+
+
+def on_ranks(ranks: Ranks, stage: str, out: str) -> str:
+    from_model.BLOCK_RECORDS = 7
+    folder = Path(stage)
+    model, dataset = load_model(folder / "model"), open_dataset(folder / "data")
+    return bank_from_model(model, dataset, Path(out), batch_size=4, ranks=ranks).fingerprint
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_world_size_gives_the_same_bank(stage: Path, tmp_path: Path, world: int) -> None:
+    results = run_ranks(on_ranks, world, str(stage), str(tmp_path / "bank"))
+    assert len(set(results)) == 1
+    assert_right(stage, CenterBank.open(tmp_path / "bank"))
+    assert [p.name for p in tmp_path.iterdir()] == ["bank"]
+
+
+def test_a_broken_off_run_continues_and_another_job_is_refused(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(from_model, "BLOCK_RECORDS", 7)
+    model, dataset = load_model(stage / "model"), open_dataset(stage / "data")
+    decode = dataset.decode
+    seen: list[int] = []
+
+    def failing(record: int) -> Any:
+        if record == 30 and len(seen) < 100:
+            raise DataError("record 30 is damaged")
+        seen.append(record)
+        return decode(record)
+
+    monkeypatch.setattr(dataset, "decode", failing)
+    with pytest.raises(DataError, match="record 30"):
+        bank_from_model(model, dataset, tmp_path / "bank", batch_size=4)
+    assert [p.name for p in tmp_path.iterdir()] == [".bank.work"]
+    with pytest.raises(Exception, match="unfinished work of another"):
+        bank_from_model(model, dataset, tmp_path / "bank", flip=True)
+    before = set(seen)
+    seen[:] = range(100)
+    bank_from_model(model, dataset, tmp_path / "bank", batch_size=4, keep_embeddings=tmp_path / "e.npy")
+    assert min(seen[100:]) == 28, "four whole blocks of seven were done"
+    assert before >= set(range(28))
+    assert_right(stage, CenterBank.open(tmp_path / "bank"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank", "e.npy"]
+    assert np.load(tmp_path / "e.npy").shape == (IMAGES, model.dim)
+    assert (
+        main(
+            [
+                "centers",
+                "from-embeddings",
+                str(tmp_path / "e.npy"),
+                str(tmp_path / "again"),
+                "--dataset",
+                str(stage / "data"),
+            ]
+        )
+        == 0
+    )
+    again, first = CenterBank.open(tmp_path / "again"), CenterBank.open(tmp_path / "bank")
+    assert torch.equal(again.rows(0, PEOPLE).centers, first.rows(0, PEOPLE).centers)
+
+
+def test_the_command_on_two_processes(stage: Path, tmp_path: Path) -> None:
+    words = ["centers", "from-model", str(stage / "model"), str(stage / "data"), str(tmp_path / "bank")]
+    run = subprocess.run(
+        [sys.executable, "-m", "tools.cli", *words, "--nproc", "2", "--json", str(tmp_path / "f.json")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert (figures["classes"], figures["images"], figures["masked"]) == (PEOPLE, IMAGES, 0)
+    assert_right(stage, CenterBank.open(tmp_path / "bank"))
+    again = subprocess.run(
+        [sys.executable, "-m", "tools.cli", *words, "--nproc", "2"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert again.returncode == 2
+    assert again.stderr.count("exists already") == 1, "one rank speaks"
+
+
+def test_killed_processes_leave_work_that_the_next_run_finishes(stage: Path, tmp_path: Path) -> None:
+    """SIGKILL after the first finished block; the second run does only the rest."""
+    code = (
+        "import sys, time; from trainer.compat import from_model; from trainer.data.index import Dataset;"
+        "from_model.BLOCK_RECORDS = 7; real = Dataset.decode;"
+        "Dataset.decode = lambda self, i: (time.sleep(0.05), real(self, i))[1];"
+        "from tests.tools.test_centers import on_ranks; from trainer.distributed import Ranks;"
+        "on_ranks(Ranks(), sys.argv[1], sys.argv[2])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(stage), str(tmp_path / "bank")])
+    done = tmp_path / ".bank.work" / "done.bin"
+    deadline = time.monotonic() + 60
+    while not (done.is_file() and 1 in done.read_bytes()):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "bank").exists()
+    finished = done.read_bytes().count(1)
+    assert 0 < finished < 9
+    assert run_ranks(on_ranks, 2, str(stage), str(tmp_path / "bank"))
+    assert_right(stage, CenterBank.open(tmp_path / "bank"))
+
+
+def test_classifiers_maps_and_info_on_the_command_line(
+    stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weight = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    torch.save({"weight": weight}, tmp_path / "head.pt")
+    (tmp_path / "map.csv").write_text("new,old\n0,3\n1,3\n4,7\n4,8\n")
+    head, bank = str(tmp_path / "head.pt"), str(tmp_path / "bank")
+    base = ["centers", "from-classifier", head, bank, "--layout", "rows"]
+    assert main([*base, "--map", str(tmp_path / "map.csv")]) == 0
+    out = capsys.readouterr()
+    assert "'weight' read as classes × dimension: 20 classes of dimension 16" in out.err
+    assert "3 of 5 classes have an old one, 1 of them merged" in out.err
+    assert main(["centers", "info", bank, "--json", "-", "--pairs", "2", "--verify"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["classes"], figures["masked"], figures["unrestrained"]) == (5, 2, 3)
+    assert figures["nearest_pairs"][0] == {"classes": [0, 1], "cosine": 1.0}
+    assert main(["centers", "info", bank]) == 0
+    assert "2 classes without a centre" in capsys.readouterr().out
+    assert main([*base, "--new-dataset", str(stage / "data"), "--old-dataset", str(stage / "data"), "--force"]) == 0
+    assert CenterBank.open(bank).rows(0, PEOPLE).class_ids.tolist() == list(range(PEOPLE))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["from-model", "MODEL", "DATA", "OUT", "--quantile", "2"], "quantile is in"),
+        (["from-model", "absent", "DATA", "OUT"], "no model"),
+        (["from-model", "MODEL", "absent", "OUT"], "absent"),
+        (["from-embeddings", "E", "OUT"], "--labels FILE or --dataset FOLDER"),
+        (["from-embeddings", "E", "OUT", "--dataset", "DATA"], "3 embeddings but 60 labels"),
+        (["from-classifier", "E", "OUT", "--old-classes", "9"], "9 classes"),
+        (["from-classifier", "E", "OUT", "--map", "absent.csv"], "absent.csv"),
+        (["from-classifier", "E", "OUT", "--new-dataset", "DATA"], "both --new-dataset and --old-dataset"),
+        (["info", "MODEL"], "no centre bank"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(
+    stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], reason: str
+) -> None:
+    np.save(tmp_path / "e.npy", np.ones((3, 64), np.float32))
+    places = {"MODEL": stage / "model", "DATA": stage / "data", "OUT": tmp_path / "out", "E": tmp_path / "e.npy"}
+    assert main(["centers", *(str(places.get(word, word)) for word in words)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lce centers:")]
+    assert len(said) == 1
+    assert reason in said[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["e.npy"]
+
+
+def test_export_on_the_command_line(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "m.onnx"
+    words = ["export", str(stage / "model"), str(out), "--dataset", str(stage / "data"), "--images", "9"]
+    assert main([*words, "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["images"] == 9
+    assert figures["largest_difference"] < 1e-5
+    pictures = images()
+    np.testing.assert_allclose(load_model(out).embed(pictures), load_model(stage / "model").embed(pictures), atol=1e-5)
+    assert main([*words[:2], str(tmp_path / "n.onnx"), *words[3:], "--bound", "0"]) == 2
+    assert "differs from torch" in capsys.readouterr().err
+    assert main(["export", str(out), str(tmp_path / "x.onnx"), "--dataset", str(stage / "data")]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
