@@ -257,7 +257,7 @@ class Example:
     kind: str
 
 
-def examples(scores: PairScores, threshold: float, each: int = 6) -> list[Example]:
+def examples(scores: PairScores, threshold: float, each: int = 5) -> list[Example]:
     """Right and wrong pairs at a threshold: hardest right ones first for ``accepted``, worst first for the wrong ones.
 
     Kinds: ``accepted`` (genuine, above), ``missed`` (genuine, below), ``false`` (impostor, above), ``near``

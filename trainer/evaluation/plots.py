@@ -70,7 +70,7 @@ def figures(
             out[f"{name}-scores"] = (_scores(one), f"Scores of genuine and impostor pairs, new → old, on {name}")
             if one["backfill"]:
                 out[f"{name}-backfill"] = (_backfill(one), f"Backfill curves on {name}")
-        for key in sorted({key for series in runs.values() for key in series}):
+        for key in dict.fromkeys(key for series in runs.values() for key in series):
             out[f"training-{key}"] = (_training(key, runs), f"Training curves: {key}")
         return out
 

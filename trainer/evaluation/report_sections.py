@@ -224,7 +224,7 @@ def _flips(name: str, one: Result, album: Album) -> str:
             for w in turned["worst_identities"]
         ]
         table = _table(["identity", "lost", "gained", "images"], rows)
-        count = f"Identities that got worse: {turned['worse_identities_count']:,}; the first {len(rows)}"
+        count = f"{turned['worse_identities_count']:,} identities got worse; the {len(rows)} that lost most"
         parts.append(f"<details><summary>{count}</summary>{table}</details>")
     shown = []
     for flip in turned["negative"]:

@@ -189,13 +189,13 @@ def training_curves(
 ) -> dict[str, list[tuple[float, float]]]:
     """A run's ``log.jsonl`` → {key: [(step, value), …]}. Raises :class:`DataError` without a readable log."""
     file = run / "log.jsonl"
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[tuple[float, float]]] = {key: [] for key in keys}
     try:
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             for key in keys:
                 if isinstance(entry.get(key), (int, float)) and "step" in entry:
-                    curves.setdefault(key, []).append((float(entry["step"]), float(entry[key])))
+                    curves[key].append((float(entry["step"]), float(entry[key])))
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{file}: no readable training log ({error}); name run folders with --runs") from None
-    return curves
+    return {key: curve for key, curve in curves.items() if curve}

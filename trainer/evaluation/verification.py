@@ -272,10 +272,14 @@ def resample_pairs(scores: PairScores, fars: Sequence[float], replicates: int, s
     """
     generator = np.random.default_rng(seed)
     used = np.flatnonzero(scores.genuine + scores.impostor)[::-1]
+    impostor, genuine = scores.impostor[used], scores.genuine[used]
+    # Bins far below every threshold of interest are resampled as one.
+    reach = int(np.searchsorted(np.cumsum(impostor), 4 * max(fars) * scores.impostor_count + 100)) + 1
+    impostor = np.append(impostor[:reach], impostor[reach:].sum())
+    genuine = np.append(genuine[:reach], genuine[reach:].sum())
     out = np.empty((replicates, len(fars)))
     for r in range(replicates):
-        accepted = np.cumsum(generator.poisson(scores.impostor[used]))
-        true = np.cumsum(generator.poisson(scores.genuine[used]))
+        accepted, true = np.cumsum(generator.poisson(impostor)), np.cumsum(generator.poisson(genuine))
         for f, far in enumerate(fars):
             bins = int(np.searchsorted(accepted, far * accepted[-1] + 1e-9, side="right"))
             out[r, f] = true[bins - 1] / max(1, true[-1]) if bins else 0.0
