@@ -63,8 +63,8 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 
 srun --kill-on-bad-exit=1 bash -c 'exec torchrun \\
     --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node={job.nproc} \\
-    --master-addr="$0" --master-port="$1" --max-restarts={job.max_restarts} \\
-    {rank}' "$master" "$port" &
+    --master-addr="$1" --master-port="$2" --max-restarts={job.max_restarts} "${{@:3}}"' \\
+    lce "$master" "$port" {rank} &
 step=$!
 trap 'asked=1; scancel --signal=TERM --full "$SLURM_JOB_ID"' TERM
 wait "$step"

@@ -1,0 +1,146 @@
+"""How jobs are started: what every launcher would run, and real runs under those that are here."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import slurm
+from launch.job import Job
+from launch.torchrun import _status
+from tests.runs import tree
+from tools.cli import main
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    settings = tree(tmp_path / "run", backbone__name="small", data__synthetic_size=16)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "run.yaml"
+
+
+def _shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["launch", *words, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_dry_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(path)
+    one = _shown(capsys, config, "--nproc", "2", "train.steps=9")
+    assert f"torchrun --standalone --nproc-per-node=2 --max-restarts=0 -m trainer {config} train.steps=9" in one
+    many = _shown(
+        capsys,
+        config,
+        "--nproc",
+        "4",
+        "--nnodes",
+        "2",
+        "--node-rank",
+        "1",
+        "--master",
+        "h0:29500",
+        "--interface",
+        "eth0",
+    )
+    assert "--nnodes=2 --node-rank=1 --master-addr=h0 --master-port=29500 --nproc-per-node=4" in many
+    assert "GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0" in many
+    elastic = _shown(
+        capsys, config, "--nnodes", "1:4", "--rendezvous", "c10d", "--master", "h0:1", "--max-restarts", "3"
+    )
+    assert "--nnodes=1:4 --rdzv-backend=c10d --rdzv-endpoint=h0:1 --rdzv-id=lce" in elastic
+    assert "--max-restarts=3" in elastic
+    mpi = _shown(capsys, config, "--nproc", "3", "--with", "mpirun", "train.steps=9")
+    assert "mpirun -n 3" in mpi
+    assert f"-m launch.mpirun {config} train.steps=9" in mpi
+    deepspeed = _shown(capsys, config, "--nproc", "2", "--with", "deepspeed", "--hostfile", "hosts")
+    assert f"deepspeed --hostfile hosts --num_gpus 2 --module trainer {config}" in deepspeed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nnodes", "2"], "--master HOST:PORT"),
+        (["--nproc", "-1"], "at least 1"),
+        (["trian.steps=3"], "did you mean train"),
+    ],
+)
+def test_wrong_use(path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert main(["launch", str(path), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sbatch_file(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = _shown(
+        capsys, str(path), "--with", "slurm", "--nproc", "8", "--nnodes", "4", "--gpus", "8", "--time", "1-00:00:00"
+    )
+    for line in (
+        "--nodes=4",
+        "--gpus-per-node=8",
+        "--ntasks-per-node=1",
+        "--time=1-00:00:00",
+        "--requeue",
+        "--signal=B:TERM@120",
+    ):
+        assert f"#SBATCH {line}\n" in text
+    assert "partition" not in text
+    (tmp_path / "job.sh").write_text(text)
+    assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=False).returncode == 0
+
+
+FAKES = {
+    "scontrol": 'if [ "$1" = show ]; then echo node0; echo node1; else echo "$@" >> "$FAKE_LOG"; fi',
+    "srun": 'shift; SLURM_NODEID=0 exec "$@"',
+    "scancel": "true",
+    "torchrun": 'echo "torchrun $*" >> "$FAKE_LOG"; exit 75',
+}
+
+
+def test_sbatch_file_runs(path: Path, tmp_path: Path) -> None:
+    """The script itself, under bash, with stand-ins for SLURM's commands: the words that torchrun gets on a node."""
+    for name, body in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "job.sh").write_text(slurm.script(Job(path, ("a.b=1 2",), nproc=2, nnodes="2"), slurm.Allocation()))
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FAKE_LOG": str(tmp_path / "log"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_NNODES": "2",
+    }
+    done = subprocess.run(["bash", str(tmp_path / "job.sh")], env=environment, check=False, timeout=30)
+    assert done.returncode == 75
+    words = (tmp_path / "log").read_text()
+    assert "--nnodes=2 --node-rank=0 --nproc-per-node=2 --master-addr=node0 --master-port=20007" in words
+    assert f"-m trainer {path} a.b=1 2" in words
+    assert "requeue" not in words
+
+
+def test_status_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status({0: 71, 1: 2}) == 2
+    assert _status({0: 71, 1: 70}) == 70
+    assert _status({0: 75, 1: 75}) == 75
+    assert _status({0: 71, 1: -9}) == 70
+    assert "rank 1 by SIGKILL" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    not (Path(sys.executable).parent / "mpirun").exists() and not shutil.which("mpirun"), reason="no mpirun"
+)
+def test_mpirun(path: Path) -> None:
+    """Two ranks under a real mpirun: mpi4py tells them who they are, gloo joins them."""
+    pytest.importorskip("mpi4py")
+    words = ["launch", str(path), "--nproc", "2", "--with", "mpirun", "--interface", "lo", "train.steps=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.cli", *words], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stderr
+    assert json.loads((path.parent / "run/summary.json").read_text())["step"] == 2

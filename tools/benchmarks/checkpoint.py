@@ -1,0 +1,110 @@
+"""Measure a checkpoint: how long the step waits, how long until it is on disk, how long to verify and load it.
+
+The reference is a plain synced copy of a file of the same size on the same disk: what any checkpoint can reach at best.
+Verifying and loading read what was just written, so mostly from the page cache.
+
+  lce bench checkpoint
+  lce bench checkpoint --megabytes 1024 --folder /mnt/disk --json -
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HELP = "stall, write, verify and load of a checkpoint against a plain file copy"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``lce bench checkpoint``."""
+    parser.add_argument("--megabytes", type=int, default=256, help="size of the state (default 256)")
+    parser.add_argument("--repeats", type=int, default=5, help="the medians of so many are given (default 5)")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: the temporary one)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there; - for standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and report."""
+    from tools.benchmarks.measuring import origin, write_json
+    from trainer.errors import ConfigError
+
+    if args.megabytes < 1 or args.repeats < 1:
+        raise ConfigError("--megabytes and --repeats: at least 1")
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        times = _measure(Path(name), args.megabytes << 20, args.repeats)
+    size = args.megabytes << 20
+    middle = {key: statistics.median(values) for key, values in times.items()}
+    reference = middle.pop("copy")
+    figures: dict[str, Any] = {
+        "bench": "checkpoint",
+        "bytes": size,
+        "device": "cpu",
+        "world_size": 1,
+        **origin(),
+        "reference": {"seconds": reference, "bytes_per_second": size / reference},
+        "ours": {f"{key}_seconds": value for key, value in middle.items()},
+        "ratio": middle["write"] / reference,
+    }
+    write_json(figures, args.json)
+    if args.json != "-":
+        print(f"{args.megabytes} MiB, medians of {args.repeats}; a plain synced copy takes {reference:.3f} s")
+        print(f"  the step waits        {middle['stall']:.3f} s")
+        print(f"  until it is on disk   {middle['write']:.3f} s ({middle['write'] / reference:.2f} × the copy)")
+        print(f"  verify every byte     {middle['verify']:.3f} s")
+        print(f"  load                  {middle['load']:.3f} s")
+    return 0
+
+
+def _measure(folder: Path, size: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds by kind: stall, write, verify, load and copy, each measured ``repeats`` times, alternating."""
+    import torch
+    import torch.distributed as dist
+    from rich.console import Console
+    from rich.progress import track
+
+    from trainer.checkpoint import Checkpoints, find_damage, load_tensors
+    from trainer.config import CheckpointConfig
+    from trainer.distributed import Ranks
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    times: dict[str, list[float]] = {key: [] for key in ("stall", "write", "verify", "load", "copy")}
+    try:
+        rows = torch.randn(size // 4 // 512, 512)
+        state = {"rows": rows[: len(rows) // 2], "momentum": rows[len(rows) // 2 :]}
+        checkpoints = Checkpoints(folder, CheckpointConfig(keep=1), Ranks(), print)
+        for step in track(range(1, repeats + 1), "measuring", console=Console(file=sys.stderr), transient=True):
+            start = time.perf_counter()
+            checkpoints.save(state, {"step": step})
+            times["stall"].append(time.perf_counter() - start)
+            checkpoints.settle()
+            times["write"].append(time.perf_counter() - start)
+            found = checkpoints.newest()
+            assert found is not None
+            times["verify"].append(_seconds(partial(find_damage, found.folder, found.seal["files"])))
+            times["load"].append(_seconds(partial(load_tensors, found, state)))
+            largest = max(found.folder.iterdir(), key=lambda path: path.stat().st_size)
+            times["copy"].append(_seconds(partial(_copy, largest, folder / "copy")))
+    finally:
+        dist.destroy_process_group()
+    return times
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("wb") as write:
+        while block := read.read(1 << 22):
+            write.write(block)
+        write.flush()
+        os.fsync(write.fileno())
+    target.unlink()
