@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tools.demo_story import Told
+    from tools.demo_story import Story, Told
 
 HELP = "the whole story on real faces or on many characters, ending in a verdict and a report"
 
@@ -44,31 +44,18 @@ def run(args: argparse.Namespace) -> int:
     """Tell the story once a seed; returns the exit status."""
     from rich.console import Console
 
-    from tools.demo_steps import interruptible
-    from tools.demo_story import Story
-    from trainer.errors import ConfigError
+    from tools.demo_steps import StepFailed, interruptible
 
-    if args.seeds < 1 or args.nproc < 1:
-        raise ConfigError(f"--seeds {args.seeds} --nproc {args.nproc}: both at least 1")
+    _check(args)
     console = Console(stderr=args.json == "-", highlight=False)
     told: list[Told] = []
-    with interruptible():
-        for seed in range(args.seeds):
-            folder = args.out / args.data / f"seed-{seed}"
-
-            def say(line: str, seed: int = seed) -> None:
-                console.print(f"[bold]{args.data}, seed {seed}:[/bold] {line}", soft_wrap=True)
-
-            story = Story(
-                args.data,
-                seed,
-                folder,
-                args.nproc,
-                say,
-                args.overrides,
-                stdout=sys.stderr.fileno() if args.json == "-" else None,
-            )
-            told.append(story.tell())
+    try:
+        with interruptible():
+            for seed in range(args.seeds):
+                told.append(_story(args, seed, console).tell())
+    except StepFailed as failure:
+        print(f"lce demo: {failure}", file=sys.stderr)
+        return failure.status if failure.status in (2, 75, 130) else 70
     outcome = summarise(args.data, told)
     _print(console, outcome)
     if args.json == "-":
@@ -76,6 +63,30 @@ def run(args: argparse.Namespace) -> int:
     elif args.json:
         Path(args.json).write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
     return 1 if args.fail_unsafe and outcome["safe"] < len(told) else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what would fail only after the trainings. Raises :class:`trainer.errors.ConfigError`."""
+    from trainer.errors import ConfigError
+
+    if args.seeds < 1 or args.nproc < 1:
+        raise ConfigError(f"--seeds {args.seeds} --nproc {args.nproc}: both at least 1")
+    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json {args.json}: the folder {Path(args.json).absolute().parent} does not exist")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {args.out}: cannot be written: {error.strerror}; choose another folder") from None
+
+
+def _story(args: argparse.Namespace, seed: int, console: "Console") -> "Story":
+    from tools.demo_story import Story
+
+    def say(line: str) -> None:
+        console.print(f"[bold]{args.data}, seed {seed}:[/bold] {line}", soft_wrap=True)
+
+    stdout = sys.stderr.fileno() if args.json == "-" else None
+    return Story(args.data, seed, args.out / args.data / f"seed-{seed}", args.nproc, say, args.overrides, stdout)
 
 
 def summarise(data: str, told: Sequence["Told"]) -> dict[str, Any]:

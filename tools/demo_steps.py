@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from trainer import __version__
-from trainer.errors import LceError
 
 STOP_SECONDS = (8.5, 0.7)  # how long children may take to end after SIGINT, and then after SIGTERM
 
 
-class StepFailed(LceError):
-    """A command of the story ended with an error, which it has printed itself."""
+class StepFailed(Exception):
+    """A command of the story ended with an error, which it has printed itself; ``status`` is its exit status."""
+
+    def __init__(self, command: str, status: int) -> None:
+        super().__init__(f"`{command}` ended with exit status {status}; the same demo command continues from here")
+        self.status = status
 
 
 class Steps:
@@ -103,9 +106,7 @@ def run_lce(arguments: Sequence[str], stdout: int | None = None) -> None:
         end_group(process)
         raise
     if status != 0:
-        raise StepFailed(
-            f"`lce {' '.join(arguments)}` ended with exit status {status}; run the same command again to go on"
-        )
+        raise StepFailed(f"lce {' '.join(arguments)}", status)
 
 
 def end_group(process: "subprocess.Popen[Any]") -> None:

@@ -76,6 +76,9 @@ class Story:
         say: prints a line.
         settings: overrides of every training's configuration (``train.steps=20``), for trying things out.
         stdout: where the commands' own output goes (:func:`tools.demo_steps.run_lce`).
+
+    Raises:
+        ConfigError: the configurations are not there, or a setting is not one of theirs.
     """
 
     def __init__(
@@ -95,14 +98,16 @@ class Story:
             raise ConfigError(
                 f"{CONFIGS}: the demo's configurations are not there; run it from a clone of the repository"
             )
+        for name in ("old", "paragon", "new"):
+            load_config(*self._training(name))  # a wrong override is refused now, not after the first training
 
     def tell(self) -> Told:
         """Do what is not done yet, and return the outcome."""
         self._pictures()
-        self._train("old", "the old model", "data/old", [])
+        self._train("old", "the old model")
         self._centers()
-        self._train("paragon", "the paragon: the new model without compatibility", "data/train", [])
-        self._train("new", "the new model, with LCE", "data/train", [f"compat.bank={self._path('bank')}"])
+        self._train("paragon", "the paragon: the new model without compatibility")
+        self._train("new", "the new model, with LCE")
         self._export()
         self._evaluate()
         evaluation, onnx, export = (
@@ -124,22 +129,25 @@ class Story:
         made_from = [self.data, str(self.seed), *self.plan.sets]
         self._steps.run("pictures", "pictures → data sets", made_from, [self.folder / "data"], action)
 
-    def _train(self, name: str, title: str, data: str, overrides: list[str]) -> None:
-        config = CONFIGS / f"demo-{self.data}-{name}.yaml"
+    def _training(self, name: str) -> tuple[Path, list[str]]:
+        """The configuration file of one of the three trainings, and its overrides."""
         overrides = [
             f"run.dir={self._path(name)}",
             f"run.seed={self.seed}",
-            f"data.path={self._path(data)}",
-            *overrides,
-            *self._settings,
+            f"data.path={self._path('data/old' if name == 'old' else 'data/train')}",
         ]
-        made_from = [dump_config(load_config(config, overrides)), str(self.nproc)]
+        if name == "new":
+            overrides.append(f"compat.bank={self._path('bank')}")
+        return CONFIGS / f"demo-{self.data}-{name}.yaml", [*overrides, *self._settings]
+
+    def _train(self, name: str, title: str) -> None:
+        config, overrides = self._training(name)
+        made_from = self._placeless([dump_config(load_config(config, overrides)), str(self.nproc)])
 
         def action() -> None:
             run_lce(["launch", str(config), "--nproc", str(self.nproc), *overrides], self._stdout)
 
-        products = [self.folder / name]
-        self._steps.run(name, f"training {title}", self._placeless(made_from), products, action, continues=True)
+        self._steps.run(name, f"training {title}", made_from, [self.folder / name], action, continues=True)
 
     def _centers(self) -> None:
         words = ["centers", "from-model", self._path("old"), self._path("data/train"), self._path("bank")]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tools import cli
 from tools.demo import summarise
 from tools.demo_story import Told
 
@@ -173,3 +174,22 @@ def test_the_outcome_is_computed_from_the_figures() -> None:
     assert rank["mean"] == pytest.approx(0.7)
     assert rank["deviation"] == pytest.approx(0.2 / 2**0.5)
     assert set(outcome["seeds"][0]["update_gain"]) == {"TAR@FAR=1e-2", "rank-1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--seeds", "0"], "--seeds 0"),
+        (["--json", "/nowhere/out.json"], "/nowhere does not exist"),
+        (["--out", "FILE/out"], "cannot be written"),
+        (["train.stepss=3"], "did you mean train.steps"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], reason: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = [word.replace("FILE", str(tmp_path / "file")) for word in words]
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), *words]) == 2
+    assert reason in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*/*/data"))
