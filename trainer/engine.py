@@ -21,11 +21,11 @@ from torch import Tensor
 from trainer.checkpoint import Checkpoint, Checkpoints, load_tensors
 from trainer.config import Config, dump_config
 from trainer.data import Batch, Loader, build_loader
-from trainer.distributed import Ranks, agree, barrier, broadcast_object, on_main
-from trainer.errors import ConfigError, LceError, TrainingError
+from trainer.distributed import Ranks, barrier, broadcast_object, on_main
+from trainer.errors import ConfigError, TrainingError
 from trainer.monitor import Monitor
 from trainer.optim import Average, LossScale, Statistics, Updater, learning_rate
-from trainer.startup import Inputs, identity, prepare
+from trainer.startup import Inputs, identity, prepare, together
 from trainer.task import Task, TrainTask
 from trainer.watch import Vote, Watch
 
@@ -242,8 +242,9 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
     """
     began = time.perf_counter()
     inputs = prepare(config, ranks)
-    task, loader = _build(config, inputs, ranks)
+    loader = together(lambda: build_loader(config, inputs.dataset, ranks))
     try:
+        task = TrainTask(config, inputs, ranks)
         engine = Engine(config, ranks, inputs, task, loader)
         done = on_main(lambda: _finished(config.run.dir, engine.steps), ranks)
         if done is not None:
@@ -252,20 +253,6 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
         return _train(engine, began)
     finally:
         loader.close()
-
-
-def _build(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[TrainTask, Loader]:
-    """Task and loader; a problem on one rank is raised on all, before the run folder is touched."""
-    problem: Exception | None = None
-    built: tuple[TrainTask, Loader] | None = None
-    try:
-        loader = build_loader(config, inputs.dataset, ranks)
-        built = TrainTask(config, inputs, ranks), loader
-    except LceError as error:
-        problem = error
-    agree(problem)
-    assert built is not None
-    return built
 
 
 def _train(engine: Engine, began: float) -> RunSummary:

@@ -4,8 +4,10 @@ import hashlib
 import os
 import platform
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +18,9 @@ from trainer.config import Config, dump_config
 from trainer.data import Dataset, open_dataset
 from trainer.distributed import Ranks, agree, gather_objects
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
+from trainer.weights import matching_weights
+
+T = TypeVar("T")
 
 _AVAILABLE = ("none", "lce")
 
@@ -45,18 +50,21 @@ def prepare(config: Config, ranks: Ranks) -> Inputs:
             range), :class:`CenterBankError` (another dimension or class count), :class:`ConfigError` (more ranks than
             classes, unknown backbone, run folder not writable, ranks that do not agree).
     """
-    inputs: Inputs | None = None
-    problem: Exception | None = None
+    inputs = together(lambda: _open(config, ranks))
+    check_agreement(identity(config, inputs))
+    return inputs
+
+
+def together(action: Callable[[], T]) -> T:
+    """Do something on every rank that may fail on some; all ranks raise the lowest such rank's :class:`LceError`."""
+    result: list[T] = []
+    problem: LceError | None = None
     try:
-        inputs = _open(config, ranks)
-        if ranks.is_main:
-            check_writable(config.run.dir)
+        result.append(action())
     except LceError as error:
         problem = error
     agree(problem)
-    assert inputs is not None
-    check_agreement(identity(config, inputs))
-    return inputs
+    return result[0]
 
 
 def _open(config: Config, ranks: Ranks) -> Inputs:
@@ -75,7 +83,11 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
         )
     bank = None if config.compat.method == "none" else _open_bank(config, classes)
     with torch.device("meta"):
-        build_backbone(config.backbone, size)
+        backbone = build_backbone(config.backbone, size)
+    if config.backbone.weights is not None:
+        matching_weights(backbone, config.backbone.weights)
+    if ranks.is_main:
+        check_writable(config.run.dir)
     return Inputs(dataset, classes, size, bank)
 
 

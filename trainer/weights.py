@@ -10,12 +10,12 @@ from trainer.errors import ModelError
 
 
 def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
-    """Load ``path`` into the backbone; every name and shape must fit.
+    """Load ``path`` (see :func:`read_weights`) into the backbone. Raises :class:`ModelError` unless every name fits."""
+    backbone.load_state_dict(matching_weights(backbone, path))
 
-    Args:
-        backbone: the network, built for its image size and dimension.
-        path: ``*.safetensors``; a state dict saved by torch (``*.pt``, ``*.pth``, such as those of insightface), read
-            with ``weights_only``; or a folder: an export, or a run whose ``model/`` is taken.
+
+def matching_weights(backbone: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The state dict in ``path``, for a backbone of the same names and shapes (it may be on the meta device).
 
     Raises:
         ModelError: missing, not a state dict, or of another network; the first differing names are listed.
@@ -28,11 +28,20 @@ def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ModelError(f"{path}: not the weights of this backbone: {'; '.join(wrong[:3])}{more}")
-    backbone.load_state_dict(state)
+    return state
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file or folder (see :func:`load_backbone_weights`). Raises :class:`ModelError`."""
+    """The state dict in a file or folder, on the CPU.
+
+    Args:
+        path: ``*.safetensors``; a state dict saved by torch (``*.pt``, ``*.pth``, such as those of insightface, also
+            inside its training checkpoints), read with ``weights_only``; or a folder: an export, or a run whose
+            ``model/`` is taken.
+
+    Raises:
+        ModelError: missing, or not a state dict.
+    """
     if path.is_dir():
         folder = path / "model" if (path / "model").is_dir() else path
         found = sorted(folder.glob("*.safetensors"))
