@@ -1,5 +1,6 @@
 """The loop: one rank and many give the same run; a continued run is the uninterrupted one; bad steps change nothing."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -166,6 +167,16 @@ def test_finished_run(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
     assert train(config(tmp_path / "run", train__steps=10), Ranks()).step == 10
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_a_trace_and_changed_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(tmp_path / "run", log__profile=(3, 4)), Ranks())
+    trace = json.loads((tmp_path / "run/profile/rank-00000.json").read_text())
+    assert any("addmm" in str(event.get("name")) for event in trace["traceEvents"])
+    train(config(tmp_path / "run", train__steps=9), Ranks())
+    said = capsys.readouterr().err
+    assert "changed since the last start: train.steps: 8 → 9" in said
+    assert "optimizer" not in said
 
 
 class _Poison:

@@ -50,6 +50,14 @@ def test_ways_to_compute_do_not_change_the_run(tmp_path: Path, setting: dict[str
     np.testing.assert_allclose(losses_of(tmp_path / "other"), losses_of(tmp_path / "plain"), rtol=1e-9)
 
 
+def test_compressed_gradients_change_little(tmp_path: Path) -> None:
+    run_ranks(train_rank, 2, tmp_path / "plain", {})
+    run_ranks(train_rank, 2, tmp_path / "compressed", {"train__compress_gradients": True})
+    plain, compressed = losses_of(tmp_path / "plain"), losses_of(tmp_path / "compressed")
+    np.testing.assert_allclose(compressed, plain, rtol=0.05)
+    assert compressed[1:] != plain[1:]
+
+
 def test_settings_that_cannot_be_met(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a process group"):
         train(config(tmp_path / "run", train__parallel="fsdp"), Ranks())

@@ -209,6 +209,7 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1, description="batches per update")
     precision: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     parallel: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    compress_gradients: bool = Field(False, description="ddp: sum the backbone's gradients over ranks in bfloat16")
     compile: bool = Field(False, description="torch.compile the backbone")
     channels_last: bool = False
     activation_checkpointing: bool = False
@@ -235,6 +236,7 @@ class LogConfig(Section):
     every_steps: int = Field(20, ge=1)
     tensorboard: bool = True
     progress: bool = True
+    profile: tuple[int, int] | None = Field(None, description="trace these updates (first, last) into <run>/profile")
 
 
 class Config(Section):

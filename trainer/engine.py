@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from torch import Tensor
 
 from trainer.checkpoint import Checkpoint, Checkpoints, load_tensors
@@ -249,15 +250,15 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
         done = on_main(lambda: _finished(config.run.dir, engine.steps), ranks)
         if done is not None:
             return done
-        on_main(lambda: _open_folder(config), ranks)
-        return _train(engine, began)
+        changes = on_main(lambda: _open_folder(config), ranks)
+        return _train(engine, began, changes)
     finally:
         loader.close()
 
 
-def _train(engine: Engine, began: float) -> RunSummary:
+def _train(engine: Engine, began: float, changes: list[str]) -> RunSummary:
     config, ranks, folder = engine.config, engine.ranks, engine.folder
-    warnings: list[str] = []
+    warnings = [f"{folder}: changed since the last start: {change}" for change in changes]
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, ranks, warnings.append)
     checkpoints.clean()
     started = engine.resume(checkpoints)
@@ -297,16 +298,38 @@ def _train(engine: Engine, began: float) -> RunSummary:
     return summary
 
 
-def _open_folder(config: Config) -> None:
-    """Make the run folder, keep the resolved configuration, and forget the notes of an earlier attempt's ranks."""
+def _open_folder(config: Config) -> list[str]:
+    """Make the run folder, keep the resolved configuration, and forget the notes of an earlier attempt's ranks.
+
+    Returns:
+        What has changed in the configuration since the last start, for people.
+    """
     try:
         folder = config.run.dir
+        changes = _changes(folder / "config.yaml", config)
         (folder / "ranks").mkdir(parents=True, exist_ok=True)
         for note in (folder / "ranks").iterdir():
             note.unlink()
         _write_beside(folder / "config.yaml", dump_config(config))
+        return changes
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.dir}: cannot be written: {error.strerror}") from None
+
+
+def _changes(before: Path, config: Config) -> list[str]:
+    """The settings that differ from those the folder was last run with, as ``key: old → new``."""
+    if not before.exists():
+        return []
+    old = _flat(yaml.safe_load(before.read_text()))
+    new = _flat(yaml.safe_load(dump_config(config)))
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 def _finished(folder: Path, steps: int) -> RunSummary | None:

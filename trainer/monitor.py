@@ -26,6 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor
+from torch.profiler import profile
 
 from trainer.config import LogConfig
 from trainer.distributed import Ranks
@@ -74,6 +75,8 @@ class Monitor:
         self.last: dict[str, Any] = {}
         self._began = self._mark = time.perf_counter()
         self._mark_step, self._samples, self._waited = start, 0, 0.0
+        self.folder = folder
+        self._profile: profile | None = None
         self._log: TextIO | None = None
         self._board: Any = None
         self._progress: Progress | None = None
@@ -127,9 +130,22 @@ class Monitor:
         return step == 1 or step % self.config.every_steps == 0 or step == self.steps
 
     def advance(self, step: int) -> None:
-        """Move the progress bar."""
+        """Move the progress bar, and begin or end the trace of ``log.profile``."""
+        if self.config.profile is not None:
+            self._trace(step, *self.config.profile)
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, completed=step)
+
+    def _trace(self, step: int, first: int, last: int) -> None:
+        if step + 1 == first:
+            self._profile = profile(record_shapes=True)
+            self._profile.start()
+        elif step == last and self._profile is not None:
+            self._profile.stop()
+            folder = self.folder / "profile"
+            folder.mkdir(exist_ok=True)
+            self._profile.export_chrome_trace(str(folder / f"rank-{self.ranks.rank:05d}.json"))
+            self._profile = None
 
     def log(self, step: int, values: dict[str, float | Tensor]) -> dict[str, Any]:
         """Write one line; the tensors among ``values`` are read here, which waits for the device.
