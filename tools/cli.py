@@ -18,7 +18,19 @@ EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
 
 # A subcommand is a module with HELP (one line), add_arguments(parser) and run(args) -> exit status. It imports what is
 # heavy or optional inside run(), so that `lce --help` stays quick and works without the extras.
-COMMANDS = ("demo", "pack", "check", "split", "launch", "centers", "evaluate", "export", "checkpoint", "bench")
+COMMANDS = (
+    "demo",
+    "pack",
+    "check",
+    "split",
+    "launch",
+    "centers",
+    "evaluate",
+    "export",
+    "gallery",
+    "checkpoint",
+    "bench",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -54,7 +54,7 @@ class NpyGallery:
 
     def read(self, start: int, stop: int) -> FloatArray:
         """See :class:`Format`."""
-        return np.asarray(self._array[start:stop], np.float32)
+        return np.array(self._array[start:stop], np.float32)
 
     def build(self, vectors: FloatArray, target: Path) -> None:
         """See :class:`Format`; the dtype of the old array is kept."""

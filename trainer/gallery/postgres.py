@@ -66,9 +66,10 @@ class PostgresGallery:
         self._texts = names
         self._ordered = order is not None
         with self._connect() as connection:
-            self.dim = self._column_dim(connection, column)
-            if self.dim is None:
-                raise DataError(f"{self.name}: no such vector column in the database")
+            dim = self._column_dim(connection, column)
+        if dim is None:
+            raise DataError(f"{self.name}: no such vector column in the database")
+        self.dim = dim
 
     @contextmanager
     def _connect(self) -> Iterator[Any]:
@@ -111,22 +112,51 @@ class PostgresGallery:
         row = connection.execute("SELECT phase, version FROM lce_gallery WHERE gallery = %s", (self.name,)).fetchone()
         return ("none", None) if row is None else (row[0], row[1])
 
+    def plan(self, converter: Converter, sample: int = 1000) -> dict[str, float]:
+        """What an upgrade takes: rows, dimensions, bytes of the new column, seconds for one worker (from a sample)."""
+        with self._connect() as connection:
+            phase, _ = self._state(connection)
+            old = "{old}" if phase == "swapped" else "{v}"
+            text = f"SELECT {{k}}, {old} FROM {{t}} WHERE {old} IS NOT NULL LIMIT %s"
+            rows = connection.execute(self._query(text), (sample,)).fetchall()
+            count = connection.execute(self._query(f"SELECT count({old}) FROM {{t}}")).fetchone()[0]
+        if not rows:
+            raise DataError(f"{self.name}: the table holds no vector; there is nothing to upgrade")
+        vectors = _unit(rows, self.name)
+        if vectors.shape[1] != converter.dim_in:
+            raise DataError(f"{self.name}: vectors of dimension {self.dim}, the conversion takes {converter.dim_in}")
+        start = time.perf_counter()
+        converter(np.array([row[0] for row in rows], np.int64), vectors)
+        seconds = (time.perf_counter() - start) / len(rows) * count
+        room = count * (converter.dim_out * 4 + 8)
+        return {
+            "rows": count,
+            "dim_in": converter.dim_in,
+            "dim_out": converter.dim_out,
+            "bytes_needed": room,
+            "seconds": seconds,
+        }
+
     def begin(self, converter: Converter) -> None:
         """Make the new column and note what it will hold; nothing happens when that is done already.
 
         Raises:
             DataError: vectors of another dimension, or an upgrade to another version is under way or done.
         """
-        if self.dim != converter.dim_in:
-            raise DataError(f"{self.name}: vectors of dimension {self.dim}, the conversion takes {converter.dim_in}")
         with self._connect() as connection:
+            # One worker at a time; polled, because building an index concurrently waits for who waits in a lock.
+            while not connection.execute("SELECT pg_try_advisory_lock(hashtext('lce_gallery'))").fetchone()[0]:
+                time.sleep(0.05)
             phase, version = self._state(connection)
-            if phase != "none":
-                if version != converter.version:
-                    raise DataError(f"{self.name}: an upgrade to {version} is {phase}; roll it back before another")
+            if phase != "none" and version != converter.version:
+                raise DataError(f"{self.name}: an upgrade to {version} is {phase}; roll it back before another")
+            if phase == "swapped":
                 return
+            if self.dim != converter.dim_in:
+                raise DataError(
+                    f"{self.name}: vectors of dimension {self.dim}, the conversion takes {converter.dim_in}"
+                )
             with connection.transaction():
-                connection.execute("SELECT pg_advisory_xact_lock(hashtext('lce_gallery'))")
                 connection.execute(_STATE)
                 column = self._sql.SQL("ALTER TABLE {t} ADD COLUMN IF NOT EXISTS {new} vector({dim})")
                 connection.execute(column.format(**self._names, dim=self._sql.Literal(converter.dim_out)))

@@ -1,0 +1,217 @@
+"""Upgrade in a real PostgreSQL with pgvector: workers killed and side by side, mixed search, swap, refusals."""
+
+import multiprocessing
+import os
+import random
+import signal
+import warnings
+
+import numpy as np
+import pytest
+
+from tests.evaluation.samples import identities
+from tests.gallery.rotation import Rotation
+from trainer.errors import DataError
+
+psycopg = pytest.importorskip("psycopg", reason="needs the extra `gallery`")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pgserver = pytest.importorskip("pgserver", reason="needs PostgreSQL from PyPI's pgserver (extra `dev`)")
+
+from trainer.gallery.postgres import PostgresGallery  # noqa: E402
+
+VECTORS = identities(100, 4, dim=16, seed=1)[0]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+    server.psql("CREATE EXTENSION IF NOT EXISTS vector")
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture
+def dsn(server):
+    """A database with the table faces (id, embedding vector(16), hits): 400 rows and one without a vector."""
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        connection.execute("DROP TABLE IF EXISTS faces, lce_gallery")
+        connection.execute("CREATE TABLE faces (id bigint PRIMARY KEY, embedding vector(16), hits int)")
+        with connection.cursor() as cursor:
+            rows = [(10 * i, str(v.tolist()), i % 7) for i, v in enumerate(VECTORS)]
+            cursor.executemany("INSERT INTO faces VALUES (%s, %s, %s)", rows)
+        connection.execute("INSERT INTO faces VALUES (999999, NULL, 0)")
+    return server.get_uri()
+
+
+def stored(dsn, column="embedding"):
+    with psycopg.connect(dsn) as connection:
+        rows = connection.execute(
+            f"SELECT id, {column}::text FROM faces WHERE {column} IS NOT NULL ORDER BY id"
+        ).fetchall()
+    return np.array([i for i, _ in rows]), np.array([np.fromstring(v.strip("[]"), sep=",") for _, v in rows])
+
+
+def test_the_whole_upgrade_and_back(dsn):
+    gallery = PostgresGallery(dsn, "faces")
+    assert (gallery.dim, gallery.status().phase, gallery.status().rows) == (16, "none", 400)
+    gallery.begin(Rotation())
+    gallery.begin(Rotation())  # another worker
+    with pytest.raises(DataError, match="400 rows have no new vector yet"):
+        gallery.swap()
+    counts = []
+    assert gallery.work(Rotation(), batch=64, progress=counts.append) == 400
+    assert sum(counts) == 400
+    assert gallery.status().left == 0
+    gallery.index()
+    gallery.swap()
+    gallery.swap()
+    assert gallery.status().phase == "swapped"
+    ids, vectors = stored(dsn)
+    assert list(ids) == [10 * i for i in range(400)]
+    assert vectors == pytest.approx(Rotation()(None, VECTORS), abs=1e-5)
+    assert PostgresGallery(dsn, "faces").verify(Rotation(), sample=100) == (100, pytest.approx(1.0, abs=1e-5))
+    with psycopg.connect(dsn) as connection:
+        indexes = connection.execute("SELECT indexdef FROM pg_indexes WHERE tablename = 'faces'").fetchall()
+    assert sum("hnsw" in text for (text,) in indexes) == 1
+    gallery.rollback()
+    assert stored(dsn)[1] == pytest.approx(VECTORS, abs=1e-6)
+    assert gallery.status().phase == "none"
+    with pytest.raises(DataError, match="no upgrade to roll back"):
+        gallery.rollback()
+
+
+def _work(dsn, log, seconds):
+    gallery = PostgresGallery(dsn, "faces")
+    gallery.begin(Rotation())
+    gallery.work(Rotation(seconds=seconds, log=log), batch=8)
+
+
+def test_workers_side_by_side_do_no_row_twice(dsn, tmp_path):
+    context = multiprocessing.get_context("fork")
+    logs = [tmp_path / f"log{i}" for i in range(3)]
+    workers = [context.Process(target=_work, args=(dsn, log, 0.01)) for log in logs]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    done = [[int(line) for line in log.read_text().split()] for log in logs]
+    assert sorted(number for one in done for number in one) == [10 * i for i in range(400)]
+    assert stored(dsn, "embedding_new")[1] == pytest.approx(Rotation()(None, VECTORS), abs=1e-5)
+
+
+def test_workers_killed_at_random_moments_lose_nothing(dsn, tmp_path):
+    context, generator, killed = multiprocessing.get_context("fork"), random.Random(5), 0
+    gallery = PostgresGallery(dsn, "faces")
+    gallery.begin(Rotation())
+    while gallery.status().left:
+        worker = context.Process(target=_work, args=(dsn, tmp_path / "log", 0.02))
+        worker.start()
+        worker.join(generator.uniform(0.2, 0.5) if killed < 5 else 60)
+        if worker.is_alive():
+            os.kill(worker.pid, signal.SIGKILL)
+            killed += 1
+        worker.join()
+    assert killed > 0
+    gallery.swap()
+    assert stored(dsn)[1] == pytest.approx(Rotation()(None, VECTORS), abs=1e-5)
+
+
+def test_a_mixed_gallery_is_searched_rightly(dsn):
+    gallery = PostgresGallery(dsn, "faces")
+    query = VECTORS[7]
+    exact = [10 * int(i) for i in np.argsort(-(VECTORS @ query))[:10]]
+
+    def found():
+        return [key for key, _ in gallery.search(query, Rotation()(None, query[None])[0], 10)]
+
+    assert found() == exact
+
+    class Half(Rotation):
+        done = 0
+
+        def __call__(self, ids, vectors):
+            Half.done += len(ids)
+            if Half.done > 200:
+                raise KeyboardInterrupt
+            return super().__call__(ids, vectors)
+
+    gallery.begin(Rotation())
+    with pytest.raises(KeyboardInterrupt):
+        gallery.work(Half(), batch=50)
+    assert gallery.status().left == 200
+    assert found() == exact  # an isometry: the same cosines in both spaces
+    with pytest.raises(DataError, match="holds old rows"):
+        gallery.search(None, Rotation()(None, query[None])[0], 10)
+    gallery.work(Rotation())
+    gallery.swap()
+    assert found() == exact
+
+
+def test_most_searched_rows_come_first(dsn, tmp_path):
+    gallery = PostgresGallery(dsn, "faces", order="hits")
+    gallery.begin(Rotation())
+    gallery.work(Rotation(log=tmp_path / "log"), batch=50)
+    order = [int(line) // 10 % 7 for line in (tmp_path / "log").read_text().split()]
+    assert order == sorted(order, reverse=True)
+
+
+def test_rows_added_during_the_upgrade_are_not_lost(dsn):
+    gallery = PostgresGallery(dsn, "faces")
+    gallery.begin(Rotation())
+    gallery.work(Rotation())
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("INSERT INTO faces VALUES (5, %s, 1)", (str(VECTORS[0].tolist()),))
+    with pytest.raises(DataError, match="1 rows have no new vector yet"):
+        gallery.swap()
+    assert gallery.work(Rotation()) == 1
+    gallery.swap()
+
+
+def test_refusals(dsn):
+    with pytest.raises(DataError, match="no such vector column"):
+        PostgresGallery(dsn, "faces", "hits")
+    with pytest.raises(DataError, match="no such vector column"):
+        PostgresGallery(dsn, "nobody; DROP TABLE faces")
+    with pytest.raises(DataError, match="cannot be reached"):
+        PostgresGallery("postgresql://nobody@127.0.0.1:1/none?connect_timeout=2", "faces")
+    gallery = PostgresGallery(dsn, "faces")
+    other = Rotation()
+    other.dim_in = 32
+    with pytest.raises(DataError, match="takes 32"):
+        gallery.begin(other)
+    with pytest.raises(DataError, match="nothing is converted"):
+        gallery.swap()
+    gallery.begin(Rotation())
+    with pytest.raises(DataError, match="an upgrade to rotation-1 is converting"):
+        gallery.begin(Rotation("rotation-2"))
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("UPDATE faces SET embedding = %s WHERE id = 30", (str([0.0] * 16),))
+    with pytest.raises(DataError, match="row 30 is zero or not finite"):
+        gallery.work(Rotation())
+    gallery.rollback()
+    assert len(stored(dsn)[0]) == 400
+
+
+def test_a_database_that_goes_away_is_one_clear_error(dsn):
+    gallery = PostgresGallery(dsn, "faces")
+    gallery.begin(Rotation())
+
+    class Ending(Rotation):
+        def __call__(self, ids, vectors):
+            if ids[0] >= 1000:  # every other connection is ended, as a server's restart would
+                with psycopg.connect(dsn, autocommit=True) as connection:
+                    connection.execute(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                    )
+            return super().__call__(ids, vectors)
+
+    with pytest.raises(DataError, match="run again to continue"):
+        gallery.work(Ending(), batch=50)
+    left = gallery.status().left
+    assert 0 < left < 400
+    assert left % 50 == 0  # whole batches only
+    assert gallery.work(Rotation()) == left
+    gallery.swap()
+    assert stored(dsn)[1] == pytest.approx(Rotation()(None, VECTORS), abs=1e-5)

@@ -1,0 +1,150 @@
+"""Upgrade the stored embeddings of a gallery to the new model, in place, and back again.
+
+    lce gallery plan    faces.npy --model runs/new
+    lce gallery upgrade faces.npy --model runs/new              T₁₂ of every stored vector; no image is needed
+    lce gallery upgrade faces.npy --model runs/new --images data/gallery      the images embedded anew; ids are record
+    numbers lce gallery verify  faces.npy --model runs/new
+    lce gallery status  faces.npy
+    lce gallery rollback faces.npy
+
+The gallery is a .npy, a .safetensors, a FAISS index (Flat, IVF-Flat, HNSW-Flat), or a table of PostgreSQL with pgvector
+(postgresql://user@host/database --table faces --column embedding --key id). An upgrade that was interrupted in any
+way continues when it is started again. On PostgreSQL any number of these commands, on any machines, share the work;
+the last one swaps. Exit status: 0 done, 1 verification failed, 2 wrong use.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import LceError
+
+if TYPE_CHECKING:
+    from trainer.gallery.convert import Converter
+    from trainer.gallery.postgres import PostgresGallery
+
+HELP = "upgrade stored embeddings: arrays, FAISS indexes, PostgreSQL"
+ACTIONS = ("plan", "upgrade", "verify", "status", "rollback")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("store", help="a gallery file, or postgresql://…")
+    parser.add_argument("--model", metavar="MODEL", help="the new model (for plan, upgrade and verify)")
+    parser.add_argument("--images", metavar="DATASET", help="embed the images anew instead of converting the vectors")
+    parser.add_argument("--table", default="faces", help="PostgreSQL: the table (default: %(default)s)")
+    parser.add_argument("--column", default="embedding", help="PostgreSQL: its vector column (default: %(default)s)")
+    parser.add_argument("--key", default="id", help="PostgreSQL: its integer primary key (default: %(default)s)")
+    parser.add_argument("--order", metavar="COLUMN", help="PostgreSQL: rows with the highest value there come first")
+    parser.add_argument(
+        "--index", choices=("hnsw", "ivfflat", "none"), default="hnsw", help="PostgreSQL: the new column's"
+    )
+    parser.add_argument(
+        "--no-swap", action="store_true", help="PostgreSQL: convert, but leave the swap to a later call"
+    )
+    parser.add_argument("--batch", type=int, default=4096, help="rows at a time (default: %(default)s)")
+    parser.add_argument("--rate", type=float, metavar="ROWS", help="at most so many rows per second")
+    parser.add_argument("--sample", type=int, default=1000, help="verify: rows re-computed (default: %(default)s)")
+    parser.add_argument(
+        "--least-cosine", type=float, default=0.999, help="verify: what these must reach (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+    parser.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``lce gallery``; returns the exit status."""
+    if args.batch < 1 or (args.rate is not None and args.rate <= 0):
+        raise LceError("--batch and --rate must be positive")
+    in_database = args.store.startswith(("postgresql://", "postgres://"))
+    outcome = _database(args) if in_database else _file(args)
+    text = json.dumps({"action": args.action, **outcome}, ensure_ascii=False)
+    if args.json == "-":
+        print(text)
+    else:
+        if args.json:
+            Path(args.json).write_text(text + "\n", encoding="utf-8")
+        for name, value in outcome.items():
+            print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+    return 1 if args.action == "verify" and outcome["smallest_cosine"] < args.least_cosine else 0
+
+
+def _converter(args: argparse.Namespace, dim_in: int) -> "Converter":
+    from trainer.data import open_dataset
+    from trainer.distributed import choose_device
+    from trainer.export import load_model
+    from trainer.gallery.convert import Forward, Reencode
+
+    if args.model is None:
+        raise LceError(f"gallery {args.action}: give the new model with --model")
+    model = load_model(args.model, choose_device(args.device, 0))
+    return Reencode(model, open_dataset(args.images), dim_in) if args.images else Forward(model)
+
+
+def _file(args: argparse.Namespace) -> dict[str, Any]:
+    from trainer.gallery import files
+    from trainer.gallery.formats import open_gallery
+
+    path = Path(args.store)
+    if args.action == "status":
+        state = files.status(path)
+        return {"phase": "none", "rows": open_gallery(path).rows} if state is None else asdict(state)
+    if args.action == "rollback":
+        files.rollback(path)
+        return {"phase": "none"}
+    before = files.status(path)
+    converter = _converter(args, open_gallery(path).dim if before is None else before.dim_in)
+    if args.action == "plan":
+        return asdict(files.plan(path, converter))
+    if args.action == "verify":
+        return asdict(files.verify(path, converter, args.sample))
+    from tools.progress import progress_bar
+
+    with progress_bar("converting") as progress:
+        return asdict(files.upgrade(path, converter, batch=args.batch, rows_per_second=args.rate, progress=progress))
+
+
+def _database(args: argparse.Namespace) -> dict[str, Any]:
+    from trainer.gallery.postgres import PostgresGallery
+
+    gallery = PostgresGallery(args.store, args.table, args.column, args.key, args.order)
+    if args.action == "status":
+        return asdict(gallery.status())
+    if args.action == "rollback":
+        gallery.rollback()
+        return asdict(gallery.status())
+    converter = _converter(args, gallery.dim)
+    if args.action == "plan":
+        return gallery.plan(converter)
+    if args.action == "verify":
+        rows, smallest = gallery.verify(converter, args.sample)
+        return {"rows": rows, "smallest_cosine": smallest}
+    return _upgrade_table(args, gallery, converter)
+
+
+def _upgrade_table(args: argparse.Namespace, gallery: "PostgresGallery", converter: "Converter") -> dict[str, Any]:
+    from tools.progress import progress_bar
+
+    gallery.begin(converter)
+    total, done = gallery.status().left, 0
+    with progress_bar("converting") as progress:
+
+        def count(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if progress is not None:
+                progress(done, total)
+
+        if total:
+            gallery.work(converter, batch=args.batch, rows_per_second=args.rate, progress=count)
+    state = gallery.status()
+    if state.phase == "converting" and state.left == 0 and not args.no_swap:
+        print("building the index and swapping …", file=sys.stderr)
+        if args.index != "none":
+            gallery.index(args.index)
+        gallery.swap()
+    return {"converted_here": done, **asdict(gallery.status())}
