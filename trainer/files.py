@@ -1,15 +1,20 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.errors import LceError
+
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 
 
 @contextlib.contextmanager
@@ -36,6 +41,41 @@ def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+class TensorStream:
+    """A safetensors file of one matrix, written from the first row to the last in blocks; memory is one block.
+
+    The file's CRC-32 is kept while writing, so that it need not be read again.
+
+    Args:
+        path: the file. name: of the tensor. dtype, rows, dim: what it will hold.
+    """
+
+    def __init__(self, path: Path, name: str, dtype: torch.dtype, rows: int, dim: int) -> None:
+        self.dtype, self.rows_left = dtype, rows
+        length = rows * dim * dtype.itemsize
+        entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": [rows, dim], "data_offsets": [0, length]}
+        header = json.dumps({name: entry}).encode()
+        header += b" " * (-len(header) % 8)
+        self._file = path.open("wb", buffering=0)
+        self.crc32, self.size_bytes = 0, 0
+        self._put(len(header).to_bytes(8, "little") + header)
+
+    def write(self, rows: Tensor) -> None:
+        """Append rows (n, dim) of the dtype."""
+        self.rows_left -= len(rows)
+        self._put(rows.contiguous().view(torch.uint8).flatten().numpy().data)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.size_bytes += len(data)
+        while data:
+            data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        """Close the file; it is whole when ``rows_left`` is 0."""
+        self._file.close()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

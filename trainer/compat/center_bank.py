@@ -4,7 +4,8 @@ A bank is a folder::
 
     bank.json                    counts, dimension, how it was made, and of every file its size and CRC-32
     classes.safetensors          boundaries (C,) float32 · counts (C,) int64 · mask (C,) bool · class_ids (C,) int64
-    centers-00000.safetensors …  centers (n, D1) float32, bfloat16 or int8; int8 with scales (n,) float32
+                                 and, where centres are int8, their scales (C,) float32
+    centers-00000.safetensors …  centers (n, D1) float32, bfloat16 or int8
 
 It is written beside and renamed when complete. It is read by ranges of rows, so that every rank of any world size reads
 its own classes only; a shard's checksum is verified when its first row is read (a file lost to a power cut is noticed).
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from trainer import __version__
 from trainer.errors import CenterBankError
-from trainer.files import save_tensors
+from trainer.files import TensorStream, save_tensors
 
 SHARD_BYTES = 64 * 2**20
 NORM_TOLERANCE = 1e-3
@@ -95,22 +96,21 @@ class BankRows:
     class_ids: Tensor
 
 
-def encode_centers(centers: Tensor, storage: Storage) -> dict[str, Tensor]:
-    """Unit rows (n, D1) float32 → the tensors that are stored for them. int8: per row, x ≈ q · scale, |q| ≤ 127."""
+def encode_centers(centers: Tensor, storage: Storage) -> tuple[Tensor, Tensor | None]:
+    """Unit rows (n, D1) float32 → what is stored, and for int8 the scales (n,): per row x ≈ q · scale, |q| ≤ 127."""
     if storage != "int8":
-        return {"centers": centers.to(_DTYPES[storage])}
+        return centers.to(_DTYPES[storage]), None
     scales = centers.abs().amax(1).clamp_min(1e-12) / 127
-    return {"centers": (centers / scales[:, None]).round().to(torch.int8), "scales": scales}
+    return (centers / scales[:, None]).round().to(torch.int8), scales
 
 
-def decode_centers(stored: dict[str, Tensor]) -> Tensor:
+def decode_centers(stored: Tensor, scales: Tensor | None) -> Tensor:
     """The inverse of :func:`encode_centers`: (n, D1) float32; rows stored with loss are made unit again, zeros stay."""
-    centers = stored["centers"]
-    if centers.dtype == torch.float32:
-        return centers
-    centers = centers.float()
-    if "scales" in stored:
-        centers = centers * stored["scales"][:, None]
+    if stored.dtype == torch.float32:
+        return stored
+    centers = stored.float()
+    if scales is not None:
+        centers = centers * scales[:, None]
     return centers / centers.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
@@ -155,14 +155,15 @@ class CenterBank:
         """
         if not 0 <= start <= stop <= self.num_classes:
             raise ValueError(f"rows [{start}, {stop}) of a bank of {self.num_classes} classes")
-        centers = [
-            decode_centers(self._slice(part, max(start, part.start) - part.start, min(stop, part.stop) - part.start))
+        parts = [
+            self._slice(part, max(start, part.start) - part.start, min(stop, part.stop) - part.start)["centers"]
             for part in self._manifest.centers
             if part.start < stop and start < part.stop
         ]
-        per_class = self._slice(self._manifest.classes, start, stop)
+        stored = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(0, self.dim)
+        per_class = self.per_class(start, stop)
         return BankRows(
-            torch.cat(centers) if centers else torch.empty(0, self.dim),
+            decode_centers(stored, per_class.get("scales")),
             per_class["boundaries"],
             per_class["mask"],
             per_class["counts"],
@@ -170,7 +171,7 @@ class CenterBank:
         )
 
     def per_class(self, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
-        """``boundaries``, ``class_ids``, ``counts`` and ``mask`` of the classes [start, stop), without their
+        """``boundaries``, ``class_ids``, ``counts``, ``mask`` (and ``scales``) of the classes [start, stop), no
         centres."""
         return self._slice(self._manifest.classes, start, self.num_classes if stop is None else stop)
 
@@ -211,10 +212,10 @@ class CenterBank:
 
 
 def _expected_shapes(per_class: bool, storage: Storage, rows: int, dim: int) -> dict[str, list[int]]:
-    if per_class:
-        return {name: [rows] for name in ("boundaries", "class_ids", "counts", "mask")}
-    shapes = {"centers": [rows, dim]}
-    return shapes | {"scales": [rows]} if storage == "int8" else shapes
+    if not per_class:
+        return {"centers": [rows, dim]}
+    names = ["boundaries", "class_ids", "counts", "mask", *(["scales"] if storage == "int8" else [])]
+    return {name: [rows] for name in names}
 
 
 def _read_manifest(folder: Path) -> _Manifest:
@@ -253,7 +254,7 @@ def _crc32_of(path: Path) -> int:
 class BankWriter:
     """Write a bank piece by piece: centres in class order, then :meth:`finish`.
 
-    A context manager: what is unfinished at its end is removed. Memory: one shard of centres beside what is appended.
+    A context manager: what is unfinished at its end is removed. Memory: what is appended, and some numbers per class.
 
     Raises:
         CenterBankError: the target exists and ``overwrite`` is False, or its parent folder cannot be written.
@@ -286,9 +287,10 @@ class BankWriter:
         except OSError as error:
             raise CenterBankError(f"{self.path}: cannot be written here: {error.strerror}") from None
         self._rows_per_shard = max(1, shard_bytes // (dim * _DTYPES[storage].itemsize))
-        self._pending: list[Tensor] = []
-        self._pending_rows = 0
         self._parts: list[_FileInfo] = []
+        self._stream: TensorStream | None = None
+        self._scales = torch.zeros(num_classes if storage == "int8" else 0)
+        self.rows_written = 0
         self._largest_error = 0.0
 
     def __enter__(self) -> "BankWriter":
@@ -297,12 +299,9 @@ class BankWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._stream is not None:
+            self._stream.close()
         shutil.rmtree(self._partial, ignore_errors=True)
-
-    @property
-    def rows_written(self) -> int:
-        """How many centres were appended so far."""
-        return (self._parts[-1].stop if self._parts else 0) + self._pending_rows
 
     def append(self, centers: Tensor) -> None:
         """Add the next classes' centres: (n, D1) float32, unit rows, or zero rows for classes without a centre.
@@ -324,13 +323,16 @@ class BankWriter:
             raise CenterBankError(
                 f"{self.path}: the centre of class {first + row} is not unit (norm {float(norms[row]):g})"
             )
-        while len(centers):
-            room = self._rows_per_shard - self._pending_rows
-            self._pending.append(centers[:room])
-            self._pending_rows += len(self._pending[-1])
-            centers = centers[room:]
-            if self._pending_rows == self._rows_per_shard:
-                self._flush()
+        stored, scales = encode_centers(centers, self.storage)
+        if self.storage != "float32" and len(centers):
+            error = (decode_centers(stored, scales) - centers).square().sum(1).amax() / 2
+            self._largest_error = max(self._largest_error, float(error))
+        if scales is not None:
+            self._scales[first : first + len(scales)] = scales
+        try:
+            self._write(stored)
+        except OSError as problem:
+            raise CenterBankError(f"{self.path}: cannot be written: {problem.strerror}") from None
 
     def finish(self, boundaries: Tensor, counts: Tensor, mask: Tensor, class_ids: Tensor | None = None) -> None:
         """Write the per-class values, each (C,), and put the bank in its place.
@@ -350,6 +352,8 @@ class BankWriter:
             "counts": counts.to(torch.int64).contiguous(),
             "mask": mask.to(torch.bool).contiguous(),
         }
+        if self.storage == "int8":
+            per_class["scales"] = self._scales
         for name, value in per_class.items():
             if value.shape != (self.num_classes,):
                 raise CenterBankError(
@@ -357,8 +361,13 @@ class BankWriter:
                 )
         if not bool((per_class["boundaries"].abs() <= 1 + 1e-5).all()):
             raise CenterBankError(f"{self.path}: boundaries are cosines, some are outside [−1, 1] or not a number")
-        self._flush()
-        classes = self._write("classes.safetensors", per_class, 0, self.num_classes)
+        path = self._partial / "classes.safetensors"
+        try:
+            save_tensors(per_class, path)
+        except (OSError, SafetensorError) as error:
+            raise CenterBankError(f"{self.path}: cannot be written: {error}") from None
+        size, crc32 = path.stat().st_size, _crc32_of(path)
+        classes = _FileInfo(file=path.name, start=0, stop=self.num_classes, size_bytes=size, crc32=crc32)
         manifest = _Manifest(
             format="lce-center-bank",
             format_version=1,
@@ -380,26 +389,23 @@ class BankWriter:
         self._partial.rename(self.path)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _flush(self) -> None:
-        if not self._pending_rows:
-            return
-        centers = torch.cat(self._pending) if len(self._pending) > 1 else self._pending[0].contiguous()
-        self._pending, self._pending_rows = [], 0
-        stored = encode_centers(centers, self.storage)
-        if self.storage != "float32":
-            error = (decode_centers(stored) - centers).square().sum(1).amax() / 2
-            self._largest_error = max(self._largest_error, float(error))
-        start = self._parts[-1].stop if self._parts else 0
-        name = f"centers-{len(self._parts):05d}.safetensors"
-        self._parts.append(self._write(name, stored, start, start + len(centers)))
-
-    def _write(self, name: str, tensors: dict[str, Tensor], start: int, stop: int) -> _FileInfo:
-        path = self._partial / name
-        try:
-            save_tensors(tensors, path)
-        except (OSError, SafetensorError) as error:
-            raise CenterBankError(f"{path}: cannot be written: {error}") from None
-        return _FileInfo(file=name, start=start, stop=stop, size_bytes=path.stat().st_size, crc32=_crc32_of(path))
+    def _write(self, stored: Tensor) -> None:
+        """Append rows to the present shard, and begin the next where it is full."""
+        while len(stored):
+            name = f"centers-{len(self._parts):05d}.safetensors"
+            if self._stream is None:
+                rows = min(self._rows_per_shard, self.num_classes - self.rows_written)
+                self._stream = TensorStream(self._partial / name, "centers", stored.dtype, rows, self.dim)
+            stream = self._stream
+            block, stored = stored[: stream.rows_left], stored[stream.rows_left :]
+            stream.write(block)
+            self.rows_written += len(block)
+            if stream.rows_left == 0:
+                stream.close()
+                self._stream = None
+                start, stop = self._parts[-1].stop if self._parts else 0, self.rows_written
+                size, crc32 = stream.size_bytes, stream.crc32
+                self._parts.append(_FileInfo(file=name, start=start, stop=stop, size_bytes=size, crc32=crc32))
 
 
 def write_bank(
