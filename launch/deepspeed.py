@@ -20,7 +20,7 @@ def command(job: Job) -> list[str]:
     if job.master:
         host, _, port = job.master.rpartition(":")
         words += ["--master_addr", host, "--master_port", port]
-    return [*words, *job.extra, "--module", "trainer", str(job.config), *job.overrides]
+    return [*words, "--no_local_rank", *job.extra, "--module", "trainer", str(job.config), *job.overrides]
 
 
 def run(job: Job) -> int:
@@ -29,4 +29,6 @@ def run(job: Job) -> int:
     program = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(python()).parent))
     if program is None:
         raise ConfigError("deepspeed is not installed: pip install torch, then DS_BUILD_OPS=0 pip install deepspeed")
-    return subprocess.run([program, *words[1:]], env=os.environ | job.environment, check=False).returncode
+    return subprocess.run(
+        [program, *words[1:]], env=os.environ | job.environment | {"LOCAL_WORLD_SIZE": str(job.nproc)}, check=False
+    ).returncode

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_dry_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "mpirun -n 3" in mpi
     assert f"-m launch.mpirun {config} train.steps=9" in mpi
     deepspeed = _shown(capsys, config, "--nproc", "2", "--with", "deepspeed", "--hostfile", "hosts")
-    assert f"deepspeed --hostfile hosts --num_gpus 2 --module trainer {config}" in deepspeed
+    assert f"deepspeed --hostfile hosts --num_gpus 2 --no_local_rank --module trainer {config}" in deepspeed
 
 
 @pytest.mark.parametrize(
@@ -131,16 +132,34 @@ def test_status_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rank 1 by SIGKILL" in capsys.readouterr().out
 
 
+def _train(path: Path, launcher: str, *options: str) -> None:
+    command = [sys.executable, "-m", "tools.cli", "launch", str(path), "--nproc", "2", "--with", launcher]
+    done = subprocess.run(
+        [*command, "--interface", "lo", *options, "train.steps=2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stderr
+    assert json.loads((path.parent / "run/summary.json").read_text())["step"] == 2
+
+
+def test_deepspeed(path: Path) -> None:
+    """Two ranks under DeepSpeed's own launcher."""
+    pytest.importorskip("deepspeed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    _train(path, "deepspeed", "--master", f"127.0.0.1:{port}")
+
+
 @pytest.mark.skipif(
     not (Path(sys.executable).parent / "mpirun").exists() and not shutil.which("mpirun"), reason="no mpirun"
 )
 def test_mpirun(path: Path) -> None:
     """Two ranks under a real mpirun: mpi4py tells them who they are, gloo joins them."""
     pytest.importorskip("mpi4py")
-    words = ["launch", str(path), "--nproc", "2", "--with", "mpirun", "--interface", "lo", "train.steps=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.cli", *words], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks" in done.stderr
-    assert json.loads((path.parent / "run/summary.json").read_text())["step"] == 2
+    _train(path, "mpirun")
