@@ -20,7 +20,7 @@ from trainer.checkpoint import Checkpoint, list_checkpoints, load_tensors, read_
 from trainer.data import Batch
 from trainer.distributed import Ranks
 from trainer.engine import train
-from trainer.errors import TrainingError
+from trainer.errors import CheckpointError, ConfigError, TrainingError
 from trainer.export import load_model
 
 SAMPLED = {"head__sample_rate": 0.5}
@@ -157,13 +157,15 @@ def test_continued_on_another_number_of_ranks(begun: Path, tmp_path: Path, world
     np.testing.assert_allclose(losses_of(run), losses_of(begun / "whole"), rtol=1e-9)
 
 
-def test_finished_run(tmp_path: Path) -> None:
+def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A finished run has a model that loads and a summary; starting it again does nothing; more steps continue it."""
     done = train(config(tmp_path / "run"), Ranks())
     assert (done.status, done.step, done.steps, done.skipped_steps) == ("finished", 8, 8, 0)
     assert load_model(tmp_path / "run").dim == 6
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
     assert train(config(tmp_path / "run"), Ranks()) == done
+    assert "finished already" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
     assert train(config(tmp_path / "run", train__steps=10), Ranks()).step == 10
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 11))
@@ -177,6 +179,25 @@ def test_a_trace_and_changed_settings(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert "changed since the last start: train.steps: 8 → 9" in said
     assert "optimizer" not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"data__synthetic_records": 50}, CheckpointError, "another data set"),
+        ({"backbone__dim": 7}, CheckpointError, "this run needs"),
+        ({"checkpoint__resume": "never"}, ConfigError, "resume=never"),
+    ],
+)
+def test_a_folder_of_another_run_is_left_alone(
+    begun: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun / "cut", run)
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(error, match=words):
+        train(config(run, **RESUMED | changes), Ranks())
+    assert (run / "config.yaml").read_text() == before
 
 
 class _Poison:

@@ -166,7 +166,7 @@ def load_tensors(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
     """Read a checkpoint into the tensors of ``state``, in place. All ranks call it.
 
     Raises:
-        CheckpointError: it lacks one of the tensors or has it with another shape.
+        CheckpointError: it lacks one of the tensors, has it with another shape, or cannot be read on some rank.
     """
     index = read_index(checkpoint.folder).state_dict_metadata
     for name, tensor in state.items():
@@ -179,7 +179,10 @@ def load_tensors(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
                 "use another run folder for another model or data set"
             )
     # Saved dtypes may differ (float32 weights into a float64 run): torch's reader copies element by element.
-    load_in_place(dict(state), storage_reader=SafeReader(checkpoint.folder), no_dist=not dist.is_initialized())
+    try:
+        load_in_place(dict(state), storage_reader=SafeReader(checkpoint.folder), no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise CheckpointError(f"{checkpoint.folder}: cannot be read: {_first_line(error)}") from None
 
 
 @dataclass

@@ -9,6 +9,7 @@ with accumulated batches, once an update).
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from trainer.checkpoint import Checkpoint, Checkpoints, load_tensors
 from trainer.config import Config, dump_config
 from trainer.data import Batch, Loader, build_loader
 from trainer.distributed import Ranks, barrier, broadcast_object, on_main
-from trainer.errors import ConfigError, TrainingError
+from trainer.errors import CheckpointError, ConfigError, TrainingError
 from trainer.monitor import Monitor
 from trainer.optim import Average, LossScale, Statistics, Updater, learning_rate
 from trainer.startup import Inputs, identity, prepare, together
@@ -230,6 +231,11 @@ class Engine:
         checkpoint = checkpoints.newest()
         if checkpoint is None:
             return "starting"
+        theirs, ours = checkpoint.seal["identity"].get("data set"), identity(self.config, self.inputs)["data set"]
+        if theirs != ours:
+            raise CheckpointError(
+                f"{checkpoint.folder}: was taken on another data set ({theirs}, now {ours}); choose another run.dir"
+            )
         self.state.load(checkpoint)
         self._saved_step = self.state.step
         return f"continuing from {checkpoint.folder} (written by {checkpoint.seal['world_size']} ranks)"
@@ -249,19 +255,22 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
         engine = Engine(config, ranks, inputs, task, loader)
         done = on_main(lambda: _finished(config.run.dir, engine.steps), ranks)
         if done is not None:
+            if ranks.is_main:
+                print(f"{config.run.dir}: finished already, {done.step} steps; nothing to do", file=sys.stderr)
             return done
-        changes = on_main(lambda: _open_folder(config), ranks)
-        return _train(engine, began, changes)
+        return _train(engine, began)
     finally:
         loader.close()
 
 
-def _train(engine: Engine, began: float, changes: list[str]) -> RunSummary:
+def _train(engine: Engine, began: float) -> RunSummary:
     config, ranks, folder = engine.config, engine.ranks, engine.folder
-    warnings = [f"{folder}: changed since the last start: {change}" for change in changes]
+    warnings: list[str] = []
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, ranks, warnings.append)
     checkpoints.clean()
     started = engine.resume(checkpoints)
+    changes = on_main(lambda: _open_folder(config), ranks)
+    warnings += [f"{folder}: changed since the last start: {change}" for change in changes]
     with (
         Watch(folder / "ranks", ranks, config.run.timeout_seconds) as watch,
         Monitor(folder, config.log, ranks, engine.steps, engine.state.step) as monitor,

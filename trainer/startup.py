@@ -134,13 +134,18 @@ def identity(config: Config, inputs: Inputs) -> dict[str, str]:
         code.update(path.read_bytes())
     return {
         "configuration": hashlib.sha256(dump_config(config).encode()).hexdigest()[:16],
-        "data set": inputs.dataset.fingerprint if inputs.dataset else "synthetic",
+        "data set": inputs.dataset.fingerprint if inputs.dataset else _synthetic(config),
         "centre bank": inputs.bank.fingerprint if inputs.bank else "none",
         "trainer version": __version__,
         "trainer code": code.hexdigest()[:16],
         "torch version": torch.__version__,
         "python version": platform.python_version(),
     }
+
+
+def _synthetic(config: Config) -> str:
+    data = config.data
+    return f"synthetic {data.synthetic_records} of {data.synthetic_classes} classes, {data.synthetic_size} pixels"
 
 
 def check_agreement(mine: dict[str, str]) -> None:
