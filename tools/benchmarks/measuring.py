@@ -10,7 +10,7 @@ from typing import Any
 
 
 def origin() -> dict[str, Any]:
-    """The commit of the code (with "-dirty" where files differ from it) and the machine, for the JSON of a benchmark."""
+    """The commit of the code (with "-dirty" where files differ from it) and the machine, for a benchmark's JSON."""
     import torch
 
     def git(*arguments: str) -> str:

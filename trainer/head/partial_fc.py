@@ -170,7 +170,7 @@ class PartialFC(nn.Module):
             pull = RowGradient(None, None, ones * 0, gradient[start:stop], ones * inverse_scale)
             self.optimizer.update(selection, start, stop, pull, None)
         self.optimizer.finish(index, None)
-        self.discard_update()
+        self._collected.clear()
 
     def discard_update(self) -> None:
         """Forget the collected gradients: the step is skipped."""

@@ -30,7 +30,7 @@ from trainer.errors import ConfigError
 
 HORIZON = 1024
 """After so many updates all rows are brought up to date, so that no row can miss more steps than the table holds."""
-FLUSH_ROWS = 65536
+FLUSH_ROWS = 4096
 """Rows per block of that sweep."""
 
 
@@ -69,60 +69,59 @@ class RowGradient:
 
 
 class Selection:
-    """The rows of one step with their state, as float32 (or float64) blocks.
+    """The rows of one step with their state, as float32 (or float64) blocks, one block at a time.
 
-    Where all rows take part and the dtypes agree, blocks are views of the tables. Otherwise they are copies in a
-    workspace that the owner keeps from step to step; drawn rows stay in it from the first pass to the second.
+    Where all rows take part and the dtypes agree, blocks are views of the tables. Otherwise they are copies in
+    workspaces that the owner keeps from step to step: drawn rows stay there from the first pass to the second, their
+    state and rows of another dtype are copied block by block.
     """
 
     def __init__(self, owner: "RowOptimizer", index: Tensor | None) -> None:
         self.owner, self.index = owner, index
         self.count = len(owner.rows) if index is None else len(index)
         self.in_place = index is None and owner.rows.dtype == owner.work
-        self._loaded = -1
-        if not self.in_place:
-            self._space = owner.workspace(self.count if index is not None else 0)
+        if index is not None:
+            self._kept = owner.workspace(0, self.count)
 
     def open(self, start: int, stop: int) -> Tensor:
         """The rows [start, stop) of the selection (n, D), for the first time in this step."""
         if self.index is None:
-            return self.blocks(start, stop)[0]
-        blocks = tuple(t[start:stop] for t in self._space)
-        self.owner.gather(self.index[start:stop], blocks)
-        return blocks[0]
+            if self.in_place:
+                return self.owner.rows[start:stop]
+            return self.owner.workspace(0, stop - start).copy_(self.owner.rows[start:stop])
+        self.owner.copy_rows(self.index[start:stop], self._kept[start:stop])
+        return self._kept[start:stop]
 
-    def blocks(self, start: int, stop: int) -> tuple[Tensor, ...]:
-        """Rows and state [start, stop), (n, D) each; drawn rows must have been opened."""
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The same rows once more, in the second pass."""
+        return self.open(start, stop) if self.index is None else self._kept[start:stop]
+
+    def state(self, start: int, stop: int, w: Tensor) -> tuple[Tensor, ...]:
+        """The state of the rows ``w`` that :meth:`rows` gave, (n, D) each; valid until the next call."""
         if self.in_place:
-            return tuple(t[start:stop] for t in self.owner.tables)
-        if self.index is not None:
-            return tuple(t[start:stop] for t in self._space)
-        blocks = tuple(t[: stop - start] for t in self.owner.workspace(stop - start))
-        if self._loaded != start:  # the workspace holds one block of all rows at a time
-            for block, table in zip(blocks, self.owner.tables, strict=True):
+            return tuple(t[start:stop] for t in self.owner.tables[1:])
+        blocks = tuple(self.owner.workspace(i, stop - start) for i in range(1, len(self.owner.tables)))
+        if self.index is None:
+            for block, table in zip(blocks, self.owner.tables[1:], strict=True):
                 block.copy_(table[start:stop])
-            self._loaded = start
+        else:
+            self.owner.copy_state(self.index[start:stop], w, blocks)
         return blocks
 
     def take(self, places: Tensor) -> Tensor:
         """Copies of the rows at some places of the selection, (P, D)."""
+        out = self.owner.rows.new_empty((len(places), self.owner.rows.shape[1]), dtype=self.owner.work)
         if self.index is None:
-            return self.owner.rows.index_select(0, places).to(self.owner.work)
-        shape = (len(places), self.owner.rows.shape[1])
-        blocks = tuple(self.owner.rows.new_empty(shape, dtype=self.owner.work) for _ in self.owner.tables)
-        self.owner.gather(self.index[places], blocks)
-        return blocks[0]
+            return out.copy_(self.owner.rows[places])
+        self.owner.copy_rows(self.index[places], out)
+        return out
 
     def store(self, start: int, stop: int, blocks: tuple[Tensor, ...]) -> None:
-        """Write changed blocks back to the tables."""
+        """Write changed rows and state back to the tables."""
         if self.in_place:
             return
         for table, block in zip(self.owner.tables, blocks, strict=True):
-            value = self.owner.round(block)
-            if self.index is not None:
-                table.index_copy_(0, self.index[start:stop], value)
-            else:
-                table[start:stop] = value
+            table[slice(start, stop) if self.index is None else self.index[start:stop]] = self.owner.round(block)
 
 
 class RowOptimizer(ABC):
@@ -143,7 +142,7 @@ class RowOptimizer(ABC):
         self.work = torch.float64 if rows.dtype == torch.float64 else torch.float32
         self.tables = (rows, *(torch.zeros_like(rows) for _ in self.state_names))
         self._noise = torch.Generator(rows.device).manual_seed(seed)
-        self._space: tuple[Tensor, ...] = ()
+        self._space = [rows.new_empty(0) for _ in self.tables]
         self.fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
 
     def set_lr(self, lr: float) -> None:
@@ -154,21 +153,24 @@ class RowOptimizer(ABC):
         """The rows ``index`` (None: all), brought up to date."""
         return Selection(self, index)
 
-    def workspace(self, count: int) -> tuple[Tensor, ...]:
-        """A block of at least ``count`` rows for each table in working precision, kept between steps."""
-        if not self._space or len(self._space[0]) < count:
-            self._space = ()  # first let go, then take
-            size = (count + count // 16, self.rows.shape[1])  # room for the next draws, which differ by a few rows
-            self._space = tuple(self.rows.new_empty(size, dtype=self.work) for _ in self.tables)
-        return self._space
+    def workspace(self, number: int, count: int) -> Tensor:
+        """``count`` rows of a block in working precision that is kept between steps; one for each table."""
+        if len(self._space[number]) < count:
+            self._space[number] = self.rows.new_empty(0)  # first let go, then take
+            size = (count + count // 64, self.rows.shape[1])  # draws differ by a few rows
+            self._space[number] = self.rows.new_empty(size, dtype=self.work)
+        return self._space[number][:count]
 
-    def gather(self, index: Tensor, blocks: tuple[Tensor, ...]) -> None:
-        """Copy rows and state at ``index`` into ``blocks``, brought up to date."""
-        for table, block in zip(self.tables, blocks, strict=True):
-            if table.dtype == block.dtype:
-                torch.index_select(table, 0, index, out=block)
-            else:
-                block.copy_(table.index_select(0, index))
+    def copy_rows(self, index: Tensor, out: Tensor) -> None:
+        """Copy the rows at ``index`` (n,) to ``out`` (n, D), brought up to date."""
+        out.copy_(self.rows.index_select(0, index))
+
+    def copy_state(self, index: Tensor, w: Tensor, out: tuple[Tensor, ...]) -> None:
+        """Copy the state at ``index`` to ``out``, brought up to date; ``w`` are the rows that :meth:`copy_rows`
+        gave.
+        """
+        for table, block in zip(self.tables[1:], out, strict=True):
+            block.copy_(table.index_select(0, index))
 
     def round(self, value: Tensor) -> Tensor:
         """In the tables' dtype; to bfloat16 stochastically: E[result] = value."""
@@ -223,21 +225,36 @@ class SgdRows(RowOptimizer):
             return
         self._last = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
         self._now = torch.zeros((), dtype=torch.int32, device=rows.device)
-        self._since_flush = 0
+        # Decay alone shrinks a row that is never drawn by this; copy_state divides by it, so it is kept from vanishing.
+        self._since_flush, self._shrunk = 0, 1.0
         # _missed[k] is the product of the last k steps as (a, b, c, d), kept in float64; _coefficients is what rows
         # use.
         identity = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=rows.device)
         self._missed = identity.repeat(HORIZON + 1, 1)
         self._coefficients = self._missed.to(self.work)
 
-    def gather(self, index: Tensor, blocks: tuple[Tensor, ...]) -> None:
-        """See :meth:`RowOptimizer.gather`."""
-        missed = self._coefficients.index_select(0, self._now - self._last.index_select(0, index))
-        self.fuse(_gather_and_catch_up)(index, *self.tables, missed, *blocks)
+    def _missed_by(self, index: Tensor) -> Tensor:
+        """What the rows at ``index`` missed, (n, 4)."""
+        return self._coefficients.index_select(0, self._now - self._last.index_select(0, index))
+
+    def copy_rows(self, index: Tensor, out: Tensor) -> None:
+        """See :meth:`RowOptimizer.copy_rows`."""
+        self.fuse(_copy_rows)(index, self.rows, self.tables[1], self._missed_by(index), out)
+
+    def copy_state(self, index: Tensor, w: Tensor, out: tuple[Tensor, ...]) -> None:
+        """See :meth:`RowOptimizer.copy_state`."""
+        self.fuse(_copy_momentum)(index, self.tables[1], self._missed_by(index), w, out[0])
+
+    def _mark(self, index: Tensor | None) -> None:
+        if index is None:
+            self._last.copy_(self._now.expand_as(self._last))
+        else:
+            self._last.index_fill_(0, index, self._now)
 
     def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.update`."""
-        w, v = blocks = selection.blocks(start, stop)
+        w = selection.rows(start, stop)
+        (v,) = selection.state(start, stop, w)
         mu, decay = self.config.momentum, self.config.weight_decay
         step = torch.as_tensor(self.lr, dtype=w.dtype, device=w.device)
         if gate is not None:
@@ -252,10 +269,10 @@ class SgdRows(RowOptimizer):
         if gradient.pull is not None and gradient.pull_scale is not None:
             self.fuse(_pull)(v, gradient.pull, gradient.pull_scale[:, None])
         if selection.index is not None and self.rows.dtype == self.work:
-            self.fuse(_descend_into)(selection.index[start:stop], *self.tables, w, v, beta, step)
+            self.fuse(_descend_into)(selection.index[start:stop], self.tables, (w, v), beta, step)
         else:
             self.fuse(_descend)(w, v, beta, step)
-            selection.store(start, stop, blocks)
+            selection.store(start, stop, (w, v))
 
     def finish(self, index: Tensor | None, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.finish`."""
@@ -277,29 +294,23 @@ class SgdRows(RowOptimizer):
         self._missed[1:] = longer if gate is None else torch.where(gate > 0, longer, self._missed[1:])
         self._coefficients = self._missed.to(self.work)
         self._now += done
-        # A gated step wrote rows brought up to date to `now`, which did not move; an update moved both by one.
-        if index is None:
-            self._last.copy_(self._now.expand_as(self._last))
-        else:
-            self._last.index_fill_(0, index, self._now)
+        self._mark(index)  # after an update, which moved `now` and these rows by one step, or after none
         self._since_flush += 1
-        if self._since_flush >= HORIZON:
+        self._shrunk *= 1 - min(1.0, lr * decay / (1 - mu))
+        if self._since_flush >= HORIZON or self._shrunk < 0.5:
             self.flush()
 
     def flush(self) -> None:
         """See :meth:`RowOptimizer.flush`."""
         if not self.sampled:
             return
-        rows, device = FLUSH_ROWS, self.rows.device
-        for first in range(0, len(self.rows), rows):
-            index = torch.arange(first, min(first + rows, len(self.rows)), device=device)
-            shape = (len(index), self.rows.shape[1])
-            blocks = tuple(self.rows.new_empty(shape, dtype=self.work) for _ in self.tables)
-            self.gather(index, blocks)
-            for table, block in zip(self.tables, blocks, strict=True):
-                table[first : first + len(index)] = self.round(block)
-        self._last.copy_(self._now.expand_as(self._last))
-        self._since_flush = 0
+        for first in range(0, len(self.rows), FLUSH_ROWS):
+            index = torch.arange(first, min(first + FLUSH_ROWS, len(self.rows)), device=self.rows.device)
+            selection = self.select(index)
+            w = selection.open(0, len(index))
+            selection.store(0, len(index), (w, *selection.state(0, len(index), w)))
+        self._mark(None)
+        self._since_flush, self._shrunk = 0, 1.0
 
 
 class AdamWRows(RowOptimizer):
@@ -313,7 +324,8 @@ class AdamWRows(RowOptimizer):
 
     def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.update`."""
-        w, first, second = blocks = selection.blocks(start, stop)
+        w = selection.rows(start, stop)
+        first, second = selection.state(start, stop, w)
         c, index = self.config, selection.index
         draws = self._draws[start:stop] if index is None else self._draws.index_select(0, index[start:stop])
         count = draws[:, None].to(w.dtype) + 1
@@ -324,7 +336,7 @@ class AdamWRows(RowOptimizer):
         root = (second / (1 - c.beta2**count)).sqrt_().add_(c.eps)
         w.mul_(1 - self.lr * c.weight_decay * on)
         w.sub_(first / root * (self.lr * on / (1 - c.beta1**count)))
-        selection.store(start, stop, blocks)
+        selection.store(start, stop, (w, first, second))
 
     def finish(self, index: Tensor | None, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.finish`."""
@@ -358,26 +370,31 @@ def _descend(w: Tensor, v: Tensor, beta: Tensor, lr: Tensor) -> None:
 
 
 def _descend_into(
-    index: Tensor, rows: Tensor, momentum: Tensor, w: Tensor, v: Tensor, beta: Tensor, lr: Tensor
+    index: Tensor, tables: tuple[Tensor, Tensor], blocks: tuple[Tensor, Tensor], beta: Tensor, lr: Tensor
 ) -> None:
     """:func:`_descend`, its result written to the tables at ``index``."""
+    w, v = blocks
     new = v + w * beta
-    momentum[index] = new
-    rows[index] = w - new * lr
+    tables[1][index] = new
+    tables[0][index] = w - new * lr
 
 
 def _pull(v: Tensor, centers: Tensor, scale: Tensor) -> None:
     v.addcmul_(centers.to(v.dtype), scale)
 
 
-def _gather_and_catch_up(
-    index: Tensor, rows: Tensor, momentum: Tensor, missed: Tensor, out_w: Tensor, out_v: Tensor
-) -> None:
-    """Rows and momentum at ``index``, each pair multiplied by its 2 × 2 ``missed`` (n, 4)."""
-    w, v = rows[index].to(out_w.dtype), momentum[index].to(out_v.dtype)
+def _copy_rows(index: Tensor, rows: Tensor, momentum: Tensor, missed: Tensor, out: Tensor) -> None:
+    """w' = a·w + b·v at ``index``; ``missed`` (n, 4) is the 2 × 2 product [[a, b], [c, d]] of each row's missed
+    steps.
+    """
+    w, v = rows[index].to(out.dtype), momentum[index].to(out.dtype)
+    out.copy_(missed[:, 0:1] * w + missed[:, 1:2] * v)
+
+
+def _copy_momentum(index: Tensor, momentum: Tensor, missed: Tensor, w: Tensor, out: Tensor) -> None:
+    """v' = c·w + d·v at ``index``, with w = (w' − b·v) / a taken from the w' that was copied before."""
     a, b, c, d = missed[:, 0:1], missed[:, 1:2], missed[:, 2:3], missed[:, 3:4]
-    out_w.copy_(a * w + b * v)
-    out_v.copy_(c * w + d * v)
+    out.copy_(c / a * w + (d - b * c / a) * momentum[index].to(out.dtype))
 
 
 def _round_stochastically(value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:

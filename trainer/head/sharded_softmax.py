@@ -400,7 +400,7 @@ class FusedStep:
         transposed = torch.zeros_like(self.x.t(), memory_format=torch.contiguous_format)
         k = self.settings.sub_centers
         for number, first, last in self._chunks():
-            w = self.rows.blocks(first * k, last * k)[0]
+            w = self.rows.rows(first * k, last * k)
             q, radial = self._chunk_weights(w, number, first, last)
             q = q.to(self.settings.compute)
             if q.dtype == transposed.dtype:
