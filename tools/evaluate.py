@@ -4,8 +4,12 @@
         --fars 1e-4,1e-3 --json result.json --report report.html --runs runs/old runs/new --fail-unsafe
 
 Models are run folders, export folders or ONNX files; data sets are what `lce pack` makes, or a folder of identity
-folders. Give identities that no setting was chosen on. Several ranks share the embedding: torchrun --nproc-per-node 2
--m tools.cli evaluate … Exit status: 0 done (1 with --fail-unsafe unless the verdict is SAFE), 2 wrong use.
+folders. Give identities that no setting was chosen on. The verdict on each set is by rank-1 and by the TAR at the
+smallest of the FARs that its pairs can resolve. Several ranks share the embedding:
+
+    torchrun --nproc-per-node 2 -m tools.cli evaluate …
+
+Exit status: 0 done (1 with --fail-unsafe unless the verdict is SAFE), 2 wrong use.
 """
 
 import argparse
@@ -261,6 +265,7 @@ def _write(
     args: argparse.Namespace, result: dict[str, Any], datasets: dict[str, "Dataset"], runs: "list[RunRecord]"
 ) -> None:
     from trainer.evaluation.report import write_report
+    from trainer.files import replaced
 
     if args.report is not None:
         write_report(args.report, result, runs, _pictures(datasets))
@@ -269,10 +274,8 @@ def _write(
         if args.json == "-":
             sys.stdout.write(text)
         else:
-            try:
-                Path(args.json).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise DataError(f"--json {args.json}: cannot be written: {error.strerror}") from None
+            with replaced(Path(args.json), DataError) as partial:
+                partial.write_text(text, encoding="utf-8")
 
 
 def _runs(folders: Sequence[str]) -> "list[RunRecord]":

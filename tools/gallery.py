@@ -1,16 +1,18 @@
 """Upgrade the stored embeddings of a gallery to the new model, in place, and back again.
 
     lce gallery plan    faces.npy --model runs/new
-    lce gallery upgrade faces.npy --model runs/new              T₁₂ of every stored vector; no image is needed
-    lce gallery upgrade faces.npy --model runs/new --images data/gallery      the images embedded anew; ids are record
-    numbers lce gallery verify  faces.npy --model runs/new
+    lce gallery upgrade faces.npy --model runs/new                          T₁₂ of every stored vector, without images
+    lce gallery upgrade faces.npy --model runs/new --images data/gallery    the images anew; ids are record numbers
+    lce gallery verify  faces.npy --model runs/new
     lce gallery status  faces.npy
     lce gallery rollback faces.npy
 
 The gallery is a .npy, a .safetensors, a FAISS index (Flat, IVF-Flat, HNSW-Flat), or a table of PostgreSQL with pgvector
 (postgresql://user@host/database --table faces --column embedding --key id). An upgrade that was interrupted in any
 way continues when it is started again. On PostgreSQL any number of these commands, on any machines, share the work;
-the last one swaps. Exit status: 0 done, 1 verification failed, 2 wrong use.
+the last one swaps.
+
+Exit status: 0 done, 1 verification failed, 2 wrong use.
 """
 
 import argparse

@@ -6,7 +6,6 @@ import random
 import signal
 import time
 
-import faiss
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -16,6 +15,8 @@ from tests.gallery.rotation import Rotation
 from trainer.errors import DataError
 from trainer.gallery.files import plan, rollback, status, upgrade, verify, work_folder
 from trainer.gallery.formats import open_gallery
+
+faiss = pytest.importorskip("faiss", reason="needs FAISS (extra `gallery`)")
 
 VECTORS = identities(50, 6, dim=16, seed=1)[0]
 IDS = np.random.default_rng(0).permutation(10_000)[: len(VECTORS)].astype(np.int64)

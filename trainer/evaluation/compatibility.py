@@ -54,8 +54,8 @@ class Spaces:
 class Cell:
     """One query model against one gallery model: scores, ranks, and the figures over the bootstrap's replicates.
 
-    replicates: name of the metric → (r,); names are :func:`tar_name` and ``rank-1``. value: the same figures on the
-        whole set.
+    value: name of the metric → figure on the whole set; names are :func:`tar_name` and ``rank-1``.
+    replicates: the same names → (r,).
     """
 
     query: str
@@ -132,8 +132,7 @@ def gain(cells: dict[tuple[str, str], Cell], metric: str) -> Gain | None:
 
 @dataclass(frozen=True)
 class PointToSet:
-    """LCE's criterion over samples: shares within the own old class's boundary, nearest to the own old centre, and
-    both.
+    """LCE's criterion over samples: the shares within the own old class's boundary, nearest to its centre, and both.
 
     The old embeddings' own shares stand beside them (within is 1 by construction).
     """

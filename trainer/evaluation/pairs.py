@@ -36,11 +36,13 @@ class _BytesUnpickler(pickle.Unpickler):
     """Builds containers, bytes, booleans and numbers only."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Refuse every name but the one that stands for bytes."""
         if (module, name) == ("_codecs", "encode"):
             return _latin1  # how Python 3 writes bytes in pickles that Python 2 can read
         raise pickle.UnpicklingError(f"it asks for {module}.{name}; only bytes and booleans are built")
 
     def persistent_load(self, pid: Any) -> Any:
+        """Refuse."""
         raise pickle.UnpicklingError("it refers to objects outside the file")
 
 
@@ -60,12 +62,15 @@ class _MemoryStore:
         return len(self._images)
 
     def read(self, record: int) -> bytes:
+        """The encoded image."""
         return self._images[record]
 
     def where(self, record: int) -> str:
+        """File and image, for messages."""
         return f"{self._path}: image {record}"
 
     def sizes(self) -> list[int]:
+        """The images' sizes and a hash of their content, for the fingerprint."""
         digest = hashlib.sha256()
         for image in self._images:
             digest.update(image)

@@ -4,7 +4,6 @@ Everything in it comes from the result of :func:`trainer.evaluation.study.study`
 ``settings`` where the caller has them), the runs' training curves, and pictures on request.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from trainer.evaluation.report_sections import (
     template_sets,
     verdict,
 )
+from trainer.files import replaced
 
 _CSS = """
 :root{--ink:#1a1a1a;--soft:#555;--line:#d5d5d5;--safe:#009E73;--unsafe:#D55E00;--undecided:#0072B2}
@@ -97,17 +97,13 @@ def write_report(
     plots = {name: (svg(plot), text) for name, (plot, text) in drawn.items()}
     page = _page(result, runs, plots, Album(pictures), title)
     written = [path]
-    try:
+    with replaced(path, DataError) as partial:
         folder = path.parent / f"{path.stem}-plots"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         for name, (plot, _) in drawn.items():
             written.append(folder / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}.png")
             written[-1].write_bytes(png(plot))
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         partial.write_text(page, encoding="utf-8")
-        partial.rename(path)
-    except OSError as error:
-        raise DataError(f"{path}: the report cannot be written ({error.strerror}); name another place") from None
     return written
 
 

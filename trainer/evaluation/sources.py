@@ -16,6 +16,7 @@ from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.study import NamedSet
 from trainer.evaluation.templates import TemplateSet, pool
 from trainer.export import Direction, EmbeddingModel, embed_dataset
+from trainer.files import replaced
 
 Progress = Callable[[str, int, int], None]
 """Told what is being embedded, how many images are done and how many there are."""
@@ -65,17 +66,8 @@ class EmbeddingCache:
     def _write(self, file: Path | None, embeddings: FloatArray) -> None:
         if file is None:
             return
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as stream:
-                np.save(stream, embeddings)
-            partial.rename(file)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise DataError(
-                f"{file.parent}: embeddings cannot be cached: {error.strerror}; name another folder (--cache) or none"
-            ) from None
+        with replaced(file, DataError) as partial, partial.open("wb") as stream:
+            np.save(stream, embeddings)
 
 
 def default_cache() -> Path:
