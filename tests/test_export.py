@@ -18,9 +18,19 @@ from trainer.compat.transform import build_transform
 from trainer.config import BackboneConfig, TransformConfig
 from trainer.distributed import Ranks
 from trainer.errors import DataError, ModelError
-from trainer.export import Direction, ModelCard, TorchModel, TransformCard, embed_dataset, load_model, save_model
+from trainer.export import (
+    Direction,
+    ModelCard,
+    TorchModel,
+    TransformCard,
+    embed_dataset,
+    load_exported,
+    load_model,
+    save_model,
+)
 from trainer.onnx_export import export_onnx, export_transform
 from trainer.onnx_model import OnnxModel, OnnxTransform
+from trainer.program_export import export_folder, export_program
 
 SIZE, DIM = (32, 32), 16
 
@@ -151,6 +161,52 @@ def test_transformations_in_folders_and_as_onnx(tmp_path: Path, transform: str) 
         forward.transform("t12", vectors[:, 1:])
 
 
+@pytest.mark.parametrize(("precision", "limit"), [("float16", 0.9999), ("int8", 0.99)])
+def test_smaller_precisions_report_their_cosine(tmp_path: Path, precision: Any, limit: float) -> None:
+    model = saved(tmp_path / "model")
+    whole = export_onnx(model, tmp_path / "float32.onnx", images())
+    small = export_onnx(model, tmp_path / "small.onnx", images(), precision=precision)
+    assert limit < small.smallest_cosine < 1
+    assert small.size_bytes < 0.75 * whole.size_bytes
+    loaded = load_model(tmp_path / "small.onnx")
+    cosines = (loaded.embed(images()) * model.embed(images())).sum(1)
+    assert cosines.min() >= small.smallest_cosine - 1e-6
+    first = [node.name for node in onnx.load(tmp_path / "small.onnx").graph.node[:8]]
+    assert any(n.startswith("Sub") for n in first)
+    assert any(n.startswith("Mul") for n in first)
+    with pytest.raises(ModelError, match=r"allowed: smallest cosine 0\.9999999"):
+        export_onnx(model, tmp_path / "n.onnx", images(), precision=precision, smallest_cosine=0.9999999)
+    assert not (tmp_path / "n.onnx").exists()
+
+
+@pytest.mark.parametrize("normalisation", ["inside", "outside"])
+def test_torch_export_programs(tmp_path: Path, normalisation: Any) -> None:
+    model = saved(tmp_path / "model", "rbt", color="BGR", mean=(0.4, 0.5, 0.6))
+    parity = export_program(model, tmp_path / "m.pt2", images(), normalisation=normalisation, direction="t21")
+    assert parity.largest_difference < 1e-5
+    loaded: Any = torch.export.load(tmp_path / "m.pt2").module()
+    pixels = torch.from_numpy(images().transpose(0, 3, 1, 2).copy()).float()
+    if normalisation == "outside":
+        pixels = (pixels / 255 - torch.tensor([0.6, 0.5, 0.4]).view(3, 1, 1)) / 0.5
+    for count in (1, 5):
+        expected = model.transform("t21", model.embed(images()[:count]))
+        np.testing.assert_allclose(loaded(pixels[:count]).detach(), expected, atol=1e-5)
+    with pytest.raises(ModelError, match="differs from torch"):
+        export_program(model, tmp_path / "n.pt2", images(), bound=-1.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.pt2", "model"]
+
+
+def test_folders_with_another_card_hold_the_same_model(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "mlp", "t12")
+    card = model.card.model_copy(update={"licence": "Apache-2.0", "figures": {"tar": 0.5}})
+    parity = export_folder(model, tmp_path / "out", images(), card)
+    assert parity.largest_difference < 1e-6
+    again = load_exported(tmp_path / "out")
+    assert (again.hash, again.card.licence, again.card.figures) == (model.hash, "Apache-2.0", {"tar": 0.5})
+    vectors = normalize(torch.randn(3, 24)).numpy()
+    assert np.array_equal(again.transform("t12", vectors), model.transform("t12", vectors))
+
+
 def test_a_failed_check_leaves_no_file_and_keeps_the_earlier_one(tmp_path: Path) -> None:
     model = saved(tmp_path / "model")
     with pytest.raises(ModelError, match="differs from torch"):
@@ -232,7 +288,14 @@ def test_saving_refuses_a_card_that_does_not_fit_and_foreign_folders(tmp_path: P
     (tmp_path / "photos" / "cat.jpg").touch()
     with pytest.raises(ModelError, match="no model folder"):
         save_model(tmp_path / "photos", network(), card)
-    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+    model = saved(tmp_path / "m")
+    with pytest.raises(ModelError, match="no model folder"):
+        export_folder(model, tmp_path / "photos", images(), model.card)
+    (tmp_path / "photos.onnx").mkdir()
+    with pytest.raises(ModelError, match="is a folder"):
+        export_onnx(model, tmp_path / "photos.onnx", images())
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "photos", "photos.onnx"]
 
 
 def embed_on(ranks: Ranks, folder: str, damaged: bool) -> np.ndarray:

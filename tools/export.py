@@ -1,34 +1,52 @@
 """Write a trained model in the form that its users load, and compare it with torch on real images before saying done.
 
-  lce export runs/new new.onnx --dataset data/train                 # ONNX, pixels in, unit embeddings out
-  lce export runs/new new.onnx --dataset data/train --transform t21 # with T₂₁: embeddings for the old gallery
+  lce export runs/new new.onnx --dataset data/train                   # ONNX, pixels in, unit embeddings out
+  lce export runs/new small.onnx --dataset data/train --precision int8
+  lce export runs/new old-space.onnx --dataset data/train --transform t21     # embeddings for the old gallery
   lce export runs/new t12.onnx --dataset data/train --only t12 --old runs/old   # T₁₂ alone: converts old embeddings
+  lce export runs/new new.pt2 --dataset data/train                    # a torch.export program
+  lce export runs/new handover --dataset data/train --licence Apache-2.0 --figures evaluation.json     # a folder
 
-A file that differs by more than --bound is not kept.
+The form follows from the name. A file that differs by more than is allowed is not kept (exit status 2).
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-HELP = "write a model as ONNX, checked against torch on real images"
+if TYPE_CHECKING:
+    import numpy as np
+
+    from trainer.export import TorchModel
+    from trainer.onnx_export import Parity
+
+HELP = "write a model as ONNX, torch.export program or folder, checked against torch on real images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce export``."""
     parser.add_argument("model", type=Path, help="run folder or export folder")
-    parser.add_argument("out", type=Path, help="the .onnx file to be")
+    parser.add_argument("out", type=Path, help="NAME.onnx, NAME.pt2 or a folder")
     parser.add_argument("--dataset", type=Path, required=True, help="real images for the check")
     parser.add_argument("--images", type=int, default=64, help="how many of them")
-    parser.add_argument("--bound", type=float, default=1e-4, help="largest difference allowed in a component")
+    parser.add_argument("--bound", type=float, default=1e-4, help="largest difference allowed in a component (float32)")
     parser.add_argument(
         "--normalisation", choices=("inside", "outside"), default="inside", help="inside: the file takes pixels 0 … 255"
     )
+    parser.add_argument(
+        "--precision", choices=("float32", "float16", "int8"), default="float32", help="of an ONNX file"
+    )
+    parser.add_argument("--smallest-cosine", type=float, help="allowed to float32 (default: float16 0.999, int8 0.98)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--transform", choices=("t21",), help="append this transformation to the network")
     which.add_argument("--only", choices=("t21", "t12"), help="this transformation alone, vectors in, vectors out")
     parser.add_argument("--old", type=Path, help="with --only t12: the old model, whose embeddings are compared on")
+    card = parser.add_argument_group("the model card of a folder")
+    card.add_argument("--licence", help="of the weights")
+    card.add_argument("--notes")
+    card.add_argument("--compatible-with", help="the old model, in the users' words")
+    card.add_argument("--figures", type=Path, help="JSON whose top-level numbers are written into the card")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
 
 
@@ -37,31 +55,76 @@ def run(args: argparse.Namespace) -> int:
     from trainer.data.index import open_dataset
     from trainer.errors import ModelError
     from trainer.export import TorchModel, load_model
-    from trainer.onnx_export import export_onnx, export_transform, pick_images
+    from trainer.onnx_export import pick_images
 
     model = load_model(args.model)
     if not isinstance(model, TorchModel):
         raise ModelError(f"{args.model}: is an ONNX file already; export from the run or the model folder")
-    images = pick_images(model.card, open_dataset(args.dataset), args.images)
-    if args.only is not None:
-        source = model if args.only == "t21" else _old_model(args)
-        parity = export_transform(model, args.only, args.out, source.embed(images), bound=args.bound)
-    else:
-        parity = export_onnx(
-            model, args.out, images, normalisation=args.normalisation, direction=args.transform, bound=args.bound
-        )
+    parity = _write(args, model, pick_images(model.card, open_dataset(args.dataset), args.images))
     figures = {"out": str(args.out), "model": str(args.model), "model_hash": model.hash, **parity.as_dict()}
     if args.json and args.json != "-":
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if args.json == "-":
         print(json.dumps(figures, indent=1))
     else:
+        allowed = f"difference {parity.bound:.0e}" if parity.bound is not None else f"cosine {parity.cosine_bound:g}"
         print(
             f"{args.out}: {parity.size_bytes / 1e6:.1f} MB; on {parity.images} real images the largest difference from "
-            f"torch is {parity.largest_difference:.1e} (allowed {parity.bound:.0e}), smallest cosine "
-            f"{parity.smallest_cosine:.7f}"
+            f"torch is {parity.largest_difference:.1e}, the smallest cosine {parity.smallest_cosine:.7f} "
+            f"(allowed: {allowed})"
         )
     return 0
+
+
+def _write(args: argparse.Namespace, model: "TorchModel", images: "np.ndarray") -> "Parity":
+    """Write ``args.out`` in the form that its name asks for."""
+    from trainer.errors import ModelError
+    from trainer.onnx_export import export_onnx, export_transform
+    from trainer.program_export import export_folder, export_program
+
+    suffix = args.out.suffix
+    if suffix != ".onnx" and (args.only or args.precision != "float32"):
+        raise ModelError(f"{args.out}: --only and --precision are for .onnx files")
+    if suffix == ".pt2":
+        return export_program(
+            model,
+            args.out,
+            images,
+            normalisation=args.normalisation,
+            direction=args.transform,
+            bound=args.bound,
+        )
+    if suffix != ".onnx":
+        if suffix or args.transform:
+            raise ModelError(f"{args.out}: known forms are .onnx, .pt2, and a folder (which keeps its transformations)")
+        return export_folder(model, args.out, images, model.card.model_copy(update=_card_changes(args)))
+    if args.only is not None:
+        source = model if args.only == "t21" else _old_model(args)
+        return export_transform(model, args.only, args.out, source.embed(images), bound=args.bound)
+    return export_onnx(
+        model,
+        args.out,
+        images,
+        normalisation=args.normalisation,
+        direction=args.transform,
+        bound=args.bound,
+        precision=args.precision,
+        smallest_cosine=args.smallest_cosine,
+    )
+
+
+def _card_changes(args: argparse.Namespace) -> dict[str, Any]:
+    from trainer.errors import ModelError
+
+    named = {"licence": args.licence, "notes": args.notes, "compatible_with": args.compatible_with}
+    changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    if args.figures is not None:
+        try:
+            tree = json.loads(args.figures.read_text(encoding="utf-8"))
+            changes["figures"] = {k: float(v) for k, v in tree.items() if isinstance(v, int | float)}
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{args.figures}: no JSON object of figures ({error})") from None
+    return changes
 
 
 def _old_model(args: argparse.Namespace) -> Any:

@@ -93,8 +93,7 @@ def save_model(
     modules.update((str(name), module) for name, module in (transforms or {}).items())
     if card.backbone is None or set(modules) != {"backbone", *card.transforms}:
         raise ModelError(f"{folder}: the model card describes {sorted(card.transforms)}, given are {sorted(modules)}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / CARD_FILE).is_file():
-        raise ModelError(f"{folder}: exists and is no model folder; nothing was replaced")
+    refuse_foreign(folder)
     card = card.model_copy(update={"backbone": card.backbone.model_copy(update={"weights": None})})
     with replaced(folder, ModelError) as partial:
         partial.mkdir(parents=True)
@@ -102,6 +101,12 @@ def save_model(
             state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
             save_tensors(state, partial / f"{name}.safetensors")
         (partial / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise :class:`ModelError` where a folder exists that is neither empty nor a model folder: it is not replaced."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CARD_FILE).is_file():
+        raise ModelError(f"{folder}: exists and is no model folder; nothing was replaced")
 
 
 class EmbeddingModel(ABC):
@@ -233,6 +238,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
         transforms[direction] = build_transform(part.config, part.dim_in, part.dim_out)
         _load_state(transforms[direction], folder / f"{direction}.safetensors", digest.update)
     return TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device)
+
+
+load_exported = load_model
+"""For users of exported files: folders and ONNX."""
 
 
 def read_card(data: bytes | str, source: str) -> ModelCard:

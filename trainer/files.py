@@ -31,6 +31,8 @@ def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         if target.is_dir():
+            if not partial.is_dir():
+                raise error_type(f"{target}: is a folder; nothing was replaced")
             target.rename(old)
         partial.rename(target)
     except OSError as error:

@@ -8,6 +8,7 @@ right for mean and std 0.5).
 
 import copy
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,6 +29,10 @@ from trainer.onnx_model import CARD_KEY, IMAGES_INSIDE, IMAGES_OUTSIDE, INPUT_KE
 OPSET = 18
 
 Normalisation = Literal["inside", "outside"]
+Precision = Literal["float32", "float16", "int8"]
+
+SMALLEST_COSINES: dict[str, float] = {"float16": 0.999, "int8": 0.98}
+"""How far an embedding of a smaller variant may turn away from the float32 one unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +43,24 @@ class Parity:
         images: how many real images (or vectors) were compared.
         largest_difference: largest absolute difference of a component of the unit embeddings.
         smallest_cosine: smallest cosine between the two embeddings of one image.
-        bound: what ``largest_difference`` was allowed to be.
+        bound: what ``largest_difference`` was allowed to be; None: only the cosine was bounded.
+        cosine_bound: what ``smallest_cosine`` had to be at least; None: only the difference was bounded.
         size_bytes: of the file.
     """
 
     images: int
     largest_difference: float
     smallest_cosine: float
-    bound: float
+    bound: float | None
+    cosine_bound: float | None
     size_bytes: int
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         """For JSON."""
         return asdict(self)
 
 
-class _ImageGraph(nn.Module):
+class ImageGraph(nn.Module):
     """What is exported: (b, 3, H, W) RGB → unit (b, D) float32, through T₂₁ where asked."""
 
     def __init__(self, model: TorchModel, normalisation: Normalisation, direction: Direction | None) -> None:
@@ -102,19 +109,25 @@ def export_onnx(
     normalisation: Normalisation = "inside",
     direction: Direction | None = None,
     bound: float = 1e-4,
+    precision: Precision = "float32",
+    smallest_cosine: float | None = None,
 ) -> Parity:
-    """Write the model as ONNX and compare it with torch on ``images``.
+    """Write the model as ONNX and compare it with torch (float32) on ``images``.
 
     Args:
         path: the file to be (.onnx); an existing one is replaced only by one that passed.
         images: (n, H, W, 3) uint8 RGB, real ones, n ≥ 1.
         direction: ``t21`` appends that transformation (backward mode: the file then gives old-compatible embeddings).
-        bound: largest difference allowed in any component of the unit embeddings.
+        bound: largest difference allowed in any component of the unit embeddings, for float32.
+        precision: ``float16``: weights and arithmetic, float32 at both ends; ``int8``: weights per channel, activations
+            quantised on the fly (dynamic).
+        smallest_cosine: allowed for the smaller precisions (default :data:`SMALLEST_COSINES`).
 
     Raises:
-        ModelError: no such transformation, no image, or a difference above ``bound``: then there is no file.
+        ModelError: no such transformation, no image, or a difference beyond the bound: then there is no file.
     """
     path = Path(path)
+    reduced = None if precision == "float32" else smallest_cosine or SMALLEST_COSINES[precision]
     if not len(images):
         raise ModelError(f"{path}: an export is compared on real images; none were given")
     expected = model.embed(images)
@@ -122,15 +135,19 @@ def export_onnx(
     if direction is not None:
         expected = model.transform(direction, expected)
         card = card.model_copy(update={"dim": card.transforms[direction].dim_out, "transforms": {}})
-    graph = _ImageGraph(model, normalisation, direction)
+    graph = ImageGraph(model, normalisation, direction)
     metadata = {
         CARD_KEY: card.model_dump_json(),
         INPUT_KEY: IMAGES_INSIDE if normalisation == "inside" else IMAGES_OUTSIDE,
     }
     example = torch.rand(2, 3, *card.image_size) * (255 if normalisation == "inside" else 1)
     with replaced(path, ModelError) as partial:
-        write_graph(graph, example, partial, "data", metadata)
-        return compare(lambda part: OnnxModel.open(partial).embed(part), images, expected, bound, path, partial)
+        write_graph(graph, example, partial, "data", metadata, precision)
+
+        def run(part: np.ndarray) -> np.ndarray:
+            return OnnxModel.open(partial).embed(part)
+
+        return compare(run, images, expected, path, partial, None if reduced else bound, reduced)
 
 
 def export_transform(
@@ -150,12 +167,18 @@ def export_transform(
     with replaced(path, ModelError) as partial:
         example = torch.randn(2, vectors.shape[1])
         write_graph(_VectorGraph(model.transforms[direction]), example, partial, "vectors", metadata)
-        return compare(lambda part: OnnxTransform(partial)(part), vectors, expected, bound, path, partial)
+        return compare(lambda part: OnnxTransform(partial)(part), vectors, expected, path, partial, bound)
 
 
-def write_graph(graph: nn.Module, example: Tensor, path: Path, input_name: str, metadata: dict[str, str]) -> None:
-    """Export with a free batch axis to one self-contained file; the first subtraction and multiplication get
-    client-known names."""
+def write_graph(
+    graph: nn.Module,
+    example: Tensor,
+    path: Path,
+    input_name: str,
+    metadata: dict[str, str],
+    precision: Precision = "float32",
+) -> None:
+    """Export with a free batch axis to one self-contained file, with client-known names of the normalising nodes."""
     import onnx
 
     batch = torch.export.Dim("batch")
@@ -170,18 +193,38 @@ def write_graph(graph: nn.Module, example: Tensor, path: Path, input_name: str, 
             opset_version=OPSET,
             verbose=False,
         )
-    proto: onnx.ModelProto = program.model_proto
-    _name_preprocessing(proto, metadata[INPUT_KEY] == IMAGES_INSIDE)
+        proto: onnx.ModelProto = program.model_proto
+        _name_preprocessing(proto, metadata[INPUT_KEY] == IMAGES_INSIDE)
+        proto = _reduced(proto, precision)
+    _put_preprocessing_first(proto)
     proto.producer_name = "lce-trainer"
-    for key, value in metadata.items():
+    for key, value in {**metadata, "lce_precision": precision}.items():
         proto.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
 
 
+def _reduced(proto: Any, precision: Precision) -> Any:
+    """The graph in another arithmetic, by ONNX Runtime's own tools."""
+    if precision == "float32":
+        return proto
+    del proto.graph.value_info[:]  # the exporter's notes on inner shapes trip the quantiser
+    if precision == "float16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        return convert_float_to_float16(proto, keep_io_types=True)
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole, small = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        onnx.save(proto, whole)
+        quantize_dynamic(whole, small, per_channel=True, weight_type=QuantType.QInt8)
+        return onnx.load(small)
+
+
 def _name_preprocessing(proto: Any, inside: bool) -> None:
-    """Name the normalising Sub and Mul as clients look for them among the first nodes; no other node may look like
-    them."""
+    """Name the normalising Sub and Mul as clients look for them; no other node may look like them."""
     wanted = ["Sub", "Mul"] if inside else []
     for node in proto.graph.node:
         if node.op_type in wanted:
@@ -189,6 +232,29 @@ def _name_preprocessing(proto: Any, inside: bool) -> None:
             node.name = f"{node.op_type}_preprocessing"
         elif node.name.startswith(("Sub", "Mul", "_minus", "_mul")):
             node.name = f"node_{node.name}"
+
+
+def _put_preprocessing_first(proto: Any) -> None:
+    """Clients look at the first eight nodes only; the normalising ones depend on nothing but the input and constants.
+
+    In float16 a cast of the input comes before them.
+    """
+    nodes = list(proto.graph.node)
+    made = {name: node for node in nodes for name in node.output}
+    front: list[Any] = []
+
+    def add(node: Any) -> None:
+        for name in node.input:
+            if name in made and not any(made[name] is other for other in front):
+                add(made[name])
+        front.append(node)
+
+    for node in nodes:
+        if node.name.endswith("_preprocessing") and not any(node is other for other in front):
+            add(node)
+    rest = [node for node in nodes if not any(node is other for other in front)]
+    del proto.graph.node[:]
+    proto.graph.node.extend([*front, *rest])
 
 
 class _quiet(warnings.catch_warnings):
@@ -212,22 +278,29 @@ def compare(
     run: Callable[[np.ndarray], np.ndarray],
     inputs: np.ndarray,
     expected: np.ndarray,
-    bound: float,
     path: Path,
     written: Path,
+    bound: float | None,
+    cosine_bound: float | None = None,
 ) -> Parity:
-    """Run the written file on one input alone and on all together; raise :class:`ModelError` unless it gives what
-    torch gives."""
-    got = run(inputs)
-    alone = run(inputs[:1])
+    """Run what was written on one input alone and on all together, and compare with torch.
+
+    Raises:
+        ModelError: a difference above ``bound``, or a cosine below ``cosine_bound``.
+    """
+    got, alone = run(inputs), run(inputs[:1])
+    # An int8 graph takes one scale for a whole batch, so one input alone may differ from itself among others a little.
     difference = float(max(np.abs(got - expected).max(), np.abs(alone - expected[:1]).max()))
-    cosine = float((got.astype(np.float64) * expected.astype(np.float64)).sum(1).min())
-    if not difference <= bound:
+    pairs = np.concatenate([got, alone]).astype(np.float64) * np.concatenate([expected, expected[:1]])
+    cosine = float(pairs.sum(1).min())
+    if (bound is not None and not difference <= bound) or (cosine_bound is not None and not cosine >= cosine_bound):
+        limit = f"difference {bound:.2g}" if bound is not None else f"smallest cosine {cosine_bound:.7g}"
         raise ModelError(
-            f"{path}: the exported file differs from torch by {difference:.2g} (allowed {bound:.2g}) on {len(inputs)} "
-            "real inputs; it was not kept"
+            f"{path}: the exported file differs from torch by {difference:.2g}, smallest cosine {cosine:.7f} (allowed: "
+            f"{limit}) on {len(inputs)} real inputs; it was not kept"
         )
-    return Parity(len(inputs), difference, cosine, bound, written.stat().st_size)
+    size = sum(f.stat().st_size for f in written.rglob("*")) if written.is_dir() else written.stat().st_size
+    return Parity(len(inputs), difference, cosine, bound, cosine_bound, size)
 
 
 def pick_images(card: ModelCard, dataset: Any, count: int) -> np.ndarray:

@@ -233,4 +233,10 @@ def test_export_on_the_command_line(stage: Path, tmp_path: Path, capsys: pytest.
     assert main([*words[:2], str(tmp_path / "n.onnx"), *words[3:], "--bound", "0"]) == 2
     assert "differs from torch" in capsys.readouterr().err
     assert main(["export", str(out), str(tmp_path / "x.onnx"), "--dataset", str(stage / "data")]) == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    (tmp_path / "figures.json").write_text('{"tar": 0.5, "name": "x"}')
+    more = ["--licence", "MIT", "--figures", str(tmp_path / "figures.json"), "--images", "5"]
+    assert main(["export", str(stage / "model"), str(tmp_path / "folder"), *words[3:5], *more]) == 0
+    assert load_model(tmp_path / "folder").card.figures == {"tar": 0.5}
+    assert main([*words[:2], str(tmp_path / "m.h5"), *words[3:]]) == 2
+    assert "known forms are .onnx, .pt2" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "folder", "m.onnx"]
