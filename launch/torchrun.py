@@ -46,14 +46,14 @@ def run(job: Job) -> int:
         when a rank was killed.
     """
     from torch.distributed.run import parse_args
-    from torch.distributed.run import run as run_agent
+    from torch.distributed.run import run as run_torchrun
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks say themselves what is wrong
     os.environ.update(job.environment)
     try:
-        run_agent(parse_args(arguments(job)))
+        run_torchrun(parse_args(arguments(job)))
     except ChildFailedError as error:
         return _status({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as stop:

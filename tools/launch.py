@@ -54,8 +54,6 @@ def run(args: argparse.Namespace) -> int:
     from trainer.errors import ConfigError
 
     config = load_config(args.config, args.overrides)
-    if args.launcher != "slurm":
-        choose_device(config.run.device, 0)
     cuda = config.run.device != "cpu" and torch.cuda.is_available()
     job = Job(
         config=args.config,
@@ -72,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if job.nproc < 1:
         raise ConfigError(f"--nproc {job.nproc}: at least 1")
+    if args.launcher != "slurm":
+        choose_device(config.run.device, job.nproc - 1)  # refuses cuda without CUDA, and more ranks than GPUs
     if job.many_nodes and args.launcher == "torchrun" and ":" not in job.master:
         raise ConfigError(f"--nnodes {job.nnodes}: needs --master HOST:PORT, the first machine as all others reach it")
     if args.launcher == "slurm":
