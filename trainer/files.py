@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -17,6 +18,24 @@ from trainer.errors import LceError
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 
 
+def partial_of(target: Path) -> Path:
+    """Where ``target`` is written until it is whole; what killed processes of this machine left there is removed."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        owner = left.name.split(".")[-2]
+        if owner.isdigit() and int(owner) != os.getpid() and Path(f"/proc/{owner}").exists():
+            continue
+        remove(left)
+    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that is in it; it need not exist."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
     """A path beside ``target`` (a file or a folder to be) that takes its place when the block ends well, else is
@@ -25,7 +44,7 @@ def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
     Raises:
         LceError: of ``error_type``, when something cannot be written.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = partial_of(target)
     old = partial.with_suffix(".old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,11 +57,8 @@ def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
     except OSError as error:
         raise error_type(f"{target}: cannot be written: {error.strerror or error}") from None
     finally:
-        for path in (partial, old):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        remove(partial)
+        remove(old)
 
 
 class TensorStream:

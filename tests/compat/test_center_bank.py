@@ -1,6 +1,7 @@
 """The bank on disk: what is written comes back, by any ranges, and damage is refused with the file and the reason."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -158,4 +159,17 @@ def test_existing_banks_are_kept_unless_told_and_other_folders_always(tmp_path: 
     (tmp_path / "photos" / "cat.jpg").touch()
     with pytest.raises(CenterBankError, match="no centre bank"):
         written(tmp_path / "photos", overwrite=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank", "photos"]
+    (tmp_path / "letter").touch()
+    with pytest.raises(CenterBankError, match="no centre bank"):
+        written(tmp_path / "letter", overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank", "letter", "photos"]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    gone, alive = tmp_path / ".bank.4194305.partial", tmp_path / f".bank.{os.getppid()}.partial"
+    other = tmp_path / ".bank2.4194305.partial"
+    for folder in (gone, alive, other):
+        folder.mkdir()
+        (folder / "centers-00000.safetensors").touch()
+    written(tmp_path / "bank")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, other.name, "bank"])

@@ -12,7 +12,6 @@ its own classes only; a shard's checksum is verified when its first row is read 
 """
 
 import json
-import os
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from trainer import __version__
 from trainer.errors import CenterBankError
-from trainer.files import TensorStream, save_tensors
+from trainer.files import TensorStream, partial_of, save_tensors
 
 SHARD_BYTES = 64 * 2**20
 NORM_TOLERANCE = 1e-3
@@ -279,9 +278,10 @@ class BankWriter:
             raise CenterBankError(
                 f"{self.path}: exists already; remove it or choose another place (--force replaces it)"
             )
-        if self.path.exists() and any(self.path.iterdir()) and not (self.path / "bank.json").is_file():
+        is_bank = (self.path / "bank.json").is_file()
+        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not is_bank):
             raise CenterBankError(f"{self.path}: exists and is no centre bank; nothing was replaced")
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._partial = partial_of(self.path)
         try:
             self._partial.mkdir(parents=True)
         except OSError as error:
