@@ -1,7 +1,6 @@
 """What is wrong with a data set: the work behind `lce check`."""
 
 import hashlib
-import multiprocessing as mp
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from numpy.typing import NDArray
 from trainer.data import recordio
 from trainer.data.index import Dataset
 from trainer.data.pixels import decode_image, image_size
-from trainer.data.store import RecordStore
+from trainer.data.processes import worker_context
+from trainer.data.store import Part, RecordStore
 from trainer.errors import DataError
 
 _BLOCK = 2048
@@ -146,16 +146,42 @@ def _walk_files(dataset: Dataset, report: CheckReport) -> None:
             report.damage.append(
                 f"{part.path}: {len(missing)} offset(s) lie where no record begins, first {missing[0]}"
             )
-        report.header_records += len(found) - (len(part) - len(missing))
+        headers = np.setdiff1d(found, part.offsets[:-1])
+        report.header_records += len(headers)
+        if len(dataset.store.parts) == 1 and len(headers) and headers[0] == 0:
+            _identity_ranges(part, headers[1:], dataset, report)
+
+
+def _identity_ranges(part: Part, headers: NDArray[np.int64], dataset: Dataset, report: CheckReport) -> None:
+    """InsightFace's identity records: the images of each range [first, last) of keys must have one label.
+
+    Keys are float32 there, so a file of more than 2²⁴ records cannot be judged.
+    """
+    size = part.path.stat().st_size
+    labels = np.asarray(dataset.labels)
+    for start, stop in zip(headers.tolist(), [*headers[1:].tolist(), size], strict=True):
+        try:
+            one = Part(part.path, np.array([start, stop]))
+            record = one.record(0)
+            one.close()
+        except DataError as error:
+            report.damage.append(str(error))
+            continue
+        if record.flag != 2 or record.image or max(record.labels) >= recordio.EXACT_FLOAT_LABELS:
+            continue
+        first, last = (int(key) - 1 for key in record.labels)
+        if not 0 <= first <= last <= len(labels):
+            report.damage.append(f"{part.path}: the identity record at byte {start} names images that are not there")
+        elif len(set(labels[first:last].tolist()) - {-1}) > 1:
+            report.damage.append(f"{part.path}: records {first}…{last - 1} are one identity but have several labels")
 
 
 def _blocks(dataset: Dataset, deep: bool, processes: int) -> Iterator[_Block]:
     starts = range(0, len(dataset), _BLOCK)
-    if processes == 1:
+    if processes == 1 or len(starts) == 1:
         yield from (_examine(dataset, start, deep) for start in starts)
         return
-    context = mp.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _start_worker, (dataset, deep)) as pool:
+    with ProcessPoolExecutor(processes, worker_context(), _start_worker, (dataset, deep)) as pool:
         yield from pool.map(_work, starts)
 
 
@@ -165,7 +191,6 @@ _deep = False
 
 def _start_worker(dataset: Dataset, deep: bool) -> None:
     global _dataset, _deep
-    dataset.close()  # each process opens the files for itself
     _dataset, _deep = dataset, deep
 
 

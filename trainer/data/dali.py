@@ -22,6 +22,7 @@ from trainer.data import augment
 from trainer.data.index import Dataset, DatasetInfo
 from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
 from trainer.data.order import Samples, Schedule, Slot
+from trainer.data.pixels import decode_image
 from trainer.errors import DataError
 
 _DEPTH = 2  # batches that DALI works on ahead of the one handed out
@@ -217,9 +218,17 @@ class DaliLoader(PositionedLoader):
             pipeline.set_outputs(fn.decoders.image(encoded, device="mixed" if self._device_id is not None else "cpu"))
         try:
             pipeline.feed_input("images", [image])
-            pipeline.run()
+            (decoded,) = pipeline.run()
         except RuntimeError as error:
+            try:
+                decode_image(image.tobytes(), None)  # Pillow says why, where it cannot either
+            except ValueError as why:
+                return str(why)
             return _short(error)
+        height, width = decoded.shape()[0][:2]
+        wanted = self.dataset.info.image_size
+        if self.dataset.info.uniform and (height, width) != tuple(wanted):
+            return f"it is {height}x{width}, not {wanted[0]}x{wanted[1]} as all others"
         return None
 
 

@@ -88,12 +88,17 @@ class Dataset:
         labels: NDArray[np.int64],
         num_classes: int,
         source: Path,
+        own_labels: Path | None = None,
     ) -> None:
         self.path, self.info, self.store, self.labels, self.num_classes = path, info, images, labels, num_classes
-        self._labels_source = source
+        self._labels_source, self._own_labels = source, own_labels
         if len(labels) != len(images):
             raise DataError(f"{source}: has {len(labels)} labels for the {len(images)} records of {path}")
         self._check_labels()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker process opens the data set for itself; tables are mapped again, not copied."""
+        return open_dataset, (self.path, self._own_labels)
 
     def _check_labels(self) -> None:
         for start in range(0, len(self.labels), _CHUNK):
@@ -155,7 +160,7 @@ class Dataset:
     def decode(self, record: int) -> NDArray[np.uint8]:
         """A record's pixels, (H, W, 3) uint8 in the data set's size and colour order. Raises :class:`DataError`."""
         try:
-            return decode_image(self.read(record), self.info.image_size, self.info.color)
+            return decode_image(self.read(record), self.info.image_size, self.info.color, exact=self.info.uniform)
         except ValueError as error:
             raise DataError(f"{self.where(record)} does not decode: {error}") from None
 
@@ -193,7 +198,7 @@ def open_dataset(path: str | Path, labels: str | Path | None = None) -> Dataset:
         classes = max(int(found[start : start + _CHUNK].max()) for start in range(0, max(1, len(found)), _CHUNK)) + 1
         if classes < 1:
             raise DataError(f"{source}: every label is −1; there is nothing to train on")
-    return Dataset(folder, info, images, found, classes, source)
+    return Dataset(folder, info, images, found, classes, source, None if labels is None else source)
 
 
 def load_description(folder: Path) -> DatasetInfo:

@@ -153,11 +153,12 @@ class Reader:
                 try:
                     image = self.dataset.read(record)
                     problem = image_problem(image)
-                    if problem is None:
-                        return record, image
-                    self.note(record, f"{self.dataset.where(record)}: {problem}")
+                    reason = problem and f"{self.dataset.where(record)}: {problem}"
                 except DataError as error:
-                    self.note(record, str(error))
+                    reason = str(error)
+                if reason is None:
+                    return record, image
+                self.note(record, reason)
             record = int(kept[np.searchsorted(kept, record, side="right") % len(kept)])
         raise DataError(f"{self.dataset.path}: no sound record was found in place of a damaged one")
 

@@ -8,7 +8,6 @@ appears when nothing is.
 import hashlib
 import io
 import json
-import multiprocessing as mp
 import shutil
 import time
 from collections.abc import Callable
@@ -24,11 +23,13 @@ from PIL import Image
 
 from trainer.data import recordio, store
 from trainer.data.index import DESCRIPTION, DatasetInfo, PartInfo, load_description, save_description
-from trainer.data.pixels import decode_image, image_problem
+from trainer.data.pixels import decode_image, image_problem, upright_size
+from trainer.data.processes import worker_context
 from trainer.data.sources import Listing
 from trainer.errors import DataError
 
 _SMALLEST_PART, _MOST_PARTS = 4096, 512
+_COUNTED = 32  # images between two reports of progress
 _NOTES = ".pack"
 _PLAN = "pack.json"
 _KEPT_FORMATS = ("JPEG", "PNG")
@@ -199,10 +200,16 @@ def _write_parts(parts: list[_Part], processes: int, progress: Callable[[int, in
     if not parts:
         return
     total = sum(len(part.files) for part in parts)
-    context = mp.get_context("fork")
+    if min(processes, len(parts)) == 1:
+        before = 0
+        for part in parts:
+            _write_part(part, _counting_from(before, total, progress))
+            before += len(part.files)
+        return
+    context = worker_context()
     counter = context.Value("q", 0)
     with ProcessPoolExecutor(min(processes, len(parts)), context, _start_worker, (counter,)) as pool:
-        waiting = {pool.submit(_write_part, part) for part in parts}
+        waiting = {pool.submit(_write_counted, part) for part in parts}
         try:
             while waiting:
                 done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -216,7 +223,23 @@ def _write_parts(parts: list[_Part], processes: int, progress: Callable[[int, in
             raise
 
 
-def _write_part(part: _Part) -> None:
+def _counting_from(before: int, total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
+    return lambda images: progress(before + images, total)
+
+
+def _write_counted(part: _Part) -> None:
+    before = 0
+
+    def count(images: int) -> None:
+        nonlocal before
+        with _done.get_lock():
+            _done.value += images - before
+        before = images
+
+    _write_part(part, count)
+
+
+def _write_part(part: _Part, count: Callable[[int], None]) -> None:
     """Write a part's .rec, .idx and offsets, then its note; on any failure nothing of them stays."""
     writer = recordio.RecordWriter(part.out / f"{part.name}.rec")
     first_id = 1 if part.options.layout == "insightface" else part.number << 32
@@ -240,9 +263,8 @@ def _write_part(part: _Part) -> None:
             writer.write(id, recordio.encode_record(image, header, id))
             labels.append(label)
             sizes.add(size)
-            if _done is not None:
-                with _done.get_lock():
-                    _done.value += 1
+            if len(labels) % _COUNTED == 0:
+                count(len(labels))
         if not labels:
             raise DataError(
                 f"{part.out / part.name}.rec: none of its {len(part.files)} images can be read ({skipped[0]})"
@@ -255,6 +277,7 @@ def _write_part(part: _Part) -> None:
         writer.close()
         about = {"records": len(labels), "bytes": writer.position, "first_id": first_id, "skipped": skipped}
         store.write_text(_note(part), json.dumps({**about, "sizes": sorted(sizes)[:8], "plan": part.plan}))
+        count(len(part.files))
     except BaseException:
         writer.abort()
         raise
@@ -282,7 +305,7 @@ def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[byt
         handle.seek(start)
         data = handle.read(length)
     with Image.open(io.BytesIO(data)) as opened:
-        kind, shape = opened.format, (opened.height, opened.width)
+        kind, shape = opened.format, upright_size(opened)
         opened.load()
     wanted = options.size or shape
     if options.encode == "keep" and shape == wanted and kind in _KEPT_FORMATS and image_problem(data) is None:

@@ -88,12 +88,12 @@ def unframe(buffer: bytes, start: int = 0) -> tuple[bytes, int]:
     """The record that begins at ``start`` of ``buffer``: its data, and where the next one begins.
 
     Raises:
-        ValueError: no magic there, parts out of order, or the buffer ends inside the record.
+        ValueError: no magic there, parts out of order, or the data ends inside the record.
     """
     parts: list[bytes] = []
     while True:
         if start + _FRAME.size > len(buffer):
-            raise ValueError("the file ends inside the record")
+            raise ValueError("the data ends inside the record")
         magic, word = _FRAME.unpack_from(buffer, start)
         if magic != MAGIC:
             raise ValueError(f"found {magic:#010x} where a record's magic {MAGIC:#010x} should be")
@@ -105,7 +105,7 @@ def unframe(buffer: bytes, start: int = 0) -> tuple[bytes, int]:
             )
         start += _FRAME.size
         if start + length > len(buffer):
-            raise ValueError("the file ends inside the record")
+            raise ValueError("the data ends inside the record")
         parts.append(buffer[start : start + length])
         start += length + (-length % 4)
         if last:

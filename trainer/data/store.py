@@ -85,9 +85,6 @@ class Part:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
-
 
 class RecordStore:
     """Several .rec parts as one row of records."""

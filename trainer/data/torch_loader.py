@@ -18,6 +18,7 @@ from trainer.data import augment, index
 from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
 from trainer.data.order import Samples, Schedule, Slot
 from trainer.data.pixels import decode_image
+from trainer.data.processes import worker_context
 from trainer.errors import DataError
 
 
@@ -62,7 +63,7 @@ class _Maker(Dataset[_Made]):
             while True:
                 record, image = self.reader.fetch(int(records[row]))
                 try:
-                    pixels[row] = decode_image(image, info.image_size, info.color)
+                    pixels[row] = decode_image(image, info.image_size, info.color, exact=info.uniform)
                 except ValueError as error:
                     self.reader.note(record, f"{self.dataset.where(record)} does not decode: {error}")
                     continue
@@ -109,13 +110,14 @@ class TorchLoader(PositionedLoader):
             batch_size=None,
             sampler=_Slots(self.schedule, epoch, samples),
             num_workers=self.workers,
+            multiprocessing_context=worker_context() if self.workers else None,
             pin_memory=self.device.type == "cuda",
         )
         made_ones = iter(loader)
         while True:
             try:
                 made = next(made_ones)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:  # its batch, or its shared memory, is gone with it
                 raise DataError(f"{self.dataset.path}: a data worker died: {error}") from error
             if made.error is not None:
                 raise DataError(made.error)

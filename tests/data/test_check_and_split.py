@@ -1,0 +1,165 @@
+"""lce check and lce split."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.samples import MXNET, encoded, identity_folders, loader_of, mxnet_copy, packed, take
+from tests.data.test_damage import overwrite, spoil
+from tools import check as check_tool
+from tools import cli
+from tools import split as split_tool
+from trainer.data import open_dataset
+from trainer.data.checking import check
+from trainer.data.packing import PackOptions, pack
+from trainer.data.sources import list_source
+from trainer.data.splitting import KINDS, SplitOptions, save_tables, split
+from trainer.errors import DataError
+
+
+def test_a_sound_set_is_counted(tmp_path: Path) -> None:
+    people = identity_folders(tmp_path / "people", 3, 4)
+    (people / "person02" / "again.jpg").write_bytes(encoded(200))  # twice in its class
+    (people / "person01" / "stolen.jpg").write_bytes(encoded(200))  # and once in another
+    pack(list_source(people), tmp_path / "out", PackOptions(part_records=5))
+    for deep in (False, True):
+        report = check(open_dataset(tmp_path / "out"), deep=deep)
+        assert (report.records, report.used, report.classes, report.parts) == (14, 14, 3, 3)
+        assert report.images_per_class == {"min": 4.0, "median": 5.0, "mean": 14 / 3, "max": 5.0}
+        assert (report.duplicates, report.duplicates_across_classes >= 1) == (2, True)
+        assert report.sizes == {"32x32": 14}
+        assert not report.damage
+    assert cli.main(["check", str(tmp_path / "out"), "--deep"]) == 0
+
+
+def test_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_dataset(packed(tmp_path))
+    overwrite(dataset, 17, spoil)
+    monkeypatch.setattr("trainer.data.checking._BLOCK", 20)
+    one = check(dataset, deep=True)
+    monkeypatch.undo()
+    assert check(dataset, deep=True, processes=2) == one
+
+
+def test_header_records_and_relabelled_records_are_counted(tmp_path: Path) -> None:
+    folder = mxnet_copy("insightface", tmp_path)
+    report = check(open_dataset(folder))
+    assert (report.header_records, report.relabelled, report.damage) == (25, 0, [])
+    table = np.array(open_dataset(folder).labels)
+    table[:30] = -1
+    table[30:40] += 1
+    np.save(tmp_path / "table.npy", table)
+    report = check(open_dataset(folder, tmp_path / "table.npy"))
+    assert (report.relabelled, report.used, report.empty_classes) == (40, 210, 4)
+    assert report.first_empty == [0, 1, 2, 3]
+    assert not report.damage
+
+
+def test_an_identity_with_several_labels_is_damage(tmp_path: Path) -> None:
+    folder = mxnet_copy("insightface", tmp_path)
+    table = np.array(open_dataset(folder).labels)
+    table[33] = 5
+    np.save(tmp_path / "table.npy", table)
+    report = check(open_dataset(folder, tmp_path / "table.npy"))
+    assert len(report.damage) == 1
+    assert "records 30…39 are one identity but have several labels" in report.damage[0]
+
+
+def test_damage_is_found_listed_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = open_dataset(packed(tmp_path))
+    overwrite(dataset, 17, spoil)
+    scan = next(r for r in range(20, 45) if dataset.read(r)[:2] == b"\xff\xd8")
+    overwrite(dataset, scan, lambda image: image[:300] + bytes(len(image) - 310) + image[-10:])
+    folder = str(dataset.path)
+    assert cli.main(["check", folder, "--deep", "--write-bad", "--json", "-"]) == 1
+    findings = json.loads(capsys.readouterr().out)
+    assert sorted(map(int, findings["bad"])) == [17, scan]
+    assert np.load(dataset.path / "bad_records.npy").tolist() == [17, scan]
+    with pytest.raises(DataError, match="allows 0"):
+        loader_of(open_dataset(folder), "torch")
+    loader = loader_of(open_dataset(folder), "torch", workers=0, max_bad_records=2)
+    assert not {17, scan} & {r for b in take(loader, 6) for r in b.records.tolist()}
+
+
+def test_cut_files_and_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = packed(tmp_path)
+    with (folder / "train.rec").open("r+b") as file:
+        file.truncate(3000)
+    assert cli.main(["check", str(folder)]) == 1
+    assert "it was cut short" in capsys.readouterr().out
+    assert cli.main(["check", str(tmp_path / "none")]) == 2
+    assert not list(MXNET.rglob("*.npy"))  # looking at the fixture leaves no table beside it
+
+
+def test_uniform_sets_with_an_odd_image_are_damage(tmp_path: Path) -> None:
+    people = identity_folders(tmp_path / "people", 2, 3)
+    (people / "person00" / "large.jpg").write_bytes(encoded(9, (48, 48)))
+    pack(list_source(people), tmp_path / "out", PackOptions())
+    report = check(open_dataset(tmp_path / "out"))
+    assert (report.sizes, report.damage) == ({"32x32": 6, "48x48": 1}, [])
+    described = tmp_path / "out" / "dataset.yaml"
+    described.write_text(described.read_text().replace("uniform: false", "uniform: true"))
+    assert check(open_dataset(tmp_path / "out")).damage == ["1 image(s) are not 32x32, as dataset.yaml says"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_splits_are_what_they_are_called(tmp_path: Path, kind: str) -> None:
+    dataset = open_dataset(packed(tmp_path, 10, 6))
+    options = SplitOptions(kind, share=0.5, unseen=0.2, tune=0.1, seen=1)  # type: ignore[arg-type]
+    tables = split(dataset, options)
+    labels = np.asarray(dataset.labels)
+    used = {name: set(np.flatnonzero(table.labels >= 0).tolist()) for name, table in tables.items()}
+    for name, table in tables.items():
+        rows = table.labels >= 0
+        assert (table.classes[table.labels[rows]] == labels[rows]).all()  # no record changes its person
+        assert table.labels.max() < len(table.classes), name
+    classes = {name: set(labels[sorted(rows)].tolist()) for name, rows in used.items()}
+    assert (len(classes["unseen"]), len(classes["tune"]), len(classes["seen"])) == (2, 1, 7)
+    assert not classes["unseen"] & (classes["tune"] | classes["old"] | classes["new"])
+    assert not used["seen"] & (used["old"] | used["new"])
+    if kind.startswith("extended"):
+        assert used["old"] < used["new"]
+    else:
+        assert not used["old"] & used["new"]
+    if kind.endswith("class"):
+        assert len(classes["old"]) == 4
+        assert len(classes["new"]) == (7 if kind.startswith("extended") else 3)
+    else:
+        assert classes["old"] == classes["new"] == classes["seen"]
+        counts = np.bincount(labels[sorted(used["old"])])
+        assert set(counts[counts > 0].tolist()) == {2}  # half of five images, rounded to even
+    again = split(dataset, options)
+    assert all((again[name].labels == table.labels).all() for name, table in tables.items())
+
+
+def test_tables_open_as_label_tables(tmp_path: Path) -> None:
+    folder = packed(tmp_path, 6, 3)
+    out = tmp_path / "splits"
+    assert (
+        cli.main(["split", str(folder), str(out), "--share", "0.5", "--unseen", "0.34", "--json", str(out) + ".json"])
+        == 0
+    )
+    counts = json.loads((tmp_path / "splits.json").read_text())
+    for name in ("old", "new", "unseen"):
+        dataset = open_dataset(folder, out / f"{name}.npy")
+        assert (dataset.num_classes, len(dataset.kept)) == (counts[name]["classes"], counts[name]["images"])
+        assert np.load(out / f"{name}.classes.npy").shape == (dataset.num_classes,)
+
+
+def test_splits_that_leave_nothing_are_refused(tmp_path: Path) -> None:
+    folder = packed(tmp_path, 3, 3)
+    with pytest.raises(DataError, match="leaves no image for `old`"):
+        split(open_dataset(folder), SplitOptions(share=0.0))
+    assert cli.main(["split", str(folder), str(tmp_path / "out"), "--kind", "open-class", "--share", "1"]) == 2
+    assert not (tmp_path / "out").exists()
+    tables = split(open_dataset(folder), SplitOptions(share=0.5))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        save_tables(tables, tmp_path / "file" / "out", "")
+
+
+def test_the_tools_agree_with_the_library() -> None:
+    assert split_tool.KINDS == KINDS
+    assert check_tool.HELP

@@ -1,0 +1,271 @@
+"""lce pack: every source, any number of processes and jobs, interruptions, and what is refused."""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.samples import encoded, identity_folders, loader_of, take
+from tools import cli
+from trainer.data import open_dataset, packing, recordio
+from trainer.data.packing import PackOptions, pack
+from trainer.data.pixels import decode_image
+from trainer.data.sources import Listing, list_source
+from trainer.errors import DataError
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every visible file's hash."""
+    files = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def images_by_class(folder: Path) -> dict[str, set[bytes]]:
+    dataset = open_dataset(folder)
+    assert dataset.class_names is not None
+    found: dict[str, set[bytes]] = {}
+    for record, label in enumerate(dataset.labels.tolist()):
+        found.setdefault(dataset.class_names[label], set()).add(dataset.read(record))
+    return found
+
+
+def images_in(folder: Path) -> dict[str, set[bytes]]:
+    return {person.name: {file.read_bytes() for file in person.iterdir()} for person in folder.iterdir()}
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> Path:
+    return identity_folders(tmp_path / "people", 4, 7)
+
+
+def test_folders_keep_their_bytes_under_their_names(people: Path, tmp_path: Path) -> None:
+    assert cli.main(["pack", str(people), str(tmp_path / "out")]) == 0
+    assert images_by_class(tmp_path / "out") == images_in(people)
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.info.uniform
+    assert dataset.info.image_size == (32, 32)
+    assert sorted(contents(tmp_path / "out")) == [
+        "classes.txt",
+        "dataset.yaml",
+        "labels.npy",
+        "pack.json",
+        "train.idx",
+        "train.offsets.npy",
+        "train.rec",
+    ]
+    assert (np.diff(dataset.labels) < 0).any()  # shuffled
+    assert not (tmp_path / "out" / ".pack").exists()
+
+
+def test_the_result_does_not_depend_on_processes_or_jobs(people: Path, tmp_path: Path) -> None:
+    listing, options = list_source(people), PackOptions(part_records=5)
+    one = pack(listing, tmp_path / "one", options)
+    assert (one.records, one.parts, one.written_parts, one.complete) == (28, 6, 6, True)
+    counted: list[int] = []
+    pack(listing, tmp_path / "two", options, processes=2, progress=lambda done, total: counted.append(done))
+    assert counted[-1] == 28
+    results = [pack(listing, tmp_path / "jobs", options, job=(job, 3)) for job in (2, 0, 1)]
+    assert [result.complete for result in results] == [False, False, True]
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "jobs")
+    other = pack(listing, tmp_path / "seed", PackOptions(part_records=5, seed=1))
+    assert other.complete
+    assert contents(tmp_path / "seed")["train-00000.rec"] != contents(tmp_path / "one")["train-00000.rec"]
+
+
+def test_an_interrupted_run_is_continued(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing, options, out = list_source(people), PackOptions(part_records=5), tmp_path / "out"
+    calls = 0
+    load = packing._load
+
+    def interrupt(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 13:
+            raise KeyboardInterrupt
+        return load(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(packing, "_load", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pack(listing, out, options)
+    assert sorted(path.name for path in out.glob("*.rec")) == ["train-00000.rec", "train-00001.rec"]
+    assert not list(out.glob(".*.tmp"))
+    with pytest.raises(DataError):
+        open_dataset(out / "missing")
+    monkeypatch.setattr(packing, "_load", load)
+    assert pack(listing, out, options).written_parts == 4
+    again = pack(listing, out, options)
+    assert (again.written_parts, again.records, again.complete) == (0, 28, True)
+    pack(listing, tmp_path / "straight", options)
+    assert contents(out) == contents(tmp_path / "straight")
+
+
+def test_another_packing_or_a_used_folder_is_refused(people: Path, tmp_path: Path) -> None:
+    pack(list_source(people), tmp_path / "out", PackOptions())
+    with pytest.raises(DataError, match="holds another packing"):
+        pack(list_source(people), tmp_path / "out", PackOptions(size=(16, 16)))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("")
+    assert cli.main(["pack", str(people), str(tmp_path / "used")]) == 2
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.csv", "label,path\nanna,a.jpg\nbob,b.jpg\nanna,c.jpg\n"),
+        ("list.csv", "a.jpg,anna\nb.jpg,bob\nc.jpg,anna\n"),
+        ("list.tsv", "a.jpg\tanna\nb.jpg\tbob\nc.jpg\tanna\n"),
+        ("list.txt", "a.jpg anna\nb.jpg bob\n\nc.jpg anna\n"),
+    ],
+)
+def test_lists(name: str, text: str, tmp_path: Path) -> None:
+    for k, letter in enumerate("abc"):
+        (tmp_path / f"{letter}.jpg").write_bytes(encoded(k))
+    (tmp_path / name).write_text(text)
+    listing = list_source(tmp_path / name)
+    assert (listing.names, listing.labels.tolist()) == (["anna", "bob"], [0, 1, 0])
+    pack(listing, tmp_path / "out", PackOptions())
+    assert images_by_class(tmp_path / "out") == {"anna": {encoded(0), encoded(2)}, "bob": {encoded(1)}}
+
+
+def test_mxnets_lists_and_numbered_classes(tmp_path: Path) -> None:
+    (tmp_path / "a.lst").write_text("0\t10.000000\tx/a.jpg\n1\t9.000000\tb.jpg\n2\t10.000000\tc.jpg\n")
+    listing = list_source(tmp_path / "a.lst", root=tmp_path / "images")
+    assert listing.names == ["9", "10"]  # in order of the numbers, not of the letters
+    assert listing.labels.tolist() == [1, 0, 1]
+    assert listing.files[0] == str(tmp_path / "images" / "x" / "a.jpg")
+    kept = list_source(tmp_path / "a.lst", keep_labels=True)
+    assert (kept.labels.tolist(), kept.num_classes, kept.names) == ([10, 9, 10], 11, None)
+
+
+@pytest.mark.parametrize(("text", "message"), [("a.jpg\n", "line 1: expected a path and a label"), ("", "no images")])
+def test_lists_that_cannot_be_read(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        list_source(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text("a.jpg,anna\n")
+    with pytest.raises(DataError, match="found the label 'anna'"):
+        list_source(tmp_path / "list.csv", keep_labels=True)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def test_webdataset_tars(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    write_tar(
+        tmp_path / "tars" / "0.tar", {"k1.jpg": encoded(1), "k1.cls": b"7", "k2.cls": b"12", "k2.jpg": encoded(2)}
+    )
+    write_tar(tmp_path / "tars" / "1.tar", {"7/k3.png": encoded(3, kind="PNG"), "7/k3.json": b"{}"})
+    listing = list_source(tmp_path / "tars")
+    assert listing.names == ["7", "12"]
+    pack(listing, tmp_path / "out", PackOptions())
+    expected = {"7": {encoded(1), encoded(3, kind="PNG")}, "12": {encoded(2)}}
+    assert images_by_class(tmp_path / "out") == expected
+    (tmp_path / "tars" / "1.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(DataError, match=r"1\.tar: cannot be read"):
+        list_source(tmp_path / "tars")
+
+
+def test_resizing_and_encoding(tmp_path: Path) -> None:
+    people = identity_folders(tmp_path / "people", 2, 3, (20, 30))
+    (people / "person00" / "grey.pgm").write_bytes(b"P5 30 20 255\n" + bytes(600))
+    kept, small, jpeg = (tmp_path / name for name in ("kept", "small", "jpeg"))
+    pack(list_source(people), kept, PackOptions())
+    starts = sorted({open_dataset(kept).read(record)[:2] for record in range(7)})
+    assert starts == [b"\x89P", b"\xff\xd8"]  # the PGM became a PNG
+    pack(list_source(people), small, PackOptions(size=(16, 16)))
+    dataset = open_dataset(small)
+    assert all(decode_image(dataset.read(record), None).shape == (16, 16, 3) for record in range(7))
+    assert dataset.info.uniform
+    pack(list_source(people), jpeg, PackOptions(encode="jpeg", quality=50))
+    assert all(open_dataset(jpeg).read(record)[:2] == b"\xff\xd8" for record in range(7))
+
+
+def test_mixed_sizes_are_described_as_such(tmp_path: Path) -> None:
+    people = identity_folders(tmp_path / "people", 2, 3)
+    (people / "person00" / "large.jpg").write_bytes(encoded(9, (48, 48)))
+    pack(list_source(people), tmp_path / "out", PackOptions())
+    assert not open_dataset(tmp_path / "out").info.uniform
+
+
+def test_damaged_images_stop_or_are_listed(people: Path, tmp_path: Path) -> None:
+    for name, data in (("cut.jpg", encoded(1)[:500]), ("no.png", b"no image")):
+        (people / "person01" / name).write_bytes(data)
+    with pytest.raises(DataError, match=r"person01/(cut\.jpg|no\.png): .*--skip-damaged"):
+        pack(list_source(people), tmp_path / "out", PackOptions())
+    assert not list((tmp_path / "out").glob("*train*"))
+    result = pack(list_source(people), tmp_path / "most", PackOptions(skip_damaged=True))
+    assert (result.records, result.skipped) == (28, 2)
+    skipped = (tmp_path / "most" / "skipped.txt").read_text()
+    assert "cut.jpg" in skipped
+    assert "no.png" in skipped
+    dataset = open_dataset(tmp_path / "most")
+    assert images_by_class(tmp_path / "most")["person01"] == {
+        encoded(100 + k, kind="PNG" if k % 3 == 2 else "JPEG") for k in range(7)
+    }
+    assert [dataset.read(record) != b"" for record in range(28)] == [True] * 28
+
+
+def test_bytes_after_the_end_marker_are_no_damage(people: Path, tmp_path: Path) -> None:
+    odd = encoded(77) + b"camera maker's notes"
+    (people / "person00" / "odd.jpg").write_bytes(odd)
+    pack(list_source(people), tmp_path / "out", PackOptions())
+    assert odd in images_by_class(tmp_path / "out")["person00"]
+
+
+def test_insightface_layout_is_read_back(people: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["pack", str(people), str(out), "--layout", "insightface"]) == 0
+    assert images_by_class(out) == images_in(people)
+    raw = (out / "train.rec").read_bytes()
+    records = []
+    for offset in recordio.scan(out / "train.rec"):
+        records.append(recordio.decode_record(recordio.unframe(raw, offset)[0]))
+    assert records[0].labels == (29.0, 33.0)
+    assert [record.labels for record in records[29:]] == [(1.0 + 7 * k, 8.0 + 7 * k) for k in range(4)]
+    for made in ("dataset.yaml", "labels.npy", "train.offsets.npy", "pack.json", "classes.txt"):
+        (out / made).unlink()
+    bare = open_dataset(out)  # as any other tool's file
+    assert bare.labels.tolist() == [0] * 7 + [1] * 7 + [2] * 7 + [3] * 7
+    assert bare.info.image_size == (32, 32)
+
+
+def test_figures_as_json(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pack", str(people), str(tmp_path / "out"), "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["records"], figures["classes"], figures["complete"]) == (28, 4, True)
+
+
+def test_nothing_to_pack(tmp_path: Path) -> None:
+    assert cli.main(["pack", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["pack", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_orientation_by_exif_is_the_same_everywhere(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    out = io.BytesIO()
+    Image.fromarray(np.tile(np.arange(0, 240, 8, np.uint8)[None, :, None], (20, 1, 3))).save(out, "JPEG", exif=exif)
+    assert decode_image(out.getvalue(), None).shape == (30, 20, 3)
+    listing = Listing([str(tmp_path / "turned.jpg")], np.array([[0, -1]]), np.array([0]), ["one"], 1)
+    (tmp_path / "turned.jpg").write_bytes(out.getvalue())
+    pack(listing, tmp_path / "out", PackOptions())
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.info.image_size == (30, 20)
+    for kind in ("dali", "torch"):
+        (batch,) = take(loader_of(dataset, kind, workers=0), 1)
+        pixels = dataset.decode(0).transpose(2, 0, 1).astype(np.float32)
+        np.testing.assert_allclose(batch.images[0].numpy(), (pixels / 255 - 0.5) / 0.5, atol=1e-5)
