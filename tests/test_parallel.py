@@ -66,6 +66,16 @@ def test_settings_that_cannot_be_met(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_compiler_it_trains_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(config(tmp_path / "plain"), Ranks())
+    monkeypatch.setattr("trainer.parallel.shutil.which", lambda name: None)
+    train(config(tmp_path / "compile", train__compile=True), Ranks())
+    assert losses_of(tmp_path / "compile") == losses_of(tmp_path / "plain")
+    assert "no C++ compiler" in caplog.text
+
+
 def test_scale_gradient() -> None:
     x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
     y = scale_gradient(x, torch.tensor(3.0))

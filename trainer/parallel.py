@@ -5,6 +5,9 @@ gradients have to be summed. DDP and FSDP take their mean; :func:`scale_gradient
 head to the backbone (and by the loss scale of float16), so that neither the head nor the wrapper needs to know.
 """
 
+import logging
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -20,6 +23,8 @@ from trainer.backbones.recompute import Recompute
 from trainer.config import TrainConfig
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -83,7 +88,7 @@ def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
     network = backbone
     if config.parallel == "fsdp":
         shard(backbone, ranks)
-    if config.compile:
+    if config.compile and _can_compile(ranks):
         network = torch.compile(backbone)  # type: ignore[assignment]
     if config.parallel == "ddp" and dist.is_initialized() and ranks.world_size > 1:
         device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -94,6 +99,16 @@ def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
             wrapped.register_comm_hook(None, _mean_in_bfloat16)
         return wrapped
     return network
+
+
+def _can_compile(ranks: Ranks) -> bool:
+    """Whether torch.compile can work here: on the CPU it needs a C++ compiler; without one it is said once."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if ranks.device.type != "cpu" or any(shutil.which(name) for name in compilers):
+        return True
+    if ranks.is_main:
+        log.warning("train.compile: no C++ compiler (%s) here; training runs without it", " or ".join(compilers))
+    return False
 
 
 def _mean_in_bfloat16(
