@@ -1,0 +1,77 @@
+"""The draw: independent of the world size, uniform, different from step to step; positives always included."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.head.partition import class_range
+from trainer.head.sampling import draw_negatives, join_positives, stratum_count
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    total=st.integers(1, 400),
+    rate=st.sampled_from([0.001, 0.02, 0.1, 1 / 3, 0.7, 0.999]),
+    world=st.integers(1, 9),
+    seed=st.integers(0, 2**63),
+    step=st.integers(0, 2**40),
+)
+def test_ranks_draw_what_one_process_draws(total: int, rate: float, world: int, seed: int, step: int) -> None:
+    whole = draw_negatives(seed, step, total, rate, 0, total)
+    assert len(whole) == stratum_count(total, rate)
+    assert (whole.diff() > 0).all()
+    assert whole.min() >= 0
+    assert whole.max() < total
+    parts = []
+    for rank in range(world):
+        own = class_range(total, rank, world)
+        parts.append(draw_negatives(seed, step, total, rate, own.start, own.stop) + own.start)
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.3, 0.7])
+def test_every_class_is_drawn_equally_often(rate: float) -> None:
+    total, steps = 1003, 3000
+    count = torch.zeros(total)
+    for step in range(steps):
+        count[draw_negatives(5, step, total, rate, 0, total)] += 1
+    share = stratum_count(total, rate) / total
+    spread = (share * (1 - share) / steps) ** 0.5
+    frequency = (count / steps).numpy()
+    assert frequency.mean() == pytest.approx(share)
+    assert np.abs(frequency - share).max() < 5 * spread
+    assert 0.8 * spread < frequency.std() < 1.2 * spread  # as scattered as independent steps are, not less
+
+
+def test_steps_and_seeds_draw_differently() -> None:
+    def drawn(seed: int, step: int) -> set[int]:
+        return set(draw_negatives(seed, step, 10000, 0.1, 0, 10000).tolist())
+
+    first = drawn(1, 0)
+    for other in (drawn(1, 1), drawn(2, 0), drawn(2, 1)):
+        assert 40 < len(first & other) < 170  # 100 expected by chance
+
+
+def test_positives_are_joined_once() -> None:
+    negatives, positives = torch.tensor([1, 4, 6]), torch.tensor([6, 9, 9, 0, 1])
+    rows, place = join_positives(negatives, positives)
+    assert rows[:3].tolist() == [1, 4, 6]
+    assert sorted(rows[3:].tolist()) == [0, 9]
+    assert rows[place].tolist() == positives.tolist()
+    rows, place = join_positives(torch.empty(0, dtype=torch.int64), positives)
+    assert rows[place].tolist() == positives.tolist()
+    rows, place = join_positives(negatives, torch.empty(0, dtype=torch.int64))
+    assert rows.tolist() == [1, 4, 6]
+    assert len(place) == 0
+
+
+def test_correction_makes_the_denominator_unbiased() -> None:
+    """Over many draws the weighted sum over drawn negatives averages to the sum over all of them."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.exp(torch.randn(1000, generator=generator, dtype=torch.float64))
+    share = stratum_count(1000, 0.1) / 1000
+    estimates = [value[draw_negatives(3, step, 1000, 0.1, 0, 1000)].sum().item() / share for step in range(4000)]
+    error = np.std(estimates) / np.sqrt(len(estimates))
+    assert abs(np.mean(estimates) - value.sum().item()) < 4 * error
