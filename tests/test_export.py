@@ -13,10 +13,13 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from tests.ranks import run_ranks
+from tests.runs import config
 from trainer.backbones import build_backbone
+from trainer.compat.classifiers import open_classifier
 from trainer.compat.transform import build_transform
 from trainer.config import BackboneConfig, TransformConfig
 from trainer.distributed import Ranks
+from trainer.engine import train
 from trainer.errors import DataError, ModelError
 from trainer.export import (
     Direction,
@@ -135,6 +138,18 @@ def test_onnx_gives_the_same_embeddings(tmp_path: Path, normalisation: Any, colo
     assert len(graph.input) == len(graph.output) == 1
     assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim][1:] == [3, *SIZE]
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+@pytest.mark.parametrize("name", ["small_resnet", "iresnet18", "mobilefacenet", "vit_t"])
+def test_every_kind_of_backbone_exports(tmp_path: Path, name: str) -> None:
+    chosen = BackboneConfig(name=name, dim=DIM)
+    torch.manual_seed(6)
+    save_model(
+        tmp_path / "m", trained(build_backbone(chosen, SIZE)), ModelCard(backbone=chosen, dim=DIM, image_size=SIZE)
+    )
+    model = load_model(tmp_path / "m")
+    assert isinstance(model, TorchModel)
+    assert export_onnx(model, tmp_path / "m.onnx", images(4)).largest_difference < 1e-5
 
 
 @pytest.mark.parametrize("transform", ["rbt", "linear", "orthogonal", "mlp"])
@@ -265,7 +280,7 @@ def test_what_is_no_usable_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
         load_model(tmp_path / "absent.onnx")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ModelError, match="has not finished"):
+    with pytest.raises(ModelError, match="no checkpoint yet"):
         load_model(tmp_path / "run")
     saved(tmp_path / "model")
     with pytest.raises(ModelError, match=r"needs uint8 images \(b, 32, 32, 3\)"):
@@ -279,9 +294,26 @@ def test_what_is_no_usable_model_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "model")
 
 
+def test_a_checkpoint_is_a_model_too_and_its_head_a_classifier(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(run, train__steps=4, train__precision="float32", head__rows="float32"), Ranks())
+    finished = load_model(run)
+    (run / "model").rename(tmp_path / "kept")
+    unfinished = load_model(run)
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3)).astype(np.uint8)
+    np.testing.assert_allclose(unfinished.embed(pixels), finished.embed(pixels), atol=1e-6)
+    assert (unfinished.dim, unfinished.card.step, unfinished.card.classes) == (6, 4, 11)
+    classifier = open_classifier([run], num_classes=11)
+    assert classifier.rows.read(0, 11).shape == (11, 6)
+    newest = max((run / "checkpoints").glob("step-*"))
+    data = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="bytes"):
+        load_model(run)
+
+
 def test_saving_refuses_a_card_that_does_not_fit_and_foreign_folders(tmp_path: Path) -> None:
-    config = BackboneConfig(name="small", dim=DIM)
-    card = ModelCard(backbone=config, dim=DIM, image_size=SIZE)
+    card = ModelCard(backbone=BackboneConfig(name="small", dim=DIM), dim=DIM, image_size=SIZE)
     with pytest.raises(ModelError, match="describes"):
         save_model(tmp_path / "a", network(), card, {"t21": nn.Linear(DIM, DIM)})
     (tmp_path / "photos").mkdir()

@@ -207,7 +207,7 @@ class TorchModel(EmbeddingModel):
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> EmbeddingModel:
-    """Open a model folder, a run folder (its ``model/``) or an ONNX file.
+    """Open a model folder, a run folder (its ``model/``, else its newest checkpoint), a checkpoint or an ONNX file.
 
     Raises:
         ModelError: nothing there, an unfinished run, damaged files, weights that do not fit the card, or an ONNX graph
@@ -220,9 +220,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
         return OnnxModel.open(path)
     folder = path if (path / CARD_FILE).is_file() else path / "model"
     if not (folder / CARD_FILE).is_file():
-        reason = "the run has not finished" if (path / "checkpoints").is_dir() else f"no {CARD_FILE} in it"
+        from trainer.checkpoint_model import is_checkpointed, open_checkpoint
+
+        if is_checkpointed(path):
+            return open_checkpoint(path, device)
+        reason = "the run has no checkpoint yet" if (path / "checkpoints").is_dir() else f"no {CARD_FILE} in it"
         raise ModelError(
-            f"{path}: no model ({reason}); give an export folder, a finished run's folder or an .onnx file"
+            f"{path}: no model ({reason}); give an export folder, a run folder, a checkpoint or an .onnx file"
         )
     card = read_card((folder / CARD_FILE).read_bytes(), str(folder / CARD_FILE))
     if card.backbone is None:
