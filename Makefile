@@ -4,6 +4,7 @@
 #
 # TORCH_INDEX  where a CPU build of torch is looked for when pip's own configuration offers none; empty: nowhere else
 # TORCH        what to install as torch; `make TORCH=torch==2.13.0 demo` takes your index's default build (CUDA, on Linux)
+# DEMO         more arguments for the demo: `make demo DEMO="--seeds 3"`
 # PYTHON       the interpreter to build .venv with; empty: the first of python3.14 … python3.11, python3, python that fits
 
 SHELL := /bin/sh
