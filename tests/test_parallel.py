@@ -10,11 +10,11 @@ from torch import nn
 
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, losses_of, train_rank
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, scale_gradient
 from trainer.engine import train
 from trainer.errors import ConfigError
 from trainer.export import load_model
-from trainer.parallel import embed, scale_gradient
+from trainer.parallel import embed
 
 CLIPPED = {"optimizer__clip_norm": 0.5, "train__ema": 0.9, "checkpoint__every_steps": 4, "data__batch_size": 8}
 

@@ -247,3 +247,21 @@ def gather_batch(rows: Tensor, labels: Tensor, world_size: int, capacity: int) -
     """
     gathered: tuple[Tensor, Tensor] = _GatherBatch.apply(rows, labels, world_size, capacity)
     return gathered
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor | float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        factor = ctx.factor
+        return gradients[0] * (factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor), None
+
+
+def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
+    """``x`` unchanged; its gradient is multiplied by the scalar ``factor`` on the way back."""
+    out: Tensor = _ScaleGradient.apply(x, factor)
+    return out

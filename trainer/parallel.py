@@ -1,8 +1,9 @@
 """The backbone across ranks: DDP (replicated) or FSDP2 (sharded), precision, recomputation and compilation.
 
 The head gives each rank the gradient of the global mean with respect to its own embeddings, so the ranks' parameter
-gradients have to be summed. DDP and FSDP take their mean; :func:`scale_gradient` multiplies by W on the way from the
-head to the backbone (and by the loss scale of float16), so that neither the head nor the wrapper needs to know.
+gradients have to be summed. DDP and FSDP take their mean; :func:`trainer.distributed.scale_gradient` multiplies by
+W on the way from the head to the backbone (and by the loss scale of float16), so that neither the head nor the
+wrapper needs to know.
 """
 
 import logging
@@ -25,24 +26,6 @@ from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return gradients[0] * factor.to(gradients[0].dtype), None
-
-
-def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
-    """``x`` unchanged; its gradient is multiplied by the scalar ``factor`` on the way back."""
-    out: Tensor = _ScaleGradient.apply(x, factor)
-    return out
 
 
 @contextmanager

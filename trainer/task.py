@@ -18,11 +18,11 @@ from trainer.compat.center_bank import CenterBank
 from trainer.compat.lce import DirectCompat
 from trainer.config import Config
 from trainer.data import Batch, DatasetInfo
-from trainer.distributed import Ranks, on_main
+from trainer.distributed import Ranks, on_main, scale_gradient
 from trainer.export import ModelCard, save_model
 from trainer.head.partial_fc import PartialFC
 from trainer.head.partition import class_range
-from trainer.parallel import autocast, embed, gradient_sync, scale_gradient, wrap
+from trainer.parallel import autocast, embed, gradient_sync, wrap
 from trainer.startup import Inputs
 from trainer.weights import load_backbone_weights
 

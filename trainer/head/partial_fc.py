@@ -9,6 +9,7 @@ all-reduce of B numbers.)
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.compat.lce import DirectCompat
 from trainer.config import HeadConfig
-from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch
+from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch, scale_gradient
 from trainer.errors import ConfigError
 from trainer.head.margin import build_margin
 from trainer.head.partition import ClassRange, class_range
@@ -46,6 +47,20 @@ class HeadOutput:
     loss: Tensor
     report: dict[str, Tensor]
     finite: Tensor
+
+
+class Companion(Protocol):
+    """A loss beside the head's that every rank computes alike from the same gathered tensors, such as LCE through T."""
+
+    def __call__(self, embeddings: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss (0-dim, equal on all ranks) and what to report of it, detached.
+
+        Args:
+            embeddings: (B, D) of all ranks, as they come from the backbone.
+            labels: (B,) of all ranks; −1: no class.
+            rows: (u, D) classifier rows of the batch's classes that this rank owns, in ascending order of the classes
+                (none with sub-centres).
+        """
 
 
 class PartialFC(nn.Module):
@@ -114,20 +129,22 @@ class PartialFC(nn.Module):
         if self.reference is not None:
             self.reference.set_lr(self.optimizer.lr)
 
-    def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
+    def forward(self, embeddings: Tensor, labels: Tensor, step: int, companion: Companion | None = None) -> HeadOutput:
         """The loss of the global batch.
 
         Args:
             embeddings: (b, D) of this rank, not normalised; b may differ between ranks and be 0.
             labels: (b,) int64 in [−1, C); −1: no class, no term.
             step: number of the update; with the seed it decides which negatives are drawn.
+            companion: a further loss of the gathered batch, added to the head's; see :class:`Companion`.
         """
         capacity = self._capacity(len(embeddings))
         x, every_label = gather_batch(embeddings, labels, self.ranks.world_size, capacity)
         with torch.no_grad():
             drawn = self._draw(every_label, step)
         if self.reference is not None:
-            return HeadOutput(*self.reference.step(x, every_label, drawn, self._deferring))
+            loss, own, report, finite = self.reference.step(x, every_label, drawn, self._deferring)
+            return self._with_companion(companion, x, every_label, own, HeadOutput(loss, report, finite))
         self.optimizer.reseed(hash((self.seed, step, self.classes.start)) & 0x7FFFFFFFFFFFFFFF)
         fused = FusedStep(
             self._settings(drawn, len(x)),
@@ -138,8 +155,21 @@ class PartialFC(nn.Module):
             self.compat_total,
             self._collect if self._deferring else None,
         )
-        loss = FusedSoftmax.apply(x, every_label, fused, drawn, self.training)
-        return HeadOutput(loss, {k: v.detach() for k, v in fused.report.items()}, fused.finite)
+        loss, own = FusedSoftmax.apply(x, every_label, fused, drawn, self.training)
+        report = {k: v.detach() for k, v in fused.report.items()}
+        out = self._with_companion(companion, x, every_label, own, HeadOutput(loss, report, fused.finite))
+        fused.finite = out.finite
+        return out
+
+    def _with_companion(
+        self, companion: Companion | None, x: Tensor, labels: Tensor, own: Tensor, out: HeadOutput
+    ) -> HeadOutput:
+        if companion is None:
+            return out
+        # Every rank computes the same loss of the same batch; the reduce-scatter adds up W equal gradients.
+        loss, report = companion(scale_gradient(x, 1 / self.ranks.world_size), labels, own)
+        finite = out.finite & torch.isfinite(loss.detach())
+        return HeadOutput(out.loss + loss.to(out.loss.dtype), out.report | report, finite)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -215,12 +245,14 @@ class PartialFC(nn.Module):
     def _draw(self, labels: Tensor, step: int) -> Drawn:
         samples = ((labels >= self.classes.start) & (labels < self.classes.stop)).nonzero()[:, 0]
         positives = labels[samples] - self.classes.start
+        distinct, among = torch.unique(positives, return_inverse=True)
         if not self.sampled:
-            return Drawn(None, self.classes.size, samples, positives, 1.0)
+            return Drawn(None, self.classes.size, samples, positives, 1.0, distinct)
         c, rate = self.classes, self.config.sample_rate
         negatives = draw_negatives(self.seed, step, c.total, rate, c.start, c.stop, labels.device)
         index, places = join_positives(negatives, positives)
-        return Drawn(index, len(negatives), samples, places, stratum_count(c.total, rate) / c.total)
+        own = torch.empty_like(distinct).scatter_(0, among, places)
+        return Drawn(index, len(negatives), samples, places, stratum_count(c.total, rate) / c.total, own)
 
     def _settings(self, drawn: Drawn, batch: int) -> PassSettings:
         c = self.config

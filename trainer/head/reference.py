@@ -75,8 +75,9 @@ class ReferenceSoftmax:
 
     def step(
         self, x: Tensor, labels: Tensor, drawn: "Drawn", deferred: bool
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Loss, report and finiteness for gathered embeddings (B, D) and labels (B,).
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """Loss, rows of the batch's own classes, report and finiteness for embeddings (B, D) and labels (B,) of all
+        ranks.
 
         ``deferred`` leaves the gradient for :meth:`apply`.
         """
@@ -113,7 +114,8 @@ class ReferenceSoftmax:
         loss = self._compatibility(loss, unit, rows, drawn, report)
         self._finite = torch.isfinite(loss.detach()) & torch.isfinite(x.detach()).all()
         verdict.append(self._finite)
-        return loss, report, self._finite
+        own = self.weight[drawn.own if drawn.index is None else drawn.index[drawn.own]]
+        return loss, own, report, self._finite
 
     def _psi(self, cosine: Tensor, norm: Tensor, valid: Tensor) -> Tensor:
         """ψ with the margin's own derivatives, for autograd: the value is exact, the slopes are constants of a

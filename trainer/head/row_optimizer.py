@@ -40,7 +40,8 @@ class RowGradient:
 
     ``q`` (n, B) and ``x`` (B, D) are what the softmax leaves behind (None: no such part), ``radial`` (n,) is its
     projection; ``pull`` (n, D) with ``pull_scale`` (n,) are vectors that attract the rows, such as old class
-    centres (None: none).
+    centres (None: none). ``extra`` (e, D) is added to the rows
+    ``at`` (e,), distinct places among the n (None: nothing).
     """
 
     q: Tensor | None
@@ -48,12 +49,20 @@ class RowGradient:
     radial: Tensor
     pull: Tensor | None = None
     pull_scale: Tensor | None = None
+    at: Tensor | None = None
+    extra: Tensor | None = None
+
+    def add_extra(self, out: Tensor) -> None:
+        """Add ``extra`` to the rows ``at`` of ``out`` (n, D)."""
+        if self.at is not None and self.extra is not None:
+            out.index_add_(0, self.at, self.extra.to(out.dtype))
 
     def add_to(self, out: Tensor, w: Tensor, decay: Tensor | float) -> None:
         """Add everything but ``q @ x``, and ``decay`` · w, to ``out`` (n, D)."""
         out.addcmul_(w, (self.radial + decay)[:, None])
         if self.pull is not None and self.pull_scale is not None:
             out.addcmul_(self.pull.to(out.dtype), self.pull_scale[:, None])
+        self.add_extra(out)
 
     def product(self, like: Tensor) -> Tensor:
         """``q @ x`` in the dtype of ``like`` (n, D)."""
@@ -266,6 +275,7 @@ class SgdRows(RowOptimizer):
         else:
             v.mul_(mu).add_(gradient.product(w))
         beta = (gradient.radial + (decay if gate is None else decay * gate))[:, None]
+        gradient.add_extra(v)
         if gradient.pull is not None and gradient.pull_scale is not None:
             self.fuse(_pull)(v, gradient.pull, gradient.pull_scale[:, None])
         if selection.index is not None and self.rows.dtype == self.work:

@@ -16,7 +16,7 @@ Notation: rows w_j (n, D) with ρ_j = 1/‖w_j‖, unit embeddings x_i (B, D), P
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -112,7 +112,8 @@ class Drawn:
     as such.
 
     ``samples`` (P,) are the samples whose class is on this rank and ``places`` (P,) their classes' places among the
-    drawn. ``probability`` is S/C.
+    drawn. ``probability`` is S/C. ``own`` (u,) are the places of the batch's classes that are on this rank, each once,
+    in ascending order of the classes.
     """
 
     index: Tensor | None
@@ -120,6 +121,7 @@ class Drawn:
     samples: Tensor
     places: Tensor
     probability: float
+    own: Tensor
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,8 @@ class FusedStep:
 
     # ---------------------------------------------------------------- first pass
 
-    def forward(self, x: Tensor, labels: Tensor, drawn: Drawn, training: bool) -> Tensor:
-        """The loss, a 0-dim tensor equal on all ranks.
+    def forward(self, x: Tensor, labels: Tensor, drawn: Drawn, training: bool) -> tuple[Tensor, Tensor]:
+        """The loss, a 0-dim tensor equal on all ranks, and the rows of the batch's own classes (u, D).
 
         Args:
             x: (B, D) gathered embeddings, as they come from the backbone.
@@ -181,7 +183,8 @@ class FusedStep:
         sums, alignment = self._first_pass(len(x))
         hinge = self._boundary()
         packed = all_reduce_sum(torch.cat([sums, cosine, torch.stack([alignment, *hinge])]))
-        return self._loss(packed, len(x), training)
+        own = drawn.own[:0] if self.settings.sub_centers > 1 else drawn.own
+        return self._loss(packed, len(x), training), self.rows.take(own)
 
     def _drawn_rows(self) -> Tensor | None:
         """The rows of the drawn classes, K per class."""
@@ -206,8 +209,8 @@ class FusedStep:
         self.sorted_samples, self.sorted_order = self.drawn.samples[order], order
         self.sorted_places = self.drawn.places[order]
         step, total = self._chunk_classes(), self._classes()
-        edges = torch.arange(0, total + step, step, device=order.device)
-        self.bounds: list[int] = torch.searchsorted(self.sorted_places, edges).tolist()
+        self.edges = torch.arange(0, total + step, step, device=order.device)
+        self.bounds: list[int] = torch.searchsorted(self.sorted_places, self.edges).tolist()
 
     def _classes(self) -> int:
         return self.rows.count // self.settings.sub_centers
@@ -374,12 +377,13 @@ class FusedStep:
 
     # ---------------------------------------------------------------- second pass
 
-    def backward(self, grad: Tensor) -> Tensor:
+    def backward(self, grad: Tensor, own_grad: Tensor) -> Tensor:
         """∂L/∂x of the gathered embeddings (B, D), this rank's part of the sum; rows are updated (or their gradient
         collected).
 
         Args:
             grad: the 0-dim gradient of the total with respect to the loss.
+            own_grad: its gradient with respect to the rows of the batch's own classes, (u, D).
         """
         work, device = self.optimizer.work, self.x.device
         gate: Tensor | None = None
@@ -388,6 +392,7 @@ class FusedStep:
                 work
             )  # no host sync: a non-finite step runs through with everything multiplied by zero
             grad = torch.where(self.finite, grad.double(), 0.0)
+            own_grad = torch.where(self.finite, own_grad, 0.0)
             self.x, self.scaled = (torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (self.x, self.scaled))
         elif not bool(self.finite):
             return torch.zeros_like(self.x)
@@ -397,6 +402,8 @@ class FusedStep:
         )
         self.coefficient = share.to(work)
         self._target_gradient(share)
+        own_places, order = torch.sort(self.drawn.own[: len(own_grad)])
+        own_grad, own_bounds = own_grad[order], torch.searchsorted(own_places, self.edges).tolist()
         transposed = torch.zeros_like(self.x.t(), memory_format=torch.contiguous_format)
         k = self.settings.sub_centers
         for number, first, last in self._chunks():
@@ -409,6 +416,9 @@ class FusedStep:
                 transposed += torch.mm(w.to(q.dtype).t(), q)
             pull, pull_scale, radial = self._alignment_gradient(first, last, radial, grad)
             gradient = RowGradient(q, self.x.to(self.settings.compute), radial, pull, pull_scale)
+            low, high = own_bounds[number], own_bounds[number + 1]
+            if high > low:
+                gradient = replace(gradient, at=own_places[low:high] - first, extra=own_grad[low:high])
             if self.collect is None:
                 self.optimizer.update(self.rows, first * k, last * k, gradient, gate)
             else:
@@ -494,22 +504,25 @@ class FusedStep:
 
 
 class FusedSoftmax(Function):
-    """Autograd's view of a :class:`FusedStep`: gathered embeddings (B, D) → loss.
+    """Autograd's view of a :class:`FusedStep`: gathered embeddings (B, D) → loss, and rows of the batch's classes.
 
     Collectives: one all-reduce in forward, none in backward (the caller gathers before and reduce-scatters after).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, labels: Tensor, step: FusedStep, drawn: Drawn, training: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, labels: Tensor, step: FusedStep, drawn: Drawn, training: bool
+    ) -> tuple[Tensor, Tensor]:
         """See :meth:`FusedStep.forward`."""
         ctx.step, ctx.dtype = step, x.dtype
-        return step.forward(x, labels, drawn, training).to(step.optimizer.work)
+        loss, own = step.forward(x, labels, drawn, training)
+        return loss.to(step.optimizer.work), own
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """See :meth:`FusedStep.backward`."""
         with torch.no_grad():
-            dx = ctx.step.backward(grads[0]).to(ctx.dtype)
+            dx = ctx.step.backward(*grads).to(ctx.dtype)
         ctx.step = None
         return dx, None, None, None, None
 
