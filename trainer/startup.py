@@ -22,7 +22,7 @@ from trainer.weights import matching_weights
 
 T = TypeVar("T")
 
-_AVAILABLE = ("none", "lce")
+_METHODS, _MODES = ("none", "lce"), ("direct", "backward", "forward", "both")
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,15 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
 
 
 def _open_bank(config: Config, classes: int) -> CenterBank:
-    if config.compat.method not in _AVAILABLE or config.compat.mode != "direct":
+    if config.compat.method not in _METHODS or config.compat.mode not in _MODES:
         raise ConfigError(
             f"compat: method {config.compat.method}, mode {config.compat.mode} is not available in this version; "
-            "available: method none or lce, mode direct"
+            f"available: method {' or '.join(_METHODS)}, mode {', '.join(_MODES)}"
+        )
+    if config.compat.mode != "direct" and config.head.sub_centers > 1:
+        raise ConfigError(
+            f"compat.mode = {config.compat.mode} with head.sub_centers = {config.head.sub_centers}: an old centre has "
+            "no single new row to align with; use head.sub_centers=1"
         )
     assert config.compat.bank is not None
     bank = CenterBank.open(config.compat.bank)
@@ -104,10 +109,10 @@ def _open_bank(config: Config, classes: int) -> CenterBank:
             f"{config.compat.bank}: {bank.num_classes} classes, the data set has {classes}; "
             "make the bank from this data set (lce centers)"
         )
-    if bank.dim != config.backbone.dim:
+    if config.compat.mode == "direct" and bank.dim != config.backbone.dim:
         raise CenterBankError(
             f"{config.compat.bank}: dimension {bank.dim}, backbone.dim is {config.backbone.dim}; "
-            f"direct mode needs backbone.dim={bank.dim}"
+            f"direct mode needs backbone.dim={bank.dim}; backward, forward and both map between the two dimensions"
         )
     return bank
 

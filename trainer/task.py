@@ -1,9 +1,10 @@
 """What is trained: from a batch to a loss. The engine knows this seam and no loss.
 
-:class:`TrainTask` trains a new model: backbone, class-sharded head and, where configured, direct LCE against the old
-model's centres.
+:class:`TrainTask` trains a new model: backbone, class-sharded head and, where configured, LCE against the old model's
+centres, directly (fused into the head's pass) or through learned transformations (beside it).
 """
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch.distributed.tensor import DTensor
 from trainer.backbones import build_backbone
 from trainer.compat.center_bank import CenterBank
 from trainer.compat.lce import DirectCompat
+from trainer.compat.transformed import TransformedCompat, gather_pairs
 from trainer.config import Config
 from trainer.data import Batch, DatasetInfo
 from trainer.distributed import Ranks, on_main, scale_gradient
-from trainer.export import ModelCard, save_model
-from trainer.head.partial_fc import PartialFC
+from trainer.export import Direction, ModelCard, TransformCard, save_model
+from trainer.head.partial_fc import Companion, PartialFC
 from trainer.head.partition import class_range
 from trainer.parallel import autocast, embed, gradient_sync, wrap
 from trainer.startup import Inputs
@@ -84,7 +86,7 @@ class Task(Protocol):
 
 
 class TrainTask:
-    """Backbone and head, with direct LCE when a centre bank is given.
+    """Backbone and head, with LCE when a centre bank is given.
 
     Args:
         config: the run's configuration.
@@ -105,7 +107,14 @@ class TrainTask:
             backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = backbone
         self.network = wrap(backbone, config.train, ranks)
-        compat = None if inputs.bank is None else build_compat(config, inputs.bank, ranks)
+        direct = inputs.bank is not None and config.compat.mode == "direct"
+        compat = build_compat(config, inputs.bank, ranks) if inputs.bank is not None and direct else None
+        self.transformed: TransformedCompat | None = None
+        if inputs.bank is not None and not direct:
+            self.transformed = TransformedCompat(config.compat, inputs.bank.dim, config.backbone.dim)
+            self.transformed.to(ranks.device, dtype)
+            mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
+            self.bank_rows = inputs.bank.rows(mine.start, mine.stop)
         self.head = PartialFC(
             config.head,
             inputs.num_classes,
@@ -124,8 +133,14 @@ class TrainTask:
         return build_backbone(self.config.backbone, self.inputs.image_size)
 
     def modules(self) -> dict[str, nn.Module]:
-        """The backbone."""
-        return {"backbone": self.backbone}
+        """The backbone and the transformations."""
+        return {"backbone": self.backbone} | {str(name): module for name, module in self._transforms().items()}
+
+    def _transforms(self) -> dict[Direction, nn.Module]:
+        if self.transformed is None:
+            return {}
+        both: dict[Direction, nn.Module | None] = {"t21": self.transformed.t21, "t12": self.transformed.t12}
+        return {direction: module for direction, module in both.items() if module is not None}
 
     def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
         """See :class:`Task`."""
@@ -137,12 +152,26 @@ class TrainTask:
                 embeddings = embed(self.network, images)
             embeddings = scale_gradient(embeddings.to(self._dtype), factor * self.ranks.world_size)
             with self.head.deferred() if self._deferred else nullcontext():
-                out = self.head(embeddings, batch.labels, step)
+                out = self.head(embeddings, batch.labels, step, self._companion(factor))
             out.loss.backward()
         report = {"loss": out.loss.detach(), **out.report}
         if "alignment" in report:  # in the paper's unit too: mean_d (u − v)² = (2 − 2 cos) / D on unit vectors
             report["alignment_mse"] = report["alignment"] * (2 / self.config.backbone.dim)
         return StepOutput(report, out.finite)
+
+    def _companion(self, factor: Tensor) -> Companion | None:
+        """LCE through the transformations, as the head takes it; ``factor`` falls on their gradients alone."""
+        if self.transformed is None:
+            return None
+        compat = self.transformed
+
+        def loss(embeddings: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            rows, embeddings = scale_gradient(rows, 1 / factor), scale_gradient(embeddings, 1 / factor)
+            pairs = gather_pairs(labels, rows, self.bank_rows, self.inputs.num_classes, self.ranks)
+            value, report = compat(pairs, embeddings)
+            return scale_gradient(value, factor), report
+
+        return loss
 
     def set_lr(self, lr: float) -> None:
         """See :class:`Task`."""
@@ -166,13 +195,18 @@ class TrainTask:
         self.head.load_shard_state()
 
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]) -> None:
-        """See :class:`Task`: the backbone with its card."""
-        whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights["backbone"].items()}
+        """See :class:`Task`: the backbone and the transformations with their card."""
+        whole = {
+            name: {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in part.items()}
+            for name, part in weights.items()
+        }
         on_main(lambda: self._write_model(folder, whole, step, figures), self.ranks)
 
-    def _write_model(self, folder: Path, weights: dict[str, Tensor], step: int, figures: dict[str, float]) -> None:
+    def _write_model(
+        self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]
+    ) -> None:
         backbone = self._build()
-        backbone.to(self._dtype).load_state_dict(weights)
+        backbone.to(self._dtype).load_state_dict(weights["backbone"])
         dataset, bank = self.inputs.dataset, self.inputs.bank
         look = dataset.info if dataset is not None else DatasetInfo()
         card = ModelCard(
@@ -189,8 +223,18 @@ class TrainTask:
             trained_on="synthetic" if dataset is None else str(dataset.path),
             classes=self.inputs.num_classes,
             figures=figures,
+            transforms={direction: self._transform_card(direction) for direction in self._transforms()},
         )
-        save_model(folder, backbone, card)
+        transforms = {direction: copy.deepcopy(module) for direction, module in self._transforms().items()}
+        for direction, module in transforms.items():
+            module.load_state_dict(weights[direction])
+        save_model(folder, backbone, card, transforms)
+
+    def _transform_card(self, direction: Direction) -> TransformCard:
+        assert self.inputs.bank is not None
+        new, old = self.config.backbone.dim, self.inputs.bank.dim
+        sizes = {"dim_in": new, "dim_out": old} if direction == "t21" else {"dim_in": old, "dim_out": new}
+        return TransformCard(config=self.config.compat.transform, **sizes)
 
 
 def build_compat(config: Config, bank: CenterBank, ranks: Ranks) -> DirectCompat:
