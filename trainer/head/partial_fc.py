@@ -20,12 +20,13 @@ from trainer.compat.lce import DirectCompat
 from trainer.config import HeadConfig
 from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch, scale_gradient
 from trainer.errors import ConfigError
+from trainer.head.kernels import Kernels
 from trainer.head.margin import build_margin
 from trainer.head.partition import ClassRange, class_range
 from trainer.head.reference import ReferenceSoftmax
 from trainer.head.row_optimizer import RowGradient, build_row_optimizer
 from trainer.head.sampling import draw_negatives, join_positives, stratum_count
-from trainer.head.sharded_softmax import KEEP_SHARE, Drawn, FusedSoftmax, FusedStep, Kernels, PassSettings
+from trainer.head.sharded_softmax import KEEP_SHARE, Drawn, FusedSoftmax, FusedStep, PassSettings
 
 COMPILE_FROM_ROWS = 32768
 """Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""

@@ -14,18 +14,19 @@ Notation: rows w_j (n, D) with ρ_j = 1/‖w_j‖, unit embeddings x_i (B, D), P
 """
 
 import math
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
 from trainer.compat.lce import DirectCompat
 from trainer.distributed import all_reduce_sum
 from trainer.errors import ConfigError
+from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.margin import Margin, Target
 from trainer.head.row_optimizer import RowGradient, RowOptimizer
 
@@ -57,53 +58,6 @@ def constant_shift(scale: float, dtype: torch.dtype) -> float:
             f"head.margin.scale = {scale}: the fused pass is exact in float32 up to 78; use impl: reference"
         )
     return scale - LARGEST_EXPONENT
-
-
-@dataclass
-class Kernels:
-    """The element-wise work on a chunk, compiled where that pays; plain torch otherwise."""
-
-    chunk_rows: int
-    compiled: bool
-    _cache: dict[Any, Callable[..., Any]] = field(default_factory=dict)
-
-    def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` compiled: once for full chunks, and once more for any other length of a chunk."""
-        if not self.compiled:
-            return function
-        if function not in self._cache:
-            self._cache[function] = _with_fallback(function, self)
-        return self._cache[function]
-
-
-def _with_fallback(function: Callable[..., Any], kernels: Kernels) -> Callable[..., Any]:
-    fast = torch.compile(function)
-
-    def call(*arguments: Any) -> Any:
-        if not kernels.compiled:
-            return function(*arguments)
-        try:
-            return fast(*arguments)
-        except Exception as error:  # whatever the compiler of this machine raises: none, broken, unsupported
-            kernels.compiled = False
-            warnings.warn(f"torch.compile does not work here, the head runs uncompiled: {error!s:.200}", stacklevel=2)
-            return function(*arguments)
-
-    return call
-
-
-def exp_sum(products: Tensor, inverse: Tensor, offset: Tensor) -> Tensor:
-    """Σ_j exp(ρ_j·products_ji − offset_j) over a chunk: (n, B), (n, 1), (n, 1) → (B,)."""
-    return torch.exp(products * inverse - offset).sum(0)
-
-
-def softmax_weights(products: Tensor, inverse: Tensor, log_sum: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (n, B) and Σ_i P_ij z_ij (n,): P = coefficient·exp(z − log_sum), z = ρ·products, Q = ρP; log_sum is (1, B)
-    or (n, B).
-    """
-    z = products * inverse
-    p = torch.exp(z - log_sum) * coefficient
-    return p * inverse, (p * z).sum(1)
 
 
 @dataclass(frozen=True)
@@ -172,6 +126,7 @@ class FusedStep:
         self.scaled = (self.x * self.settings.scale).to(self.settings.compute).t()
         self.rows = self.optimizer.select(self._drawn_rows())
         self.count = self.valid.sum().clamp_min(1)
+        self.log_weight = self._log_weights() if self.settings.correction else None
         self._targets()
         self._target_bounds()
         cosine = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -179,7 +134,7 @@ class FusedStep:
         if self.margin.reweights_negatives:
             all_reduce_sum(cosine)  # the negatives' weights depend on it: one more collective, of B numbers
             self._prepare_negatives(cosine, training)
-            cosine = cosine / max(1, _world())
+            cosine = cosine / (dist.get_world_size() if dist.is_initialized() else 1)
         sums, alignment = self._first_pass(len(x))
         hinge = self._boundary()
         packed = all_reduce_sum(torch.cat([sums, cosine, torch.stack([alignment, *hinge])]))
@@ -260,14 +215,16 @@ class FusedStep:
         is on.
         """
         offset = torch.full((last - first, 1), self.shift, dtype=self.optimizer.work, device=self.x.device)
-        if self.settings.correction and self.drawn.index is not None:
-            if not hasattr(self, "_log_weight"):
-                weight = torch.zeros(self._classes(), dtype=self.optimizer.work, device=self.x.device)
-                weight[: self.drawn.negatives] = -math.log(self.drawn.probability)
-                weight[self.drawn.places] = 0.0
-                self._log_weight = weight[:, None]
-            offset = offset - self._log_weight[first:last]
+        if self.log_weight is not None:
+            offset = offset - self.log_weight[first:last]
         return offset
+
+    def _log_weights(self) -> Tensor:
+        """log C/S for the classes that only the draw brought in, 0 for the batch's own, (n, 1)."""
+        weight = torch.zeros(self._classes(), 1, dtype=self.optimizer.work, device=self.x.device)
+        weight[: self.drawn.negatives] = -math.log(self.drawn.probability)
+        weight[self.drawn.places] = 0.0
+        return weight
 
     def _plain(self) -> bool:
         s = self.settings
@@ -452,8 +409,8 @@ class FusedStep:
         if self.x.device.type == "cuda" and self.kept is not None:
             products = torch.nan_to_num(products, 0.0, 0.0, MASKED)
         log_sum = self.log_sum_row
-        if self.settings.correction and self.drawn.index is not None:
-            log_sum = log_sum + (self._offset(first, last) - self.shift)
+        if self.log_weight is not None:
+            log_sum = log_sum - self.log_weight[first:last]
         if self._plain():
             q, radial = self.kernels.fuse(softmax_weights)(products, inverse, log_sum, self.coefficient)
         else:
@@ -525,9 +482,3 @@ class FusedSoftmax(Function):
             dx = ctx.step.backward(*grads).to(ctx.dtype)
         ctx.step = None
         return dx, None, None, None, None
-
-
-def _world() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_initialized() else 1
