@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.config import AugmentConfig
 from trainer.data.draws import normals, uniforms
 from trainer.data.order import Samples
-from trainer.data.pixels import resize_weights
+from trainer.data.pixels import resize
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -159,18 +159,12 @@ def _round(x: Tensor) -> Tensor:
 
 
 def _low_resolution(x: Tensor, sizes: Floats) -> Tensor:
-    height, width = x.shape[2:]
-    for i, (h, w) in enumerate(sizes.astype(int).tolist()):
-        if (h, w) != (height, width):
-            x[i] = _resize(_resize(x[i], h, w), height, width)
+    full = (x.shape[2], x.shape[3])
+    for i, small in enumerate(map(tuple, sizes.astype(int).tolist())):
+        if small != full:
+            pixels = x[i].permute(1, 2, 0).to(torch.uint8).numpy()
+            x[i] = torch.from_numpy(resize(resize(pixels, small), full)).permute(2, 0, 1)
     return x
-
-
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    rows, columns = (
-        torch.from_numpy(resize_weights(*pair)) for pair in zip(image.shape[1:], (height, width), strict=True)
-    )
-    return _round(rows @ image @ columns.T)
 
 
 def _grid(warp: Floats, height: int, width: int) -> Tensor:

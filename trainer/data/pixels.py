@@ -141,20 +141,29 @@ def _png_problem(data: bytes) -> str | None:
 
 
 def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 → (*size, 3) uint8, antialiased bilinear as DALI's triangular filter does it."""
-    rows, columns = resize_weights(pixels.shape[0], size[0]), resize_weights(pixels.shape[1], size[1])
-    mixed = np.einsum("jw,iwc->ijc", columns, np.tensordot(rows, pixels.astype(np.float32), 1), optimize=True)
-    return np.rint(mixed).clip(0, 255).astype(np.uint8)
+    """(H, W, 3) uint8 → (*size, 3) uint8, antialiased bilinear as DALI's triangular filter does it.
+
+    Few taps a pixel are added up one by one: a matrix product would wake the threads of the linear algebra for nothing.
+    """
+    image: NDArray[np.float32] = pixels.astype(np.float32)
+    for axis in (0, 1):
+        places, weights = _taps(image.shape[axis], size[axis])
+        shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
+        image = sum(w.reshape(shape) * image.take(at, axis) for at, w in zip(places, weights, strict=True))
+    return np.rint(image).clip(0, 255).astype(np.uint8)
 
 
 @functools.lru_cache(256)
-def resize_weights(old: int, new: int) -> NDArray[np.float32]:
-    """The (new, old) matrix that resizes a row of pixels: triangles as wide as an output pixel, borders repeated."""
+def _taps(old: int, new: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """For a row of pixels: (k, new) places in the old row and their weights: a triangle as wide as an output pixel.
+
+    Places outside the row are its border pixels.
+    """
     ratio = old / new
     radius = max(ratio, 1.0)
-    centre = (np.arange(new)[:, None] + 0.5) * ratio
-    taps = np.floor(centre - radius).astype(int) + np.arange(int(2 * radius) + 3)[None, :]
-    weight = np.maximum(0.0, 1.0 - np.abs(taps + 0.5 - centre) / radius)
-    matrix = np.zeros((new, old))
-    np.add.at(matrix, (np.arange(new)[:, None], taps.clip(0, old - 1)), weight)
-    return (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
+    centre = (np.arange(new) + 0.5) * ratio
+    places = np.floor(centre - radius).astype(int) + np.arange(int(2 * radius) + 3)[:, None]
+    weights = np.maximum(0.0, 1.0 - np.abs(places + 0.5 - centre) / radius)
+    used = weights.any(1)
+    weights = (weights / weights.sum(0))[used].astype(np.float32)
+    return places[used].clip(0, old - 1), weights

@@ -1,15 +1,20 @@
 """How this package starts its worker processes."""
 
 import multiprocessing as mp
-from multiprocessing.context import ForkServerContext
+import sys
+from multiprocessing.context import BaseContext
+
+import torch
 
 
-def worker_context() -> ForkServerContext:
-    """Processes forked from a clean server, never from this one.
+def worker_context() -> BaseContext:
+    """Forked from this process where that is safe, since that is quick; else forked from a clean server.
 
-    A process that has run DALI (or CUDA) must not be forked: the child inherits its pipelines without their threads and
+    A process that has run DALI or CUDA must not be forked: the child inherits pipelines without their threads, and
     hangs when it throws them away.
     """
+    if "nvidia.dali" not in sys.modules and not torch.cuda.is_initialized():
+        return mp.get_context("fork")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["trainer.data.torch_loader", "trainer.data.packing", "trainer.data.checking"])
     return context
