@@ -7,7 +7,7 @@ the parameters without a copy and hands over finished batches. DALI itself decid
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,7 @@ class DaliLoader(PositionedLoader):
     def _device_id(self) -> int | None:
         return (self.device.index or 0) if self.device.type == "cuda" else None
 
-    def _produce(self, epoch: int, samples: int) -> Iterator[tuple[Slot, Batch]]:
+    def _produce(self, epoch: int, samples: int) -> Generator[tuple[Slot, Batch], None, None]:
         while True:
             jobs: deque[_Job] = deque()
             try:

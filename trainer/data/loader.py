@@ -3,7 +3,7 @@
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,26 +75,26 @@ class PositionedLoader(ABC):
         self.steps_per_epoch = schedule.steps_per_epoch
         self.wait_seconds = 0.0
         self.bad_records: dict[int, str] = {}
-        self._epoch, self._samples, self._generation = 0, 0, 0
+        self._epoch, self._samples = 0, 0
+        self._source: Generator[tuple[Slot, Batch], None, None] | None = None
 
     @abstractmethod
-    def _produce(self, epoch: int, samples: int) -> Iterator[tuple[Slot, Batch]]:
+    def _produce(self, epoch: int, samples: int) -> Generator[tuple[Slot, Batch], None, None]:
         """Slots with their batches, from a position on, without end."""
 
     def batches(self) -> Iterator[Batch]:
         """See :class:`Loader`."""
-        self._generation += 1
-        generation = self._generation
-        source = self._produce(self._epoch, self._samples)
+        self.close()
+        source = self._source = self._produce(self._epoch, self._samples)
         try:
-            while generation == self._generation:
+            while source is self._source:
                 start = time.perf_counter()
                 slot, batch = next(source)
                 self.wait_seconds += time.perf_counter() - start
                 self._epoch, self._samples = slot.next_epoch, slot.next_samples
                 yield batch
         finally:
-            source.close()  # type: ignore[attr-defined]
+            source.close()
 
     def state_dict(self) -> dict[str, int]:
         """See :class:`Loader`."""
@@ -104,12 +104,14 @@ class PositionedLoader(ABC):
         """See :class:`Loader`."""
         epoch, samples = int(state["epoch"]), int(state["samples"])
         self.schedule.check(epoch, samples)
-        self._generation += 1
+        self.close()
         self._epoch, self._samples = epoch, samples
 
     def close(self) -> None:
-        """See :class:`Loader`."""
-        self._generation += 1
+        """See :class:`Loader`. A later ``batches()`` starts again from the position."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
 
 
 class Reader:

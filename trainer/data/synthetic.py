@@ -5,7 +5,7 @@ The image of a class is a sum of three smooth patterns chosen by the class numbe
 noise. Classes are told apart by a network, so a run on them can be seen to learn.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class SyntheticLoader(PositionedLoader):
         ring = torch.from_numpy(augment.noise_ring(seed)).to(device) * _NOISE
         self._noise = ring.as_strided((len(ring) - 3 * size * size, 3, size, size), (1, size * size, size, 1))
 
-    def _produce(self, epoch: int, samples: int) -> Iterator[tuple[Slot, Batch]]:
+    def _produce(self, epoch: int, samples: int) -> Generator[tuple[Slot, Batch], None, None]:
         for slot in self.schedule.slots(epoch, samples):
             records = torch.from_numpy(slot.samples.records)
             labels = (records % self.classes).to(self.device)

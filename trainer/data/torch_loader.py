@@ -5,7 +5,7 @@ A worker makes whole batches, one at a time, in turn. Workers return what went w
 arrives in one line.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +104,7 @@ class TorchLoader(PositionedLoader):
         self._bound = self._maker.reader
         self.bad_records = self._bound.bad
 
-    def _produce(self, epoch: int, samples: int) -> Iterator[tuple[Slot, Batch]]:
+    def _produce(self, epoch: int, samples: int) -> Generator[tuple[Slot, Batch], None, None]:
         loader = DataLoader(
             self._maker,
             batch_size=None,

@@ -1,0 +1,34 @@
+"""`lce bench input` measures what it says, on made-up images and on a data set."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data.samples import identity_folders, packed
+from tools.benchmarks import input as bench
+from trainer.errors import ConfigError
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args([*words, "--batch", "8", "--steps", "2", "--rounds", "1", "--threads", "1"])
+
+
+@pytest.mark.parametrize("augment", ["flip", "full"])
+def test_figures(augment: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--images", "40", "--size", "32", "--augment", augment, "--no-torch", "--json", "-")
+    assert bench.run(arguments(*words)) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["bench"], figures["images"], figures["augment"]) == ("input", 40, augment)
+    for side in ("reference", "ours"):
+        assert figures[side]["images_per_second"] == pytest.approx(16 / figures[side]["seconds"])
+    assert figures["ratio"] > 0
+
+
+def test_a_data_set_of_ones_own(tmp_path: Path) -> None:
+    assert bench.measure(arguments("--data", str(packed(tmp_path)), "--no-torch"))["images"] == 45
+    with pytest.raises(ConfigError, match="pack the images first"):
+        bench.measure(arguments("--data", str(identity_folders(tmp_path / "people")), "--no-torch"))
