@@ -191,9 +191,9 @@ def _bare(dataset: "Dataset", augment: "AugmentConfig", args: argparse.Namespace
         return random[name]().gpu() if gpu and args.device == "cuda" else random[name]()
 
     pipeline = Pipeline(args.batch, args.threads, 0 if gpu else None, prefetch_queue_depth=2, seed=0)
-    files = [str(part.path) for part in dataset.store.parts]
+    largest = max(dataset.store.parts, key=len).path  # DALI's reader takes one file
     with pipeline:
-        encoded, labels = fn.readers.mxnet(path=files, index_path=[f.removesuffix(".rec") + ".idx" for f in files])
+        encoded, labels = fn.readers.mxnet(path=[str(largest)], index_path=[str(largest.with_suffix(".idx"))])
         pipeline.set_outputs(image_graph(encoded, dataset.info, augment, parameter, gpu), labels)
     pipeline.build()
 

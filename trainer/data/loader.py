@@ -149,11 +149,10 @@ class Reader:
 
     def fetch(self, record: int) -> tuple[int, bytes]:
         """The record that stands for ``record`` (itself, unless damaged) and its encoded image."""
-        kept = self.dataset.kept
         for _ in range(self.max_bad + 1):
             if record not in self.bad:
                 try:
-                    image = self.dataset.read(record)
+                    image = self.dataset.store.read(record)
                     problem = image_problem(image)
                     reason = problem and f"{self.dataset.where(record)}: {problem}"
                 except DataError as error:
@@ -161,14 +160,19 @@ class Reader:
                 if reason is None:
                     return record, image
                 self.note(record, reason)
+            kept = self.dataset.kept
             record = int(kept[np.searchsorted(kept, record, side="right") % len(kept)])
         raise DataError(f"{self.dataset.path}: no sound record was found in place of a damaged one")
 
     def fetch_all(self, samples: Samples) -> tuple[Samples, list[bytes]]:
         """The samples with damaged ones replaced, and their encoded images."""
-        found = [self.fetch(record) for record in samples.records.tolist()]
-        records = np.array([record for record, _ in found], np.int64)
-        return Samples(samples.epoch, records, samples.copies), [image for _, image in found]
+        images: list[bytes] = []
+        records = samples.records.tolist()
+        for row, record in enumerate(records):
+            found, image = self.fetch(record)
+            records[row] = found
+            images.append(image)
+        return Samples(samples.epoch, np.array(records, np.int64), samples.copies), images
 
 
 def labels_of(dataset: Dataset, records: NDArray[np.int64], device: torch.device) -> Tensor:

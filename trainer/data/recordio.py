@@ -28,6 +28,7 @@ EXACT_FLOAT_LABELS = 1 << 24
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _FRAME = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
+_PLAIN = struct.Struct("<IIIfQQ")  # frame and header together
 _SCAN_BYTES = 1 << 24
 _INDEX_BYTES = 1 << 26
 
@@ -66,6 +67,21 @@ def decode_record(data: bytes) -> Record:
     if len(data) < end:
         raise ValueError(f"the header promises {flag} labels, but only {len(data)} bytes are there")
     return Record(struct.unpack_from(f"<{flag}f", data, _HEADER.size), id, id2, flag, data[end:])
+
+
+def plain_image(frame: bytes, first_id: int | None, row: int) -> bytes | None:
+    """The image of a record of one frame and one label, where ``frame`` begins with one whose id is ``first_id + row``.
+
+    None: the record is damaged, or of another form; :func:`unframe` and :func:`decode_record` tell.
+    """
+    if len(frame) < _PLAIN.size:
+        return None
+    magic, word, flag, _, id, _ = _PLAIN.unpack_from(frame)
+    if magic != MAGIC or flag or not _HEADER.size <= word <= len(frame) - _FRAME.size:
+        return None
+    if first_id is not None and id != first_id + row:
+        return None
+    return frame[_PLAIN.size : _FRAME.size + word]
 
 
 def frame(data: bytes) -> bytes:
