@@ -23,7 +23,7 @@ from torch import Tensor
 from trainer.checkpoint import Checkpoint, Checkpoints, load_tensors
 from trainer.config import Config, dump_config
 from trainer.data import Batch, Loader, build_loader
-from trainer.distributed import Ranks, barrier, broadcast_object, on_main
+from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
 from trainer.errors import CheckpointError, ConfigError, TrainingError
 from trainer.monitor import Monitor
 from trainer.optim import Average, LossScale, Statistics, Updater, learning_rate
@@ -46,6 +46,7 @@ class RunSummary:
         skipped_steps: updates left out because loss or gradients were not finite.
         seconds: wall time of this process's part.
         last: the last logged line.
+        bad_records: damaged records that any rank met in this part, each replaced by a sound one.
     """
 
     status: Literal["finished", "interrupted"]
@@ -56,6 +57,7 @@ class RunSummary:
     skipped_steps: int
     seconds: float
     last: dict[str, Any]
+    bad_records: int = 0
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -286,6 +288,11 @@ def _train(engine: Engine, began: float) -> RunSummary:
         except Exception as error:
             error.add_note(watch.explain(error))
             raise
+        bad: dict[int, str] = {}
+        for met in gather_objects(engine.state.loader.bad_records):
+            bad |= met
+        for record in sorted(bad)[:10]:
+            monitor.say(f"damaged record passed over: {bad[record]}")
         summary = RunSummary(
             "interrupted" if stopped else "finished",
             stopped,
@@ -295,6 +302,7 @@ def _train(engine: Engine, began: float) -> RunSummary:
             int(engine.state.skipped),
             round(time.perf_counter() - began, 3),
             monitor.last,
+            len(bad),
         )
         if stopped:
             monitor.say(

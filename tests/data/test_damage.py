@@ -1,5 +1,6 @@
 """Damage: a clear error or the right label, never another image's label, a crash or silence."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 
 from tests.data.samples import encoded, loader_of, mxnet_copy, packed, take
+from tests.ranks import run_ranks
+from trainer.config import parse_config
 from trainer.data import Dataset, open_dataset, recordio, store
 from trainer.data.checking import check
 from trainer.data.index import load_description, save_description
+from trainer.distributed import Ranks
+from trainer.engine import train
 from trainer.errors import DataError
 
 KINDS = ("dali", "torch")
@@ -245,3 +250,22 @@ def test_dali_survives_fuzzed_images(tmp_path: Path) -> None:
         assert not set(batch.records.tolist()) & set(loader.bad_records)
     assert 50 < len(loader.bad_records) < 250
     loader.close()
+
+
+def _train_on(ranks: Ranks, path: Path, folder: Path) -> int:
+    tree = {
+        "run": {"dir": str(folder), "device": "cpu", "threads": 1},
+        "data": {"path": str(path), "loader": "torch", "workers": 0, "batch_size": 8, "max_bad_records": 4},
+        "backbone": {"name": "small", "dim": 8},
+        "train": {"epochs": 1},
+        "checkpoint": {"every_steps": 0},
+        "log": {"tensorboard": False, "progress": False},
+    }
+    return train(parse_config(tree, "test"), ranks).bad_records
+
+
+def test_a_run_says_what_it_passed_over(dataset: Dataset, tmp_path: Path) -> None:
+    np.save(dataset.path / "bad_records.npy", np.array([2, 40]))
+    assert run_ranks(_train_on, 2, dataset.path, tmp_path / "run") == [2, 2]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["bad_records"] == 2
