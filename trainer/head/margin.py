@@ -64,8 +64,11 @@ class Margin:
         self.config = config
         self.m1, self.m2, self.m3 = m1, m2, m3
 
-    def target(self, cosine: Tensor, norm: Tensor, training: bool) -> Target:
-        """Modify target cosines (B,) in [−1, 1] of embeddings with norms (B,) > 0; the same on every rank."""
+    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
+        """Modify target cosines (B,) in [−1, 1] of embeddings with norms (B,) > 0; the same on every rank.
+
+        ``training`` says whether running statistics move: a bool, or a 0-dim number 1 or 0 that the host need not know.
+        """
         if self.m1 == 1.0 and self.m2 == 0.0:
             return Target(cosine - self.m3, torch.ones_like(cosine))
         psi, slope = _angular(cosine, self.m1, torch.full_like(cosine, self.m2))
@@ -91,11 +94,11 @@ class AdaFace(Margin):
         self.mean = torch.tensor(20.0, dtype=torch.float64)
         self.deviation = torch.tensor(100.0, dtype=torch.float64)
 
-    def target(self, cosine: Tensor, norm: Tensor, training: bool) -> Target:
+    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
         """See :meth:`Margin.target`; in training the running statistics move first."""
         norm = norm.detach().clamp(1e-3, 100.0)
-        if training and len(norm) > 1:
-            share = self.config.norm_momentum
+        if len(norm) > 1:
+            share = self.config.norm_momentum * _weight(training)
             self.mean += share * (norm.mean().to(self.mean) - self.mean)
             self.deviation += share * (norm.std().to(self.mean) - self.deviation)
         z = ((norm - self.mean.to(norm)) / (self.deviation.to(norm) + 1e-3) * self.config.h).clamp(-1, 1)
@@ -117,7 +120,7 @@ class MagFace(Margin):
     The gradient flows through the norm, in the margin and in the norm term; outside [l_a, u_a] it is zero.
     """
 
-    def target(self, cosine: Tensor, norm: Tensor, training: bool) -> Target:
+    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
         """See :meth:`Margin.target`."""
         c = self.config
         a = norm.clamp(c.lower_norm, c.upper_norm)
@@ -144,10 +147,10 @@ class Curricular(Margin):
         super().__init__(config, m2=config.m)
         self.tau = torch.tensor(0.0, dtype=torch.float64)
 
-    def target(self, cosine: Tensor, norm: Tensor, training: bool) -> Target:
+    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
         """See :meth:`Margin.target`; in training τ moves first."""
-        if training and len(cosine):
-            self.tau += 0.01 * (cosine.mean().to(self.tau) - self.tau)
+        if len(cosine):
+            self.tau += 0.01 * _weight(training) * (cosine.mean().to(self.tau) - self.tau)
         return super().target(cosine, norm, training)
 
     def state(self) -> dict[str, Tensor]:
@@ -172,6 +175,10 @@ def build_margin(config: MarginConfig) -> Margin:
             return MagFace(config)
         case "curricular":
             return Curricular(config)
+
+
+def _weight(training: bool | Tensor) -> Tensor:
+    return torch.as_tensor(training).to("cpu", torch.float64)
 
 
 def _angular(cosine: Tensor, m1: float, m2: Tensor) -> tuple[Tensor, Tensor]:

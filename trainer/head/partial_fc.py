@@ -9,7 +9,7 @@ all-reduce of B numbers.)
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,14 @@ from torch.distributed.tensor import DTensor
 from trainer.compat.lce import DirectCompat
 from trainer.config import HeadConfig
 from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch, scale_gradient
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.head.kernels import Kernels
 from trainer.head.margin import build_margin
 from trainer.head.partition import ClassRange, class_range
 from trainer.head.reference import ReferenceSoftmax
 from trainer.head.row_optimizer import RowGradient, build_row_optimizer
 from trainer.head.sampling import draw_negatives, join_positives, stratum_count
-from trainer.head.sharded_softmax import KEEP_SHARE, Drawn, FusedSoftmax, FusedStep, PassSettings
+from trainer.head.sharded_softmax import KEEP_SHARE, Drawn, FusedSoftmax, FusedStep, PassSettings, constant_shift
 
 COMPILE_FROM_ROWS = 32768
 """Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""
@@ -111,11 +111,13 @@ class PartialFC(nn.Module):
         self.margin = build_margin(config.margin)
         rows = initial_rows(config, self.classes, dim, ranks.device, seed)
         self.sampled = config.sample_rate < 1
-        self.optimizer = build_row_optimizer(config.optimizer, rows, self.sampled, seed)
+        stateless = config.impl == "reference"  # torch's optimizer keeps the state then
+        self.optimizer = build_row_optimizer(config.optimizer, rows, self.sampled and not stateless, seed, stateless)
         chunk = config.chunk_rows or (4096 if ranks.device.type == "cpu" else 65536)
         self.kernels = Kernels(chunk, compiled=len(rows) >= COMPILE_FROM_ROWS)
         self.optimizer.fuse = self.kernels.fuse
-        self._collected: list[tuple[Tensor | None, Tensor]] = []
+        self._collected: list[tuple[Tensor, Tensor]] = []
+        self._sum: Tensor | None = None  # of all rows' gradients, where all rows take part
         self._deferring = False
         self.reference = ReferenceSoftmax(self) if config.impl == "reference" else None
 
@@ -141,17 +143,25 @@ class PartialFC(nn.Module):
         """
         capacity = self._capacity(len(embeddings))
         x, every_label = gather_batch(embeddings, labels, self.ranks.world_size, capacity)
+        if x.device.type == "cpu" and bool((every_label >= self.classes.total).any()):
+            raise DataError(f"label {int(every_label.max())} in a batch, but the head has {self.classes.total} classes")
+        verdict: list[Tensor] = []  # filled below, read in backward
+        x = _FiniteGradient.apply(x, verdict)
         with torch.no_grad():
             drawn = self._draw(every_label, step)
         if self.reference is not None:
             loss, own, report, finite = self.reference.step(x, every_label, drawn, self._deferring)
-            return self._with_companion(companion, x, every_label, own, HeadOutput(loss, report, finite))
+            out = self._with_companion(companion, x, every_label, own, HeadOutput(loss, report, finite))
+            self.reference.finite = out.finite
+            verdict.append(out.finite)
+            return out
         self.optimizer.reseed(hash((self.seed, step, self.classes.start)) & 0x7FFFFFFFFFFFFFFF)
         fused = FusedStep(
             self._settings(drawn, len(x)),
             self.margin,
             self.optimizer,
             self.kernels,
+            self.classes.total,
             self.compat,
             self.compat_total,
             self._collect if self._deferring else None,
@@ -160,6 +170,7 @@ class PartialFC(nn.Module):
         report = {k: v.detach() for k, v in fused.report.items()}
         out = self._with_companion(companion, x, every_label, own, HeadOutput(loss, report, fused.finite))
         fused.finite = out.finite
+        verdict.append(out.finite)
         return out
 
     def _with_companion(
@@ -190,7 +201,7 @@ class PartialFC(nn.Module):
         if self.reference is not None:
             self.reference.apply(inverse_scale)
             return
-        if not self._collected:
+        if not self._collected and self._sum is None:
             return
         index, gradient = self._merge()
         selection = self.optimizer.select(index)
@@ -201,11 +212,11 @@ class PartialFC(nn.Module):
             pull = RowGradient(None, None, ones * 0, gradient[start:stop], ones * inverse_scale)
             self.optimizer.update(selection, start, stop, pull, None)
         self.optimizer.finish(index, None)
-        self._collected.clear()
+        self._forget()
 
     def discard_update(self) -> None:
         """Forget the collected gradients: the step is skipped."""
-        self._collected.clear()
+        self._forget()
         if self.reference is not None:
             self.reference.discard()
 
@@ -215,12 +226,14 @@ class PartialFC(nn.Module):
         plain tensors.
         """
         self.optimizer.flush()
-        tables = dict(zip(("rows", *self.optimizer.state_names), self.optimizer.tables, strict=True))
-        tables |= self.optimizer.extra_state()
-        if self.reference is not None:
-            tables |= self.reference.state()
-        total = self.classes.total * self.config.sub_centers
         state: dict[str, DTensor | Tensor] = dict(self.margin.state())
+        if self.reference is not None:
+            tables = {"rows": self.rows, **self.reference.state()}
+            state |= self.reference.counters()
+        else:
+            tables = dict(zip(("rows", *self.optimizer.state_names), self.optimizer.tables, strict=True))
+            tables |= self.optimizer.extra_state()
+        total = self.classes.total * self.config.sub_centers
         if not dist.is_initialized():
             return state | tables
         mesh = class_mesh(self.ranks)
@@ -231,6 +244,7 @@ class PartialFC(nn.Module):
         forgotten.
         """
         self.discard_update()
+        self.optimizer.loaded()
 
     def _capacity(self, local: int) -> int:
         if self.local_batch is not None:
@@ -268,21 +282,39 @@ class PartialFC(nn.Module):
             keep_products=count * batch * 4 <= KEEP_SHARE * state_bytes,
         )
 
-    def _collect(self, index: Tensor | None, gradient: Tensor) -> None:
-        self._collected.append((index, gradient))
+    def _collect(self, first: int, index: Tensor | None, gradient: Tensor) -> None:
+        """Keep the gradient (n, D) of the rows ``index``, or add that of rows ``first`` … to the sum of all rows'."""
+        if index is not None:
+            self._collected.append((index, gradient))
+            return
+        if self._sum is None:
+            self._sum = torch.zeros(self.rows.shape, dtype=self.optimizer.work, device=self.rows.device)
+        self._sum[first : first + len(gradient)] += gradient
 
     def _merge(self) -> tuple[Tensor | None, Tensor]:
-        """Sum the collected chunks: by row where rows were drawn, else in the order of the chunks."""
-        if self._collected[0][0] is None:
-            out = torch.zeros(len(self.rows), self.dim, dtype=self.optimizer.work, device=self.rows.device)
-            start = 0
-            for _, part in self._collected:
-                out[start : start + len(part)] += part
-                start = (start + len(part)) % len(out)
-            return None, out
-        index, inverse = torch.unique(torch.cat([i for i, _ in self._collected if i is not None]), return_inverse=True)
+        """The collected gradients, summed by row."""
+        if self._sum is not None:
+            return None, self._sum
+        index, inverse = torch.unique(torch.cat([i for i, _ in self._collected]), return_inverse=True)
         out = torch.zeros(len(index), self.dim, dtype=self.optimizer.work, device=index.device)
         return index, out.index_add_(0, inverse, torch.cat([g for _, g in self._collected]))
+
+    def _forget(self) -> None:
+        self._collected.clear()
+        self._sum = None
+
+
+class _FiniteGradient(torch.autograd.Function):
+    """Identity whose gradient is zero where the step's verdict, known by then, is that it was not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, verdict: list[Tensor]) -> Tensor:
+        ctx.verdict = verdict
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return torch.where(ctx.verdict[0], grads[0], 0.0), None
 
 
 def initial_rows(config: HeadConfig, classes: ClassRange, dim: int, device: torch.device, seed: int) -> Tensor:
@@ -303,6 +335,8 @@ def initial_rows(config: HeadConfig, classes: ClassRange, dim: int, device: torc
 
 def _check(config: HeadConfig, compat: DirectCompat | None) -> None:
     margin = config.margin
+    if config.impl == "fused":
+        constant_shift(margin.scale, torch.float64 if config.rows == "float64" else torch.float32)
     if compat is not None and config.sub_centers > 1:
         raise ConfigError(
             "head.sub_centers > 1 with compat.mode direct: an old centre has no single new row to align with"

@@ -31,19 +31,6 @@ class _SumOverRanks(torch.autograd.Function):
         return grads[0]
 
 
-class _FiniteGradient(torch.autograd.Function):
-    """Identity whose gradient is zero where the step is not finite."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, finite: list[Tensor]) -> Tensor:
-        ctx.finite = finite
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return torch.where(ctx.finite[0], grads[0], 0.0), None
-
-
 class ReferenceSoftmax:
     """The reference's step on the rows of a :class:`trainer.head.partial_fc.PartialFC`.
 
@@ -60,6 +47,7 @@ class ReferenceSoftmax:
                 "head.impl = reference: adamw at sample_rate 1 only (torch's AdamW also moves rows that were not drawn)"
             )
         self.head = head
+        self.finite = torch.tensor(True)  # of the step under way; the head says so before backward
         self.weight = torch.nn.Parameter(head.rows)
         o = config.optimizer
         self.optimizer: torch.optim.Optimizer = (
@@ -83,8 +71,7 @@ class ReferenceSoftmax:
         """
         self._deferred = deferred
         head, scale = self.head, self.head.config.margin.scale
-        verdict: list[Tensor] = []  # filled below, read in backward
-        x = _FiniteGradient.apply(x.to(self.weight.dtype), verdict)
+        x = x.to(self.weight.dtype)
         valid, count = labels >= 0, (labels >= 0).sum().clamp_min(1)
         norm = x.norm(dim=1).clamp_min(1e-12)
         unit = x / norm[:, None]
@@ -112,16 +99,16 @@ class ReferenceSoftmax:
         report = {"classification": loss.detach(), "target_cosine": target_cosine.detach()[valid].sum() / count}
         loss = self._penalty(loss, norm, valid, count, report)
         loss = self._compatibility(loss, unit, rows, drawn, report)
-        self._finite = torch.isfinite(loss.detach()) & torch.isfinite(x.detach()).all()
-        verdict.append(self._finite)
+        finite = torch.isfinite(loss.detach()) & torch.isfinite(x.detach()).all() & (labels < head.classes.total).all()
         own = self.weight[drawn.own if drawn.index is None else drawn.index[drawn.own]]
-        return loss, own, report, self._finite
+        return loss, own, report, finite
 
     def _psi(self, cosine: Tensor, norm: Tensor, valid: Tensor) -> Tensor:
         """ψ with the margin's own derivatives, for autograd: the value is exact, the slopes are constants of a
         linear map.
         """
-        target = self.head.margin.target(cosine[valid].detach(), norm[valid].detach(), self.head.training)
+        usable = torch.isfinite(norm.detach()).all()
+        target = self.head.margin.target(cosine[valid].detach(), norm[valid].detach(), self.head.training and usable)
         linear = cosine[valid] * target.slope
         if target.norm_slope is not None:
             # every rank sees every norm, but the sum over ranks must count it once
@@ -162,7 +149,7 @@ class ReferenceSoftmax:
         return loss
 
     def _after_backward(self, _: Tensor) -> None:
-        if not bool(self._finite):
+        if not bool(self.finite):
             self.discard()
         elif not self._deferred:
             self.apply(1.0)
@@ -188,4 +175,14 @@ class ReferenceSoftmax:
         for slot in wanted:
             if slots.get(slot) is None:
                 slots[slot] = torch.zeros_like(self.weight)
+        if isinstance(self.optimizer, torch.optim.AdamW) and "step" not in slots:
+            slots["step"] = torch.tensor(0.0)
         return {names[slot]: slots[slot].detach() for slot in wanted}
+
+    def counters(self) -> dict[str, Tensor]:
+        """AdamW's number of steps, as a checkpoint must keep it."""
+        return (
+            {"adam_step": self.optimizer.state[self.weight]["step"]}
+            if "step" in self.optimizer.state[self.weight]
+            else {}
+        )

@@ -57,9 +57,9 @@ class RowGradient:
         if self.at is not None and self.extra is not None:
             out.index_add_(0, self.at, self.extra.to(out.dtype))
 
-    def add_to(self, out: Tensor, w: Tensor, decay: Tensor | float) -> None:
-        """Add everything but ``q @ x``, and ``decay`` · w, to ``out`` (n, D)."""
-        out.addcmul_(w, (self.radial + decay)[:, None])
+    def add_to(self, out: Tensor, w: Tensor) -> None:
+        """Add everything but ``q @ x`` to ``out`` (n, D)."""
+        out.addcmul_(w, self.radial[:, None])
         if self.pull is not None and self.pull_scale is not None:
             out.addcmul_(self.pull.to(out.dtype), self.pull_scale[:, None])
         self.add_extra(out)
@@ -73,7 +73,7 @@ class RowGradient:
     def dense(self, w: Tensor) -> Tensor:
         """The gradient itself (n, D) at the rows ``w``."""
         out = self.product(w)
-        self.add_to(out, w, 0.0)
+        self.add_to(out, w)
         return out
 
 
@@ -89,6 +89,8 @@ class Selection:
         self.owner, self.index = owner, index
         self.count = len(owner.rows) if index is None else len(index)
         self.in_place = index is None and owner.rows.dtype == owner.work
+        owner.selections += 1
+        self._number, self._updates = owner.selections, owner.updates
         if index is not None:
             self._kept = owner.workspace(0, self.count)
 
@@ -101,9 +103,16 @@ class Selection:
         self.owner.copy_rows(self.index[start:stop], self._kept[start:stop])
         return self._kept[start:stop]
 
+    def check(self) -> None:
+        """Raise RuntimeError when the tables were updated since this selection was made: its step is out of date."""
+        if self._updates != self.owner.updates:
+            raise RuntimeError("the head's rows were updated between a forward and its backward; end one step first")
+
     def rows(self, start: int, stop: int) -> Tensor:
         """The same rows once more, in the second pass."""
-        return self.open(start, stop) if self.index is None else self._kept[start:stop]
+        if self.index is None or self._number != self.owner.selections:  # another selection may have used the workspace
+            return self.open(start, stop)
+        return self._kept[start:stop]
 
     def state(self, start: int, stop: int, w: Tensor) -> tuple[Tensor, ...]:
         """The state of the rows ``w`` that :meth:`rows` gave, (n, D) each; valid until the next call."""
@@ -145,11 +154,14 @@ class RowOptimizer(ABC):
 
     state_names: tuple[str, ...] = ()
 
-    def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
+    def __init__(
+        self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int, stateless: bool = False
+    ) -> None:
         self.config, self.rows, self.sampled = config, rows, sampled
         self.lr = 0.0
+        self.selections = self.updates = 0
         self.work = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        self.tables = (rows, *(torch.zeros_like(rows) for _ in self.state_names))
+        self.tables = (rows, *(torch.zeros_like(rows) for _ in self.state_names if not stateless))
         self._noise = torch.Generator(rows.device).manual_seed(seed)
         self._space = [rows.new_empty(0) for _ in self.tables]
         self.fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
@@ -210,6 +222,10 @@ class RowOptimizer(ABC):
             gate: a 0-dim float tensor on the device, 1 to update and 0 to leave everything as it is (None: update).
         """
 
+    def loaded(self) -> None:
+        """The tables were loaded from a checkpoint: all rows are up to date, and selections made before are not."""
+        self.updates += 1
+
     @abstractmethod
     def finish(self, index: Tensor | None, gate: Tensor | None) -> None:
         """The step is complete: its rows ``index`` (None: all) were updated if ``gate`` says so."""
@@ -228,8 +244,10 @@ class SgdRows(RowOptimizer):
 
     state_names = ("momentum",)
 
-    def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
-        super().__init__(config, rows, sampled, seed)
+    def __init__(
+        self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int, stateless: bool = False
+    ) -> None:
+        super().__init__(config, rows, sampled, seed, stateless)
         if not sampled:
             return
         self._last = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
@@ -286,6 +304,7 @@ class SgdRows(RowOptimizer):
 
     def finish(self, index: Tensor | None, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.finish`."""
+        self.updates += 1
         if not self.sampled:
             return
         mu, decay, lr = self.config.momentum, self.config.weight_decay, self.lr
@@ -310,6 +329,22 @@ class SgdRows(RowOptimizer):
         if self._since_flush >= HORIZON or self._shrunk < 0.5:
             self.flush()
 
+    def set_lr(self, lr: float) -> None:
+        """See :meth:`RowOptimizer.set_lr`. Raises :class:`ConfigError` where decay alone would halve a row per step."""
+        super().set_lr(lr)
+        if self.sampled and self.lr * self.config.weight_decay > 0.5:
+            raise ConfigError(
+                f"head.optimizer: learning rate {self.lr} times weight_decay {self.config.weight_decay} is above 0.5; "
+                "with a sample rate below 1, rows that are not drawn would be lost"
+            )
+
+    def loaded(self) -> None:
+        """See :meth:`RowOptimizer.loaded`."""
+        super().loaded()
+        if self.sampled:
+            self._mark(None)
+            self._since_flush, self._shrunk = 0, 1.0
+
     def flush(self) -> None:
         """See :meth:`RowOptimizer.flush`."""
         if not self.sampled:
@@ -328,8 +363,10 @@ class AdamWRows(RowOptimizer):
 
     state_names = ("first_moment", "second_moment")
 
-    def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
-        super().__init__(config, rows, sampled, seed)
+    def __init__(
+        self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int, stateless: bool = False
+    ) -> None:
+        super().__init__(config, rows, sampled, seed, stateless)
         self._draws = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
 
     def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
@@ -350,6 +387,7 @@ class AdamWRows(RowOptimizer):
 
     def finish(self, index: Tensor | None, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.finish`."""
+        self.updates += 1
         done = (
             torch.ones((), dtype=torch.int32, device=self.rows.device) if gate is None else (gate > 0).to(torch.int32)
         )
@@ -363,12 +401,16 @@ class AdamWRows(RowOptimizer):
         return {"draws": self._draws}
 
 
-def build_row_optimizer(config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> RowOptimizer:
-    """The row optimizer that a configuration names. Raises :class:`ConfigError` for a dtype that it cannot store."""
+def build_row_optimizer(
+    config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int, stateless: bool = False
+) -> RowOptimizer:
+    """The row optimizer that a configuration names; ``stateless`` ones hold the rows alone and cannot update.
+    Raises :class:`ConfigError` for a dtype that it cannot store.
+    """
     if rows.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise ConfigError(f"head.rows = {rows.dtype}: rows are stored as float32, float64 or bfloat16")
     kind = SgdRows if config.name == "sgd" else AdamWRows
-    return kind(config, rows, sampled, seed)
+    return kind(config, rows, sampled, seed, stateless)
 
 
 # The element-wise work on a block, plain torch that torch.compile fuses; the first argument has the block's length n.

@@ -93,16 +93,21 @@ class PassSettings:
 class FusedStep:
     """One step of one rank: :meth:`forward` (first pass and loss), then :meth:`backward` (second pass and update)."""
 
+    always_gated = False
+    """Take the path without a host sync on the CPU as well (for tests; on CUDA it is always taken)."""
+
     def __init__(
         self,
         settings: PassSettings,
         margin: Margin,
         optimizer: RowOptimizer,
         kernels: Kernels,
+        num_classes: int,
         compat: DirectCompat | None,
         compat_total: Tensor | None,
-        collect: Callable[[Tensor | None, Tensor], None] | None,
+        collect: Callable[[int, Tensor | None, Tensor], None] | None,
     ) -> None:
+        self.num_classes = num_classes
         self.settings, self.margin, self.optimizer, self.kernels = settings, margin, optimizer, kernels
         self.compat, self.compat_total, self.collect = compat, compat_total, collect
         self.shift = constant_shift(settings.scale, optimizer.work)
@@ -121,8 +126,12 @@ class FusedStep:
         """
         work = self.optimizer.work
         self.drawn, self.valid = drawn, labels >= 0
-        self.norm = torch.linalg.vector_norm(x.to(work), dim=1).clamp_min(1e-12)
-        self.x = x.to(work) / self.norm[:, None]
+        norm = torch.linalg.vector_norm(x.to(work), dim=1)
+        # A step that is not finite goes through with zeros, so that nothing has to wait for the verdict, and ends
+        # as NaN.
+        self.usable = torch.isfinite(norm).all() & (labels < self.num_classes).all()
+        self.norm = torch.where(self.usable, norm, 0.0).clamp_min(1e-12)
+        self.x = torch.where(self.usable, x.to(work), 0.0) / self.norm[:, None]
         self.scaled = (self.x * self.settings.scale).to(self.settings.compute).t()
         self.rows = self.optimizer.select(self._drawn_rows())
         self.count = self.valid.sum().clamp_min(1)
@@ -207,7 +216,7 @@ class FusedStep:
         if high > low:
             k = self.settings.sub_centers
             local = self.sorted_places[low:high] - first
-            out.view(-1, k, out.shape[1])[local, :, self.sorted_samples[low:high]] = MASKED
+            out.view(len(out) // k, k, out.shape[1])[local, :, self.sorted_samples[low:high]] = MASKED
         return out
 
     def _offset(self, first: int, last: int) -> Tensor:
@@ -244,10 +253,11 @@ class FusedStep:
         k, scale = self.settings.sub_centers, self.settings.scale
         z, nearest = products * inverse, None
         if k > 1:
-            by_class = z.view(-1, k, z.shape[1])
+            by_class = z.view(len(z) // k, k, z.shape[1])
             z, which = by_class.max(1)
             nearest = torch.zeros_like(by_class).scatter_(1, which[:, None], 1.0)
         slope = torch.ones_like(z)
+        noisy = z > (self.settings.inter_class_filter or 2.0) * scale
         if self.margin.reweights_negatives:
             cosine = z / scale
             hard = cosine > self.psi_first[None, :]
@@ -255,17 +265,18 @@ class FusedStep:
             z = torch.where(hard, z * (self.tau + cosine), z)
         if self.settings.inter_class_filter:
             far = products.new_tensor(MASKED)
-            noisy = z > self.settings.inter_class_filter * scale
             z, slope = torch.where(noisy, far, z), slope.masked_fill(noisy, 0.0)
         return z, slope, nearest
 
     def _prepare_negatives(self, cosine: Tensor, training: bool) -> None:
-        target = self.margin.target(cosine[self.valid], self.norm[self.valid].double(), training)
+        target = self.margin.target(cosine[self.valid], self.norm[self.valid].double(), training * self.usable)
         psi = torch.full_like(cosine, 2.0)
         psi[self.valid] = target.psi
         self.psi_first = psi.to(self.optimizer.work)
         self.tau = self.margin.state()["margin_tau"].to(self.psi_first)
         self._target_early: Target | None = target
+        if self.shift:  # a hard negative's logit reaches s·(1 + τ)
+            self.shift += self.settings.scale * max(0.0, float(self.margin.state()["margin_tau"]))
 
     # ---------------------------------------------------------------- LCE, direct
 
@@ -312,7 +323,7 @@ class FusedStep:
         if self.margin.reweights_negatives and self._target_early is not None:
             self.target = self._target_early
         else:
-            self.target = self.margin.target(cosine[valid], self.norm[valid].double(), training)
+            self.target = self.margin.target(cosine[valid], self.norm[valid].double(), training * self.usable)
         psi = torch.zeros_like(cosine)
         psi[valid] = self.target.psi
         self.log_sum = torch.logaddexp(sums.log() + self.shift, scale * psi)
@@ -329,8 +340,8 @@ class FusedStep:
             self.report["boundary"] = hinge / self.hinge_count.clamp_min(1)
             loss = loss + self.compat.alignment_weight * self.report["alignment"]
             loss = loss + self.compat.boundary_weight * self.report["boundary"]
-        self.finite = torch.isfinite(loss) & torch.isfinite(self.x).all()
-        return loss
+        self.finite = torch.isfinite(loss) & self.usable
+        return torch.where(self.finite, loss, torch.nan)
 
     # ---------------------------------------------------------------- second pass
 
@@ -344,13 +355,11 @@ class FusedStep:
         """
         work, device = self.optimizer.work, self.x.device
         gate: Tensor | None = None
-        if device.type == "cuda":
-            gate = self.finite.to(
-                work
-            )  # no host sync: a non-finite step runs through with everything multiplied by zero
+        self.rows.check()
+        if device.type == "cuda" or self.always_gated:
+            gate = self.finite.to(work)  # no host sync: a step that is not finite is multiplied by zero
             grad = torch.where(self.finite, grad.double(), 0.0)
             own_grad = torch.where(self.finite, own_grad, 0.0)
-            self.x, self.scaled = (torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (self.x, self.scaled))
         elif not bool(self.finite):
             return torch.zeros_like(self.x)
         share = grad.double() / self.count * self.settings.scale
@@ -379,9 +388,11 @@ class FusedStep:
             if self.collect is None:
                 self.optimizer.update(self.rows, first * k, last * k, gradient, gate)
             else:
-                self.collect(self._row_index(first * k, last * k), gradient.dense(w))
+                self.collect(first * k, self._row_index(first * k, last * k), gradient.dense(w))
         if self.collect is None:
             self.optimizer.finish(self._row_index(0, self.rows.count), gate)
+        elif self.rows.index is not None and self.rows.count == 0:
+            self.collect(0, self.rows.index, self.x.new_empty(0, self.x.shape[1]))  # a step passes for this rank too
         dx = transposed.t().contiguous()
         self._boundary_gradient(dx, grad)
         dx -= self.x * torch.linalg.vecdot(dx, self.x)[:, None]
@@ -406,8 +417,6 @@ class FusedStep:
         k, scale = self.settings.sub_centers, self.settings.scale
         inverse = self.inverse[first * k : last * k]
         products = self.kept[number] if self.kept is not None else self._products(w, number, first)
-        if self.x.device.type == "cuda" and self.kept is not None:
-            products = torch.nan_to_num(products, 0.0, 0.0, MASKED)
         log_sum = self.log_sum_row
         if self.log_weight is not None:
             log_sum = log_sum - self.log_weight[first:last]
@@ -416,7 +425,7 @@ class FusedStep:
         else:
             z, slope, nearest = self._negative_logits(products, inverse)
             p = torch.exp(z - log_sum) * self.coefficient * slope
-            p = p if nearest is None else (nearest * p[:, None]).view(-1, p.shape[1])
+            p = p if nearest is None else (nearest * p[:, None]).view(len(p) * k, p.shape[1])
             q, radial = p * inverse, (p * products * inverse).sum(1)
         radial = radial / scale
         low, high = self.bounds[number], self.bounds[number + 1]
@@ -478,6 +487,8 @@ class FusedSoftmax(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """See :meth:`FusedStep.backward`."""
+        if ctx.step is None:
+            raise RuntimeError("backward was called twice on one loss; its rows were updated by the first call")
         with torch.no_grad():
             dx = ctx.step.backward(*grads).to(ctx.dtype)
         ctx.step = None
