@@ -1,5 +1,6 @@
 """Several hosts: network namespaces with addresses of their own, joined by a bridge, train together by torchrun."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import yaml
 from tests.runs import losses_of, tree
 
 ROOT = Path(__file__).parent.parent.parent
+_NUMBER = itertools.count()
 NETWORK = {"backbone__name": "small", "data__synthetic_size": 16}
 
 
@@ -26,7 +28,8 @@ def hosts() -> Iterator[Callable[[int], list[str]]]:
     """Makes N namespaces 10.77.0.1 … N, each with an interface ``eth0`` on one bridge; removes them afterwards."""
     if shutil.which("ip") is None:
         pytest.skip("iproute2 is not installed")
-    prefix, made = f"lce{os.getpid() % 100000}", []
+    # A namespace goes away some time after it was deleted, and its links with it: no two tests use the same names.
+    prefix, made = f"lce{os.getpid() % 100000}n{next(_NUMBER)}", []
     bridge = f"{prefix}b"
 
     def make(count: int) -> list[str]:
@@ -50,7 +53,8 @@ def hosts() -> Iterator[Callable[[int], list[str]]]:
         return made
 
     yield make
-    for name in made:
+    for number, name in enumerate(made, 1):
+        _ip("link", "del", f"{prefix}v{number}")
         _ip("netns", "del", name)
     _ip("link", "del", bridge)
 
