@@ -66,17 +66,17 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# The head against the plain implementation",
         "",
-        f"Commit {first['commit']}, {first['machine']}, torch {first['torch']}; batch {first['batch']}, dimension "
+        f"{first['machine']}, torch {first['torch']}; batch {first['batch']}, dimension "
         f"{first['dim']}, {first['margin']}. Made by `lce bench table`; each row is one run in which the two sides "
         "alternate, figures are medians. The reference is `impl: reference` in float32 (in the rows with "
         "`--against-no-lce`: ours without LCE). “Bound” is the time of four matrix products at the speed of one in "
         "the same run. Peaks are of the whole process; the state is rows, momentum and, with LCE, centres.",
         "",
-        "| command | reference: time, peak | ours: time, peak | ratio | × bound | peak / state |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| command | reference: time, peak | ours: time, peak | ratio | × bound | peak / state | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         sides = [f"{row[s]['seconds']:.4g} s, {row[s]['peak_bytes'] / 2**30:.2f} GiB" for s in ("reference", "ours")]
         ratios = f"{row['ratio']:.2f} | {row['times_bound']:.2f} | {row['times_state']:.2f}"
-        lines.append(f"| `{row['command']}` | {sides[0]} | {sides[1]} | {ratios} |")
+        lines.append(f"| `{row['command']}` | {sides[0]} | {sides[1]} | {ratios} | {row['commit']} |")
     return "\n".join(lines) + "\n"
