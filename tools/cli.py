@@ -20,6 +20,7 @@ EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
 # heavy or optional inside run(), so that `lce --help` stays quick and works without the extras.
 COMMANDS = (
     "demo",
+    "characters",
     "pack",
     "check",
     "split",

@@ -22,15 +22,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from tools.glyphs.drawing import HANGUL, Pen, Pixels, digest, telling, vary
 from trainer.errors import DataError
 
-Pixels = NDArray[np.uint8]
-
 FACE_SIZE, CHARACTER_SIZE = 112, 32
-PAPER, INK = 32, 224  # grey levels that leave room for contrast and noise before they clip
-SYLLABLES = range(0xAC00, 0xAC00 + 11172)
+SYLLABLES = HANGUL[0]
 
 
 @dataclass(frozen=True)
@@ -234,59 +232,21 @@ def draw_syllables(
     Raises:
         DataError: a typeface's character map lacks a character (it would be drawn as an empty box).
     """
-    from fontTools.ttLib import TTFont
-
     wanted = np.asarray(list(codepoints), dtype=np.int64)
     keep = np.ones(len(wanted), dtype=bool)
     images = np.empty((len(wanted), len(typefaces), size, size), dtype=np.uint8)
     for k, (name, data) in enumerate(typefaces):
-        known = TTFont(io.BytesIO(data), lazy=True).getBestCmap()
+        pen = Pen(data, size)
+        known = pen.mapped()
         missing = [int(c) for c in wanted if int(c) not in known]
         if missing:
             raise DataError(
                 f"typeface {name}: lacks {len(missing)} of {len(wanted)} characters, U+{missing[0]:04X} first"
             )
-        font = ImageFont.truetype(io.BytesIO(data), round(size * 0.875))
-        for i, codepoint in enumerate(wanted):
-            picture = Image.new("L", (size, size), PAPER)
-            ImageDraw.Draw(picture).text((size / 2, size / 2), chr(codepoint), fill=INK, font=font, anchor="mm")
-            images[i, k] = np.asarray(picture)
-        flat = images[:, k].reshape(len(wanted), -1)
-        _, group, count = np.unique(flat, axis=0, return_inverse=True, return_counts=True)
-        keep &= (count[group.reshape(-1)] == 1) & (flat.min(1) != flat.max(1))
+        for i, codepoint in enumerate(wanted.tolist()):
+            images[i, k] = pen.draw(codepoint)
+        keep &= telling([digest(image) for image in images[:, k]], pen.meaningless())
     return wanted[keep], images[keep]
-
-
-def vary(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """A "photograph" of a character: turned, resized and shifted a little, in other light, with noise.
-
-    The same kinds and sizes of variation as the training augmentation of ``configs/demo-characters.yaml``.
-
-    Args:
-        image: (S, S) uint8 on a background of grey level ``PAPER``.
-        rng: draws the variation; the same state gives the same picture.
-    """
-    size = image.shape[0]
-    angle, zoom = rng.normal(0, 0.08), 1 + rng.normal(0, 0.08)
-    shift = rng.normal(0, 0.03, 2) * size
-    cos, sin, middle = np.cos(angle) * zoom, np.sin(angle) * zoom, (size - 1) / 2
-    turned = Image.fromarray(image).transform(
-        (size, size),
-        Image.Transform.AFFINE,
-        (
-            cos,
-            -sin,
-            middle - cos * middle + sin * middle + shift[0],
-            sin,
-            cos,
-            middle - sin * middle - cos * middle + shift[1],
-        ),
-        Image.Resampling.BILINEAR,
-        fillcolor=PAPER,
-    )
-    lit = (np.asarray(turned, dtype=np.float32) - 127.5) * (1 + rng.normal(0, 0.3)) + 127.5
-    noisy = lit + rng.normal(0, 0.04 * 255, lit.shape)
-    return noisy.round().clip(0, 255).astype(np.uint8)
 
 
 def _write(folder: Path, images: Iterable[Pixels]) -> None:

@@ -8,18 +8,25 @@ its classes). Use them as data.labels in a configuration.
   extended-data   old: a share of each class's images;    new: all images
   open-class      old: a share of the classes;            new: the other classes
   open-data       old: a share of each class's images;    new: the other images
+  extended-group  old: a share of the groups of images;   new: all groups
+  open-group      old: a share of the groups;             new: the other groups
+
+A group is a camera, a year, a typeface …: --groups names a .npy with a whole number per record.
 
 Example:
   lce split packed/ splits/ --kind extended-class --share 0.3 --unseen 0.2 --seen 1
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 HELP = "old, new and held-out label tables for compatible training"
-KINDS = ("extended-class", "extended-data", "open-class", "open-data")
+KINDS = ("extended-class", "extended-data", "extended-group", "open-class", "open-data", "open-group")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", type=Path, metavar="DATASET")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tables; made if missing")
     parser.add_argument("--kind", choices=KINDS, default="extended-class")
+    parser.add_argument("--groups", type=Path, metavar="FILE", help="the group of each record (.npy), to split by it")
     parser.add_argument("--share", type=_share, default=0.3, help="the old model's share (0.3)")
     parser.add_argument("--unseen", type=_share, default=0.0, help="share of the classes held out for the report")
     parser.add_argument("--tune", type=_share, default=0.0, help="share of the classes held out for choosing settings")
@@ -37,22 +45,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Split; returns the exit status."""
+    from tools.output import write_json
     from trainer.data import open_dataset
     from trainer.data.splitting import SplitOptions, save_tables, split
 
     dataset = open_dataset(args.dataset)
     options = SplitOptions(args.kind, args.share, args.unseen, args.tune, args.seen, args.seed)
-    tables = split(dataset, options)
+    tables = split(dataset, options, None if args.groups is None else _groups(args.groups))
     made_by = f"lce split {args.dataset} --kind {args.kind} --share {args.share} --unseen {args.unseen} "
     save_tables(tables, args.out, made_by + f"--tune {args.tune} --seen {args.seen} --seed {args.seed}")
     counts = {name: {"classes": len(table.classes), "images": table.images} for name, table in tables.items()}
-    if args.json:
-        text = json.dumps(counts, indent=1) + "\n"
-        sys.stdout.write(text) if args.json == "-" else Path(args.json).write_text(text)
+    write_json(args.json, counts)
     if args.json != "-":
         for name, count in counts.items():
             print(f"{args.out / name}.npy: {count['images']} images of {count['classes']} classes")
     return 0
+
+
+def _groups(path: Path) -> "NDArray[np.int64]":
+    import numpy as np
+
+    from trainer.errors import DataError
+
+    try:
+        groups = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--groups {path}: cannot be read as .npy: {error}") from None
+    if groups.dtype.kind not in "iu":
+        raise DataError(f"--groups {path}: holds {groups.dtype}; expected a whole number per record")
+    return groups.astype(np.int64)
 
 
 def _share(text: str) -> float:

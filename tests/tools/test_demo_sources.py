@@ -13,7 +13,8 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 from tools import demo_sources
-from tools.demo_sources import Split, Wheel, draw_syllables, fetch, read_faces, vary, write_characters, write_faces
+from tools.demo_sources import Split, Wheel, draw_syllables, fetch, read_faces, write_characters, write_faces
+from tools.glyphs.drawing import vary
 from trainer.errors import DataError
 
 FIRST = 0xAC00

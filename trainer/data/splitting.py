@@ -12,8 +12,8 @@ from trainer.data import store
 from trainer.data.index import Dataset, LabelsInfo
 from trainer.errors import DataError
 
-Kind = Literal["extended-class", "extended-data", "open-class", "open-data"]
-KINDS: tuple[Kind, ...] = ("extended-class", "extended-data", "open-class", "open-data")
+Kind = Literal["extended-class", "extended-data", "extended-group", "open-class", "open-data", "open-group"]
+KINDS: tuple[Kind, ...] = ("extended-class", "extended-data", "extended-group", "open-class", "open-data", "open-group")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class SplitOptions:
     Attributes:
         kind: ``extended-class``: the old model gets a share of the classes, the new one all of them; ``open-class``:
             the new one gets the other classes only. ``extended-data`` and ``open-data``: the same with a share of each
-            class's images.
+            class's images. ``extended-group`` and ``open-group``: the same with a share of the groups of images
+            (cameras, typefaces, years); a class without an image in them is not in the table.
         share: the old model's share.
         unseen, tune: shares of the classes held out of both, for the report and for choosing settings.
         seen: images of each remaining class held out of both.
@@ -51,11 +52,16 @@ class SplitOptions:
     seed: int = 0
 
 
-def split(dataset: Dataset, options: SplitOptions) -> dict[str, Table]:
+def split(dataset: Dataset, options: SplitOptions, groups: NDArray[np.int64] | None = None) -> dict[str, Table]:
     """The tables ``old``, ``new`` and, where asked for, ``unseen``, ``tune`` and ``seen``.
 
+    Args:
+        dataset: what is split.
+        options: see there.
+        groups: (N,) the group of each record, for the kinds that split by it.
+
     Raises:
-        DataError: shares that leave no class or no image for a table.
+        DataError: shares that leave no class or no image for a table; groups that do not fit or are missing.
     """
     labels = np.asarray(dataset.labels)
     random = np.random.Generator(np.random.Philox(key=options.seed))
@@ -73,6 +79,10 @@ def split(dataset: Dataset, options: SplitOptions) -> dict[str, Table]:
         new = pool if options.kind.startswith("extended") else pool & ~old
         old_classes = np.sort(chosen)
         new_classes = np.sort(rest if options.kind.startswith("extended") else rest[len(chosen) :])
+    elif options.kind.endswith("group"):
+        old = pool & _in_share(dataset, groups, options.share, random)
+        new = pool if options.kind.startswith("extended") else pool & ~old
+        old_classes, new_classes = np.unique(labels[old]), np.unique(labels[new])
     else:
         left = counts[labels] - options.seen
         old = pool & (rank - options.seen < np.maximum(1, np.rint(options.share * left)))
@@ -88,6 +98,20 @@ def split(dataset: Dataset, options: SplitOptions) -> dict[str, Table]:
         if not table.images:
             raise DataError(f"{dataset.path}: the split leaves no image for `{name}`; change the shares")
     return tables
+
+
+def _in_share(
+    dataset: Dataset, groups: NDArray[np.int64] | None, share: float, random: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Which records (N,) are in the old model's groups: a share of them, at least one and not all."""
+    if groups is None or np.shape(groups) != (len(dataset),):
+        given = "none are given" if groups is None else f"found the shape {np.shape(groups)}"
+        raise DataError(f"{dataset.path}: a split by group needs the group of each of its records; {given}")
+    names = random.permutation(np.unique(groups))
+    if len(names) < 2:
+        raise DataError(f"{dataset.path}: a split by group needs two groups; all records are in one")
+    chosen = names[: min(len(names) - 1, max(1, round(share * len(names))))]
+    return np.isin(groups, chosen)
 
 
 def save_tables(tables: dict[str, Table], folder: Path, made_by: str) -> None:
