@@ -5,12 +5,16 @@
     lce gallery upgrade faces.npy --model runs/new --images data/gallery    the images anew; ids are record numbers
     lce gallery verify  faces.npy --model runs/new
     lce gallery status  faces.npy
-    lce gallery rollback faces.npy
+    lce gallery rollback faces.npy                                          the old vectors again
+    lce gallery finish  faces.npy                                           the old vectors are dropped: no way back
 
-The gallery is a .npy, a .safetensors, a FAISS index (Flat, IVF-Flat, HNSW-Flat), or a table of PostgreSQL with pgvector
-(postgresql://user@host/database --table faces --column embedding --key id). An upgrade that was interrupted in any
-way continues when it is started again. On PostgreSQL any number of these commands, on any machines, share the work;
-the last one swaps.
+The gallery is a .npy, a .safetensors or a folder of such shards, a FAISS index (Flat, IVF-Flat, HNSW-Flat), or a table
+of PostgreSQL with pgvector (postgresql://user@host/database --table faces --column embedding --key id). An upgrade that
+was interrupted in any way continues when it is started again. On PostgreSQL any number of these commands, on any
+machines, share the work; the last one swaps. The next upgrade, to a third model, begins after `finish`.
+
+--order says which rows come first: stored, random, confidence (least certain first; needs --images), highest:WHERE or
+lowest:WHERE, where WHERE is a column of the table or a .npy of one number a row, for example how often it was searched.
 
 Exit status: 0 done, 1 verification failed, 2 wrong use.
 """
@@ -29,7 +33,8 @@ if TYPE_CHECKING:
     from trainer.gallery.postgres import PostgresGallery
 
 HELP = "upgrade stored embeddings: arrays, FAISS indexes, PostgreSQL"
-ACTIONS = ("plan", "upgrade", "verify", "status", "rollback")
+ACTIONS = ("plan", "upgrade", "verify", "status", "rollback", "finish")
+RECALL_LOSS = 0.05  # of an index against the old one's, at which verification fails
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", default="faces", help="PostgreSQL: the table (default: %(default)s)")
     parser.add_argument("--column", default="embedding", help="PostgreSQL: its vector column (default: %(default)s)")
     parser.add_argument("--key", default="id", help="PostgreSQL: its integer primary key (default: %(default)s)")
-    parser.add_argument("--order", metavar="COLUMN", help="PostgreSQL: rows with the highest value there come first")
+    parser.add_argument("--order", default="stored", help="which rows are converted first (default: %(default)s)")
     parser.add_argument(
         "--index", choices=("hnsw", "ivfflat", "none"), default="hnsw", help="PostgreSQL: the new column's"
     )
@@ -53,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample", type=int, default=1000, help="verify: rows re-computed (default: %(default)s)")
     parser.add_argument(
         "--least-cosine", type=float, default=0.999, help="verify: what these must reach (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--least-recall", type=float, help="verify: what an index must find (default: 0.05 less than the old one found)"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
     parser.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
@@ -72,7 +80,14 @@ def run(args: argparse.Namespace) -> int:
             Path(args.json).write_text(text + "\n", encoding="utf-8")
         for name, value in outcome.items():
             print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
-    return 1 if args.action == "verify" and outcome["smallest_cosine"] < args.least_cosine else 0
+    return 1 if args.action == "verify" and not _holds(args, outcome) else 0
+
+
+def _holds(args: argparse.Namespace, outcome: dict[str, Any]) -> bool:
+    recall, least = outcome["recall"], args.least_recall
+    if least is None and outcome["recall_before"] is not None:
+        least = outcome["recall_before"] - RECALL_LOSS
+    return bool(outcome["smallest_cosine"] >= args.least_cosine and (None in (recall, least) or recall >= least))
 
 
 def _converter(args: argparse.Namespace, dim_in: int) -> "Converter":
@@ -98,6 +113,9 @@ def _file(args: argparse.Namespace) -> dict[str, Any]:
     if args.action == "rollback":
         files.rollback(path)
         return {"phase": "none"}
+    if args.action == "finish":
+        files.finish(path)
+        return {"phase": "none"}
     before = files.status(path)
     converter = _converter(args, open_gallery(path).dim if before is None else before.dim_in)
     if args.action == "plan":
@@ -105,9 +123,17 @@ def _file(args: argparse.Namespace) -> dict[str, Any]:
     if args.action == "verify":
         return asdict(files.verify(path, converter, args.sample))
     from tools.progress import progress_bar
+    from trainer.data import open_dataset
+    from trainer.gallery.orders import order_rows
 
+    # An upgrade that continues has its order.
+    order = None
+    if before is None and args.order != "stored":
+        order = order_rows(args.order, path, open_dataset(args.images) if args.images else None)
     with progress_bar("converting") as progress:
-        return asdict(files.upgrade(path, converter, batch=args.batch, rows_per_second=args.rate, progress=progress))
+        return asdict(
+            files.upgrade(path, converter, order=order, batch=args.batch, rows_per_second=args.rate, progress=progress)
+        )
 
 
 def _database(args: argparse.Namespace) -> dict[str, Any]:
@@ -116,15 +142,14 @@ def _database(args: argparse.Namespace) -> dict[str, Any]:
     gallery = PostgresGallery(args.store, args.table, args.column, args.key, args.order)
     if args.action == "status":
         return asdict(gallery.status())
-    if args.action == "rollback":
-        gallery.rollback()
+    if args.action in ("rollback", "finish"):
+        gallery.rollback() if args.action == "rollback" else gallery.finish()
         return asdict(gallery.status())
     converter = _converter(args, gallery.dim)
     if args.action == "plan":
         return gallery.plan(converter)
     if args.action == "verify":
-        rows, smallest = gallery.verify(converter, args.sample)
-        return {"rows": rows, "smallest_cosine": smallest}
+        return asdict(gallery.verify(converter, args.sample))
     return _upgrade_table(args, gallery, converter)
 
 

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from tests.evaluation.samples import identities
 from tests.gallery.rotation import Rotation
 from trainer.errors import DataError
-from trainer.gallery.files import plan, rollback, status, upgrade, verify, work_folder
+from trainer.gallery.files import finish, plan, rollback, search, status, upgrade, verify, work_folder
 from trainer.gallery.formats import open_gallery
+from trainer.gallery.orders import order_rows
 
 faiss = pytest.importorskip("faiss", reason="needs FAISS (extra `gallery`)")
 
@@ -49,7 +50,17 @@ def mapped(inner, kind=faiss.IndexIDMap2):
     return index
 
 
+def shards(path, ids=True):
+    path.mkdir()
+    for at, part in enumerate((slice(0, 120), slice(120, 121), slice(121, 300))):
+        tensors = {"vectors": VECTORS[part]} | ({"ids": IDS[part]} if ids else {})
+        save_file(tensors, path / f"part-{at}.safetensors", {"part": str(at)})
+    (path / "about.txt").write_text("people")
+
+
 MAKERS = {
+    "shards": shards,
+    "numbered": lambda path: shards(path, ids=False),
     "a.npy": lambda path: np.save(path, VECTORS),
     "half.npy": lambda path: np.save(path, VECTORS.astype(np.float16)),
     "a.safetensors": lambda path: save_file({"vectors": VECTORS, "ids": IDS}, path, {"made": "by a test"}),
@@ -62,12 +73,22 @@ MAKERS = {
 }
 
 
+def content(path):
+    return {p.name: p.read_bytes() for p in (path.iterdir() if path.is_dir() else [path])}
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_kind_of_file_is_upgraded_and_rolled_back(tmp_path, name):
     path = tmp_path / name
     MAKERS[name](path)
-    original, before = path.read_bytes(), open_gallery(path)
-    expected = dict(zip(before.ids(0, 300).tolist(), Rotation()(before.ids(0, 300), before.read(0, 300)), strict=True))
+    original, before = content(path), open_gallery(path)
+    expected = dict(
+        zip(
+            before.ids(slice(0, 300)).tolist(),
+            Rotation()(before.ids(slice(0, 300)), before.read(slice(0, 300))),
+            strict=True,
+        )
+    )
     wanted = plan(path, Rotation())
     assert (wanted.rows, wanted.dim_in, wanted.dim_out) == (300, 16, 24)
     assert wanted.bytes_needed > 300 * 24 * 4
@@ -77,14 +98,14 @@ def test_every_kind_of_file_is_upgraded_and_rolled_back(tmp_path, name):
     assert seen[-1] == (300, 300)
     after = open_gallery(path)
     assert (after.rows, after.dim) == (300, 24)
-    for number, vector in zip(after.ids(0, 300).tolist(), after.read(0, 300), strict=True):
+    for number, vector in zip(after.ids(slice(0, 300)).tolist(), after.read(slice(0, 300)), strict=True):
         assert vector == pytest.approx(expected[number], abs=2e-3 if "half" in name else 1e-6)
     assert verify(path, Rotation(), sample=50).smallest_cosine > 0.9999
     assert upgrade(path, Rotation()).phase == "swapped"  # again: nothing to do
     rollback(path)
-    assert path.read_bytes() == original
+    assert content(path) == original
     assert status(path) is None
-    assert not work_folder(path).exists()
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_search_results_and_parameters_survive(tmp_path):
@@ -121,12 +142,12 @@ def _slowly(path, log):
     upgrade(path, Rotation(seconds=0.002, log=log), batch=4)
 
 
-@pytest.mark.parametrize("name", ["a.npy", "map.index"])
+@pytest.mark.parametrize("name", ["a.npy", "map.index", "shards"])
 def test_killed_at_random_moments_no_row_is_lost(tmp_path, name):
     path, log = tmp_path / name, tmp_path / "log"
     MAKERS[name](path)
     before = open_gallery(path)
-    expected = Rotation()(None, before.read(0, 300))
+    expected = Rotation()(None, before.read(slice(0, 300)))
     generator, context, killed = random.Random(3), multiprocessing.get_context("fork"), 0
     while (state := status(path)) is None or state.phase != "swapped":
         process = context.Process(target=_slowly, args=(path, log))
@@ -136,11 +157,12 @@ def test_killed_at_random_moments_no_row_is_lost(tmp_path, name):
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
         process.join()
-        assert open_gallery(path).rows == 300  # at every moment there is a whole gallery under the name
+        if not (name == "shards" and status(path).phase == "swapping"):  # a folder is missing for a moment
+            assert open_gallery(path).rows == 300  # at every moment there is a whole gallery under the name
     assert killed > 0
     after = open_gallery(path)
-    assert after.read(0, 300) == pytest.approx(expected, abs=1e-6)
-    assert np.array_equal(after.ids(0, 300), before.ids(0, 300))
+    assert after.read(slice(0, 300)) == pytest.approx(expected, abs=1e-6)
+    assert np.array_equal(after.ids(slice(0, 300)), before.ids(slice(0, 300)))
     converted = [int(line) for line in log.read_text().split()]
     assert len(converted) <= 300 + 4 * killed  # at most the batch under way is done again
 
@@ -182,7 +204,138 @@ def test_what_cannot_be_upgraded_is_refused(tmp_path):
         upgrade(tmp_path / "none.npy", Rotation())
     with pytest.raises(DataError, match="no upgrade"):
         rollback(tmp_path / "wide.npy")
+    save_file({"vectors": VECTORS[:3], "ids": np.array([4, 5, 4])}, tmp_path / "double.safetensors")
+    with pytest.raises(DataError, match="id 4 occurs 2 times"):
+        upgrade(tmp_path / "double.safetensors", Rotation())
+    np.save(tmp_path / "empty.npy", VECTORS[:0])
+    with pytest.raises(DataError, match="expected float vectors"):
+        upgrade(tmp_path / "empty.npy", Rotation())
+    shards(tmp_path / "twice")
+    save_file({"vectors": VECTORS[:1], "ids": IDS[299:]}, tmp_path / "twice" / "part-4.safetensors")
+    with pytest.raises(DataError, match=f"id {IDS[299]} occurs 2 times"):
+        upgrade(tmp_path / "twice", Rotation())
+    save_file({"vectors": np.ones((2, 8), np.float32), "ids": IDS[:2]}, tmp_path / "twice" / "part-4.safetensors")
+    with pytest.raises(DataError, match=r"part-4.safetensors: dimension 8"):
+        upgrade(tmp_path / "twice", Rotation())
+    with pytest.raises(DataError, match="nothing to finish"):
+        finish(tmp_path / "wide.npy")
     assert not list(tmp_path.glob("*.upgrade"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_vectors_that_are_none_stop_the_upgrade_by_their_id(tmp_path, bad):
+    path = tmp_path / "a.safetensors"
+    vectors = VECTORS.copy()
+    vectors[77] = bad
+    save_file({"vectors": vectors, "ids": IDS}, path)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=f"id {IDS[77]} is zero or not finite"):
+        upgrade(path, Rotation(), batch=50)
+    assert (status(path).phase, status(path).done) == ("converting", 50)
+    assert path.read_bytes() == before
+
+
+def test_a_chain_of_upgrades(tmp_path):
+    path = tmp_path / "flat.index"
+    MAKERS["flat.index"](path)
+    upgrade(path, Rotation())
+
+    class Back(Rotation):
+        dim_in, dim_out, version = 24, 16, "back"
+
+        def __init__(self):
+            super().__init__("back")
+            self.matrix = self.matrix.T
+
+    with pytest.raises(DataError, match="finish it or roll it back"):
+        upgrade(path, Back())
+    finish(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["flat.index"]
+    upgrade(path, Back())
+    assert open_gallery(path).read(slice(0, 300)) == pytest.approx(VECTORS, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "map.index", "shards"])
+@pytest.mark.parametrize("order", ["stored", "random"])
+def test_a_mixed_gallery_is_searched_rightly(tmp_path, name, order):
+    path, query = tmp_path / name, VECTORS[7]
+    MAKERS[name](path)
+    ids = open_gallery(path).ids(slice(0, 300))
+    exact = ids[np.argsort(-(VECTORS @ query))[:10]].tolist()
+    as_new = Rotation()(None, query[None])[0]
+    seen = []
+
+    class Half(Rotation):
+        def __call__(self, ids, vectors):
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            seen.append(ids)
+            return super().__call__(ids, vectors)
+
+    def found(as_old=query):
+        return [key for key, _ in search(path, as_old, as_new, 10)]
+
+    assert found() == exact
+    with pytest.raises(KeyboardInterrupt):
+        upgrade(path, Half(), batch=50, order=order_rows(order, path))
+    assert (status(path).done, len(np.unique(np.concatenate(seen)))) == (150, 150)
+    assert (np.concatenate(seen).tolist() == ids[:150].tolist()) == (order == "stored")
+    assert found() == exact  # an isometry: the same cosines in both spaces
+    with pytest.raises(DataError, match="holds old rows"):
+        found(None)
+    upgrade(path, Rotation(), batch=64)  # continues in the order that it began with
+    assert found(None) == exact
+    assert open_gallery(path).read(slice(0, 300)) == pytest.approx(Rotation()(None, VECTORS), abs=1e-6)
+
+
+def test_what_is_searched_most_and_what_is_least_certain_come_first(tmp_path):
+    path = tmp_path / "a.npy"
+    MAKERS["a.npy"](path)
+    numbers = np.random.default_rng(0).permutation(300)
+    np.save(tmp_path / "hits.npy", numbers)
+    highest, lowest = (order_rows(f"{kind}:{tmp_path / 'hits.npy'}", path) for kind in ("highest", "lowest"))
+    assert numbers[highest].tolist() == list(range(299, -1, -1))
+    assert highest.tolist() == lowest.tolist()[::-1]
+    log = tmp_path / "log"
+    upgrade(path, Rotation(log=log), batch=7, order=highest)
+    assert numbers[[int(line) for line in log.read_text().split()]].tolist() == list(range(299, -1, -1))
+    for text, message in (
+        ("best", "expected stored, random"),
+        ("highest", "expected stored, random"),
+        ("random:x", "expected stored, random"),
+        ("confidence", "needs the images' identities"),
+        (f"lowest:{tmp_path / 'none.npy'}", "is no .npy"),
+    ):
+        with pytest.raises(DataError, match=message):
+            order_rows(text, path)
+    np.save(tmp_path / "hits.npy", numbers[:-1])
+    with pytest.raises(DataError, match="one finite number for each of 300 rows"):
+        order_rows(f"lowest:{tmp_path / 'hits.npy'}", path)
+    rollback(path)
+    with pytest.raises(DataError, match="each of the 300 rows once"):
+        upgrade(path, Rotation(), order=np.zeros(300, np.int64))
+    assert not work_folder(path).exists()
+
+
+def test_recall_of_an_index_is_measured_against_exact_search(tmp_path):
+    for name, low, high in (("flat.index", 1.0, 1.0), ("ivf.index", 0.7, 0.999), ("a.npy", None, None)):
+        MAKERS[name](tmp_path / name)
+        upgrade(tmp_path / name, Rotation())
+        check = verify(tmp_path / name, Rotation())
+        if low is None:
+            assert check.recall is None
+            continue
+        assert low <= check.recall <= high
+        assert low <= check.recall_before <= high
+    index = faiss.read_index(str(tmp_path / "ivf.index"))
+    index.nprobe = 1
+    faiss.write_index(index, str(tmp_path / "ivf.index"))
+    assert verify(tmp_path / "ivf.index", Rotation()).recall < check_less(tmp_path)
+
+
+def check_less(folder):
+    """Recall of the old index, which still looks into five lists."""
+    return verify(folder / "ivf.index", Rotation()).recall_before
 
 
 def test_another_version_or_a_changed_file_is_refused(tmp_path):

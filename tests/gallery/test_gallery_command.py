@@ -54,7 +54,8 @@ def test_a_file_goes_through_every_action(place, vectors, tmp_path, capsys):
     assert "roll it back before" in error
     assert lce(capsys, "rollback", path)[0] == 0
     assert np.array_equal(np.load(path), vectors)
-    assert lce(capsys, "upgrade", path, *which, "--images", place / "images")[0] == 0
+    images = ("--images", place / "images", "--order", "confidence")
+    assert lce(capsys, "upgrade", path, *which, *images)[0] == 0
     assert np.load(path) == pytest.approx(embed_dataset(new, open_dataset(place / "images")), abs=1e-5)
 
 
@@ -66,6 +67,8 @@ def test_wrong_use(place, vectors, tmp_path, capsys):
         (("upgrade", path, "--model", place / "plain"), "has no T₁₂"),
         (("upgrade", tmp_path / "none.npy", "--model", place / "new"), "no such gallery"),
         (("upgrade", path, "--model", place / "new", "--batch", "0"), "must be positive"),
+        (("upgrade", path, "--model", place / "new", "--order", "best"), "expected stored, random"),
+        (("finish", path), "nothing to finish"),
     ):
         status, error = lce(capsys, *words)
         assert status == 2
@@ -96,6 +99,11 @@ def test_a_table_goes_through_every_action(place, vectors, tmp_path, capsys):
         again = lce(capsys, "upgrade", store, *using)[1]
         assert (again["phase"], again["converted_here"], again["version"]) == ("swapped", 0, done["version"])
         assert lce(capsys, "verify", store, *using)[1]["smallest_cosine"] > 0.9999
+        assert lce(capsys, "verify", store, *using, "--least-recall", "1.5")[0] == 1
         assert lce(capsys, "rollback", store, *which)[1]["phase"] == "none"
+        assert lce(capsys, "upgrade", store, *using, "--order", "random", "--index", "none")[1]["phase"] == "swapped"
+        assert lce(capsys, "finish", store, *which)[1]["phase"] == "none"
+        with psycopg.connect(store) as connection:
+            assert connection.execute("SELECT vector_dims(face) FROM people LIMIT 1").fetchone() == (24,)
     finally:
         server.cleanup()

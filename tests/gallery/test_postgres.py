@@ -70,15 +70,92 @@ def test_the_whole_upgrade_and_back(dsn):
     ids, vectors = stored(dsn)
     assert list(ids) == [10 * i for i in range(400)]
     assert vectors == pytest.approx(Rotation()(None, VECTORS), abs=1e-5)
-    assert PostgresGallery(dsn, "faces").verify(Rotation(), sample=100) == (100, pytest.approx(1.0, abs=1e-5))
+    check = PostgresGallery(dsn, "faces").verify(Rotation(), sample=100)
+    assert (check.rows, check.smallest_cosine) == (100, pytest.approx(1.0, abs=1e-5))
+    assert check.recall > 0.9  # of the HNSW index
+    assert check.recall_before is None  # the old column had none
+    with psycopg.connect(dsn) as connection:
+        versions = connection.execute("SELECT DISTINCT embedding_version FROM faces WHERE embedding IS NOT NULL")
+        assert versions.fetchall() == [("rotation-1",)]
     with psycopg.connect(dsn) as connection:
         indexes = connection.execute("SELECT indexdef FROM pg_indexes WHERE tablename = 'faces'").fetchall()
     assert sum("hnsw" in text for (text,) in indexes) == 1
     gallery.rollback()
     assert stored(dsn)[1] == pytest.approx(VECTORS, abs=1e-6)
     assert gallery.status().phase == "none"
+    assert columns(dsn) == ["embedding", "hits", "id"]
     with pytest.raises(DataError, match="no upgrade to roll back"):
         gallery.rollback()
+
+
+def columns(dsn):
+    with psycopg.connect(dsn) as connection:
+        text = "SELECT column_name FROM information_schema.columns WHERE table_name = 'faces' ORDER BY 1"
+        return [name for (name,) in connection.execute(text).fetchall()]
+
+
+class Back(Rotation):
+    """The way back, from 24 dimensions to 16."""
+
+    dim_in, dim_out = 24, 16
+
+    def __init__(self):
+        super().__init__("back")
+        self.matrix = self.matrix.T
+
+
+def test_a_chain_of_upgrades(dsn):
+    gallery = PostgresGallery(dsn, "faces")
+    with pytest.raises(DataError, match="nothing to finish"):
+        gallery.finish()
+    gallery.begin(Rotation())
+    gallery.work(Rotation())
+    gallery.index()
+    gallery.swap()
+    with pytest.raises(DataError, match="finish it or roll it back"):
+        PostgresGallery(dsn, "faces").begin(Back())
+    gallery.finish()
+    assert columns(dsn) == ["embedding", "embedding_version", "hits", "id"]
+    second = PostgresGallery(dsn, "faces")
+    second.begin(Back())
+    second.work(Back())
+    second.index()
+    second.swap()
+    assert stored(dsn)[1] == pytest.approx(VECTORS, abs=1e-5)
+    assert second.verify(Back()).recall > 0.9
+    second.rollback()
+    assert stored(dsn)[1] == pytest.approx(Rotation()(None, VECTORS), abs=1e-5)
+    assert columns(dsn) == ["embedding", "embedding_version", "hits", "id"]
+
+
+def test_a_row_that_changes_during_the_upgrade_is_converted_again(dsn):
+    gallery = PostgresGallery(dsn, "faces")
+    gallery.begin(Rotation())
+    gallery.work(Rotation())
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("UPDATE faces SET embedding = %s WHERE id = 30", (str(VECTORS[9].tolist()),))
+        connection.execute("UPDATE faces SET hits = 99, embedding = embedding WHERE id = 40")
+    assert gallery.status().left == 1
+    assert gallery.work(Rotation()) == 1
+    gallery.swap()
+    assert stored(dsn)[1][3] == pytest.approx(Rotation()(None, VECTORS)[9], abs=1e-5)
+    with psycopg.connect(dsn, autocommit=True) as connection:  # the trigger is gone with the swap
+        connection.execute("UPDATE faces SET embedding = %s WHERE id = 50", (str([1.0] * 24),))
+
+
+def test_a_table_in_another_schema_and_with_capitals(dsn):
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute('DROP SCHEMA IF EXISTS "Prod" CASCADE')
+        connection.execute('CREATE SCHEMA "Prod"')
+        connection.execute('CREATE TABLE "Prod"."Faces" (id int UNIQUE, embedding vector(16))')
+        connection.execute('INSERT INTO "Prod"."Faces" SELECT id / 10, embedding FROM public.faces WHERE id < 4000')
+    gallery = PostgresGallery(dsn, "Prod.Faces")
+    gallery.begin(Rotation())
+    assert gallery.work(Rotation()) == 400
+    gallery.index()
+    gallery.swap()
+    assert gallery.verify(Rotation()).recall > 0.9
+    gallery.rollback()
 
 
 def _work(dsn, log, seconds):
@@ -118,6 +195,27 @@ def test_workers_killed_at_random_moments_lose_nothing(dsn, tmp_path):
     assert stored(dsn)[1] == pytest.approx(Rotation()(None, VECTORS), abs=1e-5)
 
 
+def test_workers_side_by_side_go_on_when_one_is_killed(dsn, tmp_path):
+    context = multiprocessing.get_context("fork")
+    logs = [tmp_path / f"log{i}" for i in range(3)]
+    workers = [context.Process(target=_work, args=(dsn, log, 0.02)) for log in logs]
+    for worker in workers:
+        worker.start()
+    while not logs[0].exists():
+        workers[0].join(0.01)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0, 0]
+    assert PostgresGallery(dsn, "faces").status().left == 0
+    done = [[int(line) for line in log.read_text().split()] for log in logs]
+    assert len(done[0]) < 400
+    # What the killed one held is done by the others; at most its last batch was converted twice.
+    assert 400 <= sum(map(len, done)) <= 408
+    assert sorted({number for one in done for number in one}) == [10 * i for i in range(400)]
+    assert stored(dsn, "embedding_new")[1] == pytest.approx(Rotation()(None, VECTORS), abs=1e-5)
+
+
 def test_a_mixed_gallery_is_searched_rightly(dsn):
     gallery = PostgresGallery(dsn, "faces")
     query = VECTORS[7]
@@ -150,11 +248,28 @@ def test_a_mixed_gallery_is_searched_rightly(dsn):
 
 
 def test_most_searched_rows_come_first(dsn, tmp_path):
-    gallery = PostgresGallery(dsn, "faces", order="hits")
+    gallery = PostgresGallery(dsn, "faces", order="highest:hits")
     gallery.begin(Rotation())
     gallery.work(Rotation(log=tmp_path / "log"), batch=50)
     order = [int(line) // 10 % 7 for line in (tmp_path / "log").read_text().split()]
     assert order == sorted(order, reverse=True)
+
+
+@pytest.mark.parametrize(("order", "wanted"), [("lowest:hits", sorted), ("stored", None), ("random", None)])
+def test_orders(dsn, tmp_path, order, wanted):
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("UPDATE faces SET hits = NULL WHERE id = 70")
+    gallery = PostgresGallery(dsn, "faces", order=order)
+    gallery.begin(Rotation())
+    gallery.work(Rotation(log=tmp_path / "log"), batch=50)
+    ids = [int(line) for line in (tmp_path / "log").read_text().split()]
+    assert sorted(ids) == [10 * i for i in range(400)]
+    if order == "lowest:hits":
+        hits = [number // 10 % 7 for number in ids]
+        assert hits[:-1] == sorted(hits[:-1])
+        assert ids[-1] == 70  # rows without a value last
+    else:
+        assert (ids == sorted(ids)) == (order == "stored")
 
 
 def test_rows_added_during_the_upgrade_are_not_lost(dsn):
@@ -174,6 +289,13 @@ def test_refusals(dsn):
         PostgresGallery(dsn, "faces", "hits")
     with pytest.raises(DataError, match="no such vector column"):
         PostgresGallery(dsn, "nobody; DROP TABLE faces")
+    with pytest.raises(DataError, match="hits is no unique integer column"):
+        PostgresGallery(dsn, "faces", key="hits")
+    with pytest.raises(DataError, match="lowest:COLUMN"):
+        PostgresGallery(dsn, "faces", order="confidence")
+    with pytest.raises(DataError, match='column "nothing" does not exist'):
+        PostgresGallery(dsn, "faces", order="highest:nothing").begin(Rotation())
+    PostgresGallery(dsn, "faces").rollback()
     with pytest.raises(DataError, match="cannot be reached"):
         PostgresGallery("postgresql://nobody@127.0.0.1:1/none?connect_timeout=2", "faces")
     gallery = PostgresGallery(dsn, "faces")
@@ -188,7 +310,7 @@ def test_refusals(dsn):
         gallery.begin(Rotation("rotation-2"))
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("UPDATE faces SET embedding = %s WHERE id = 30", (str([0.0] * 16),))
-    with pytest.raises(DataError, match="row 30 is zero or not finite"):
+    with pytest.raises(DataError, match="id 30 is zero or not finite"):
         gallery.work(Rotation())
     gallery.rollback()
     assert len(stored(dsn)[0]) == 400

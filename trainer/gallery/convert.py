@@ -63,3 +63,12 @@ def checked(vectors: FloatArray, what: str) -> FloatArray:
     """The vectors, if they are finite and unit. Raises :class:`ModelError`."""
     check_unit(vectors, what)
     return vectors
+
+
+def usable(vectors: FloatArray, ids: IntArray, where: str) -> FloatArray:
+    """Stored vectors (n, D), if all are finite and none is zero. Raises :class:`DataError` naming the id."""
+    norms = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    if len(bad):
+        raise DataError(f"{where}: the vector of id {ids[bad[0]]} is zero or not finite; mend or remove it")
+    return vectors

@@ -1,8 +1,9 @@
-"""Upgrade of a gallery file: converted into a folder beside it, resumable at any moment, swapped in, and back again.
+"""Upgrade of a gallery file or folder: converted beside it, resumable at any moment, swapped in, and back again.
 
-Beside ``NAME`` lies ``NAME.upgrade/`` with ``state.json``, ``vectors.npy`` (what is converted so far) and, after the
-swap, ``before``: the old file. Rows are written and flushed before the state counts them, and each row's place is its
-own, so a process killed at any moment loses no row and does none twice.
+Beside ``NAME`` lies ``NAME.upgrade/`` with ``state.json``, ``vectors.npy`` (what is converted so far), ``order.npy``
+(which row comes when, where an order was asked for) and, after the swap, ``before``: the old file. Rows are written and
+flushed before the state counts them, and each row's place is its own, so a process killed at any moment loses no row
+and does none twice. While rows are converted :func:`search` compares each in the space that it is in.
 """
 
 import json
@@ -17,16 +18,18 @@ from typing import Literal
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.evaluation.arrays import FloatArray
-from trainer.gallery.convert import Converter
-from trainer.gallery.formats import batches, open_gallery
+from trainer.evaluation.arrays import FloatArray, IntArray
+from trainer.evaluation.identification import search as search_exactly
+from trainer.gallery.convert import Converter, usable
+from trainer.gallery.formats import FaissGallery, Format, batches, open_gallery
 
 Phase = Literal["converting", "swapping", "swapped"]
 
 
 @dataclass(frozen=True)
 class State:
-    """Where an upgrade stands. source: size and time of the old file, which must not change meanwhile."""
+    """Where an upgrade stands. source: size and time of the old file, which must not change meanwhile; ordered: rows
+    are done in the order of ``order.npy``, else in that of the file."""
 
     version: str
     rows: int
@@ -35,6 +38,7 @@ class State:
     done: int
     phase: Phase
     source: tuple[int, int]
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Check:
-    """A verified sample: rows re-computed, their smallest cosine to what is stored."""
+    """A verified sample: rows re-computed, and their smallest cosine to what is stored.
+
+    recall: of an approximate index, the share of the 10 exact neighbours of sampled rows that it finds; recall_before:
+    that of the old index. None for arrays, whose search is exact.
+    """
 
     rows: int
     smallest_cosine: float
+    recall: float | None = None
+    recall_before: float | None = None
 
 
 def work_folder(path: Path) -> Path:
@@ -80,9 +90,9 @@ def plan(path: Path, converter: Converter, sample: int = 1000) -> Plan:
     _check_dimension(path, gallery.dim, converter)
     count = min(sample, gallery.rows)
     start = time.perf_counter()
-    converter(gallery.ids(0, count), gallery.read(0, count))
+    converter(gallery.ids(slice(0, count)), gallery.read(slice(0, count)))
     seconds = (time.perf_counter() - start) / count * gallery.rows
-    needed = gallery.rows * converter.dim_out * 4 + int(path.stat().st_size * converter.dim_out / gallery.dim)
+    needed = gallery.rows * converter.dim_out * 4 + int(_stamp(path)[0] * converter.dim_out / gallery.dim)
     free = shutil.disk_usage(path.absolute().parent).free
     return Plan(gallery.rows, gallery.dim, converter.dim_out, needed, free, seconds)
 
@@ -91,6 +101,7 @@ def upgrade(
     path: Path,
     converter: Converter,
     *,
+    order: IntArray | None = None,
     batch: int = 1 << 14,
     rows_per_second: float | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -98,6 +109,8 @@ def upgrade(
     """Convert a gallery file and swap the result in; continues what an earlier, interrupted call has done.
 
     Args:
+        order: row numbers (rows,), each once, in the order in which they are converted (see
+            :mod:`trainer.gallery.orders`); an upgrade that continues keeps the order that it began with.
         rows_per_second: an upper limit of the pace.
 
     Raises:
@@ -108,12 +121,13 @@ def upgrade(
     state = status(path)
     if state is not None and state.version != converter.version:
         raise DataError(
-            f"{path}: an upgrade to {state.version} is {state.phase}; roll it back before one to {converter.version}"
+            f"{path}: an upgrade to {state.version} is {state.phase}; finish it or roll it back before one to "
+            f"{converter.version}"
         )
     if state is not None and state.phase == "swapped":
         return state
     if state is None or state.phase == "converting":
-        state = _convert(path, converter, state, batch, rows_per_second, progress)
+        state = _convert(path, converter, state, order, batch, rows_per_second, progress)
     return _swap(path, state)
 
 
@@ -121,6 +135,7 @@ def _convert(
     path: Path,
     converter: Converter,
     state: State | None,
+    order: IntArray | None,
     batch: int,
     rows_per_second: float | None,
     progress: Callable[[int, int], None] | None,
@@ -130,19 +145,16 @@ def _convert(
     work = work_folder(path)
     vectors = work / "vectors.npy"
     if state is None:
-        needed, free = gallery.rows * converter.dim_out * 4, shutil.disk_usage(path.absolute().parent).free
-        if needed > free:
-            raise DataError(f"{path}: needs {needed:,} bytes beside it, {free:,} are free")
-        work.mkdir(exist_ok=True)
-        np.lib.format.open_memmap(vectors, "w+", np.float32, (gallery.rows, converter.dim_out)).flush()
-        state = State(converter.version, gallery.rows, gallery.dim, converter.dim_out, 0, "converting", _stamp(path))
-        _save(work, state)
+        state = _prepare(path, gallery, converter, order)
     elif state.source != _stamp(path):
         raise DataError(f"{path}: changed since its upgrade began; roll back and begin anew")
+    kept_order = np.load(work / "order.npy", mmap_mode="r", allow_pickle=False) if state.ordered else None
     out = np.lib.format.open_memmap(vectors, "r+")
     began, first = time.perf_counter(), state.done
     for start, stop in batches(gallery.rows, state.done, batch):
-        out[start:stop] = converter(gallery.ids(start, stop), gallery.read(start, stop))
+        rows = slice(start, stop) if kept_order is None else np.array(kept_order[start:stop])
+        ids = gallery.ids(rows)
+        out[rows] = converter(ids, usable(gallery.read(rows), ids, str(path)))
         out.flush()
         state = replace(state, done=stop)
         _save(work, state)
@@ -158,14 +170,44 @@ def _convert(
     return state
 
 
+def _prepare(path: Path, gallery: Format, converter: Converter, order: IntArray | None) -> State:
+    """Room for the new vectors, the order, and the first state."""
+    work = work_folder(path)
+    needed, free = gallery.rows * converter.dim_out * 4, shutil.disk_usage(path.absolute().parent).free
+    if needed > free:
+        raise DataError(f"{path}: needs {needed:,} bytes beside it, {free:,} are free")
+    if order is not None and not np.array_equal(np.sort(order), np.arange(gallery.rows)):
+        raise DataError(f"{path}: an order must name each of the {gallery.rows:,} rows once")
+    work.mkdir(exist_ok=True)
+    np.lib.format.open_memmap(work / "vectors.npy", "w+", np.float32, (gallery.rows, converter.dim_out)).flush()
+    if order is not None:
+        np.save(work / "order.npy", order)
+    state = State(
+        converter.version,
+        gallery.rows,
+        gallery.dim,
+        converter.dim_out,
+        0,
+        "converting",
+        _stamp(path),
+        order is not None,
+    )
+    _save(work, state)
+    return state
+
+
 def _swap(path: Path, state: State) -> State:
     """Both renames, whichever of them an earlier call has already made."""
     work = work_folder(path)
     if _new(path).exists():
         if not _before(path).exists():
-            os.link(path, _before(path))
-        _new(path).rename(path)  # in one step: at every moment the name holds a whole gallery
-    (work / "vectors.npy").unlink(missing_ok=True)
+            if path.is_dir():
+                path.rename(_before(path))  # a folder is missing between the two renames, and whole before and after
+            else:
+                os.link(path, _before(path))
+        _new(path).rename(path)  # a file in one step: at every moment the name holds a whole gallery
+    for left in ("vectors.npy", "order.npy"):
+        (work / left).unlink(missing_ok=True)
     state = replace(state, phase="swapped")
     _save(work, state)
     return state
@@ -177,8 +219,60 @@ def rollback(path: Path) -> None:
         raise DataError(f"{path}: has no upgrade to roll back")
     work = work_folder(path)
     if _before(path).exists():
+        if path.is_dir():
+            path.rename(work / "after")
         _before(path).rename(path)
     shutil.rmtree(work)
+
+
+def finish(path: Path) -> None:
+    """Remove the old file that a rollback would need: the upgrade is final, and the next one may begin.
+
+    Raises:
+        DataError: not upgraded.
+    """
+    state = status(path)
+    if state is None or state.phase != "swapped":
+        raise DataError(f"{path}: is not upgraded; there is nothing to finish")
+    shutil.rmtree(work_folder(path))
+
+
+def search(path: Path, as_old: FloatArray | None, as_new: FloatArray, k: int) -> list[tuple[int, float]]:
+    """The ``k`` nearest rows of a gallery in any phase: (id, cosine), best first; exact.
+
+    Args:
+        as_old: the query (D1,), unit, as it meets an old row; None once no old row is left. as_new: as it meets a new
+            one (D2,), unit.
+
+    While rows are being converted each is compared in the space it is in.
+
+    Raises:
+        DataError: old rows and no ``as_old``, or the gallery is just being swapped.
+    """
+    state = status(path)
+    gallery = open_gallery(path)
+    if state is not None and state.phase == "swapping":
+        raise DataError(f"{path}: is being swapped; run the upgrade again if it was interrupted")
+    is_new = np.full(gallery.rows, state is not None and state.phase == "swapped")
+    new: FloatArray | None = None
+    if state is not None and state.phase == "converting":
+        work = work_folder(path)
+        is_new[np.load(work / "order.npy")[: state.done] if state.ordered else slice(0, state.done)] = True
+        new = np.load(work / "vectors.npy", mmap_mode="r", allow_pickle=False)
+    if as_old is None and not is_new.all():
+        raise DataError(f"{path}: holds old rows; give the query as it meets them too")
+    best = np.empty(0, np.int64), np.empty(0)
+    for start, stop in batches(gallery.rows, 0, 1 << 14):
+        cosines = np.empty(stop - start)
+        for kind, query in ((True, as_new), (False, as_old)):
+            rows = start + np.flatnonzero(is_new[start:stop] == kind)
+            if query is not None and len(rows):
+                found = new[rows] if kind and new is not None else gallery.read(rows)
+                cosines[rows - start] = (found @ query) / np.linalg.norm(found, axis=1)
+        every = np.append(best[0], gallery.ids(slice(start, stop))), np.append(best[1], cosines)
+        top = np.argsort(-every[1], kind="stable")[:k]
+        best = every[0][top], every[1][top]
+    return list(zip(best[0].tolist(), best[1].tolist(), strict=True))
 
 
 def verify(path: Path, converter: Converter, sample: int = 1000, seed: int = 0) -> Check:
@@ -192,12 +286,22 @@ def verify(path: Path, converter: Converter, sample: int = 1000, seed: int = 0) 
         raise DataError(f"{path}: is not upgraded to {converter.version}; `lce gallery status` says where it stands")
     old, new = open_gallery(_before(path)), open_gallery(path)
     rows = np.sort(np.random.default_rng(seed).choice(old.rows, min(sample, old.rows), replace=False))
-    smallest = 2.0
-    for at in rows:
-        made: FloatArray = converter(old.ids(at, at + 1), old.read(at, at + 1))
-        stored = new.read(at, at + 1)
-        smallest = min(smallest, float((made * stored).sum() / np.linalg.norm(stored)))
-    return Check(len(rows), smallest)
+    stored, smallest = new.read(rows), 2.0
+    for start, stop in batches(len(rows), 0, 256):
+        made: FloatArray = converter(old.ids(rows[start:stop]), old.read(rows[start:stop]))
+        cosines = np.einsum("nd,nd->n", made, stored[start:stop]) / np.linalg.norm(stored[start:stop], axis=1)
+        smallest = min(smallest, float(cosines.min()))
+    return Check(len(rows), smallest, _recall(new, rows), _recall(old, rows))
+
+
+def _recall(gallery: Format, rows: IntArray, k: int = 10) -> float | None:
+    """The share of the ``k`` exact neighbours of up to 200 stored rows that an index finds itself."""
+    if not isinstance(gallery, FaissGallery):
+        return None
+    queries, k = gallery.read(rows[:: max(1, len(rows) // 200)]), min(k, gallery.rows)
+    exact = gallery.ids(search_exactly(queries, gallery.read(slice(0, gallery.rows)), k)[1].ravel()).reshape(-1, k)
+    found = gallery.search(queries, k)
+    return float(np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)]))
 
 
 def _before(path: Path) -> Path:
@@ -216,8 +320,9 @@ def _check_dimension(path: Path, dim: int, converter: Converter) -> None:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    """Bytes and newest time of a file, or of all files of a folder."""
+    stats = [file.stat() for file in (path.iterdir() if path.is_dir() else [path])]
+    return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
 
 
 def _save(work: Path, state: State) -> None:

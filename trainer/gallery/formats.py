@@ -1,6 +1,8 @@
-"""Gallery files: .npy, .safetensors and FAISS indexes, read in slices and built anew with other vectors."""
+"""Galleries as files: .npy, .safetensors (one file or a folder of shards) and FAISS indexes, read row by row and built
+anew with other vectors."""
 
 import importlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,25 +12,34 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.evaluation.arrays import FloatArray, IntArray
 
+Rows = slice | IntArray
+"""Which rows: a slice with both ends, or row numbers (n,)."""
+
 
 class Format(Protocol):
-    """A gallery file: its rows, their dimension and their ids (row numbers where the file knows none)."""
+    """A gallery: its rows, their dimension and their ids (row numbers where the file knows none)."""
 
     rows: int
     dim: int
 
-    def ids(self, start: int, stop: int) -> IntArray:
-        """Ids of rows [start, stop): (n,)."""
+    def ids(self, rows: Rows) -> IntArray:
+        """Ids of rows: (n,)."""
 
-    def read(self, start: int, stop: int) -> FloatArray:
-        """Vectors of rows [start, stop): (n, D) float32."""
+    def read(self, rows: Rows) -> FloatArray:
+        """Vectors of rows: (n, D) float32."""
 
     def build(self, vectors: FloatArray, target: Path) -> None:
         """Write a file of the same kind with these vectors (rows, D2) in place of the old ones."""
 
 
 def open_gallery(path: Path) -> Format:
-    """Open a gallery file by its ending: .npy, .safetensors, otherwise FAISS. Raises :class:`DataError`."""
+    """Open a gallery by its ending: .npy, .safetensors, otherwise FAISS; a folder holds .safetensors shards.
+
+    Raises:
+        DataError: missing, damaged, of another kind, empty, or with an id that occurs twice.
+    """
+    if path.is_dir():
+        return ShardsGallery(path)
     if not path.is_file():
         raise DataError(f"{path}: no such gallery file")
     if path.suffix == ".npy":
@@ -48,13 +59,13 @@ class NpyGallery:
             raise DataError(f"{path}: is no .npy array: {error}") from None
         self.rows, self.dim = _shape(self._array, path)
 
-    def ids(self, start: int, stop: int) -> IntArray:
+    def ids(self, rows: Rows) -> IntArray:
         """See :class:`Format`."""
-        return np.arange(start, stop)
+        return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
-    def read(self, start: int, stop: int) -> FloatArray:
+    def read(self, rows: Rows) -> FloatArray:
         """See :class:`Format`."""
-        return np.array(self._array[start:stop], np.float32)
+        return np.array(self._array[rows], np.float32)
 
     def build(self, vectors: FloatArray, target: Path) -> None:
         """See :class:`Format`; the dtype of the old array is kept."""
@@ -84,16 +95,17 @@ class SafetensorsGallery:
             )
         self._name = matrices[0]
         self.rows, self.dim = _shape(self._tensors[self._name], path)
+        self.has_ids = bool(numbers)
         self._ids = self._tensors[numbers[0]] if numbers else np.arange(self.rows)
         _check_ids(self._ids, self.rows, path)
 
-    def ids(self, start: int, stop: int) -> IntArray:
+    def ids(self, rows: Rows) -> IntArray:
         """See :class:`Format`."""
-        return self._ids[start:stop]
+        return self._ids[rows]
 
-    def read(self, start: int, stop: int) -> FloatArray:
+    def read(self, rows: Rows) -> FloatArray:
         """See :class:`Format`."""
-        return np.asarray(self._tensors[self._name][start:stop], np.float32)
+        return np.asarray(self._tensors[self._name][rows], np.float32)
 
     def build(self, vectors: FloatArray, target: Path) -> None:
         """See :class:`Format`."""
@@ -101,6 +113,54 @@ class SafetensorsGallery:
 
         dtype = self._tensors[self._name].dtype
         save_file({**self._tensors, self._name: np.asarray(vectors, dtype)}, target, self._metadata)
+
+
+class ShardsGallery:
+    """A folder of .safetensors files, one gallery in the order of their names; other files in it are carried along.
+
+    Shards without ids number their rows through all of them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise DataError(f"{path}: a folder without .safetensors shards is no gallery")
+        self._shards = [SafetensorsGallery(file) for file in files]
+        self.dim = self._shards[0].dim
+        for file, shard in zip(files, self._shards, strict=True):
+            if shard.dim != self.dim or shard.has_ids != self._shards[0].has_ids:
+                raise DataError(f"{file}: dimension {shard.dim} and ids {shard.has_ids}, unlike {files[0].name}")
+        self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
+        self.rows = int(self._starts[-1])
+        every = [shard.ids(slice(0, shard.rows)) for shard in self._shards]
+        self._ids = np.concatenate(every) if self._shards[0].has_ids else np.arange(self.rows)
+        _check_ids(self._ids, self.rows, path)
+
+    def ids(self, rows: Rows) -> IntArray:
+        """See :class:`Format`."""
+        return self._ids[rows]
+
+    def read(self, rows: Rows) -> FloatArray:
+        """See :class:`Format`."""
+        numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        out = np.empty((len(numbers), self.dim), np.float32)
+        owner = np.searchsorted(self._starts, numbers, side="right") - 1
+        for at in np.unique(owner):
+            mine = owner == at
+            out[mine] = self._shards[at].read(numbers[mine] - self._starts[at])
+        return out
+
+    def build(self, vectors: FloatArray, target: Path) -> None:
+        """See :class:`Format`; ``target`` is a folder, with the same names in it."""
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        files = sorted(self._path.glob("*.safetensors"))
+        for file, shard, start in zip(files, self._shards, self._starts, strict=False):
+            shard.build(vectors[start : start + shard.rows], target / file.name)
+        for other in self._path.iterdir():
+            if other.is_file() and other not in files:
+                shutil.copy2(other, target)
 
 
 class FaissGallery:
@@ -146,13 +206,17 @@ class FaissGallery:
         ids = faiss.vector_to_array(self._index.id_map)[inner] if self._mapped else inner
         return np.asarray(ids, np.int64), vectors
 
-    def ids(self, start: int, stop: int) -> IntArray:
+    def ids(self, rows: Rows) -> IntArray:
         """See :class:`Format`."""
-        return self._ids[start:stop]
+        return self._ids[rows]
 
-    def read(self, start: int, stop: int) -> FloatArray:
+    def read(self, rows: Rows) -> FloatArray:
         """See :class:`Format`."""
-        return self._vectors[start:stop]
+        return self._vectors[rows]
+
+    def search(self, queries: FloatArray, k: int) -> IntArray:
+        """Ids (n, k) of what the index itself finds, with the parameters it is stored with; −1 where it finds less."""
+        return np.asarray(self._index.search(np.ascontiguousarray(queries, np.float32), k)[1], np.int64)
 
     def build(self, vectors: FloatArray, target: Path) -> None:
         """See :class:`Format`. IVF is trained anew on the new vectors, HNSW's graph built anew."""
