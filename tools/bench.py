@@ -4,6 +4,7 @@ Examples:
   lce bench head --classes 1000000 --rate 0.1          # the class-sharded head against the plain one
   lce bench head --classes 100000 --rate 1.0 --json -
   lce bench input                                      # the loaders against a bare DALI pipeline
+  lce bench compat --methods bct,lce --seeds 1         # ways to stay compatible against each other
 """
 
 import argparse

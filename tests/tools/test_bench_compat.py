@@ -1,0 +1,103 @@
+"""The comparison of methods on a handful of made-up identities: chosen, measured, continued, and what fails is said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import cli
+from tools.benchmarks import compat, compat_lab
+
+SMALL = [
+    "backbone.width=4",
+    "backbone.dim=16",
+    "data.batch_size=16",
+    "data.loader=torch",
+    "data.workers=0",
+    "head.sample_rate=1.0",
+]
+
+
+def patterns(folder: Path, seed: int, classes: int, old_classes: int) -> None:
+    """Identities as coarse random patterns, four noisy pictures each; the old model's are the first of the others'."""
+    sets = {"train": range(classes), "old": range(old_classes), "validation": range(50, 56), "unseen": range(60, 68)}
+    for name, members in sets.items():
+        for identity in members:
+            coarse = Image.fromarray(np.random.default_rng(identity).integers(0, 255, (4, 4), dtype=np.uint8))
+            place = folder / name / str(identity)
+            place.mkdir(parents=True)
+            for number in range(4):
+                noise = np.random.default_rng([seed, identity, number]).normal(0, 20, (32, 32))
+                noisy = (np.asarray(coarse.resize((32, 32)), float) + noise).clip(0, 255).astype(np.uint8)
+                Image.fromarray(noisy).save(place / f"{number}.png")
+
+
+def bench(folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and JSON of a small `lce bench compat`."""
+    out = folder / "figures.json"
+    sizes = ["--classes", "12", "--old-classes", "6", "--steps", "6", "--old-steps", "6", "--trials", "2"]
+    command = ["bench", "compat", "--data", "patterns", "--out", str(folder / "lab"), "--json", str(out), *sizes]
+    status = cli.main([*command, *words, *SMALL])
+    return status, json.loads(out.read_text()) if out.exists() else {}
+
+
+@pytest.fixture(autouse=True)
+def _sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compat_lab.SOURCES, "patterns", compat_lab.Source(patterns, "demo-characters"))
+    broken = compat.Method("broken", ("compat.method=lce", "compat.bank=nowhere", "compat.weight={weight}"))
+    monkeypatch.setitem(compat.METHODS, "broken", broken)
+
+
+def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--methods", "independent,lce,broken", "--seeds", "1", "--markdown", str(tmp_path / "table.md")]
+    status, figures = bench(tmp_path, *words)
+    assert status == 1  # one method could not be trained
+    methods = figures["methods"]
+    assert methods["broken"]["spread"] == {}
+    assert "nowhere" in methods["broken"]["problems"][0]
+    trials = {one["weight"]: one["validation"]["new->old"]["TAR@FAR=1e-4"] for one in methods["lce"]["trials"]}
+    assert list(trials) == [2.0, 60.0]
+    assert trials[methods["lce"]["weight"]] == max(trials.values())
+    cells = {cell: figures["base"][cell]["rank-1"]["mean"] for cell in ("old->old", "paragon->paragon")}
+    for name in ("independent", "lce"):
+        found = methods[name]["seeds"][0]
+        assert found["cells"]["old->old"]["rank-1"] == cells["old->old"]
+        expected = cells["paragon->paragon"] - found["cells"]["new->new"]["rank-1"]
+        assert found["cost"]["rank-1"] == pytest.approx(expected)
+    assert methods["independent"]["seeds"][0]["cost"] == {"TAR@FAR=1e-4": 0.0, "rank-1": 0.0}
+    assert "| LCE, direct |" in (tmp_path / "table.md").read_text()
+    assert "| failed |" in (tmp_path / "table.md").read_text()
+
+    def refuse(*_: object) -> int:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(compat_lab.Children, "run", refuse)
+    status, again = bench(tmp_path, "--methods", "independent,lce", "--seeds", "1")
+    assert status == 0
+    assert again["methods"]["lce"] == methods["lce"]
+
+
+def test_wrong_use_is_refused_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, reason in (
+        (["--methods", "lce,magic"], "unknown magic"),
+        (["--seeds", "0"], "at least 1"),
+        (["--old-classes", "13"], "more than the new model's 12"),
+        (["--markdown", str(tmp_path / "no" / "table.md")], "does not exist"),
+        (["backbone.widht=4"], "backbone.width"),
+    ):
+        assert bench(tmp_path, *words)[0] == 2
+        assert reason in capsys.readouterr().err
+    assert not list((tmp_path / "lab").glob("*"))
+
+
+def test_trials_span_the_weights_evenly() -> None:
+    method = compat.Method("m", (), 1.0, 1000.0)
+    assert method.weights(4) == [1.0, 10.0, 100.0, 1000.0]
+    assert method.weights(1) == [32.0]
+
+
+def test_every_method_has_as_many_trials() -> None:
+    assert {len(set(m.weights(4))) for name, m in compat.METHODS.items() if m.settings and name != "broken"} == {4}

@@ -1,0 +1,402 @@
+"""Compare the ways to stay compatible with a deployed model: one table, every method with the same number of trials.
+
+  lce bench compat --data characters --methods all --seeds 3 --json - --markdown compat.md
+  lce bench compat --methods bct,lce --trials 6 --steps 600 --out tried      # fewer methods, more weights, shorter
+
+Each method's weights are chosen by --trials trainings with seed 0, on validation identities that are not reported: the
+highest TAR@FAR 1e-4 of new→old there. Then it is trained with every seed, each with an old model, training identities
+and a paragon (the new model without compatibility) of its own, and measured on unseen identities. "independent" is the
+paragon used on the old gallery. Update gain and cost are in trainer/evaluation/compatibility.py.
+
+What is done is kept under --out: the same command continues. Exit status: 0 done; 1 a method could not be trained (the
+others are in the table); 2 wrong use; 130 interrupted.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tools.benchmarks.compat_lab import Lab
+    from trainer.errors import LceError
+
+HELP = "the methods of compatibility against each other: one table"
+
+OLD, PARAGON = "old", "paragon"
+CRITERION = "TAR@FAR=1e-4"
+METRICS = (CRITERION, "rank-1")
+SHOWN = ("new->old", "new->new")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train the new model.
+
+    Attributes:
+        settings: overrides of the recipe; ``{bank}``, ``{embeddings}`` and ``{weight}`` are filled in.
+        low, high: the ends of the weights that the trials span, evenly in their logarithm.
+    """
+
+    title: str
+    settings: tuple[str, ...]
+    low: float = 1.0
+    high: float = 1.0
+
+    def weights(self, trials: int) -> list[float]:
+        """So many weights from ``low`` to ``high``; the middle one for a single trial or where there is nothing to
+        choose."""
+        if trials == 1 or self.low == self.high:
+            return [_rounded(math.sqrt(self.low * self.high))]
+        return [_rounded(self.low * (self.high / self.low) ** (i / (trials - 1))) for i in range(trials)]
+
+
+def _rival(title: str, method: str, low: float, high: float) -> Method:
+    words = (f"compat.method={method}", "compat.bank={bank}", "compat.old_embeddings={embeddings}")
+    return Method(title, (*words, "compat.weight={weight}"), low, high)
+
+
+def _lce(title: str, mode: str) -> Method:
+    words = ("compat.method=lce", f"compat.mode={mode}", "compat.bank={bank}")
+    return Method(title, (*words, "compat.alignment_weight={weight}", "compat.boundary_weight={weight}"), 2.0, 60.0)
+
+
+METHODS = {
+    "independent": Method("independent", ()),
+    "l2": _rival("L2 to the old embedding", "l2", 1.0, 30.0),
+    "bct": _rival("BCT", "bct", 0.3, 10.0),
+    "unibct": _rival("UniBCT", "unibct", 0.3, 10.0),
+    "advbct": _rival("AdvBCT", "advbct", 0.3, 10.0),
+    "mixbct": _rival("MixBCT", "mixbct", 0.3, 10.0),
+    "fct": _rival("FCT (no side information)", "fct", 0.3, 10.0),
+    "lce": _lce("LCE, direct", "direct"),
+    "lce-backward": _lce("LCE, backward", "backward"),
+    "lce-forward": _lce("LCE, forward", "forward"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``lce bench compat``."""
+    from tools.benchmarks.compat_lab import SOURCES
+
+    parser.add_argument("--data", choices=tuple(SOURCES), default="characters", help="default: %(default)s")
+    parser.add_argument("--methods", default="all", help=f"all, or some of {','.join(METHODS)}")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (3)")
+    parser.add_argument("--trials", type=int, default=4, help="trainings by which each method's weights are chosen (4)")
+    parser.add_argument("--parallel", type=int, default=2, help="trainings at a time, one thread each (2)")
+    parser.add_argument("--classes", type=int, default=4000, help="training identities of the new models (4,000)")
+    parser.add_argument("--old-classes", type=int, default=500, help="of them, the old model's (500)")
+    parser.add_argument("--steps", type=int, default=800, help="updates of a new model (800)")
+    parser.add_argument("--old-steps", type=int, default=600, help="updates of an old model (600)")
+    parser.add_argument("--out", type=Path, default=Path("bench-compat"), help="folder of all runs (bench-compat)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all trainings: backbone.width=4")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, measure and report; returns the exit status."""
+    from rich.console import Console
+
+    from tools.benchmarks.measuring import write_json
+    from tools.demo_steps import interruptible
+
+    names = _names(args.methods)
+    _check(args)
+    lab = make_lab(args)
+    with interruptible():
+        figures = compare(lab, names, args.seeds, args.trials)
+    figures = {"bench": "compat", "data": args.data, **_settings(args), **figures}
+    write_json(figures, args.json)
+    if args.markdown:
+        args.markdown.write_text(markdown(figures), encoding="utf-8")
+    console = Console(stderr=args.json == "-", highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=args.json == "-", highlight=False, width=160)
+    console.print(_table(figures))
+    for name, one in figures["methods"].items():
+        for problem in one["problems"]:
+            console.print(f"{name}: {problem}", style="red", soft_wrap=True, markup=False)
+    return 1 if any(one["problems"] for one in figures["methods"].values()) else 0
+
+
+def make_lab(args: argparse.Namespace) -> "Lab":
+    """The lab that the options describe, checked."""
+    import torch
+
+    from tools.benchmarks.compat_lab import SOURCES, Lab
+
+    torch.set_num_threads(1)
+    sizes = (args.classes, args.old_classes, args.steps, args.old_steps)
+    lab = Lab(args.out.absolute(), SOURCES[args.data], *sizes, tuple(args.overrides), args.parallel)
+    lab.check()
+    return lab
+
+
+def _names(text: str) -> list[str]:
+    from trainer.errors import ConfigError
+
+    names = list(METHODS) if text == "all" else text.split(",")
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ConfigError(f"--methods {text}: unknown {', '.join(unknown)}; known: all, {', '.join(METHODS)}")
+    return names
+
+
+def _check(args: argparse.Namespace) -> None:
+    from trainer.errors import ConfigError
+
+    if min(args.seeds, args.trials) < 1:
+        raise ConfigError(f"--seeds {args.seeds} --trials {args.trials}: both at least 1")
+    for option, place in (("--json", args.json), ("--markdown", args.markdown)):
+        if place not in (None, "-") and not Path(place).absolute().parent.is_dir():
+            raise ConfigError(f"{option} {place}: the folder {Path(place).absolute().parent} does not exist")
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    keys = ("classes", "old_classes", "steps", "old_steps", "seeds", "trials", "overrides")
+    return {key: getattr(args, key) for key in keys}
+
+
+# ---- training and measuring ----
+
+
+def compare(lab: "Lab", names: Sequence[str], seeds: int, trials: int) -> dict[str, Any]:
+    """Choose every method's weights, train it with every seed and measure it: the figures as the JSON holds them.
+
+    Raises:
+        LceError: an old model or a paragon could not be trained (a method that fails is reported instead).
+    """
+    from tools.benchmarks.measuring import origin
+
+    trained = [name for name in names if METHODS[name].settings]
+    everyone = [(name, weight) for name in trained for weight in METHODS[name].weights(trials)]
+    total = seeds * 4 + len(everyone) + len(trained) * (seeds - 1)
+    with counting(total) as count:
+        prepare(lab, seeds, count)
+
+        def trial(one: tuple[str, float]) -> None:
+            _trial(lab, *one)
+            count()
+
+        def measure(one: tuple[str, int, float]) -> None:
+            _final(lab, *one)
+            if one[0] in trained and one[1] > 0:  # the others were trained before
+                count()
+
+        validation = lab.each(trial, everyone)
+        problems = {one: problem for one, problem in validation.items() if problem is not None}
+        methods = {name: _choose(lab, name, trials, problems) for name in names}
+        chosen = {name: one["weight"] for name, one in methods.items() if one["weight"] is not None}
+        final = [(name, seed, weight) for name, weight in chosen.items() for seed in range(seeds)]
+        failed = lab.each(measure, final)
+    for name, one in methods.items():
+        runs = [job for job in final if job[0] == name and failed[job] is None]
+        one["seeds"] = [{"seed": job[1], **_final(lab, *job)} for job in runs]
+        one["problems"] += [str(failed[job]) for job in final if job[0] == name and failed[job] is not None]
+        one["spread"] = _spreads(one["seeds"])
+    alone = [lab.measure(seed, "unseen", OLD, PARAGON, PARAGON) for seed in range(seeds)]
+    base = _spreads(
+        [{"cells": {cell: one["cells"][cell] for cell in ("old->old", "paragon->paragon")}} for one in alone]
+    )
+    return {
+        "far": 1e-4,
+        "chosen_by": f"new->old {CRITERION} on validation",
+        "base": base,
+        "methods": methods,
+        **origin(),
+    }
+
+
+def prepare(lab: "Lab", seeds: int, count: Callable[[], None]) -> None:
+    """Pictures, old models, their banks and paragons of all seeds. Raises the first problem."""
+
+    def pictures(seed: int) -> None:
+        lab.pictures(seed)
+        count()
+
+    def train(one: tuple[int, str]) -> None:
+        lab.train(one[0], one[1], one[1], ())
+        count()
+
+    def bank(seed: int) -> None:
+        lab.bank(seed, OLD)
+        count()
+
+    everyone = range(seeds)
+    models = [(seed, OLD) for seed in everyone] + [(seed, PARAGON) for seed in everyone]
+    raise_first(lab.each(pictures, everyone[:1]))  # alone: fetches what the others find in the cache
+    raise_first(lab.each(pictures, everyone[1:]))
+    raise_first(lab.each(train, models))
+    raise_first(lab.each(bank, everyone))
+
+
+def raise_first(problems: "Mapping[Any, LceError | None]") -> None:
+    """Raise one of the problems, if there is any."""
+    for problem in problems.values():
+        if problem is not None:
+            raise problem
+
+
+def _name(name: str, weight: float) -> str:
+    return f"{name}-{weight:g}" if METHODS[name].settings else PARAGON
+
+
+def _train(lab: "Lab", name: str, seed: int, weight: float) -> str:
+    folder = lab.folder(seed)
+    if not METHODS[name].settings:
+        return PARAGON
+    known = {"bank": folder / f"{OLD}-bank", "embeddings": folder / f"{OLD}.npy", "weight": weight}
+    lab.train(seed, _name(name, weight), PARAGON, [word.format(**known) for word in METHODS[name].settings])
+    return _name(name, weight)
+
+
+def _trial(lab: "Lab", name: str, weight: float) -> dict[str, Any]:
+    return lab.measure(0, "validation", OLD, _train(lab, name, 0, weight))
+
+
+def _final(lab: "Lab", name: str, seed: int, weight: float) -> dict[str, Any]:
+    return lab.measure(seed, "unseen", OLD, _train(lab, name, seed, weight), PARAGON)
+
+
+def _choose(lab: "Lab", name: str, trials: int, problems: "dict[tuple[str, float], LceError]") -> dict[str, Any]:
+    """The trial with the best validation figure; weight None when every trial failed."""
+    method = METHODS[name]
+    tried = method.weights(trials) if method.settings else []
+    good = [weight for weight in tried if (name, weight) not in problems]
+    figures = {weight: _trial(lab, name, weight)["cells"] for weight in good}
+    best = max(good, key=lambda weight: figures[weight]["new->old"][CRITERION], default=None)
+    return {
+        "title": method.title,
+        "weight": best if method.settings else method.low,
+        "trials": [{"weight": weight, "validation": figures[weight]} for weight in good],
+        "problems": [str(problems[name, weight]) for weight in tried if weight not in good],
+    }
+
+
+def _spreads(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """name → metric → mean and standard deviation over the seeds, of the cells, the update gain and the cost."""
+    out: dict[str, Any] = {}
+    for one in runs:
+        parts = {**one["cells"], **{key: one[key] for key in ("update_gain", "cost") if key in one}}
+        for name, values in parts.items():
+            for metric, value in values.items():
+                out.setdefault(name, {}).setdefault(metric, []).append(value)
+    return {name: {metric: _spread(v) for metric, v in values.items()} for name, values in out.items()}
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    deviation = statistics.stdev(known) if len(known) > 1 else None
+    return {"mean": statistics.fmean(known), "deviation": deviation, "seeds": len(known)}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+@contextmanager
+def counting(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error that moves on by one with each call; lines where that is no terminal."""
+    from tools.progress import progress_bar
+
+    done, lock = 0, threading.Lock()
+    with progress_bar("pieces made", sys.stderr.isatty()) as update:
+
+        def count() -> None:
+            nonlocal done
+            with lock:
+                done += 1
+                if update is not None:
+                    update(done, total)
+                else:
+                    print(f"{done} of {total} pieces made", file=sys.stderr)
+
+        yield count
+
+
+# ---- reporting ----
+
+_COLUMNS = [
+    *((cell, metric) for cell in SHOWN for metric in METRICS),
+    *((what, CRITERION) for what in ("update_gain", "cost")),
+]
+
+
+def _rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table: the old model's and the paragon's own figures, then every method's."""
+    words = {"new->old": "new → old", "new->new": "new → new", "update_gain": "update gain", "cost": "cost"}
+    short = {CRITERION: "TAR", "rank-1": "rank-1"}
+    head = ["method", "weight", *(f"{words[part]} {short[metric]}" for part, metric in _COLUMNS)]
+    own = {cell: [_text(values[metric]) for metric in METRICS] for cell, values in figures["base"].items()}
+    lines = [
+        ["old → old", "", *own["old->old"], *[""] * 4],
+        ["paragon → paragon", "", "", "", *own["paragon->paragon"], "", ""],
+    ]
+    for one in figures["methods"].values():
+        weight = f"{one['weight']:g}" if one["trials"] else ""
+        spread = one["spread"]
+        cells = [_text(spread[part][metric]) if spread else "failed" for part, metric in _COLUMNS]
+        lines.append([one["title"], weight, *cells])
+    return head, lines
+
+
+def _text(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value['mean']:.3f}" + ("" if value["deviation"] is None else f" ± {value['deviation']:.3f}")
+
+
+def _table(figures: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    head, lines = _rows(figures)
+    table = Table(*head, title=f"{figures['data']}, unseen identities, {figures['seeds']} seed(s); TAR at FAR 1e-4")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """Both tables as Markdown: the figures, and how the weights were chosen."""
+    head, lines = _rows(figures)
+    text = [
+        f"{figures['data']}: {figures['classes']:,} training identities, {figures['old_classes']:,} of them the old "
+        f"model's; {figures['steps']:,} updates; measured on unseen identities, TAR at FAR 1e-4; mean ± standard "
+        f"deviation of {figures['seeds']} seed(s); {figures['machine']}, commit {figures['commit']}.",
+        "",
+        *_markdown_rows(head, lines),
+        "",
+        f"Weights, chosen with seed 0 on the validation identities among {figures['trials']} each, by the highest "
+        f"{CRITERION.replace('=', ' ')} of new → old ({METRICS[1]} beside it):",
+        "",
+    ]
+    trials = [
+        [
+            one["title"],
+            *(_trial_text(trial) for trial in one["trials"]),
+            *["failed"] * (figures["trials"] - len(one["trials"])),
+        ]
+        for one in figures["methods"].values()
+        if one["trials"] or one["problems"]
+    ]
+    return "\n".join([*text, *_markdown_rows(["method", *["weight: result"] * figures["trials"]], trials)]) + "\n"
+
+
+def _trial_text(trial: dict[str, Any]) -> str:
+    found = trial["validation"]["new->old"]
+    return f"{trial['weight']:g}: {found[CRITERION]:.3f} / {found['rank-1']:.3f}"
+
+
+def _markdown_rows(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]

@@ -1,0 +1,279 @@
+"""Where compatibility is tried out: for each seed pictures, an old model and its centres, new models, their figures.
+
+Every piece is made once and kept in a folder with a stamp (:class:`tools.demo_steps.Steps`), so that a killed
+benchmark continues where it was. Trainings are processes of the real trainer, one thread each, several at a time.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tools.demo_steps import Steps, end_group
+from tools.demo_story import CONFIGS
+from trainer.errors import ConfigError, LceError
+
+T = TypeVar("T")
+
+FAR = 1e-4
+QUIET = ("run.threads=1", "data.workers=1", "log.progress=false", "log.tensorboard=false")
+SETS = ("old", "train", "validation", "unseen")
+
+
+class TrainingFailed(LceError):
+    """A training of the benchmark ended with an error; the text is its last line."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures to train and judge on.
+
+    Attributes:
+        write: lays them out as ``folder/SET/CLASS/*.png`` for each of :data:`SETS`, from (folder, seed, classes of the
+            new model, classes of the old model).
+        config: the recipes are ``configs/CONFIG-old.yaml`` and ``configs/CONFIG-paragon.yaml``.
+    """
+
+    write: Callable[[Path, int, int, int], None]
+    config: str
+
+
+def _characters(folder: Path, seed: int, classes: int, old_classes: int) -> None:
+    from tools.demo_sources import Split, cache_folder, write_characters
+
+    write_characters(folder, seed, cache_folder(), Split(train=classes, old=old_classes, seen=min(classes, 5)))
+
+
+SOURCES = {"characters": Source(_characters, "demo-characters")}
+
+
+class Children:
+    """The processes that are running, so that an interruption can end them all."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def run(self, command: Sequence[str], log: Path) -> int:
+        """Run a command with one thread, its output to ``log``; returns its exit status (130 after :meth:`end`)."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with log.open("wb") as stream:
+            with self._lock:
+                if self._stopped:
+                    return 130
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+                self._running.add(child)
+            status = child.wait()
+        with self._lock:
+            self._running.discard(child)
+        return status
+
+    def end(self) -> None:
+        """End what runs and start nothing more."""
+        with self._lock:
+            self._stopped = True
+            running = list(self._running)
+        for child in running:
+            end_group(child)
+
+
+@dataclass
+class Lab:
+    """All pieces of one benchmark; the methods that make one may be called from several threads, one piece a thread.
+
+    Attributes:
+        out: folder of everything. source: see there.
+        classes, old_classes: training identities of the new model and, among them, of the old one.
+        steps, old_steps: updates of every new model and of the old one.
+        settings: further overrides of all trainings (``backbone.width=4``).
+        parallel: trainings at a time.
+    """
+
+    out: Path
+    source: Source
+    classes: int
+    old_classes: int
+    steps: int
+    old_steps: int
+    settings: tuple[str, ...] = ()
+    parallel: int = 2
+    children: Children = field(default_factory=Children)
+
+    def check(self) -> None:
+        """Refuse what would fail only after a while. Raises :class:`ConfigError`."""
+        from trainer.config import load_config
+
+        if min(self.classes, self.old_classes, self.steps, self.old_steps, self.parallel) < 1:
+            raise ConfigError("classes, steps and parallel runs: each at least 1")
+        if self.old_classes > self.classes:
+            raise ConfigError(f"{self.old_classes} classes of the old model: more than the new model's {self.classes}")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {self.out}: cannot be written: {error.strerror}") from None
+        for name in ("old", "paragon"):
+            load_config(CONFIGS / f"{self.source.config}-{name}.yaml", self.settings)
+
+    def each(self, action: Callable[[T], Any], items: Iterable[T]) -> dict[T, LceError | None]:
+        """``action`` for every item, ``parallel`` at a time; the problem of each that had one.
+
+        An interruption ends the running trainings first.
+        """
+        problems: dict[T, LceError | None] = {}
+        with ThreadPoolExecutor(self.parallel) as pool:
+            waiting = {pool.submit(action, item): item for item in items}
+            try:
+                for future in as_completed(waiting):
+                    problem = future.exception()
+                    if problem is not None and not isinstance(problem, LceError):
+                        raise problem
+                    problems[waiting[future]] = problem
+            except BaseException:
+                self.children.end()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return problems
+
+    def folder(self, seed: int) -> Path:
+        """Where a seed's pieces are."""
+        return self.out / f"seed-{seed}"
+
+    def pictures(self, seed: int) -> None:
+        """Make the data sets of a seed: ``data/SET``."""
+        folder = self.folder(seed)
+
+        def action() -> None:
+            from trainer.data.packing import PackOptions, pack
+            from trainer.data.sources import list_source
+
+            with tempfile.TemporaryDirectory(prefix="pictures-", dir=folder) as temporary:
+                self.source.write(Path(temporary), seed, self.classes, self.old_classes)
+                for name in SETS:
+                    pack(list_source(Path(temporary) / name), folder / "data" / name, PackOptions())
+
+        folder.mkdir(parents=True, exist_ok=True)
+        sets = [folder / "data" / name for name in SETS]
+        Steps(folder / "stamps" / "pictures", _silent).run("pictures", "", self._pictures_key(seed), sets, action)
+
+    def _pictures_key(self, seed: int) -> list[str]:
+        return [self.source.config, str(seed), str(self.classes), str(self.old_classes)]
+
+    def train(self, seed: int, name: str, recipe: str, overrides: Sequence[str]) -> Path:
+        """Train a model in ``seed-N/NAME``, or find that it is there.
+
+        Args:
+            recipe: ``old`` or ``paragon``. overrides: of the recipe, after those that every run here has.
+
+        Raises:
+            TrainingFailed: the trainer ended with an error.
+        """
+        from trainer.config import dump_config, load_config
+
+        config, run = CONFIGS / f"{self.source.config}-{recipe}.yaml", self.folder(seed) / name
+        data = self.folder(seed) / "data" / ("old" if recipe == "old" else "train")
+        steps = self.old_steps if recipe == "old" else self.steps
+        words = [f"data.path={data}", f"run.dir={run}", f"run.seed={seed}", f"train.steps={steps}"]
+        words = [*words, *QUIET, *self.settings, *overrides]
+        key = [dump_config(load_config(config, words)).replace(str(self.out), "lab"), *self._pictures_key(seed)]
+
+        def action() -> None:
+            log = self.folder(seed) / "output" / f"{name}.txt"
+            status = self.children.run([sys.executable, "-m", "trainer", str(config), *words], log)
+            if status:
+                raise TrainingFailed(f"{name}, seed {seed}: {_last_line(log)} (exit status {status}; all of it: {log})")
+
+        Steps(self.folder(seed) / "stamps" / name, _silent).run("train", "", key, [run], action, continues=True)
+        return run
+
+    def bank(self, seed: int, old: str) -> None:
+        """The old model's centre bank ``OLD-bank`` and embeddings ``OLD.npy`` by record of the training set."""
+        folder = self.folder(seed)
+        bank, embeddings = folder / f"{old}-bank", folder / f"{old}.npy"
+
+        def action() -> None:
+            from trainer.compat.from_model import bank_from_model
+            from trainer.data import open_dataset
+            from trainer.export import load_model
+
+            dataset = open_dataset(folder / "data" / "train")
+            bank_from_model(load_model(folder / old), dataset, bank, keep_embeddings=embeddings)
+
+        Steps(folder / "stamps" / f"{old}-bank", _silent).run(
+            "bank", "", [self._hash(folder / old)], [bank, embeddings], action
+        )
+
+    def measure(self, seed: int, part: str, old: str, new: str, paragon: str | None = None) -> dict[str, Any]:
+        """What a new model finds in the old gallery; kept as ``figures/NEW-PART-….json``.
+
+        Args:
+            part: ``validation`` or ``unseen``. old, new, paragon: names of trainings.
+
+        Returns:
+            ``cells``: "query->gallery" → {metric: value}; with a paragon also ``update_gain`` and ``cost`` (metric →
+            value, None where not defined).
+        """
+        folder = self.folder(seed)
+        names = {"old": old, "new": new} | ({"paragon": paragon} if paragon else {})
+        hashes = [self._hash(folder / name) for name in names.values()]
+        place = folder / "figures" / part / f"{new}.json"
+        if place.is_file():
+            known = json.loads(place.read_text())
+            if known["models"] == hashes:
+                return dict(known["figures"])
+        figures = self._figures(folder, part, names)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = place.with_suffix(".partial")
+        beside.write_text(json.dumps({"models": hashes, "figures": figures}, indent=1))
+        beside.replace(place)
+        return figures
+
+    def _figures(self, folder: Path, part: str, names: dict[str, str]) -> dict[str, Any]:
+        from trainer.data import open_dataset
+        from trainer.distributed import Ranks
+        from trainer.evaluation.compatibility import gain
+        from trainer.evaluation.sources import EmbeddingCache, check_models, embed_set
+        from trainer.evaluation.study import Options, measure_cells, plain
+        from trainer.export import load_model
+
+        models = {role: load_model(folder / name) for role, name in names.items()}
+        dataset = open_dataset(folder / "data" / part)
+        check_models(models, {part: dataset})
+        one = embed_set(part, models, dataset, EmbeddingCache(folder / "embeddings"), Ranks())
+        cells = measure_cells(one, Options(fars=(FAR,), replicates=2), lambda stage: None)
+        figures: dict[str, Any] = {"cells": {f"{q}->{g}": cell.value for (q, g), cell in cells.items()}}
+        for metric in cells["old", "old"].value:
+            found = gain(cells, metric)
+            if found is not None:
+                figures.setdefault("update_gain", {})[metric] = found.update_gain.value
+                figures.setdefault("cost", {})[metric] = found.cost.value
+        return dict(plain(figures))
+
+    def _hash(self, model: Path) -> str:
+        from trainer.export import load_model
+
+        return load_model(model).hash
+
+
+def _silent(line: str) -> None:
+    """What the steps would say; the benchmark has a progress bar instead."""
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("trainer: ") if lines else "it said nothing"
