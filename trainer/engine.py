@@ -26,10 +26,11 @@ from trainer.data import Batch, Loader, build_loader
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
 from trainer.errors import CheckpointError, ConfigError, TrainingError
 from trainer.monitor import Monitor
-from trainer.optim import Average, LossScale, Statistics, Updater, learning_rate
+from trainer.optim import Average, LossScale, Statistics, learning_rate
 from trainer.startup import Inputs, identity, prepare, together
 from trainer.task import Task, TrainTask
 from trainer.watch import Vote, Watch
+from trainer.zero import build_updater
 
 SUMMARY = "summary.json"
 
@@ -66,6 +67,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins with ``prefix``, named by what follows it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 class RunState:
     """What a run is at one moment: everything that decides its next step, and nothing else.
 
@@ -77,7 +83,7 @@ class RunState:
     def __init__(self, config: Config, task: Task, loader: Loader, ranks: Ranks) -> None:
         self.task, self.loader = task, loader
         self.step = 0
-        self.updater = Updater(task.modules(), config.optimizer)
+        self.updater = build_updater(task.modules(), getattr(task, "network", None), config.optimizer)
         half = config.train.precision == "float16"
         self.scale = LossScale(2.0**16 if half else 1.0, not half, ranks.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=ranks.device)
@@ -87,7 +93,7 @@ class RunState:
     def tensors(self) -> dict[str, Tensor]:
         """name → tensor of the whole state, to save and to load into."""
         out = {"skipped": self.skipped, "streak": self.streak}
-        for name, weights in self.weights().items():
+        for name, weights in self.updater.weights().items():
             out |= {f"module.{name}.{k}": v for k, v in weights.items()}
         for name, weights in (self.average.values if self.average else {}).items():
             out |= {f"average.{name}.{k}": v for k, v in weights.items()}
@@ -95,13 +101,11 @@ class RunState:
         out |= {f"task.{k}": v for k, v in self.task.state().items()}
         return out | {f"scale.{k}": v for k, v in self.scale.state().items()}
 
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """module → its state dict, sharing memory."""
-        return {k: {n: v.detach() for n, v in m.state_dict().items()} for k, m in self.task.modules().items()}
-
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Raises :class:`trainer.errors.CheckpointError` when it is of another run."""
-        load_tensors(checkpoint, self.tensors())
+        tensors = self.tensors()
+        load_tensors(checkpoint, tensors)
+        self.updater.loaded(below(tensors, "module."), below(tensors, "optimizer."))
         self.task.loaded()
         self.loader.load_state_dict(checkpoint.seal["loader"])
         self.step = checkpoint.step
@@ -366,7 +370,7 @@ def _finish(engine: Engine, summary: RunSummary) -> None:
     """Export the model and write the summary, which marks the run as finished."""
     figures = {k: float(v) for k, v in summary.last.items() if isinstance(v, int | float)}
     state = engine.state
-    weights = state.average.values if state.average is not None else state.weights()
+    weights = state.average.values if state.average is not None else state.updater.weights()
     engine.task.export(engine.folder / "model", weights, summary.step, figures)
     on_main(lambda: _write_beside(engine.folder / SUMMARY, json.dumps(asdict(summary), indent=1)), engine.ranks)
     barrier()

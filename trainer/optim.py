@@ -107,8 +107,10 @@ class Updater:
             for key, parameter in module.named_parameters()
             if parameter.requires_grad
         }
+        self.modules = modules
         self._local = {key: nn.Parameter(local_part(p.detach())) for key, p in self.parameters.items()}
-        self.optimizer = _build(config, list(self._local.values()))
+        if self._local:
+            self.optimizer = build_optimizer(config, list(self._local.values()))
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -133,17 +135,27 @@ class Updater:
             finite: bool scalar, equal on all ranks; False leaves parameters and state as they are.
             scale: the loss scale the gradients carry.
         """
-        divisor = scale
-        if self.clip_norm > 0:
-            divisor = scale * torch.clamp(norm / (scale * self.clip_norm), min=1.0)
         for key, parameter in self.parameters.items():
             gradient = parameter.grad
             self._local[key].grad = None if gradient is None else local_part(gradient)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.instruct(self.optimizer, lr, norm, finite, scale)
         self.optimizer.step()
+
+    def instruct(
+        self, optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, finite: Tensor, scale: Tensor
+    ) -> None:
+        """Tell a fused optimizer about its coming step; see :meth:`step`."""
+        divisor = scale
+        if self.clip_norm > 0:
+            divisor = scale * torch.clamp(norm / (scale * self.clip_norm), min=1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """module → its state dict, to save and to load into; sharing memory."""
+        return {k: {n: v.detach() for n, v in m.state_dict().items()} for k, m in self.modules.items()}
 
     def state(self) -> dict[str, Tensor]:
         """``parameter/entry`` → the optimizer's tensors, sharded like their parameter; to save and to load into."""
@@ -154,6 +166,12 @@ class Updater:
                     out[f"{key}/{entry}"] = like(value, parameter) if value.ndim else value
         return out
 
+    def loaded(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """A checkpoint was read into the tensors of :meth:`weights` (by ``module.parameter``) and :meth:`state`.
+
+        Nothing is left to do where they share memory with what they describe.
+        """
+
 
 def _square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     if not tensors:
@@ -161,7 +179,7 @@ def _square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
 
 
-def _build(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The fused optimizer, its state made at once: a checkpoint can be loaded into it before the first step."""
     optimizer: torch.optim.Optimizer
     if config.name == "sgd":
@@ -173,15 +191,19 @@ def _build(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.opt
             parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
     for parameter in parameters:
-        if config.name == "adamw":
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        elif config.momentum > 0:
-            optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+        optimizer.state[parameter] = initial_state(config, parameter)
     return optimizer
+
+
+def initial_state(config: OptimizerConfig, parameter: Tensor) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter before the first step."""
+    if config.name == "adamw":
+        return {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return {"momentum_buffer": torch.zeros_like(parameter)} if config.momentum > 0 else {}
 
 
 class Average:

@@ -1,8 +1,8 @@
-"""The backbone across ranks: DDP (replicated) or FSDP2 (sharded), precision, recomputation and compilation.
+"""The backbone across ranks: DDP (replicated), FSDP2 or ZeRO (sharded), precision, recomputation and compilation.
 
 The head gives each rank the gradient of the global mean with respect to its own embeddings, so the ranks' parameter
-gradients have to be summed. DDP and FSDP take their mean; :func:`trainer.distributed.scale_gradient` multiplies by
-W on the way from the head to the backbone (and by the loss scale of float16), so that neither the head nor the
+gradients have to be summed. DDP, FSDP and ZeRO take their mean; :func:`trainer.distributed.scale_gradient` multiplies
+by W on the way from the head to the backbone (and by the loss scale of float16), so that neither the head nor the
 wrapper needs to know.
 """
 
@@ -20,8 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from trainer import zero
 from trainer.backbones.recompute import Recompute
-from trainer.config import TrainConfig
+from trainer.config import OptimizerConfig, TrainConfig
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 
@@ -56,8 +57,10 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
         return cast(Tensor, network(blank))[:0]
 
 
-def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
+def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks, optimizer: OptimizerConfig | None = None) -> nn.Module:
     """The module to call in training; ``backbone`` itself keeps the parameters and their plain names.
+
+    ``optimizer``: how it is updated, which ZeRO has to know.
 
     Its dtype and device have been set before. Raises :class:`ConfigError` for activation checkpointing or FSDP without
     blocks.
@@ -67,7 +70,8 @@ def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
             raise ConfigError(f"train.activation_checkpointing: {type(backbone).__name__} has no units to recompute")
         backbone.recompute = True
     if config.parallel.startswith("zero"):
-        raise ConfigError(f"train.parallel = {config.parallel}: not available in this version; use ddp or fsdp")
+        assert optimizer is not None
+        return zero.shard(backbone, config, optimizer, ranks)
     network = backbone
     if config.parallel == "fsdp":
         shard(backbone, ranks)
@@ -122,6 +126,8 @@ def gradient_sync(network: nn.Module, last: bool) -> AbstractContextManager[Any]
         return nullcontext() if last else network.no_sync()
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(last)
+    if zero.is_engine(network):
+        network.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
     return nullcontext()
 
 

@@ -1,0 +1,122 @@
+"""DeepSpeed ZeRO 1 to 3: the same run as DDP, skipped steps, checkpoints for any number of ranks and any mode."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.runs import config, log_of, losses_of, train_rank
+from tests.test_engine import _poisoned_rank, tensors_of
+from trainer.distributed import Ranks
+from trainer.engine import train
+from trainer.errors import ConfigError
+from trainer.export import load_model
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no DeepSpeed")
+STAGES = ("zero1", "zero2", "zero3")
+BASE = {
+    "train__precision": "float32",
+    "data__batch_size": 8,
+    "data__synthetic_size": 40,  # the first layer is large enough for stage 3 to spread it
+    "optimizer__clip_norm": 0.5,
+    "checkpoint__every_steps": 4,
+    "optimizer__lr": 0.02,
+}
+# Float32 sums in another order: the losses of 8 steps agree with DDP's to this.
+RELATIVE_TOLERANCE = 1e-5
+HALF_TOLERANCE = 2e-2
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sgd": {"train__accumulate": 2},
+    "adamw": {"optimizer__name": "adamw", "optimizer__lr": 0.002},
+    "half": {"train__precision": "bfloat16", "train__compress_gradients": True},
+    "norm": {
+        "backbone__name": "iresnet18",
+        "backbone__width": 8,
+        "data__synthetic_size": 16,
+        "train__steps": 3,
+        "train__activation_checkpointing": True,
+    },
+}
+
+
+def _train_all(ranks: Ranks, folder: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """Several runs one after the other in the same processes: DeepSpeed takes seconds to import."""
+    for name, changes in runs.items():
+        train_rank(ranks, folder / name, changes)
+
+
+def test_the_same_run_as_ddp(tmp_path: Path) -> None:
+    """Clipped SGD and AdamW, accumulated batches, bfloat16 and batch norm: losses, norms and the exported model."""
+    runs = {
+        f"{mode}-{name}": BASE | changes | {"train__parallel": mode}
+        for mode in ("ddp", *STAGES)
+        for name, changes in VARIANTS.items()
+        if not (name == "norm" and mode == "zero1")
+    }
+    run_ranks(_train_all, 2, tmp_path, runs)
+    images = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), np.uint8)
+    for name in runs:
+        plain = f"ddp-{name.partition('-')[2]}"
+        tolerance = HALF_TOLERANCE if "half" in name else RELATIVE_TOLERANCE
+        for key in ("loss", "grad_norm"):
+            ours, theirs = ([line[key] for line in log_of(tmp_path / run)] for run in (name, plain))
+            np.testing.assert_allclose(ours, theirs, rtol=tolerance, err_msg=f"{name} {key}")
+        if "norm" not in name:
+            ours, theirs = (load_model(tmp_path / run).embed(images) for run in (name, plain))
+            np.testing.assert_allclose(ours, theirs, atol=1e-4 if tolerance < 1e-3 else 1e-2)
+
+
+def test_checkpoints_know_nothing_of_zero(tmp_path: Path) -> None:
+    """Begun with one of them on two ranks, continued with another on another number of ranks."""
+    whole = BASE | {"optimizer__name": "adamw", "schedule__name": "constant", "schedule__warmup": 0.0}
+    half = whole | {"train__steps": 4}
+    train(config(tmp_path / "whole", **whole), Ranks())
+    begun = {mode: half | {"train__parallel": mode} for mode in STAGES}
+    run_ranks(_train_all, 2, tmp_path, begun)
+    ends = {"zero1": "zero3", "zero2": "ddp", "zero3": "zero2"}
+    run_ranks(_train_all, 3, tmp_path, {first: whole | {"train__parallel": second} for first, second in ends.items()})
+    for mode in STAGES:
+        np.testing.assert_allclose(
+            losses_of(tmp_path / mode), losses_of(tmp_path / "whole"), rtol=RELATIVE_TOLERANCE, err_msg=mode
+        )
+
+
+def _poisoned_all(ranks: Ranks, folder: Path, changes: dict[str, Any]) -> None:
+    for mode in STAGES:
+        mine = changes | {"train__parallel": mode}
+        train_rank(ranks, folder / f"{mode}-three", mine | {"train__steps": 3})
+        _poisoned_rank(ranks, folder / f"{mode}-five", mine | {"train__steps": 5}, {3, 4}, 1)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    """Bad images on rank 1 in the last two of five steps."""
+    run_ranks(_poisoned_all, 2, tmp_path, BASE | {"schedule__name": "constant", "schedule__warmup": 0.0})
+    for mode in STAGES:
+        three, five = tensors_of(tmp_path / f"{mode}-three"), tensors_of(tmp_path / f"{mode}-five")
+        assert {n for n in three if not torch.equal(three[n], five[n])} == {"skipped", "streak"}, mode
+        assert int(five["skipped"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__precision": "float64"}, "float32 at most"),
+        ({"train__compile": True}, "not together with train.compile"),
+        ({"train__parallel": "zero3", "train__ema": 0.9}, "no moving average"),
+        ({}, "needs a process group"),
+    ],
+)
+def test_what_zero_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(config(tmp_path / "run", **BASE | {"train__parallel": "zero2"} | changes), Ranks())
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.zero.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="DeepSpeed is not installed"):
+        train(config(tmp_path / "run", **BASE, train__parallel="zero1"), Ranks())
