@@ -94,7 +94,7 @@ def test_the_factor_falls_on_the_transformation_alone(tmp_path: Path) -> None:
     for factor in (1.0, 0.25):
         embeddings = torch.randn(6, 6, generator=generator.manual_seed(1), dtype=torch.float64).requires_grad_()
         rows = torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_()
-        companion = task._companion(torch.tensor(factor))
+        companion = task._companion(torch.tensor(factor), 0)
         assert companion is not None
         companion(embeddings, labels, rows)[0].backward()
         weights = [p.grad for d in ("t21", "t12") for p in task.modules()[d].parameters()]

@@ -172,10 +172,15 @@ class CompatConfig(Section):
     alignment_weight: float = Field(0.4, ge=0, description="λ_a in (1 − cos) units")
     boundary_weight: float = Field(1.0, ge=0, description="λ_b")
     old_embeddings: Path | None = Field(
-        None, description="old embeddings by record (.npy, float32, N × D1), for l2 and fct"
+        None, description="old embeddings by record (.npy, float32, N × D1), for l2, mixbct, advbct, fct and unibct"
+    )
+    old_model: Path | None = Field(
+        None, description="or the old model (export folder, run folder, .onnx), run along on the batch's images"
     )
     new_embeddings: Path | None = Field(None, description="new embeddings by record, for cross-model without images")
-    weight: float = Field(1.0, ge=0, description="the weight of a rival method's loss (bct, l2, …)")
+    weight: float = Field(1.0, ge=0, description="the weight of a rival method's loss (advbct: its adversarial part)")
+    old_margin: float = Field(0.0, ge=0, description="bct, unibct: cosine margin before the old classifier")
+    mix_share: float = Field(0.3, ge=0, le=1, description="mixbct: share of the batch that old embeddings stand in for")
     transform: TransformConfig = TransformConfig()
     authors_formula: bool = Field(False, description="reproduce the authors' terms: T's output is not renormalised")
 
@@ -257,8 +262,16 @@ class Config(Section):
     def _combinations(self) -> "Config":
         if self.data.loader != "synthetic" and self.data.path is None:
             raise ValueError("data.path: needed unless data.loader is synthetic")
-        if self.compat.method != "none" and self.compat.bank is None:
-            raise ValueError(f"compat.bank: compat.method {self.compat.method} needs the old model's centre bank")
+        method = self.compat.method
+        if method in ("lce", "bct", "advbct", "mixbct") and self.compat.bank is None:
+            raise ValueError(f"compat.bank: compat.method {method} needs the old model's centre bank")
+        given = (self.compat.old_embeddings is not None) + (self.compat.old_model is not None)
+        if method in ("l2", "advbct", "mixbct", "fct") and given != 1:
+            raise ValueError(
+                f"compat.old_embeddings, compat.old_model: compat.method {method} needs one of them, {given} given"
+            )
+        if method == "unibct" and (self.compat.old_embeddings is None or given != 1):
+            raise ValueError("compat.old_embeddings: compat.method unibct makes its prototypes from it alone")
         return self
 
 

@@ -11,18 +11,19 @@ from typing import TypeVar
 
 import torch
 
-from trainer import __version__, zero
+from trainer import __version__
 from trainer.backbones import build_backbone
 from trainer.compat.center_bank import CenterBank
+from trainer.compat.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
 from trainer.config import Config, dump_config
-from trainer.data import Dataset, open_dataset
+from trainer.data import Dataset, DatasetInfo, open_dataset
 from trainer.distributed import Ranks, agree, gather_objects
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
 from trainer.weights import matching_weights
 
 T = TypeVar("T")
 
-_METHODS, _MODES = ("none", "lce"), ("direct", "backward", "forward", "both")
+_MODES = ("direct", "backward", "forward", "both")
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,21 @@ class Inputs:
         num_classes: C.
         image_size: (H, W) in pixels.
         bank: the old model's centres, when the run is to be compatible.
+        old: where the images' old embeddings come from, for the methods that need them.
     """
 
     dataset: Dataset | None
     num_classes: int
     image_size: tuple[int, int]
     bank: CenterBank | None
+    old: OldEmbeddings | None = None
+
+    @property
+    def old_model(self) -> tuple[str | None, str | None]:
+        """The name and the hash of the model to be compatible with, as far as they are known."""
+        if self.old is not None and self.old.model is not None:
+            return self.old.model
+        return (None, None) if self.bank is None else (self.bank.info.model, self.bank.info.model_hash)
 
 
 def prepare(config: Config, ranks: Ranks) -> Inputs:
@@ -81,22 +91,23 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
         raise ConfigError(
             f"{ranks.world_size} ranks for {classes} classes: a rank would own none; start at most {classes}"
         )
-    bank = None if config.compat.method == "none" else _open_bank(config, classes)
+    bank = None if config.compat.method == "none" or config.compat.bank is None else _open_bank(config, classes)
+    old = _open_old(config, dataset, size, ranks)
+    if config.compat.method not in ("none", "lce"):
+        _check_rival(config, bank, old)
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, size)
-    zero.check(config)
     if config.backbone.weights is not None:
         matching_weights(backbone, config.backbone.weights)
     if ranks.is_main:
         check_writable(config.run.dir)
-    return Inputs(dataset, classes, size, bank)
+    return Inputs(dataset, classes, size, bank, old)
 
 
 def _open_bank(config: Config, classes: int) -> CenterBank:
-    if config.compat.method not in _METHODS or config.compat.mode not in _MODES:
+    if config.compat.mode not in _MODES:
         raise ConfigError(
-            f"compat: method {config.compat.method}, mode {config.compat.mode} is not available in this version; "
-            f"available: method {' or '.join(_METHODS)}, mode {', '.join(_MODES)}"
+            f"compat.mode = {config.compat.mode} is not available in this version; available: {', '.join(_MODES)}"
         )
     if config.compat.mode != "direct" and config.head.sub_centers > 1:
         raise ConfigError(
@@ -110,12 +121,43 @@ def _open_bank(config: Config, classes: int) -> CenterBank:
             f"{config.compat.bank}: {bank.num_classes} classes, the data set has {classes}; "
             "make the bank from this data set (lce centers)"
         )
-    if config.compat.mode == "direct" and bank.dim != config.backbone.dim:
+    if config.compat.method == "lce" and config.compat.mode == "direct" and bank.dim != config.backbone.dim:
         raise CenterBankError(
             f"{config.compat.bank}: dimension {bank.dim}, backbone.dim is {config.backbone.dim}; "
             f"direct mode needs backbone.dim={bank.dim}; backward, forward and both map between the two dimensions"
         )
     return bank
+
+
+def _open_old(config: Config, dataset: Dataset | None, size: tuple[int, int], ranks: Ranks) -> OldEmbeddings | None:
+    compat = config.compat
+    if compat.method in ("none", "lce", "bct"):
+        return None
+    if compat.old_model is not None:
+        look = dataset.info if dataset is not None else DatasetInfo()
+        return ModelEmbeddings(compat.old_model, look, size, ranks.device)
+    assert compat.old_embeddings is not None
+    return StoredEmbeddings(compat.old_embeddings, config.data.synthetic_records if dataset is None else len(dataset))
+
+
+def _check_rival(config: Config, bank: CenterBank | None, old: OldEmbeddings | None) -> None:
+    """What the methods beside LCE ask for: no mode, and one dimension, unless a map is trained."""
+    method, dim = config.compat.method, config.backbone.dim
+    if config.compat.mode != "direct":
+        raise ConfigError(f"compat.mode = {config.compat.mode}: only compat.method=lce has modes; remove it")
+    if bank is not None and old is not None and bank.dim != old.dim:
+        raise ConfigError(f"{config.compat.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")
+    theirs = old.dim if old is not None else bank.dim if bank is not None else dim
+    if method != "fct" and theirs != dim:
+        raise ConfigError(
+            f"compat.method = {method}: the old model's dimension is {theirs}, backbone.dim is {dim}; it compares them "
+            f"as they are: use backbone.dim={theirs}, or a method with a map (fct; lce with compat.mode=backward)"
+        )
+    if method == "mixbct" and config.head.margin.name in ("adaface", "magface"):
+        raise ConfigError(
+            f"head.margin.name = {config.head.margin.name}: it reads the embeddings' norms, which mixbct makes 1; "
+            "use cosface or arcface"
+        )
 
 
 def check_writable(folder: Path) -> None:
@@ -142,6 +184,7 @@ def identity(config: Config, inputs: Inputs) -> dict[str, str]:
         "configuration": hashlib.sha256(dump_config(config).encode()).hexdigest()[:16],
         "data set": inputs.dataset.fingerprint if inputs.dataset else _synthetic(config),
         "centre bank": inputs.bank.fingerprint if inputs.bank else "none",
+        "old embeddings": inputs.old.fingerprint if inputs.old else "none",
         "trainer version": __version__,
         "trainer code": code.hexdigest()[:16],
         "torch version": torch.__version__,

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from trainer.backbones import build_backbone
 from trainer.compat.center_bank import CenterBank
 from trainer.compat.lce import DirectCompat
-from trainer.compat.transformed import TransformedCompat, gather_pairs
+from trainer.compat.rivals import build_method
 from trainer.config import Config
 from trainer.data import Batch, DatasetInfo
 from trainer.distributed import Ranks, on_main, scale_gradient
@@ -106,15 +106,12 @@ class TrainTask:
         if config.train.channels_last:
             backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = backbone
-        self.network = wrap(backbone, config.train, ranks, config.optimizer)
-        direct = inputs.bank is not None and config.compat.mode == "direct"
-        compat = build_compat(config, inputs.bank, ranks) if inputs.bank is not None and direct else None
-        self.transformed: TransformedCompat | None = None
-        if inputs.bank is not None and not direct:
-            self.transformed = TransformedCompat(config.compat, inputs.bank.dim, config.backbone.dim)
-            self.transformed.to(ranks.device, dtype)
-            mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
-            self.bank_rows = inputs.bank.rows(mine.start, mine.stop)
+        self.network = wrap(backbone, config.train, ranks)
+        fused = inputs.bank is not None and config.compat.method == "lce" and config.compat.mode == "direct"
+        compat = build_compat(config, inputs.bank, ranks) if inputs.bank is not None and fused else None
+        self.method = build_method(config, inputs, ranks)
+        for module in self._extra().values():
+            module.to(ranks.device, dtype)
         self.head = PartialFC(
             config.head,
             inputs.num_classes,
@@ -133,14 +130,14 @@ class TrainTask:
         return build_backbone(self.config.backbone, self.inputs.image_size)
 
     def modules(self) -> dict[str, nn.Module]:
-        """The backbone and the transformations."""
-        return {"backbone": self.backbone} | {str(name): module for name, module in self._transforms().items()}
+        """The backbone and what the method trains beside it."""
+        return {"backbone": self.backbone} | self._extra()
+
+    def _extra(self) -> dict[str, nn.Module]:
+        return {} if self.method is None else self.method.modules()
 
     def _transforms(self) -> dict[Direction, nn.Module]:
-        if self.transformed is None:
-            return {}
-        both: dict[Direction, nn.Module | None] = {"t21": self.transformed.t21, "t12": self.transformed.t12}
-        return {direction: module for direction, module in both.items() if module is not None}
+        return {} if self.method is None else self.method.transforms()
 
     def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
         """See :class:`Task`."""
@@ -151,24 +148,25 @@ class TrainTask:
             with autocast(self.config.train, self.ranks.device):
                 embeddings = embed(self.network, images)
             embeddings = scale_gradient(embeddings.to(self._dtype), factor * self.ranks.world_size)
+            if self.method is not None:
+                embeddings = self.method.prepare(embeddings, batch, step)
             with self.head.deferred() if self._deferred else nullcontext():
-                out = self.head(embeddings, batch.labels, step, self._companion(factor))
+                out = self.head(embeddings, batch.labels, step, self._companion(factor, step))
             out.loss.backward()
         report = {"loss": out.loss.detach(), **out.report}
         if "alignment" in report:  # in the paper's unit too: mean_d (u − v)² = (2 − 2 cos) / D on unit vectors
             report["alignment_mse"] = report["alignment"] * (2 / self.config.backbone.dim)
         return StepOutput(report, out.finite)
 
-    def _companion(self, factor: Tensor) -> Companion | None:
-        """LCE through the transformations, as the head takes it; ``factor`` falls on their gradients alone."""
-        if self.transformed is None:
+    def _companion(self, factor: Tensor, step: int) -> Companion | None:
+        """The method's loss as the head takes it; ``factor`` falls on the gradients of the method's modules alone."""
+        if self.method is None:
             return None
-        compat = self.transformed
+        method = self.method
 
         def loss(embeddings: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             rows, embeddings = scale_gradient(rows, 1 / factor), scale_gradient(embeddings, 1 / factor)
-            pairs = gather_pairs(labels, rows, self.bank_rows, self.inputs.num_classes, self.ranks)
-            value, report = compat(pairs, embeddings)
+            value, report = method.loss(embeddings, labels, rows, step)
             return scale_gradient(value, factor), report
 
         return loss
@@ -207,7 +205,8 @@ class TrainTask:
     ) -> None:
         backbone = self._build()
         backbone.to(self._dtype).load_state_dict(weights["backbone"])
-        dataset, bank = self.inputs.dataset, self.inputs.bank
+        dataset, method = self.inputs.dataset, self.config.compat.method
+        old_name, old_hash = self.inputs.old_model
         look = dataset.info if dataset is not None else DatasetInfo()
         card = ModelCard(
             backbone=self.config.backbone,
@@ -216,9 +215,9 @@ class TrainTask:
             color=look.color,
             mean=look.mean,
             std=look.std,
-            mode="" if bank is None else self.config.compat.mode,
-            compatible_with=None if bank is None else bank.info.model,
-            compatible_with_hash=None if bank is None else bank.info.model_hash,
+            mode={"none": "", "lce": self.config.compat.mode}.get(method, method),
+            compatible_with=old_name,
+            compatible_with_hash=old_hash,
             step=step,
             trained_on="synthetic" if dataset is None else str(dataset.path),
             classes=self.inputs.num_classes,
@@ -231,8 +230,9 @@ class TrainTask:
         save_model(folder, backbone, card, transforms)
 
     def _transform_card(self, direction: Direction) -> TransformCard:
-        assert self.inputs.bank is not None
-        new, old = self.config.backbone.dim, self.inputs.bank.dim
+        source = self.inputs.bank or self.inputs.old
+        assert source is not None
+        new, old = self.config.backbone.dim, source.dim
         sizes = {"dim_in": new, "dim_out": old} if direction == "t21" else {"dim_in": old, "dim_out": new}
         return TransformCard(config=self.config.compat.transform, **sizes)
 

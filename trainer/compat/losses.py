@@ -217,11 +217,17 @@ def mixbct(embeddings: Tensor, old_embeddings: Tensor, credible: Tensor, share: 
     Returns:
         (n, D1) unit vectors for the classifier; no gradient flows where an old one stands.
     """
-    order = torch.where(credible, draws, torch.inf).argsort()
-    count = min(int(share * len(embeddings)), int(credible.sum()))
+    replaced = mixbct_choice(credible, share, draws)
+    return torch.where(replaced[:, None], normalize(old_embeddings).detach(), normalize(embeddings))
+
+
+def mixbct_choice(credible: Tensor, share: float, draws: Tensor) -> Tensor:
+    """Which images of a batch :func:`mixbct` replaces, (n,) bool; the arguments are its own."""
+    order = torch.where(credible, draws, torch.inf).argsort(stable=True)
+    count = min(int(share * len(credible)), int(credible.sum()))
     replaced = torch.zeros_like(credible)
     replaced[order[:count]] = True
-    return torch.where(replaced[:, None], normalize(old_embeddings).detach(), normalize(embeddings))
+    return replaced
 
 
 def fct(mapped_old: Tensor, embeddings: Tensor) -> Tensor:

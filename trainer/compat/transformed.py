@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from trainer.compat.center_bank import BankRows
+from trainer.compat.method import CompatMethod
 from trainer.compat.transform import build_transform
-from trainer.config import CompatConfig
+from trainer.config import CompatConfig, Config
 from trainer.distributed import Ranks, all_gather_rows
 from trainer.errors import ConfigError
+from trainer.export import Direction
 from trainer.head.partition import class_range
+from trainer.startup import Inputs
 
 
 class _GatherOwn(torch.autograd.Function):
@@ -183,3 +186,26 @@ def _half_distance(mapped: Tensor, target: Tensor, unit: bool) -> Tensor:
     """mean ½ ‖u − v‖²: 1 − cos where T's output is made unit, the authors' term (in the same unit) where not."""
     u = normalize(mapped) if unit else mapped
     return (u - target).square().sum(1).mean() / 2
+
+
+class TransformedLce(CompatMethod):
+    """:class:`TransformedCompat` in training: the pairs of the batch's classes come from the ranks that own them, by
+    one collective."""
+
+    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+        assert inputs.bank is not None
+        self.compat = TransformedCompat(config.compat, inputs.bank.dim, config.backbone.dim)
+        mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
+        self.bank = inputs.bank.rows(mine.start, mine.stop)
+        self.num_classes, self.ranks = inputs.num_classes, ranks
+
+    def transforms(self) -> dict[Direction, nn.Module]:
+        """See :class:`CompatMethod`."""
+        both: dict[Direction, nn.Module | None] = {"t21": self.compat.t21, "t12": self.compat.t12}
+        return {direction: module for direction, module in both.items() if module is not None}
+
+    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :class:`CompatMethod`: ``alignment`` and ``boundary``."""
+        del step
+        value, report = self.compat(gather_pairs(labels, rows, self.bank, self.num_classes, self.ranks), embeddings)
+        return value, report

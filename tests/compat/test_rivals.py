@@ -1,0 +1,336 @@
+"""The rivals in the trainer: W ranks = 1 rank = the plain float64 formulas, one step at a time and in whole runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ranks import run_ranks
+from tests.runs import config, log_of, losses_of, train_rank
+from trainer.compat import losses
+from trainer.compat.center_bank import BankInfo, CenterBank, write_bank
+from trainer.compat.old_embeddings import ModelEmbeddings
+from trainer.compat.rivals import AdvBct, Fct, build_method
+from trainer.config import BackboneConfig, Config
+from trainer.data import Batch, DatasetInfo
+from trainer.data.draws import uniforms
+from trainer.distributed import Ranks
+from trainer.engine import train
+from trainer.errors import ConfigError, DataError, LceError, ModelError
+from trainer.export import ModelCard, load_model, save_model
+from trainer.head.partial_fc import PartialFC
+from trainer.head.sampling import draw_negatives
+from trainer.startup import prepare
+
+CLASSES, RECORDS, DIM, STEP = 11, 41, 6, 5
+SIZES = {1: [13], 2: [8, 5], 3: [6, 7, 0]}
+PLACES = {world: max(sizes) for world, sizes in SIZES.items()}
+NUMBERS = torch.tensor([4, 20, 12, 15, 0, 29, 32, 13, 1, 28, 37, 11, 3])  # records; the classes are these modulo 11
+LABELS = torch.where(NUMBERS == 0, -1, NUMBERS % CLASSES)
+UNKNOWN, MASKED = 15, (1, 7, 10)  # a record without an old embedding, and classes without a centre
+METHODS = ("bct", "unibct", "l2", "mixbct", "advbct", "fct")
+
+
+def make_old(folder: Path, dim: int = DIM) -> dict[str, Any]:
+    """A centre bank and old embeddings by record, as the changes of a configuration that name them."""
+    generator = torch.Generator().manual_seed(dim)
+    centers = torch.nn.functional.normalize(torch.randn(CLASSES, dim, generator=generator))
+    mask = torch.ones(CLASSES, dtype=torch.bool)
+    mask[list(MASKED)] = False
+    boundaries = 0.8 * torch.rand(CLASSES, generator=generator)
+    old = centers[torch.arange(RECORDS) % CLASSES] + 0.3 * torch.randn(RECORDS, dim, generator=generator)
+    old[UNKNOWN] = 0
+    write_bank(
+        folder / "bank",
+        centers=centers,
+        boundaries=boundaries,
+        counts=torch.full((CLASSES,), 4),
+        mask=mask,
+        info=BankInfo(model="old", model_hash="0123"),
+    )
+    np.save(folder / "old.npy", old.numpy())
+    return {"compat__bank": str(folder / "bank"), "compat__old_embeddings": str(folder / "old.npy")}
+
+
+def settings(folder: Path, method: str, world: int, **more: Any) -> Config:
+    changes: dict[str, Any] = {
+        "compat__bank": str(folder / "bank"),
+        "compat__old_embeddings": str(folder / "old.npy"),
+        "compat__method": method,
+        "compat__weight": 0.7,
+        "compat__boundary_weight": 1.3,
+        "compat__old_margin": 0.1,
+        "compat__mix_share": 0.4,
+        "compat__transform": {"name": "mlp"},
+        "data__batch_size": PLACES[world] * world,
+        "head__chunk_rows": 2,
+    }
+    return config(folder / "run", **(changes | more))
+
+
+def global_batch() -> Tensor:
+    return torch.randn(len(LABELS), DIM, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def one_step(ranks: Ranks, folder: Path, method: str, more: dict[str, Any]) -> dict[str, Any]:
+    """What a method adds to a step of the head: loss, gradient of this rank's embeddings, and of its modules."""
+    chosen = settings(folder, method, ranks.world_size, **more)
+    inputs = prepare(chosen, ranks)
+    torch.manual_seed(1)
+    made = build_method(chosen, inputs, ranks)
+    assert made is not None
+    for module in made.modules().values():
+        module.double()
+    head = PartialFC(chosen.head, CLASSES, DIM, ranks, seed=3, local_batch=PLACES[ranks.world_size])
+    head.set_lr(0.0)
+    sizes = SIZES[ranks.world_size]
+    labels, numbers = (whole.split(sizes)[ranks.rank] for whole in (LABELS, NUMBERS))
+    batch = Batch(torch.zeros(len(labels), 3, 8, 8), labels, numbers)
+    out: dict[str, Any] = {}
+    for with_method in (False, True):
+        x = global_batch().split(sizes)[ranks.rank].clone().requires_grad_()
+        seen = made.prepare(x, batch, STEP) if with_method else x
+        result = head(seen, labels, STEP, (lambda *given: made.loss(*given, STEP)) if with_method else None)
+        result.loss.backward()
+        assert x.grad is not None
+        out["loss"] = result.loss.detach() - out.get("loss", 0)
+        out["x"] = x.grad - out.get("x", 0)
+    out |= {f"report {k}": result.report[k] for k in result.report if k not in ("classification", "target_cosine")}
+    return out | {f"{n} {k}": p.grad for n, m in made.modules().items() for k, p in m.named_parameters()}
+
+
+def plain(folder: Path, method: str, more: dict[str, Any]) -> dict[str, Any]:
+    """The same from the reference functions on the whole batch."""
+    chosen = settings(folder, method, 1, **more)
+    rows = CenterBank.open(folder / "bank").rows(0, CLASSES)
+    every_old = torch.from_numpy(np.load(folder / "old.npy")).double()
+    x, old = global_batch().requires_grad_(), every_old[NUMBERS]
+    valid = LABELS >= 0
+    known = valid & (NUMBERS != UNKNOWN)
+    weight, scale = chosen.compat.weight, chosen.head.margin.scale
+    modules: dict[str, torch.nn.Module] = {}
+    torch.manual_seed(1)
+    made = build_method(chosen, prepare(chosen, Ranks()), Ranks())
+    if method in ("bct", "unibct"):
+        old_rows, mask = rows.centers.double(), rows.mask
+        if method == "unibct":
+            there = torch.arange(RECORDS) != UNKNOWN
+            y = torch.arange(RECORDS)[there] % CLASSES
+            old_rows, mask = losses.unibct_prototypes(every_old[there], every_old[there], y, CLASSES)
+        if chosen.head.sample_rate < 1:
+            taken = torch.zeros(CLASSES, dtype=torch.bool)
+            taken[draw_negatives(chosen.run.seed, STEP, CLASSES, chosen.head.sample_rate, 0, CLASSES)] = True
+            taken[LABELS[valid]] = True
+            mask = mask & taken
+        loss = weight * losses.bct(x[valid], LABELS[valid], old_rows, mask, scale, chosen.compat.old_margin)
+    elif method == "l2":
+        loss = weight * losses.l2(x[known], old[known])
+    elif method == "advbct":
+        assert isinstance(made, AdvBct)
+        modules = {"discriminator": made.discriminator.double()}
+        of = LABELS[valid]
+        loss = weight * losses.adversarial(x[known], old[known], made.discriminator)
+        boundary = losses.elastic_boundary(
+            x[valid], rows.centers.double()[of], rows.boundaries.double()[of], rows.mask[of]
+        )
+        loss = loss + chosen.compat.boundary_weight * boundary
+    elif method == "fct":
+        assert isinstance(made, Fct)
+        modules = {"t12": made.t12.double()}
+        mapped = made.t12(torch.nn.functional.normalize(old[known]))
+        loss = weight * losses.fct(mapped, x[known])
+    else:
+        return plain_mix(chosen, x, old, known, rows)
+    loss.backward()
+    gradient = torch.zeros_like(x) if x.grad is None else x.grad
+    named = {f"{n} {k}": p.grad for n, m in modules.items() for k, p in m.named_parameters()}
+    return {"loss": loss.detach(), "x": gradient, **named}
+
+
+def plain_mix(chosen: Config, x: Tensor, old: Tensor, known: Tensor, rows: Any) -> dict[str, Any]:
+    """MixBCT: the head's own loss of the mixed batch, less that of the plain one."""
+    valid = LABELS >= 0
+    credible = torch.zeros(len(LABELS), dtype=torch.bool)
+    near = losses.cosine(old[known], rows.centers.double()[LABELS[known]]) >= rows.boundaries[LABELS[known]]
+    credible[known] = near & rows.mask[LABELS[known]]
+    draws = torch.from_numpy(uniforms(chosen.run.seed, STEP, NUMBERS.numpy(), np.zeros(len(LABELS), np.int64), 1)[:, 0])
+    found = []
+    for mix in (False, True):
+        leaf = x.detach().clone().requires_grad_()
+        seen = leaf[valid]
+        if mix:
+            seen = losses.mixbct(seen, old[valid], credible[valid], chosen.compat.mix_share, draws[valid])
+        head = PartialFC(chosen.head, CLASSES, DIM, Ranks(), seed=3)
+        head.set_lr(0.0)
+        loss = head(seen, LABELS[valid], STEP).loss
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    assert ((found[1][1] == 0).all(1) & valid).sum() == 4, "0.4 of 12, of whom more are credible"
+    return {"loss": found[1][0] - found[0][0], "x": found[1][1] - found[0][1]}
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [*((m, {}) for m in METHODS), ("bct", {"head__sample_rate": 0.5})]
+
+
+def all_cases(ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
+    return [one_step(ranks, folder, *case) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("old")
+    make_old(made)
+    return made
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_number_of_ranks_is_the_plain_formula(world: int, folder: Path) -> None:
+    results = [all_cases(Ranks(), folder)] if world == 1 else run_ranks(all_cases, world, folder)
+    for number, case in enumerate(CASES):
+        each, expected = [result[number] for result in results], plain(folder, *case)
+        assert abs(expected["loss"]) > 0.01, case
+        for name, value in expected.items():
+            got = torch.cat([one["x"] for one in each]) if name == "x" else each[0][name]
+            torch.testing.assert_close(got, value, rtol=1e-9, atol=1e-12, msg=lambda m: f"{case}, {name}: {m}")  # noqa: B023
+        for name in each[0].keys() - {"x"}:
+            for one in each[1:]:
+                assert torch.equal(one[name], each[0][name]), f"{case}: {name} differs between ranks"
+
+
+def test_what_the_methods_leave_out_matters(folder: Path, tmp_path: Path) -> None:
+    """The control: with the masked classes, the margin or the unknown image the losses are others."""
+    make_old(tmp_path)
+    centers = torch.nn.functional.normalize(torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(DIM)))
+    whole = torch.ones(CLASSES, dtype=torch.bool)
+    write_bank(
+        tmp_path / "bank",
+        centers=centers,
+        boundaries=torch.zeros(CLASSES),
+        counts=whole.long(),
+        mask=whole,
+        info=BankInfo(),
+        overwrite=True,
+    )
+    old = np.load(tmp_path / "old.npy")
+    old[UNKNOWN] = 1
+    np.save(tmp_path / "old.npy", old)
+    for method in METHODS:
+        here, there = (one_step(Ranks(), f, method, {}) for f in (folder, tmp_path))
+        assert not torch.allclose(here["loss"], there["loss"], rtol=1e-3), method
+    free = one_step(Ranks(), folder, "bct", {"compat__old_margin": 0.0})
+    assert free["loss"] < one_step(Ranks(), folder, "bct", {})["loss"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_runs(method: str, folder: Path, tmp_path: Path) -> None:
+    """The same losses on three ranks, and from a run that is cut in two; the model says what it is."""
+    more = {"schedule__name": "constant", "schedule__warmup": 0.0, "data__batch_size": 7, "head__sample_rate": 0.6}
+
+    def changes() -> dict[str, Any]:
+        given = settings(folder, method, 1, **more).model_dump(mode="json")
+        sections = ("compat", "data", "head", "schedule")
+        return {f"{section}__{key}": value for section in sections for key, value in given[section].items()}
+
+    same = changes()
+    train(config(tmp_path / "1", **same), Ranks())
+    expected = losses_of(tmp_path / "1")
+    run_ranks(train_rank, 3, tmp_path / "3", same)
+    np.testing.assert_allclose(losses_of(tmp_path / "3"), expected, rtol=1e-8)
+    train(config(tmp_path / "cut", **same, train__steps=4), Ranks())
+    train(config(tmp_path / "cut", **same), Ranks())
+    np.testing.assert_allclose(losses_of(tmp_path / "cut"), expected, rtol=1e-12)
+    names = {"bct": "influence", "unibct": "influence", "mixbct": "replaced", "advbct": "adversarial", "fct": "map"}
+    assert np.isfinite([line[names.get(method, method)] for line in log_of(tmp_path / "1")]).all()
+    model, many = load_model(tmp_path / "1"), load_model(tmp_path / "3")
+    assert (model.card.mode, model.card.compatible_with_hash) == (method, "0123")
+    assert set(model.card.transforms) == ({"t12"} if method == "fct" else set())
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    np.testing.assert_allclose(model.embed(images), many.embed(images), atol=1e-6)
+    if method == "fct":
+        vectors = np.random.default_rng(0).normal(size=(3, DIM)).astype(np.float32)
+        np.testing.assert_allclose(model.transform("t12", vectors), many.transform("t12", vectors), atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "figure"), [("bct", "influence"), ("l2", "l2"), ("fct", "map")])
+def test_the_loss_is_minimised(method: str, figure: str, tmp_path: Path) -> None:
+    """Against a run that only reports it, with weight 0."""
+    old = make_old(tmp_path, 9 if method == "fct" else DIM)
+    ends = []
+    for weight in (0.0, 5.0):
+        folder = tmp_path / str(weight)
+        more = {"compat__transform": {"name": "mlp"}, "compat__weight": weight, "train__steps": 100}
+        train(config(folder, compat__method=method, optimizer__lr=0.02, **old, **more), Ranks())
+        ends.append(np.mean([line[figure] for line in log_of(folder)][-10:]))
+    assert ends[1] < 0.7 * ends[0]
+
+
+def test_the_old_model_run_along(tmp_path: Path) -> None:
+    """It sees the pixels as it does in use: its own normalisation, its own order of colours."""
+    from tests.runs import Linear
+
+    torch.manual_seed(2)
+    backbone = BackboneConfig(name="test_linear", dim=DIM)
+    card = ModelCard(
+        backbone=backbone, dim=DIM, image_size=(8, 8), color="BGR", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
+    )
+    save_model(tmp_path / "old", Linear(DIM, (8, 8)), card)
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    look = DatasetInfo(image_size=(8, 8), mean=(0.4, 0.4, 0.5), std=(0.25, 0.5, 0.3))
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - torch.tensor(look.mean).view(3, 1, 1)) / (
+        torch.tensor(look.std).view(3, 1, 1)
+    )
+    source = ModelEmbeddings(tmp_path / "old", look, (8, 8), torch.device("cpu"))
+    labels = torch.zeros(4, dtype=torch.int64)
+    found = torch.nn.functional.normalize(source.of(Batch(images, labels, labels)))
+    np.testing.assert_allclose(found.numpy(), load_model(tmp_path / "old").embed(pixels, "RGB"), atol=1e-5)
+    assert source.of(Batch(images[:0], labels[:0], labels[:0])).shape == (0, DIM)
+    settings = {"compat__method": "l2", "compat__old_model": str(tmp_path / "old"), "train__steps": 2}
+    run_ranks(train_rank, 2, tmp_path / "run", settings)
+    assert load_model(tmp_path / "run").card.compatible_with_hash == source.fingerprint
+    with pytest.raises(ConfigError, match=r"takes images of \(8, 8\)"):
+        train(config(tmp_path / "b", **settings, data__synthetic_size=16), Ranks())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"compat__method": "bct"}, ConfigError, r"compat\.bank"),
+        ({"compat__method": "l2"}, ConfigError, r"needs one of them, 0 given"),
+        ({"compat__method": "fct", "old": "old.npy", "compat__old_model": "x"}, ConfigError, "2 given"),
+        ({"compat__method": "unibct", "compat__old_model": "x"}, ConfigError, "from it alone"),
+        ({"compat__method": "l2", "old": "old.npy", "compat__mode": "both"}, ConfigError, "only compat.method=lce"),
+        ({"compat__method": "l2", "old": "old.npy", "data__synthetic_records": 40}, ConfigError, "41 rows.*40 records"),
+        ({"compat__method": "l2", "old": "old.npy", "backbone__dim": 5}, ConfigError, "use backbone.dim=6"),
+        ({"compat__method": "bct", "bank": True, "backbone__dim": 5}, ConfigError, "use backbone.dim=6"),
+        ({"compat__method": "l2", "old": "absent.npy"}, DataError, "no such file"),
+        ({"compat__method": "l2", "old": "doubles.npy"}, DataError, "expected float32"),
+        ({"compat__method": "l2", "old": "zeros.npy"}, ConfigError, "is zero"),
+        ({"compat__method": "l2", "old": "nan.npy"}, ConfigError, "row 3 is not finite"),
+        ({"compat__method": "advbct", "bank": True, "old": "wide.npy"}, ConfigError, "dimension 6.*have 9"),
+        ({"compat__method": "l2", "compat__old_model": "absent"}, ModelError, "no model"),
+        (
+            {"compat__method": "mixbct", "bank": True, "old": "old.npy", "head__margin": {"name": "magface"}},
+            ConfigError,
+            "norms",
+        ),
+    ],
+)
+def test_refusals(changes: dict[str, Any], error: type[LceError], words: str, folder: Path, tmp_path: Path) -> None:
+    old = np.load(folder / "old.npy")
+    np.save(tmp_path / "old.npy", old)
+    np.save(tmp_path / "doubles.npy", old.astype(np.float64))
+    np.save(tmp_path / "zeros.npy", 0 * old)
+    np.save(tmp_path / "wide.npy", np.ones((RECORDS, 9), np.float32))
+    old[3, 2] = np.nan
+    np.save(tmp_path / "nan.npy", old)
+    given = {key: value for key, value in changes.items() if "__" in key}
+    if "old" in changes:
+        given["compat__old_embeddings"] = str(tmp_path / changes["old"])
+    if "bank" in changes:
+        given["compat__bank"] = str(folder / "bank")
+    with pytest.raises(error, match=words):
+        train(config(tmp_path / "run", **given), Ranks())
+    assert not (tmp_path / "run").exists()
