@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from trainer import __version__
+from trainer import __version__, zero
 from trainer.backbones import build_backbone
 from trainer.compat.center_bank import CenterBank
 from trainer.compat.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
@@ -97,6 +97,7 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
         _check_rival(config, bank, old)
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, size)
+    zero.check(config)
     if config.backbone.weights is not None:
         matching_weights(backbone, config.backbone.weights)
     if ranks.is_main:

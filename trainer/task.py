@@ -106,7 +106,7 @@ class TrainTask:
         if config.train.channels_last:
             backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = backbone
-        self.network = wrap(backbone, config.train, ranks)
+        self.network = wrap(backbone, config.train, ranks, config.optimizer)
         fused = inputs.bank is not None and config.compat.method == "lce" and config.compat.mode == "direct"
         compat = build_compat(config, inputs.bank, ranks) if inputs.bank is not None and fused else None
         self.method = build_method(config, inputs, ranks)
