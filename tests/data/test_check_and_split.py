@@ -104,7 +104,7 @@ def test_uniform_sets_with_an_odd_image_are_damage(tmp_path: Path) -> None:
     assert check(open_dataset(tmp_path / "out")).damage == ["1 image(s) are not 32x32, as dataset.yaml says"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith("group")])
 def test_splits_are_what_they_are_called(tmp_path: Path, kind: str) -> None:
     dataset = open_dataset(packed(tmp_path, 10, 6))
     options = SplitOptions(kind, share=0.5, unseen=0.2, tune=0.1, seen=1)  # type: ignore[arg-type]

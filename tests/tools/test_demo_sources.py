@@ -8,52 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
+from tests.tools.fonts import FIRST, typeface
 from tools import demo_sources
 from tools.demo_sources import Split, Wheel, draw_syllables, fetch, read_faces, write_characters, write_faces
 from tools.glyphs.drawing import vary
 from trainer.errors import DataError
-
-FIRST = 0xAC00
-
-
-def typeface(characters: int, twins: int = 0, blanks: int = 0) -> bytes:
-    """A font of boxes, each of its own size; of the last ones, ``twins`` repeat the first and ``blanks`` are empty."""
-    names = [f"g{i}" for i in range(characters)]
-    glyphs = {".notdef": _box(0, 0)}
-    for i, name in enumerate(names):
-        from_end = characters - i
-        if from_end <= blanks:
-            glyphs[name] = _box(0, 0)
-        elif from_end <= blanks + twins:
-            glyphs[name] = _box(100, 100)
-        else:
-            glyphs[name] = _box(100 + 70 * (i % 10), 100 + 70 * (i // 10))
-    builder = FontBuilder(1000, isTTF=True)
-    builder.setupGlyphOrder([".notdef", *names])
-    builder.setupCharacterMap({FIRST + i: name for i, name in enumerate(names)})
-    builder.setupGlyf(glyphs)
-    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
-    builder.setupHorizontalHeader(ascent=900, descent=-100)
-    builder.setupNameTable({"familyName": "Boxes", "styleName": "Regular"})
-    builder.setupOS2()
-    builder.setupPost()
-    out = io.BytesIO()
-    builder.save(out)
-    return out.getvalue()
-
-
-def _box(width: int, height: int) -> object:
-    pen = TTGlyphPen(None)
-    if width:
-        pen.moveTo((50, 0))
-        for point in ((50, height), (50 + width, height), (50 + width, 0)):
-            pen.lineTo(point)
-        pen.closePath()
-    return pen.glyph()
 
 
 def wheel_of(folder: Path, name: str, members: dict[str, bytes]) -> Wheel:

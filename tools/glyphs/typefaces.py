@@ -11,7 +11,7 @@ import io
 import lzma
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -183,7 +183,12 @@ def _members(archive: Path, names: set[str]) -> dict[str, bytes]:
 
 def _debian_data(package: bytes) -> bytes:
     """The tar file data.tar of a Debian package, which is an ar archive (deb(5), ar(5)). Raises ValueError."""
-    unpackers = {"xz": lzma.decompress, "gz": gzip.decompress, "bz2": bz2.decompress, "tar": bytes}
+    unpackers: dict[str, Callable[[bytes], bytes]] = {
+        "xz": lzma.decompress,
+        "gz": gzip.decompress,
+        "bz2": bz2.decompress,
+        "tar": bytes,
+    }
     if not package.startswith(b"!<arch>\n"):
         raise ValueError("is no Debian package")
     start = 8
