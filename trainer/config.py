@@ -275,6 +275,11 @@ class Config(Section):
         return self
 
 
+def is_layer(word: str) -> bool:
+    """Whether a word of the command line names a further configuration file, and is no ``key=value``."""
+    return "=" not in word and word.endswith((".yaml", ".yml"))
+
+
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a configuration file, what it extends, and the overrides.
 
@@ -282,13 +287,16 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         path: the YAML file. Relative paths inside it are taken from the working folder, ``extends`` from the file's
         own.
         overrides: ``section.key=value`` strings; the value is read as YAML (``head.sample_rate=0.1``,
-        ``run.dir=runs/a``).
+        ``run.dir=runs/a``). A word ``FILE.yaml`` is a further file; each word goes over what stands before it.
 
     Raises:
         ConfigError: file missing or no YAML; an unknown key (the nearest known one is named); a wrong value.
     """
     tree = _read_yaml(Path(path), ())
     for override in overrides:
+        if is_layer(override):
+            _merge(tree, _read_yaml(Path(override), ()))
+            continue
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"override {override!r}: expected section.key=value, for example optimizer.lr=0.05")
