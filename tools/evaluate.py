@@ -3,6 +3,10 @@
     lce evaluate --old runs/old --new runs/new --paragon runs/alone --data unseen=data/unseen seen=data/seen \\
         --fars 1e-4,1e-3 --json result.json --report report.html --runs runs/old runs/new --fail-unsafe
 
+In a chain of upgrades --between names the models that came between, and the new one is judged on the galleries of all:
+
+    lce evaluate --old runs/v1 --between v2=runs/v2 --new runs/v3 --data unseen=data/unseen
+
 Models are run folders, export folders or ONNX files; data sets are what `lce pack` makes, or a folder of identity
 folders. Give identities that no setting was chosen on. The verdict on each set is by rank-1 and by the TAR at the
 smallest of the FARs that its pairs can resolve. Several ranks share the embedding:
@@ -18,6 +22,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--old", required=True, metavar="MODEL", help="the deployed model")
     parser.add_argument("--new", required=True, metavar="MODEL", help="the model that is to replace it")
+    parser.add_argument(
+        "--between",
+        nargs="+",
+        default=[],
+        metavar="NAME=MODEL",
+        help="models deployed after the old one and before the new one, in this order",
+    )
     parser.add_argument(
         "--paragon", metavar="MODEL", help="a new model trained without compatibility, for the update gain"
     )
@@ -58,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="template sets, in the layout of IJB-B and IJB-C",
     )
     parser.add_argument("--score-weights", action="store_true", help="weigh a template's images by detection score")
+    parser.add_argument("--norm-weights", action="store_true", help="weigh a template's images by embedding norm")
     parser.add_argument(
         "--fars", default="1e-4,1e-3,1e-2", help="false accept rates, comma separated (default: %(default)s)"
     )
@@ -75,6 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replicates", type=int, default=500, help="bootstrap draws of identities (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of random orders (default: 0)")
+    parser.add_argument(
+        "--no-colour-check",
+        action="store_true",
+        help="do not refuse sets that a model reads better with red and blue swapped",
+    )
     parser.add_argument("--flip", action="store_true", help="add the mirrored image's embedding to each")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where models run")
     parser.add_argument(
@@ -142,7 +160,11 @@ class _Study:
         self.args, self.ranks = args, ranks
         rules = Rules(tolerance=args.tolerance, min_identities=args.min_identities)
         self.options = Options(fars=fars, replicates=args.replicates, seed=args.seed, rules=rules)
-        paths = {"old": args.old, "new": args.new} | ({"paragon": args.paragon} if args.paragon else {})
+        between = _named("--between", args.between)
+        wrong = next((name for name in between if name in ("old", "new", "paragon") or "->" in name), None)
+        if wrong is not None:
+            raise LceError(f"--between {wrong}: this name is taken; give the model another, for example v2")
+        paths = {"old": args.old, **between, "new": args.new} | ({"paragon": args.paragon} if args.paragon else {})
         self.models = {role: load_model(path, ranks.device) for role, path in paths.items()}
         self.size = self.models["old"].card.image_size
         self.datasets = {name: open_dataset(path) for name, path in _named("--data", args.data).items()}
@@ -158,12 +180,15 @@ class _Study:
 
     def check(self) -> None:
         """Refuse what cannot be compared. Raises :class:`LceError`."""
+        from trainer.distributed import on_main
         from trainer.evaluation.arrays import class_index
-        from trainer.evaluation.sources import check_models
+        from trainer.evaluation.sources import check_colours, check_models
 
         check_models(self.models, self.datasets | {name: pairs.dataset for name, pairs in self.pairs.items()})
         for name, dataset in self.datasets.items():
             class_index(dataset.labels[dataset.kept], f"{name} ({dataset.path})")
+        for name, dataset in {} if self.args.no_colour_check else self.datasets.items():
+            on_main(partial(check_colours, name, self.models, dataset), self.ranks)
 
     def measure(self) -> dict[str, Any]:
         """Embed on all ranks, measure on the first (the others return nothing)."""
@@ -184,11 +209,12 @@ class _Study:
             }
             if not self.ranks.is_main:
                 return {}
-            result = study(sets, self.options, staged(stages(len(sets), len(self.models))))
+            result = study(sets, self.options, staged(stages(len(sets), self.models)))
         result.update(plain(more))
         result["models"] = {role: _describe(model) for role, model in self.models.items()}
         given = {
-            option: getattr(self.args, option) for option in ("data", "pairs", "templates", "flip", "score_weights")
+            option: getattr(self.args, option)
+            for option in ("data", "pairs", "templates", "flip", "score_weights", "norm_weights")
         }
         result["settings"], result["provenance"] = given, provenance()
         return result
@@ -214,9 +240,10 @@ class _Study:
         measured, o = {}, self.options
         for name, protocol in self.templates.items():
             images = AlignedImages(protocol, self.size)
-            flat = embed_spaces(name, self.models, images, images.kept, cache, self.ranks, counted, self.args.flip)
+            flips, norms = self.args.flip, self.args.norm_weights
+            flat = embed_spaces(name, self.models, images, images.kept, cache, self.ranks, counted, flips, norms)
             if self.ranks.is_main:
-                numbers, spaces = pool_spaces(flat, protocol, self.models["new"], self.args.score_weights)
+                numbers, spaces = pool_spaces(flat, protocol, self.models, self.args.score_weights)
                 measured[name] = measure_templates(protocol, spaces, numbers, o.fars, o.replicates, o.seed)
         return measured
 

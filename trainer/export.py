@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from trainer import __version__
 from trainer.backbones import build_backbone
@@ -77,24 +76,30 @@ class ModelCard(BaseModel):
 
 
 def save_model(
-    folder: str | Path, backbone: nn.Module, card: ModelCard, transforms: Mapping[Direction, nn.Module] | None = None
+    folder: str | Path,
+    backbone: nn.Module | None,
+    card: ModelCard,
+    transforms: Mapping[Direction, nn.Module] | None = None,
 ) -> None:
     """Write a model folder, atomically; an earlier model folder of that name is replaced.
 
     Args:
-        backbone: the plain network (not wrapped for training); its state dict is copied to the CPU.
+        backbone: the plain network (not wrapped for training); its state dict is copied to the CPU. None: the folder
+            holds maps alone, and the card names no backbone.
         transforms: the modules that ``card.transforms`` describes.
 
     Raises:
         ModelError: the card and the modules do not fit each other, or the folder cannot be written.
     """
     folder = Path(folder)
-    modules: dict[str, nn.Module] = {"backbone": backbone}
+    modules: dict[str, nn.Module] = {} if backbone is None else {"backbone": backbone}
     modules.update((str(name), module) for name, module in (transforms or {}).items())
-    if card.backbone is None or set(modules) != {"backbone", *card.transforms}:
+    network = set() if card.backbone is None else {"backbone"}
+    if not modules or set(modules) != network | set(card.transforms):
         raise ModelError(f"{folder}: the model card describes {sorted(card.transforms)}, given are {sorted(modules)}")
     refuse_foreign(folder)
-    card = card.model_copy(update={"backbone": card.backbone.model_copy(update={"weights": None})})
+    if card.backbone is not None:
+        card = card.model_copy(update={"backbone": card.backbone.model_copy(update={"weights": None})})
     with replaced(folder, ModelError) as partial:
         partial.mkdir(parents=True)
         for name, module in modules.items():
@@ -125,16 +130,17 @@ class EmbeddingModel(ABC):
         """D."""
         return self.card.dim
 
-    def embed(self, images: np.ndarray, color: Color = "RGB", flip: bool = False) -> np.ndarray:
+    def embed(self, images: np.ndarray, color: Color = "RGB", flip: bool = False, unit: bool = True) -> np.ndarray:
         """Embed a batch.
 
         Args:
             images: (b, H, W, 3) uint8 of the card's image size.
             color: the order of the images' colours; the model's own order is restored from it.
-            flip: add the embedding of the mirrored image before normalising ("flip-sum").
+            flip: add the unit embedding of the mirrored image before normalising ("flip-sum").
+            unit: False leaves the embeddings the norms that the network gives them (with ``flip`` the mean of both).
 
         Returns:
-            (b, D) float32, unit rows.
+            (b, D) float32, unit rows unless ``unit`` is False.
 
         Raises:
             ModelError: images of another size or kind.
@@ -146,15 +152,15 @@ class EmbeddingModel(ABC):
             )
         if color != self.card.color:
             images = images[..., ::-1]
-        unit = self._embed(images)
+        vectors, norms = _unit_and_norm(self._embed(images))
         if flip:
-            both = unit + self._embed(images[:, :, ::-1])
-            unit = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)
-        return unit
+            mirrored, others = _unit_and_norm(self._embed(images[:, :, ::-1]))
+            vectors, norms = _unit_and_norm(vectors + mirrored)[0], (norms + others) / 2
+        return vectors if unit else vectors * norms
 
     @abstractmethod
     def _embed(self, images: np.ndarray) -> np.ndarray:
-        """Images in the model's own colour order → (b, D) float32 unit rows."""
+        """Images in the model's own colour order → (b, D) float32, as the network gives them."""
 
     @abstractmethod
     def transform(self, direction: Direction, vectors: np.ndarray) -> np.ndarray:
@@ -163,6 +169,23 @@ class EmbeddingModel(ABC):
         Raises:
             ModelError: the model has no such transformation, or vectors of another dimension.
         """
+
+
+def _unit_and_norm(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(norms, 1e-12), norms
+
+
+class NoNetwork(nn.Module):
+    """Stands for the network of a folder that holds maps alone: embeddings can be mapped, images not embedded."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raises :class:`ModelError`."""
+        raise ModelError(f"{self.path}: holds maps between embeddings and no network; name the model itself for images")
 
 
 class TorchModel(EmbeddingModel):
@@ -191,7 +214,7 @@ class TorchModel(EmbeddingModel):
 
     def _embed(self, images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return normalize(self.backbone(self.prepare(images)).float()).cpu().numpy()
+            return self.backbone(self.prepare(images)).float().cpu().numpy()
 
     def transform(self, direction: Direction, vectors: np.ndarray) -> np.ndarray:
         if direction not in self.transforms:
@@ -229,14 +252,15 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
             f"{path}: no model ({reason}); give an export folder, a run folder, a checkpoint or an .onnx file"
         )
     card = read_card((folder / CARD_FILE).read_bytes(), str(folder / CARD_FILE))
-    if card.backbone is None:
+    if card.backbone is None and not card.transforms:
         raise ModelError(f"{folder / CARD_FILE}: names no backbone")
     try:
-        backbone = build_backbone(card.backbone, card.image_size)
+        backbone = NoNetwork(path) if card.backbone is None else build_backbone(card.backbone, card.image_size)
     except ConfigError as error:
         raise ModelError(f"{folder / CARD_FILE}: {error}") from None
     digest = hashlib.sha256(card.model_dump_json(include={"backbone", "image_size", "color", "mean", "std"}).encode())
-    _load_state(backbone, folder / "backbone.safetensors", digest.update)
+    if card.backbone is not None:
+        _load_state(backbone, folder / "backbone.safetensors", digest.update)
     transforms: dict[Direction, nn.Module] = {}
     for direction, part in card.transforms.items():
         transforms[direction] = build_transform(part.config, part.dim_in, part.dim_out)
@@ -276,15 +300,17 @@ def embed_dataset(
     ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
     progress: Progress | None = None,
     flip: bool = False,
+    unit: bool = True,
 ) -> np.ndarray:
     """Embed records of a data set, the work shared among the ranks; every rank must call it.
 
     Args:
         indices: record numbers, default all N.
         progress: called on every rank with its own (done, total).
+        flip, unit: as of :meth:`EmbeddingModel.embed`.
 
     Returns:
-        (n, D) float32 unit rows in the order of ``indices``, on every rank.
+        (n, D) float32 rows in the order of ``indices``, on every rank.
 
     Raises:
         LceError: on every rank, the first rank's problem: a damaged record, or images of another size than the model's.
@@ -295,8 +321,8 @@ def embed_dataset(
     problem: LceError | None = None
     done = 0
     try:
-        for part, unit in embed_batches(model, dataset, parts[ranks.rank], batch_size, flip):
-            out[done : done + len(part)] = unit
+        for part, vectors in embed_batches(model, dataset, parts[ranks.rank], batch_size, flip, unit):
+            out[done : done + len(part)] = vectors
             done += len(part)
             if progress is not None:
                 progress(done, len(out))
@@ -307,10 +333,15 @@ def embed_dataset(
 
 
 def embed_batches(
-    model: EmbeddingModel, dataset: "Dataset", records: np.ndarray, batch_size: int = 256, flip: bool = False
+    model: EmbeddingModel,
+    dataset: "Dataset",
+    records: np.ndarray,
+    batch_size: int = 256,
+    flip: bool = False,
+    unit: bool = True,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of (record numbers (b,), unit embeddings (b, D)); the next batch is decoded while the model works on
-    this one.
+    """Batches of (record numbers (b,), embeddings (b, D), unit unless said otherwise); the next batch is decoded while
+    the model works on this one.
 
     Raises:
         LceError: a damaged record, or images of another size than the model's.
@@ -322,4 +353,4 @@ def embed_batches(
             following = batches[number + 1] if number + 1 < len(batches) else batch[:0]
             current, waiting = waiting, [pool.submit(dataset.decode, int(record)) for record in following]
             images = np.stack([future.result() for future in current])
-            yield batch, model.embed(images, dataset.info.color, flip)
+            yield batch, model.embed(images, dataset.info.color, flip, unit)

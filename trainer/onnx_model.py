@@ -86,9 +86,9 @@ class OnnxModel(EmbeddingModel):
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         return OnnxModel(card, path, digest, session, kind)
 
-    def embed(self, images: np.ndarray, color: Any = "RGB", flip: bool = False) -> np.ndarray:
+    def embed(self, images: np.ndarray, color: Any = "RGB", flip: bool = False, unit: bool = True) -> np.ndarray:
         """As :meth:`EmbeddingModel.embed`; graphs take RGB always, whatever the network inside was trained on."""
-        return super().embed(images if color == "RGB" else images[..., ::-1], self.card.color, flip)
+        return super().embed(images if color == "RGB" else images[..., ::-1], self.card.color, flip, unit)
 
     def feed(self, images: np.ndarray) -> np.ndarray:
         """(b, H, W, 3) uint8 RGB → the graph's input (b, 3, H, W) float32."""
@@ -103,8 +103,7 @@ class OnnxModel(EmbeddingModel):
     def _embed(self, images: np.ndarray) -> np.ndarray:
         if not len(images):
             return np.empty((0, self.dim), np.float32)
-        out = self._session.run(None, {self._input: self.feed(images)})[0].astype(np.float32)
-        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+        return np.asarray(self._session.run(None, {self._input: self.feed(images)})[0], np.float32)
 
     def transform(self, direction: Direction, vectors: np.ndarray) -> np.ndarray:
         """An ONNX file holds one graph: transformations are files of their own. Always raises :class:`ModelError`."""

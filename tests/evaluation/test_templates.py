@@ -62,7 +62,7 @@ def plain_pool(x, template, media, weights):
         total = 0
         for m in sorted(set(media[template == t])):
             rows = (template == t) & (media == m)
-            total = total + (x[rows] * weights[rows, None]).sum(0) / weights[rows].sum()
+            total = total + (x[rows] * weights[rows, None]).sum(0) / rows.sum()
         out[t] = total / np.linalg.norm(total)
     return np.array(list(out)), np.array(list(out.values()))
 

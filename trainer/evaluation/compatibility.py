@@ -5,7 +5,7 @@ CVPR 2020) asks M(new, old) > M(old, old) of a retrieval metric M; the point-to-
 2021) asks that a new embedding lies within its own old class and nearer to it than to any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,31 +20,44 @@ CELLS = (("old", "old"), ("new", "old"), ("new", "new"), ("old", "new"), ("parag
 """The (query, gallery) models that are compared; the paragon was trained without compatibility."""
 
 
+def cell_pairs(models: Iterable[str]) -> list[tuple[str, str]]:
+    """The (query, gallery) pairs to compare of these models: :data:`CELLS`, and every pair of a longer chain."""
+    given = list(models)
+    chain = [model for model in given if model != "paragon"]
+    known = [pair for pair in CELLS if set(pair) <= set(given)]
+    return known + [(query, gallery) for query in chain for gallery in chain if (query, gallery) not in CELLS]
+
+
 @dataclass(frozen=True)
 class Spaces:
     """The same n images under every model.
 
     native: model → (n, D) unit embeddings. mapped: (model, space) → unit embeddings of ``model`` carried into the
-    space of another by a trained transformation: ("new", "old") by T₂₁, ("old", "new") by T₁₂.
+    space of another by trained transformations (see :mod:`trainer.evaluation.chain`): ("new", "old") by T₂₁, ("old",
+    "new") by T₁₂. norms: model → (n,) the embeddings' norms before they were made unit, where these were asked for.
     """
 
     native: dict[str, FloatArray]
     mapped: dict[tuple[str, str], FloatArray] = field(default_factory=dict)
+    norms: dict[str, FloatArray] = field(default_factory=dict)
 
     def view(self, query: str, gallery: str) -> tuple[FloatArray, FloatArray | None, str] | None:
         """What is compared when ``query`` searches ``gallery``: query and gallery embeddings and how they meet.
 
-        The gallery is None when it is the query's own. ``backward`` maps the queries, ``forward`` the gallery,
-        ``direct`` nothing. None when a model is missing or the spaces cannot be compared.
+        The gallery is None when it is the query's own. ``backward`` maps the queries into the gallery's space,
+        ``forward`` the gallery into the queries', ``in NAME`` both into a third one's, ``direct`` nothing. None when a
+        model is missing or the spaces cannot be compared.
         """
         if query not in self.native or gallery not in self.native:
             return None
         if query == gallery:
             return self.native[query], None, "own"
-        if (query, gallery) in self.mapped:
-            return self.mapped[query, gallery], self.native[gallery], "backward"
-        if (gallery, query) in self.mapped:
-            return self.native[query], self.mapped[gallery, query], "forward"
+        for space in dict.fromkeys([gallery, query, *self.native]):
+            left, right = (self.native[m] if m == space else self.mapped.get((m, space)) for m in (query, gallery))
+            if left is not None and right is not None:
+                moved = left is not self.native[query] or right is not self.native[gallery]
+                how = {gallery: "backward", query: "forward"}.get(space, f"in {space}")
+                return left, right, how if moved else "direct"
         if self.native[query].shape[1] == self.native[gallery].shape[1]:
             return self.native[query], self.native[gallery], "direct"
         return None

@@ -18,7 +18,7 @@ from trainer.data.store import FileStore
 from trainer.errors import DataError
 from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray
 from trainer.evaluation.bootstrap import interval
-from trainer.evaluation.compatibility import CELLS, Spaces
+from trainer.evaluation.compatibility import Spaces, cell_pairs
 from trainer.evaluation.verification import fold_accuracy, resample_pairs, scores_of
 
 
@@ -171,7 +171,7 @@ def measure_pairs(
     """
     first, second = np.searchsorted(records, pairs.first), np.searchsorted(records, pairs.second)
     cells: dict[str, Any] = {}
-    for query, gallery in CELLS:
+    for query, gallery in cell_pairs(spaces.native):
         view = spaces.view(query, gallery)
         if view is not None:
             left, right = view[0], view[0] if view[1] is None else view[1]

@@ -112,6 +112,8 @@ def _criterion(sets: Sequence[Result]) -> Figure:
 def _roc(cells: Result) -> Figure:
     figure, axes = _figure(3.8)
     for name, cell in cells.items():
+        if name not in CELL_STYLES:
+            continue  # the other pairs of a chain stand in the table
         colour, dash = CELL_STYLES[name]
         axes.plot(cell["roc"]["far"], cell["roc"]["tar"], color=colour, linestyle=dash, label=arrow(name))
     axes.set_xscale("log")

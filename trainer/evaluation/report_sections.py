@@ -113,6 +113,7 @@ def data_set(name: str, one: Result, plots: Plots, album: Album) -> str:
         "compared with every other one, never with itself. In brackets: 95 % intervals by resampling identities.</p>",
         _matrix(one),
         _gain(one),
+        _chain(one),
         '<div class="figures">',
         *(figure(plots, f"{name}-{kind}", text) for kind, text in captions.items()),
         "</div>",
@@ -153,6 +154,27 @@ def _gain(one: Result) -> str:
         if value is not None
     ]
     return _GAIN + _table(["metric", "update gain", "cost"], rows) if rows else ""
+
+
+def _chain(one: Result) -> str:
+    rows = [
+        [
+            escape(f"{pair['query']} → {pair['gallery']}"),
+            escape(finding["metric"]),
+            _interval(finding["old"]),
+            _interval(finding["new"]),
+            _interval(finding["difference"], "+.3f"),
+            finding["outcome"],
+        ]
+        for pair in one["chain"]
+        for finding in pair["findings"]
+    ]
+    lead = (
+        '<h3>The chain of models</h3><p class="soft">Each later model on each earlier one\'s gallery, against that '
+        "model itself.</p>"
+    )
+    head = ["query → gallery", "metric", "gallery's own model", "later model", "difference", "outcome"]
+    return lead + _table(head, rows) if rows else ""
 
 
 def _operating_points(one: Result) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 from trainer.data.index import Dataset
 from trainer.distributed import Ranks, on_main
 from trainer.errors import DataError, ModelError
-from trainer.evaluation.arrays import FloatArray, IntArray
+from trainer.evaluation.arrays import FloatArray, IntArray, check_unit
+from trainer.evaluation.chain import carried, check_links
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.study import NamedSet
 from trainer.evaluation.templates import TemplateSet, pool
-from trainer.export import Direction, EmbeddingModel, embed_dataset
+from trainer.export import Color, EmbeddingModel, embed_dataset
 from trainer.files import replaced
 
 Progress = Callable[[str, int, int], None]
@@ -28,13 +29,12 @@ class EmbeddingCache:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def _file(self, model: EmbeddingModel, dataset: Dataset, records: IntArray, flip: bool) -> Path | None:
+    def _file(self, model: EmbeddingModel, dataset: Dataset, records: IntArray, flip: bool, unit: bool) -> Path | None:
         if self.folder is None:
             return None
-        which = hashlib.sha256(str(dataset.path.resolve()).encode() + records.tobytes() + bytes([flip])).hexdigest()[
-            :16
-        ]
-        return self.folder / f"{model.hash}-{dataset.fingerprint[:16]}-{which}.npy"
+        settings = bytes([flip]) if unit else bytes([flip, 1])
+        which = hashlib.sha256(str(dataset.path.resolve()).encode() + records.tobytes() + settings).hexdigest()
+        return self.folder / f"{model.hash}-{dataset.fingerprint[:16]}-{which[:16]}.npy"
 
     def embed(
         self,
@@ -44,13 +44,17 @@ class EmbeddingCache:
         ranks: Ranks,
         progress: Callable[[int, int], None] | None = None,
         flip: bool = False,
+        unit: bool = True,
     ) -> FloatArray:
-        """Embeddings (n, D) float32 of ``records``, on every rank; from the cache where they are known."""
-        file = self._file(model, dataset, records, flip)
+        """Embeddings (n, D) float32 of ``records``, on every rank; from the cache where they are known.
+
+        unit: made unit; else with the norms that the network gives them.
+        """
+        file = self._file(model, dataset, records, flip, unit)
         known = on_main(lambda: self._read(file, len(records), model.dim), ranks)
         if known is not None:
             return known
-        made = embed_dataset(model, dataset, records, ranks=ranks, progress=progress, flip=flip)
+        made = embed_dataset(model, dataset, records, ranks=ranks, progress=progress, flip=flip, unit=unit)
         on_main(lambda: self._write(file, made), ranks)
         return made
 
@@ -79,23 +83,10 @@ def check_models(models: Mapping[str, EmbeddingModel], datasets: Mapping[str, Da
     """Refuse, before anything is embedded, models that cannot be compared or cannot read the images.
 
     Raises:
-        ModelError: old and new of other dimensions without a transformation.
+        ModelError: models of other dimensions without a transformation, or with one for other dimensions.
         DataError: images of another size.
     """
-    old, new = models["old"], models["new"]
-    if old.dim != new.dim and not _directions(new):
-        raise ModelError(
-            f"{new.path}: dimension {new.dim} against {old.dim} of {old.path}, and no transformation between them in "
-            "the new model; train with compat.mode backward, forward, both or cross-model"
-        )
-    for direction in _directions(new):
-        part = new.card.transforms[direction]
-        expected = (new.dim, old.dim) if direction == "t21" else (old.dim, new.dim)
-        if (part.dim_in, part.dim_out) != expected:
-            raise ModelError(
-                f"{new.path}: its {direction} maps dimension {part.dim_in} to {part.dim_out}, needed is {expected[0]} "
-                f"to {expected[1]}; was it trained against another old model?"
-            )
+    check_links(models)
     for name, dataset in datasets.items():
         for role, model in models.items():
             if tuple(model.card.image_size) != tuple(dataset.info.image_size):
@@ -109,10 +100,6 @@ def _size(size: tuple[int, int]) -> str:
     return f"{size[0]} × {size[1]}"
 
 
-def _directions(new: EmbeddingModel) -> list[Direction]:
-    return list(new.card.transforms)
-
-
 def embed_spaces(
     name: str,
     models: Mapping[str, EmbeddingModel],
@@ -122,25 +109,35 @@ def embed_spaces(
     ranks: Ranks,
     progress: Progress | None = None,
     flip: bool = False,
+    norms: bool = False,
 ) -> Spaces:
-    """Embed records (n,) under every model, T applied where the new model has one. Every rank must call it.
+    """Embed records (n,) under every model, T applied where a model has one. Every rank must call it.
+
+    Args:
+        norms: keep the embeddings' norms too.
 
     Raises:
-        LceError: a record or a model cannot be used.
+        LceError: a record or a model cannot be used, or gives no norms.
     """
     native: dict[str, FloatArray] = {}
+    sizes: dict[str, FloatArray] = {}
     for role, model in models.items():
 
         def report(done: int, total: int, role: str = role) -> None:
             if progress is not None:
                 progress(f"{name}: {role} model", done, total)
 
-        native[role] = cache.embed(model, dataset, records, ranks, report, flip)
-    mapped: dict[tuple[str, str], FloatArray] = {}
-    for direction in _directions(models["new"]):
-        query, space = ("new", "old") if direction == "t21" else ("old", "new")
-        mapped[query, space] = models["new"].transform(direction, native[query])
-    return Spaces(native, mapped)
+        native[role] = cache.embed(model, dataset, records, ranks, report, flip, unit=not norms)
+        if norms:
+            sizes[role] = np.linalg.norm(native[role], axis=1)
+            if np.all(np.abs(sizes[role] - 1) < 1e-4):
+                raise ModelError(
+                    f"{model.path}: gives unit embeddings, whose norms say nothing; take the model folder instead of "
+                    "its export, or leave --norm-weights out"
+                )
+            native[role] = native[role] / np.maximum(sizes[role], 1e-12)[:, None]
+        check_unit(native[role], f"{name}, {role} model")
+    return Spaces(native, carried(models, native), sizes)
 
 
 def embed_set(
@@ -158,22 +155,67 @@ def embed_set(
 
 
 def pool_spaces(
-    spaces: Spaces, templates: TemplateSet, model: EmbeddingModel, by_score: bool
+    spaces: Spaces, templates: TemplateSet, models: Mapping[str, EmbeddingModel], by_score: bool
 ) -> tuple[IntArray, Spaces]:
     """Image embeddings → template numbers (t,) and template embeddings under every model.
 
     T₂₁ has worked on the query's images; T₁₂ works on the pooled templates, because these are what a gallery keeps.
+    Images are weighed by their detection score (``by_score``) and by the norms, where ``spaces`` has them.
     """
-    weights = templates.score if by_score else None
 
-    def pooled(embeddings: FloatArray) -> tuple[IntArray, FloatArray]:
-        return pool(embeddings, templates.template, templates.media, weights)
+    def pooled(role: str, embeddings: FloatArray) -> tuple[IntArray, FloatArray]:
+        weights = templates.score if by_score else np.ones(len(embeddings))
+        return pool(embeddings, templates.template, templates.media, weights * spaces.norms.get(role, 1.0))
 
-    native = {role: pooled(embeddings)[1] for role, embeddings in spaces.native.items()}
-    mapped = {key: pooled(embeddings)[1] for key, embeddings in spaces.mapped.items()}
-    if ("old", "new") in mapped:
-        mapped["old", "new"] = model.transform("t12", native["old"])
-    return pooled(spaces.native["old"])[0], Spaces(native, mapped)
+    numbers = pooled("old", spaces.native["old"])[0]
+    native = {role: pooled(role, embeddings)[1] for role, embeddings in spaces.native.items()}
+    mapped = carried(models, native)
+    place = list(models).index
+    for (role, space), embeddings in spaces.mapped.items():
+        if place(role) > place(space) and embeddings is not spaces.native[role]:
+            mapped[role, space] = pooled(role, embeddings)[1]
+    return numbers, Spaces(native, mapped)
+
+
+def check_colours(name: str, models: Mapping[str, EmbeddingModel], dataset: Dataset, identities: int = 40) -> None:
+    """Refuse a set or a model whose colour order is declared wrongly, as far as the pictures show it.
+
+    Two images of each of up to ``identities`` identities are compared as declared and with red and blue swapped, by the
+    share of the others' images that score below the own one. Grey pictures show nothing, nor do fewer than 10
+    identities.
+
+    Raises:
+        DataError: a model tells the identities apart clearly better (by 0.03 and four standard errors) when swapped.
+    """
+    kept, labels = dataset.kept, np.asarray(dataset.labels[dataset.kept])
+    order = np.argsort(labels, kind="stable")
+    _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    first = first[counts > 1][:: max(1, int((counts > 1).sum()) // identities)][:identities]
+    if len(first) < 10:
+        return
+    records = kept[order[np.concatenate([first, first + 1])]]
+    images = np.stack([dataset.decode(int(record)) for record in records])
+    if np.array_equal(images, images[..., ::-1]):
+        return
+    swapped: dict[Color, Color] = {"RGB": "BGR", "BGR": "RGB"}
+    for role, model in models.items():
+        given, other = (_told_apart(model.embed(images, c)) for c in (dataset.info.color, swapped[dataset.info.color]))
+        gain = other - given
+        if gain.mean() > max(0.03, 4 * float(gain.std(ddof=1)) / len(gain) ** 0.5):
+            raise DataError(
+                f"{name} ({dataset.path}): the {role} model {model.path} tells its identities apart better with red "
+                f"and blue swapped ({other.mean():.3f} against {given.mean():.3f}): the colour order of the set "
+                f"({dataset.info.color}) or of the model ({model.card.color}) is wrong; mend it, or give "
+                "--no-colour-check"
+            )
+
+
+def _told_apart(embeddings: FloatArray) -> FloatArray:
+    """First and second images (2n, D) of n identities → the share of the others' second images below the own one."""
+    half = len(embeddings) // 2
+    cosines = embeddings[:half] @ embeddings[half:].T
+    below = cosines < np.diag(cosines)[:, None]
+    return np.asarray(below.sum(1) / (half - 1), np.float64)
 
 
 def training_curves(

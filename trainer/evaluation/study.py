@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,11 @@ from trainer.evaluation.arrays import IntArray, check_unit, class_index
 from trainer.evaluation.backfill import ORDERS, backfill_curve, backfill_order
 from trainer.evaluation.bootstrap import draw_identities
 from trainer.evaluation.compatibility import (
-    CELLS,
     Cell,
     OperatingPoint,
     PointToSet,
     Spaces,
+    cell_pairs,
     compare,
     examples,
     flips,
@@ -29,6 +29,7 @@ from trainer.evaluation.compatibility import (
 from trainer.evaluation.verdict import Rules, SetVerdict, decide, judge_set, resolved_far
 
 Result = dict[str, Any]
+Cells = dict[tuple[str, str], Cell]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class NamedSet:
     records: IntArray
     class_names: Sequence[str] | None = None
 
+    @property
+    def deployed(self) -> list[str]:
+        """The models whose galleries the new one must serve: the old one, then those between."""
+        return [model for model in self.spaces.native if model not in ("new", "paragon")]
+
     def identity(self, label: int) -> str:
         """An identity's name, or its label where it has none."""
         return str(label) if self.class_names is None else self.class_names[label]
@@ -69,7 +75,8 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
     """Measure every set and give the verdict.
 
     Args:
-        sets: each with at least the models ``old`` and ``new``, comparable with each other.
+        sets: each with at least the models ``old`` and ``new``, and in this order those that were deployed between
+            them; the new one must be comparable with each of these, and is judged on the galleries of all of them.
         notify: told what comes next, once a stage (see :func:`stages`).
 
     Returns:
@@ -86,9 +93,7 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
     for one in sets:
         cells = measure_cells(one, options, notify)
         notify(f"{one.name}: criteria")
-        identities = len(np.unique(one.labels))
-        size = (identities, len(one.labels))
-        judged.append(judge_set(one.name, cells["old", "old"], cells["new", "old"], size, options.fars, options.rules))
+        judged += [judge_pair(one, cells, "new", gallery, options) for gallery in one.deployed]
         far = resolved_far(options.fars, cells["old", "old"].scores.impostor_count, options.rules) or max(options.fars)
         points[one.name] = operating_point(cells["old", "old"].scores, cells["new", "old"].scores, far)
         share = _point_to_set(one)
@@ -102,44 +107,66 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
     return result
 
 
-def stages(sets: int, models: int) -> int:
+def stages(sets: int, models: Collection[str]) -> int:
     """How often :func:`study` notifies, at most."""
-    return sets * (2 + (4 if models < 3 else len(CELLS)))
+    return sets * (2 + len(cell_pairs(models)))
 
 
-def measure_cells(one: NamedSet, options: Options, notify: Callable[[str], None]) -> dict[tuple[str, str], Cell]:
-    """The compatibility matrix of a set: every comparable cell of :data:`CELLS`."""
+def judge_pair(one: NamedSet, cells: Cells, query: str, gallery: str, options: Options) -> SetVerdict:
+    """``query``'s model on the gallery of ``gallery``'s against that one itself."""
+    size = (len(np.unique(one.labels)), len(one.labels))
+    name = one.name if gallery == "old" else f"{one.name}, gallery of {gallery}"
+    pair = cells[gallery, gallery], cells[query, gallery]
+    return judge_set(name, *pair, size, options.fars, options.rules, gallery)
+
+
+def chain(one: NamedSet, cells: Cells, options: Options) -> list[Result]:
+    """The criterion of every later model on every earlier one's gallery; empty for two models."""
+    if len(one.deployed) < 2:
+        return []
+    models = [*one.deployed, "new"]
+    return [
+        {"query": query, "gallery": gallery, "findings": judge_pair(one, cells, query, gallery, options).findings}
+        for at, query in enumerate(models)
+        for gallery in models[:at]
+        if (query, gallery) in cells
+    ]
+
+
+def measure_cells(one: NamedSet, options: Options, notify: Callable[[str], None]) -> Cells:
+    """The compatibility matrix of a set: every comparable pair of its models."""
     for model, embeddings in one.spaces.native.items():
         check_unit(embeddings, f"{one.name}, {model} model")
     index = class_index(one.labels, one.name)
     draws = draw_identities(int(index.max()) + 1, options.replicates, options.seed)
     cells = {}
-    for query, gallery in CELLS:
+    for query, gallery in cell_pairs(one.spaces.native):
         if one.spaces.view(query, gallery) is None:
             continue
         notify(f"{one.name}: {query}→{gallery}")
         cell = compare(one.spaces, query, gallery, one.labels, options.fars, draws)
         if cell is not None:
             cells[query, gallery] = cell
-    if ("new", "old") not in cells:
+    missing = next((gallery for gallery in one.deployed if ("new", gallery) not in cells), None)
+    if missing is not None:
         dims = {model: embeddings.shape[1] for model, embeddings in one.spaces.native.items()}
         raise ModelError(
-            f"{one.name}: the new model's embeddings cannot be compared with the old gallery: dimensions {dims} and no "
-            "transformation between them in either model; train with compat.mode backward, forward or both"
+            f"{one.name}: the new model's embeddings cannot be compared with the {missing} gallery: dimensions {dims} "
+            "and no transformation between them; train with compat.mode backward, forward or both"
         )
     return cells
 
 
 def _point_to_set(one: NamedSet) -> PointToSet | None:
     view = one.spaces.view("new", "old")
-    if view is None or view[1] is None or view[2] == "forward":
-        return None  # forward: no new embedding ever enters the old space
+    if view is None or view[1] is None or view[2] not in ("direct", "backward"):
+        return None  # no new embedding ever enters the old space
     return point_to_set(view[0], view[1], one.labels)
 
 
 def _describe(
     one: NamedSet,
-    cells: dict[tuple[str, str], Cell],
+    cells: Cells,
     far: float,
     point: OperatingPoint,
     share: PointToSet | None,
@@ -155,6 +182,7 @@ def _describe(
         "far": far,
         "cells": {f"{q}->{g}": _cell(cell, options) for (q, g), cell in cells.items()},
         "gain": {metric: gain(cells, metric) for metric in metrics},
+        "chain": chain(one, cells, options),
         "point_to_set": share,
         "operating_point": {
             "new->old": point,

@@ -20,7 +20,7 @@ from trainer.data.index import Dataset, DatasetInfo
 from trainer.data.store import FileStore
 from trainer.errors import DataError
 from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray
-from trainer.evaluation.compatibility import CELLS, Spaces
+from trainer.evaluation.compatibility import Spaces, cell_pairs
 from trainer.evaluation.identification import OpenSet, open_set
 from trainer.evaluation.pairs import pair_cosines, pair_figures
 
@@ -161,7 +161,8 @@ def pool(
     """Templates from images: the mean over each medium's images, summed over a template's media, normalised.
 
     Args:
-        embeddings: (n, D) unit. template, media: (n,). weights: (n,) > 0, detection scores or norms; None: all alike.
+        embeddings: (n, D) unit. template, media: (n,). weights: (n,) > 0, detection scores, norms or their product, by
+            which each embedding is multiplied first, as is usual for these sets; None: all alike.
 
     Returns:
         Template numbers (t,) ascending and unit embeddings (t, D) float32.
@@ -171,7 +172,7 @@ def pool(
     t, m, w = template[order], media[order], weights[order]
     starts = np.flatnonzero(np.r_[True, (t[1:] != t[:-1]) | (m[1:] != m[:-1])])
     means = np.add.reduceat(embeddings[order] * w[:, None].astype(np.float32), starts, axis=0)
-    means /= np.add.reduceat(w, starts)[:, None]
+    means /= np.diff(np.append(starts, len(t)))[:, None].astype(np.float32)
     numbers = t[starts]
     first = np.flatnonzero(np.r_[True, numbers[1:] != numbers[:-1]])
     sums = np.add.reduceat(means, first, axis=0)
@@ -196,7 +197,7 @@ def measure_templates(
             query model's.
     """
     cells: dict[str, Any] = {}
-    for query, gallery in CELLS:
+    for query, gallery in cell_pairs(spaces.native):
         view = spaces.view(query, gallery)
         if view is None:
             continue

@@ -51,7 +51,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class SetVerdict:
-    """The answer on one set, its findings and the reason in words."""
+    """The answer on one set, its findings and the reason in words; gallery: of which model."""
 
     name: str
     answer: Answer
@@ -59,6 +59,7 @@ class SetVerdict:
     images: int
     findings: list[Finding]
     reason: str
+    gallery: str = "old"
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,16 @@ def resolved_far(fars: Sequence[float], impostor_pairs: int, rules: Rules) -> fl
 
 
 def judge_set(
-    name: str, old: Cell, new: Cell, size: tuple[int, int], fars: Sequence[float], rules: Rules
+    name: str,
+    old: Cell,
+    new: Cell,
+    size: tuple[int, int],
+    fars: Sequence[float],
+    rules: Rules,
+    gallery: str = "old",
 ) -> SetVerdict:
-    """Judge one set by its cells old→old and new→old; ``size``: its identities and images."""
+    """Judge one set by its cells old→old and new→old; ``size``: its identities and images. gallery: the old model's
+    name in a longer chain."""
     identities, images = size
     far = resolved_far(fars, min(old.scores.impostor_count, new.scores.impostor_count), rules)
     metrics = ([tar_name(far)] if far is not None else []) + ["rank-1"]
@@ -112,7 +120,7 @@ def judge_set(
             "SAFE",
             "better than the old model: " + " and ".join(f.metric for f in findings if f.outcome == "better"),
         )
-    return SetVerdict(name, answer, identities, images, findings, reason)
+    return SetVerdict(name, answer, identities, images, findings, reason, gallery)
 
 
 def _find(metric: str, old: Cell, new: Cell, rules: Rules) -> Finding:
@@ -162,8 +170,9 @@ _OPENINGS: dict[Answer, str] = {
 
 
 def _sentence(s: SetVerdict) -> str:
+    before = "the old model" if s.gallery == "old" else s.gallery
     figures = ", ".join(
-        f"{f.metric} is {f.new.value:.3f} where the old model has {f.old.value:.3f} "
+        f"{f.metric} is {f.new.value:.3f} where {before} has {f.old.value:.3f} "
         f"({f.difference.value:+.3f}, 95 % interval {f.difference.low:+.3f} to {f.difference.high:+.3f})"
         for f in s.findings
     )
