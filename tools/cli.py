@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from trainer import __version__
+from trainer.config import is_layer
 from trainer.errors import LceError
 
 EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
@@ -30,6 +31,7 @@ COMMANDS = (
     "export",
     "gallery",
     "checkpoint",
+    "plan",
     "bench",
 )
 
@@ -51,10 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; ``key=value`` overrides may stand behind options too (argparse alone takes them in one place only)."""
+    """Parse; ``key=value`` and FILE.yaml may stand behind options too (argparse alone takes them in one place only)."""
     args, rest = parser.parse_known_args(argv)
     if rest:
-        if not hasattr(args, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
+        fits = [("=" in word or is_layer(word)) and not word.startswith("-") for word in rest]
+        if not hasattr(args, "overrides") or not all(fits):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides = [*args.overrides, *rest]
     return args

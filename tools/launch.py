@@ -2,6 +2,7 @@
 
   lce launch configs/FILE.yaml --nproc 2 train.steps=1000
   lce launch configs/FILE.yaml --nproc 8 --nnodes 2 --node-rank 0 --master node0:29500      # the same on node 1
+  lce launch configs/data/wf42m.yaml configs/network/r50.yaml configs/gpus/8.yaml --nproc 8    # files in order
   lce launch configs/FILE.yaml --nproc 8 --nnodes 4 --with slurm --gpus 8 --dry-run          # shows the sbatch file
 
 The same command continues an interrupted run, on any number of ranks. Exit status: 0 finished; 2 wrong use; 70 crash;
@@ -18,7 +19,9 @@ HELP = "train as a configuration says, on one or many processes and machines"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce launch``."""
     parser.add_argument("config", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=0.05")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=0.05; or a further YAML file"
+    )
     parser.add_argument("--nproc", type=int, default=0, help="processes per node (default: one a GPU, or 1)")
     parser.add_argument(
         "--with", dest="launcher", choices=("torchrun", "mpirun", "slurm", "deepspeed"), default="torchrun"

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit status. A failure inside the run ends the process at once."""
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=0.05")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="or a further YAML file")
     args = parser.parse_args(arguments)
     warnings.simplefilter(
         "ignore", FutureWarning
