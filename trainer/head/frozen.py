@@ -140,23 +140,29 @@ class _Pass:
         self.scaled = (unit * owner.scale).to(owner.compute).t()
         order = torch.argsort(places)
         self.samples, self.places = samples[order], places[order]
+        edges = torch.arange(0, self._total() + owner.kernels.chunk_rows, owner.kernels.chunk_rows, device=order.device)
+        self.bounds: list[int] = torch.searchsorted(self.places, edges).tolist()  # of each chunk's targets
+
+    def _total(self) -> int:
+        return len(self.owner.rows) if self.drawn is None else len(self.drawn)
 
     def chunks(self) -> list[tuple[int, int]]:
         """(first row, one past the last) of every chunk."""
-        total = len(self.owner.rows) if self.drawn is None else len(self.drawn)
-        step = self.owner.kernels.chunk_rows
+        step, total = self.owner.kernels.chunk_rows, self._total()
         return [(first, min(first + step, total)) for first in range(0, total, step)]
 
     def products(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """A chunk's rows (n, D), s·cos (n, B) with the targets masked out, and ones (n, 1)."""
         rows = self.owner.rows[first:last] if self.drawn is None else self.owner.rows[self.drawn[first:last]]
         products = torch.mm(rows.to(self.owner.compute), self.scaled).to(self.owner.work)
-        at, samples = self._targets(first, last)
+        at, samples = self._targets(first)
         products[at, samples] = MASKED
         return rows, products, products.new_ones(len(rows), 1)
 
-    def _targets(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        inside = (self.places >= first) & (self.places < last)
+    def _targets(self, first: int) -> tuple[Tensor, Tensor]:
+        """The targets in the chunk that begins at ``first``: their places in it, and their samples."""
+        number = first // self.owner.kernels.chunk_rows
+        inside = slice(self.bounds[number], self.bounds[number + 1])
         return self.places[inside] - first, self.samples[inside]
 
     def finish(self, sums: Tensor, cosine: Tensor, known: Tensor) -> None:
@@ -179,7 +185,7 @@ class _Pass:
         for first, last in self.chunks():
             rows, products, ones = self.products(first, last)
             q, _ = owner.kernels.fuse(softmax_weights)(products, ones, log_sum, share)
-            at, samples = self._targets(first, last)
+            at, samples = self._targets(first)
             q[at, samples] = pull[samples]
             transposed += torch.mm(rows.to(owner.compute).t(), q.to(owner.compute)).to(owner.work)
         dx = transposed.t().contiguous()
