@@ -1,0 +1,185 @@
+"""The plan as a user gets it: memory, advice, time, the simulation of many ranks, and ``lce plan`` itself."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools.cli import main
+from tools.plan_verify import case_setting, verify
+from trainer.config import parse_config
+from trainer.errors import ConfigError
+from trainer.planning.activations import backbone_sizes
+from trainer.planning.memory import Part, peak_bytes
+from trainer.planning.plan import changes_to_fit, make_plan, ranks_to_fit
+from trainer.planning.setting import Setting
+from trainer.planning.simulation import fake_ranks, simulate
+
+GIB = 2**30
+
+
+def setting(classes: int = 1_000_000, world: int = 8, device: Any = "cuda", **sections: dict[str, Any]) -> Setting:
+    tree: dict[str, Any] = {
+        "run": {"dir": "unused"},
+        "data": {"loader": "synthetic", "batch_size": 128 * world},
+        "backbone": {"name": "small", "dim": 512},
+    }
+    for name, values in sections.items():
+        tree.setdefault(name, {}).update(values)
+    return Setting(parse_config(tree, "test"), classes, (112, 112), world, device, records=1_000_000)
+
+
+def parts(plan: Any) -> dict[str, int]:
+    return {part.name: part.bytes for part in plan.memory}
+
+
+def test_tables_are_exact() -> None:
+    found = parts(make_plan(setting(29_000_000)))
+    rows = -(-29_000_000 // 8)
+    assert found["rows"] == found["rows' optimizer state"] == rows * 512 * 4
+    half = setting(29_000_000, head={"rows": "bfloat16", "sample_rate": 0.1, "optimizer": {"name": "adamw"}})
+    found = parts(make_plan(replace(half, bank_dim=512, config=with_lce(half))))
+    assert found["rows"] == rows * 512 * 2
+    assert found["rows' optimizer state"] == rows * (2 * 512 * 2 + 4)
+    assert found["old centres"] == rows * (512 * 4 + 5)
+
+
+def with_lce(one: Setting) -> Any:
+    return one.config.model_copy(update={"compat": one.config.compat.model_copy(update={"method": "lce"})})
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    """Two linear layers with tanh between: the input of each, and tanh's result, which is the second's input."""
+    from tests.runs import config
+
+    sizes = backbone_sizes(config(Path("unused"), train__precision="float32"), (8, 8), 5)
+    assert sizes.parameters == 192 * 24 + 24 + 24 * 6 + 6
+    assert sizes.saved_bytes == 5 * 24 * 4  # the images are counted beside
+    assert sizes.buffers == sizes.fixed == 0
+
+
+def test_recomputation_and_bfloat16_keep_less() -> None:
+    def kept(**train: Any) -> int:
+        return backbone_sizes(setting(backbone={"name": "iresnet18"}, train=train).config, (112, 112), 8).saved_bytes
+
+    whole = kept()
+    assert kept(activation_checkpointing=True) < 0.4 * whole
+    assert 0.4 * whole < kept(precision="bfloat16") < 0.65 * whole
+
+
+def test_the_largest_moment_counts_once() -> None:
+    made = [Part("a", 10), Part("b", 5, "step"), Part("c", 7, "load"), Part("d", 3, on_host=True)]
+    assert peak_bytes(made) == 17
+    assert peak_bytes(made, on_host=True) == 3
+
+
+def test_more_ranks_until_it_fits() -> None:
+    one = setting(10_000_000, world=1)
+    ranks = ranks_to_fit(one, 24 * GIB)
+    assert ranks is not None
+    assert make_plan(replace(one, world_size=ranks)).device_bytes <= 24 * GIB
+    assert make_plan(replace(one, world_size=ranks - 1)).device_bytes > 24 * GIB
+    assert ranks_to_fit(one, GIB // 4) is None
+
+
+def test_advice_says_what_fits() -> None:
+    plan = make_plan(setting(29_000_000, world=2))
+    changes = changes_to_fit(plan, 40 * GIB)
+    by_words = {change.words: change for change in changes}
+    half = by_words["rows in bfloat16 (head.rows=bfloat16)"]
+    assert half.fits
+    assert half.peak_bytes < plan.device_bytes - 25 * GIB
+    assert all(change.peak_bytes < plan.device_bytes for change in changes)
+    assert any(change.words.startswith("at least") and change.fits for change in changes)
+
+
+def test_time_and_checkpoint() -> None:
+    plan = make_plan(setting(train={"epochs": 2}, data={"batch_size": 1000}))
+    assert plan.updates == 2000
+    assert plan.hours(5000) == pytest.approx(2000 * 1000 / 5000 / 3600)
+    assert plan.link_seconds(100) == pytest.approx(plan.sent_bytes * 8 / 100e9)
+    network = plan.backbone.parameters * 2 + plan.backbone.buffers
+    assert plan.checkpoint_bytes == 1_000_000 * 512 * 4 * 2 + network * 4
+
+
+def test_a_real_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
+    from tests.runs import config
+    from trainer.distributed import Ranks
+    from trainer.engine import train
+
+    changes = {"data__synthetic_classes": 5000, "backbone__dim": 64, "train__steps": 1, "head__rows": "float32"}
+    one = config(tmp_path / "run", **changes)
+    train(one, Ranks())
+    (folder,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    on_disk = sum(path.stat().st_size for path in folder.iterdir())
+    assert on_disk == pytest.approx(make_plan(Setting(one, 5000, (8, 8), 1, "cpu")).checkpoint_bytes, rel=0.02)
+
+
+def test_512_ranks_are_simulated() -> None:
+    found = simulate(setting(29_000_000), 512)
+    assert found.problems == ()
+    assert found.owned == (56641, 56449, 0)
+    assert found.samples == (2, 2)
+    assert found.ranks == (0, 511)
+    assert len(found.collectives) == 5
+
+
+def test_a_simulation_finds_ranks_without_classes() -> None:
+    found = simulate(setting(100, world=4), 60)
+    assert found.owned == (2, 2, 10)
+    assert "10 of 60 ranks would own no class" in found.problems[0]
+    assert "start 50 ranks" in found.problems[0]
+    assert found.collectives == ()
+
+
+def test_a_simulation_finds_other_bytes_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.planning import traffic
+
+    monkeypatch.setattr(traffic, "_softmax", lambda setting: [])
+    found = simulate(setting(1000), 4)
+    assert any("other bytes than planned" in problem for problem in found.problems)
+
+
+def test_a_simulation_within_a_job_is_refused() -> None:
+    with fake_ranks(1, 3), pytest.raises(ConfigError, match="outside of a job"):
+        simulate(setting(1000), 4)
+    assert not torch.distributed.is_initialized()
+
+
+def test_verify_measures_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.planning import memory
+
+    (row,) = verify([case_setting(20_000, 0.1, 2, "cpu", ["backbone.dim=64"])])
+    assert row["ok"], row
+    monkeypatch.setattr(memory, "PROCESS_BYTES", 2 * memory.PROCESS_BYTES)
+    planned = make_plan(case_setting(20_000, 0.1, 2, "cpu", ["backbone.dim=64"])).device_bytes
+    assert planned > 1.1 * row["measured_bytes"]
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--classes", "2e6", "--gpus", "4", "--backbone", "r18", "--batch", "16", "--image-size", "32"]
+    assert main([*words, "--memory", "80GiB", "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["fits"]
+    assert figures["backbone"] == "iresnet18"
+    assert figures["batch"] == 64
+    assert main([*words, "--memory", "2GB", "--link-gbps", "10", "--samples-per-second", "900", "--simulate", "6"]) == 1
+    text = capsys.readouterr().out
+    assert "does NOT fit" in text
+    assert "ms an update" in text
+    assert "nothing is wrong" in text
+    assert main(["plan", "head.sample_rate=2", "--classes", "100"]) == 2
+    assert "head.sample_rate" in capsys.readouterr().err
+    assert main(["plan"]) == 2
+
+
+def test_a_recipe_without_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run: {dir: runs/x}\ndata: {path: not-there}\nbackbone: {name: small, dim: 64}\n")
+    assert main(["plan", str(path)]) == 2
+    assert "--classes" in capsys.readouterr().err
+    assert main(["plan", str(path), "--classes", "1000", "--image-size", "32", "train.steps=7", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["updates"] == 7

@@ -1,0 +1,316 @@
+"""What a run will need, before it is queued: memory of a rank by part, bytes per update, size on disk, hours.
+
+  lce plan configs/FILE.yaml --gpus 8                            # a recipe; key=value overrides behind it
+  lce plan --classes 29e6 --dim 512 --backbone iresnet50 --gpus 8 --batch 128 --memory 32GiB
+  lce plan --classes 2e6 --gpus 8 --link-gbps 100 --samples-per-second 5000 --records 42e6 --json -
+  lce plan configs/FILE.yaml --classes 2e6 --gpus 64 --simulate 512     # take a step as ranks of 512 that are not there
+  lce plan --verify                                              # planned beside measured on this machine, 3 minutes
+
+Tables and bytes sent are exact; what a step of the head needs besides is a model of the code, within a tenth of the
+measured peak on the CPU (--verify, small networks). What was not measured on such a device is marked. Exit status 1: it does not fit --memory, the
+simulation found a problem, or --verify one that is off by more than a tenth.
+"""
+
+import argparse
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+    from trainer.planning.plan import Plan
+    from trainer.planning.setting import Setting
+    from trainer.planning.simulation import Simulated
+
+HELP = "memory, traffic and time of a run before it is queued"
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``lce plan``."""
+    parser.add_argument("config", nargs="?", help="YAML file (default: a run of the sizes below)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example head.sample_rate=0.1")
+    sizes = parser.add_argument_group("sizes, where the configuration does not say or is to be overruled")
+    sizes.add_argument("--classes", type=_count, metavar="C", help="all classes")
+    sizes.add_argument("--dim", type=int, help="D, the embedding's dimension")
+    sizes.add_argument("--backbone", help="its name, such as iresnet50 (r50 for short)")
+    sizes.add_argument("--gpus", "--ranks", dest="ranks", type=int, default=1, help="ranks, one a device (1)")
+    sizes.add_argument("--batch", type=int, metavar="b", help="samples per rank")
+    sizes.add_argument("--rate", type=float, help="sample rate of the head")
+    sizes.add_argument("--rows", choices=("float32", "bfloat16"), help="dtype of the rows and their state")
+    sizes.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="of the backbone")
+    sizes.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images")
+    sizes.add_argument("--records", type=_count, metavar="N", help="images of an epoch")
+    sizes.add_argument("--lce", type=int, metavar="D1", help="LCE against centres of this dimension")
+    sizes.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, unless run.device is cpu")
+    more = parser.add_argument_group("what else is asked")
+    more.add_argument(
+        "--memory", type=_bytes, metavar="SIZE", help="of a device, such as 80GiB: does it fit, what would"
+    )
+    more.add_argument("--link-gbps", type=float, metavar="G", help="10⁹ bits per second of a rank's link: time to send")
+    more.add_argument("--samples-per-second", type=float, metavar="S", help="measured, all ranks together: hours")
+    more.add_argument("--simulate", type=int, metavar="N", help="check the configuration for N ranks without devices")
+    more.add_argument("--verify", action="store_true", help="measure planned runs here, in processes of their own")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, simulate or verify; returns the exit status."""
+    if args.config is not None and "=" in args.config:
+        args.config, args.overrides = None, [args.config, *args.overrides]
+    return _verify(args) if args.verify else _plan(args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from tools.benchmarks.measuring import origin, write_json
+    from tools.plan_verify import CASES, as_text, case_setting, verify
+    from tools.progress import progress_bar
+
+    cases = CASES if args.classes is None else ((args.classes, args.rate or 1.0, args.ranks),)
+    rows: list[dict[str, Any]] = []
+    with progress_bar("measuring") as progress:
+        for number, (classes, rate, ranks) in enumerate(cases):
+            if progress is not None:
+                progress(number, len(cases))
+            rows += verify([case_setting(classes, rate, ranks, args.device or "cpu", args.overrides)])
+    good = all(row["ok"] for row in rows)
+    write_json({"plan": "verify", **origin(), "ok": good, "cases": rows}, args.json)
+    if args.json != "-":
+        print(as_text(rows))
+    return 0 if good else 1
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tools.benchmarks.measuring import write_json
+    from trainer.planning.plan import changes_to_fit, make_plan
+    from trainer.planning.simulation import simulate
+
+    setting = make_setting(args)
+    plan = make_plan(setting)
+    changes = changes_to_fit(plan, args.memory) if args.memory and plan.device_bytes > args.memory else []
+    simulated = simulate(setting, args.simulate) if args.simulate else None
+    figures = as_figures(plan, args)
+    figures["changes_to_fit"] = [asdict(change) for change in changes]
+    figures["simulation"] = None if simulated is None else asdict(simulated)
+    write_json(figures, args.json)
+    if args.json != "-":
+        print("\n".join([*_describe(plan, args), *_advice(plan, args, changes), *_simulation(simulated, args)]))
+    return 1 if figures["fits"] is False or (simulated is not None and simulated.problems) else 0
+
+
+def make_setting(args: argparse.Namespace) -> "Setting":
+    """The setting that the command line and the configuration describe.
+
+    Raises:
+        ConfigError: a wrong configuration, or sizes that nothing says.
+    """
+    from trainer.compat.center_bank import CenterBank
+    from trainer.data.index import open_dataset
+    from trainer.errors import ConfigError
+    from trainer.planning.setting import Setting
+
+    if args.ranks < 1 or (args.simulate is not None and args.simulate < 1):
+        raise ConfigError("--gpus, --simulate: at least 1")
+    config = _config(args)
+    data = config.data
+    classes, records, side = args.classes, args.records, args.image_size
+    size = (side, side) if side else None
+    if data.loader == "synthetic":
+        classes, records = classes or data.synthetic_classes, records or data.synthetic_records
+        size = size or (data.synthetic_size, data.synthetic_size)
+    elif data.path is not None and data.path.exists():
+        dataset = open_dataset(data.path, data.labels)
+        classes, records = classes or dataset.num_classes, records or len(dataset.kept)
+        size = size or dataset.info.image_size
+    if classes is None:
+        raise ConfigError(
+            f"{data.path}: not there, so the number of classes is not known: give --classes (and --records)"
+        )
+    bank_dim = args.lce
+    if bank_dim is None and config.compat.method != "none":
+        there = config.compat.bank is not None and config.compat.bank.exists()
+        bank_dim = CenterBank.open(str(config.compat.bank)).dim if there else config.backbone.dim
+    device = args.device or ("cpu" if config.run.device == "cpu" else "cuda")
+    return Setting(config, classes, size or (112, 112), args.ranks, device, bank_dim, records)
+
+
+def _config(args: argparse.Namespace) -> "Config":
+    from trainer.config import load_config, parse_config
+    from trainer.errors import ConfigError
+
+    name = None if args.backbone is None else re.sub(r"^r(\d+)$", r"iresnet\1", args.backbone)
+    words = {
+        "backbone.dim": args.dim,
+        "backbone.name": name,
+        "data.batch_size": None if args.batch is None else args.batch * args.ranks,
+        "head.sample_rate": args.rate,
+        "head.rows": args.rows,
+        "train.precision": args.precision,
+    }
+    if args.lce is not None:
+        words |= {"compat.method": "lce", "compat.bank": "planned"}
+    settings = [f"{key}={value}" for key, value in words.items() if value is not None]
+    if args.config is not None:
+        return load_config(args.config, [*args.overrides, *settings])
+    if args.classes is None:
+        raise ConfigError(
+            "give a configuration, or the sizes: --classes 29e6 --backbone iresnet50 --gpus 8 --batch 128"
+        )
+    data: dict[str, Any] = {"loader": "synthetic", "synthetic_classes": args.classes}
+    data |= {"synthetic_records": args.records} if args.records else {}
+    tree: dict[str, Any] = {"run": {"dir": "planned"}, "data": data}
+    if args.batch is None:
+        tree["data"]["batch_size"] = 128 * args.ranks
+    for setting in [*args.overrides, *settings]:
+        _set(tree, setting)
+    return parse_config(tree, "lce plan")
+
+
+def _set(tree: dict[str, Any], setting: str) -> None:
+    import yaml
+
+    key, _, text = setting.partition("=")
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[last] = yaml.safe_load(text)
+
+
+def as_figures(plan: "Plan", args: argparse.Namespace) -> dict[str, Any]:
+    """The plan as JSON values."""
+    setting, speed, link = plan.setting, args.samples_per_second, args.link_gbps
+    seconds = None if link is None else plan.link_seconds(link)
+    return {
+        "plan": "run",
+        "classes": setting.num_classes,
+        "dim": setting.config.backbone.dim,
+        "backbone": setting.config.backbone.name,
+        "ranks": setting.world_size,
+        "batch": setting.config.data.batch_size,
+        "rate": setting.config.head.sample_rate,
+        "device": setting.device,
+        "memory": [asdict(part) for part in plan.memory],
+        "device_bytes": plan.device_bytes,
+        "host_bytes": plan.host_bytes,
+        "memory_limit_bytes": args.memory,
+        "fits": None if args.memory is None else plan.device_bytes <= args.memory,
+        "traffic": [asdict(c) | {"sent_bytes": c.sent_bytes(setting.world_size)} for c in plan.traffic],
+        "sent_bytes": plan.sent_bytes,
+        "link_seconds": seconds,
+        "link_share": None if seconds is None or speed is None else seconds / plan.step_seconds(speed),
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "updates": plan.updates,
+        "epochs": _epochs(plan),
+        "hours": None if speed is None else plan.hours(speed),
+    }
+
+
+def _epochs(plan: "Plan") -> float | None:
+    """Passes over the data, where their number is known."""
+    setting = plan.setting
+    if plan.updates is None or setting.records is None:
+        return None
+    train, data = setting.config.train, setting.config.data
+    return plan.updates * train.accumulate * data.batch_size / (setting.records * data.repeat)
+
+
+def _describe(plan: "Plan", args: argparse.Namespace) -> list[str]:
+    setting = plan.setting
+    config = setting.config
+    lines = [
+        f"{setting.num_classes:,} classes, dimension {config.backbone.dim}, {config.backbone.name}, "
+        f"batch {config.data.batch_size:,} on {setting.world_size} × {setting.device}, "
+        f"sample rate {config.head.sample_rate}, rows {config.head.rows}",
+        "",
+        "memory of a rank" + ("" if setting.device == "cpu" else " (GPU)"),
+        *_parts(plan, False),
+    ]
+    if plan.host_bytes:
+        lines += ["host memory of a rank", *_parts(plan, True)]
+    if plan.traffic:
+        lines += ["", "an update, on every rank"]
+        for c in plan.traffic:
+            times, most = f"{c.count} × " if c.count > 1 else "", "" if c.exact else "at most "
+            lines.append(f"  {c.purpose:46} {c.operation:15} {most}{times}{_size(c.tensor_bytes)}")
+        lines.append(f"  {'sent by a rank (ring)':46} {'':15} {_size(plan.sent_bytes)}")
+    lines += ["", f"checkpoint on disk: {_size(plan.checkpoint_bytes)} (kept: {config.checkpoint.keep})"]
+    if plan.updates is not None:
+        epochs = _epochs(plan)
+        lines.append(f"updates: {plan.updates:,}" + ("" if epochs is None else f" in {epochs:.3g} epochs"))
+    return lines + _times(plan, args)
+
+
+def _times(plan: "Plan", args: argparse.Namespace) -> list[str]:
+    lines, speed = [], args.samples_per_second
+    if args.link_gbps is not None and plan.traffic:
+        seconds = plan.link_seconds(args.link_gbps)
+        share = "" if speed is None else f", {seconds / plan.step_seconds(speed):.1%} of an update if nothing overlaps"
+        lines.append(f"sending at {args.link_gbps:g} Gbit/s: {seconds * 1e3:.2f} ms an update{share}")
+    if speed is not None:
+        hours = plan.hours(speed)
+        lines.append(f"at {speed:g} samples/s: {plan.step_seconds(speed):.4g} s an update")
+        lines.append("  hours: give --records or train.steps" if hours is None else f"  {hours:.1f} hours in all")
+    return lines
+
+
+def _parts(plan: "Plan", on_host: bool) -> list[str]:
+    lines = []
+    for part in plan.memory:
+        if part.on_host == on_host:
+            notes = {"always": "", "step": "in a step", "load": "while a checkpoint is loaded"}[part.moment]
+            notes += "" if part.measured else "  (assumed)"
+            lines.append(f"  {part.name:42} {_size(part.bytes):>12}  {notes}".rstrip())
+    total = plan.host_bytes if on_host else plan.device_bytes
+    return [*lines, f"  {'peak':42} {_size(total):>12}"]
+
+
+def _advice(plan: "Plan", args: argparse.Namespace, changes: Any) -> list[str]:
+    if args.memory is None:
+        return []
+    if plan.device_bytes <= args.memory:
+        return ["", f"fits {_size(args.memory)}: {_size(args.memory - plan.device_bytes)} to spare"]
+    lines = ["", f"does NOT fit {_size(args.memory)}; what would change that:"]
+    return lines + [f"  {'fits    ' if c.fits else 'too much'} {_size(c.peak_bytes):>12}  {c.words}" for c in changes]
+
+
+def _simulation(simulated: "Simulated | None", args: argparse.Namespace) -> list[str]:
+    if simulated is None:
+        return []
+    first, last, empty = simulated.owned
+    lines = [
+        "",
+        f"simulated as {args.simulate} ranks: {first:,} classes on the first, {last:,} on the last that owns any",
+    ]
+    lines.append(f"  {empty} ranks without a class; {simulated.samples[1]} to {simulated.samples[0]} samples a rank")
+    if simulated.collectives:
+        words = ", ".join(map(str, simulated.ranks))
+        lines.append(f"  ranks {words} took a real step on scaled sizes: {len(simulated.collectives)} collectives")
+    return [*lines, *(f"  PROBLEM: {problem}" for problem in simulated.problems or ())] + (
+        [] if simulated.problems else ["  nothing is wrong"]
+    )
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: not a number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return value
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"([\d.]+)\s*(|K|M|G|T|Ki|Mi|Gi|Ti)B?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text}: expected a size such as 80GiB or 80GB")
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -1,0 +1,201 @@
+"""The plan of a run: memory, traffic, time, sizes on disk, and what would have to change to fit a memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainer.config import Config
+from trainer.planning.activations import BackboneSizes, backbone_sizes
+from trainer.planning.memory import Part, peak_bytes, rank_memory
+from trainer.planning.setting import BYTES, Setting
+from trainer.planning.traffic import Collective, update_traffic
+
+MOST_RANKS = 4096
+"""How many ranks advice goes up to."""
+RATES = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+        setting: what it was worked out for.
+        backbone: the network's numbers.
+        memory: parts of the largest rank.
+        traffic: collectives of an update.
+        checkpoint_bytes: of a checkpoint on disk, all ranks together.
+        updates: of the whole run; None: the number of records is not known.
+    """
+
+    setting: Setting
+    backbone: BackboneSizes
+    memory: list[Part]
+    traffic: list[Collective]
+    checkpoint_bytes: int
+    updates: int | None
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak memory of a rank's device; on the CPU of its process."""
+        return peak_bytes(self.memory)
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak host memory of a rank beside its GPU; 0 on the CPU."""
+        return peak_bytes(self.memory, on_host=True)
+
+    @property
+    def sent_bytes(self) -> float:
+        """What a rank sends in an update."""
+        return sum(c.sent_bytes(self.setting.world_size) for c in self.traffic)
+
+    def link_seconds(self, gigabits: float) -> float:
+        """The time of an update's traffic over a link of so many 10⁹ bits per second and rank, nothing overlapped."""
+        return self.sent_bytes * 8 / (gigabits * 1e9)
+
+    def step_seconds(self, samples_per_second: float) -> float:
+        """The time of an update at a measured rate."""
+        config = self.setting.config
+        return config.data.batch_size * config.train.accumulate / samples_per_second
+
+    def hours(self, samples_per_second: float) -> float | None:
+        """Of the whole run; None: the number of updates is not known."""
+        return None if self.updates is None else self.updates * self.step_seconds(samples_per_second) / 3600
+
+
+def make_plan(setting: Setting) -> Plan:
+    """Work out a plan. Raises :class:`trainer.errors.ConfigError` for an unknown backbone."""
+    backbone = backbone_sizes(setting.config, setting.image_size, setting.local_batch)
+    return _assemble(setting, backbone)
+
+
+def _assemble(setting: Setting, backbone: BackboneSizes) -> Plan:
+    return Plan(
+        setting,
+        backbone,
+        rank_memory(setting, backbone),
+        update_traffic(setting, backbone),
+        checkpoint_bytes(setting, backbone),
+        updates(setting),
+    )
+
+
+def checkpoint_bytes(setting: Setting, backbone: BackboneSizes) -> int:
+    """Tensors of a checkpoint (its index and padding come on top, some kilobytes per tensor)."""
+    config = setting.config
+    states = 1 if config.head.optimizer.name == "sgd" else 2
+    rows = setting.num_classes * config.head.sub_centers
+    number = setting.embedding_bytes
+    out = rows * config.backbone.dim * BYTES[config.head.rows] * (1 + states)
+    if config.head.optimizer.name == "adamw":
+        out += 4 * rows
+    weights = (backbone.parameters + backbone.fixed + backbone.buffers) * number
+    own = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
+    return out + weights * (2 if config.train.ema else 1) + own * backbone.parameters * number
+
+
+def updates(setting: Setting) -> int | None:
+    """Updates of the run: ``train.steps``, or epochs over the known records."""
+    train, data = setting.config.train, setting.config.data
+    if train.steps is not None:
+        return train.steps
+    if setting.records is None:
+        return None
+    samples = setting.records * data.repeat
+    per_epoch = samples // data.batch_size if data.drop_last else -(-samples // data.batch_size)
+    return int(-(-train.epochs * per_epoch // train.accumulate))
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that could be changed, with the peak that it leads to."""
+
+    words: str
+    peak_bytes: int
+    fits: bool
+
+
+def changes_to_fit(plan: Plan, limit_bytes: int) -> list[Change]:
+    """What would bring a rank below a memory: each change alone, then all that help together, then more ranks.
+
+    Changes that bring nothing are left out. The last says how many ranks the run needs as it is.
+    """
+    found: list[Change] = []
+    together = plan.setting
+    for words, change in _changes(plan.setting).items():
+        for name, setting in _variants(words, change, plan.setting):
+            peak = make_plan(setting).device_bytes
+            if peak >= plan.device_bytes:
+                continue
+            if peak <= limit_bytes or name == words:
+                found.append(Change(name, peak, peak <= limit_bytes))
+                together = change(together, None) if "{}" not in words else together
+                break
+    if len(found) > 1 and not any(change.fits for change in found):
+        peak = make_plan(together).device_bytes
+        found.append(Change("all of these", peak, peak <= limit_bytes))
+    ranks = ranks_to_fit(plan.setting, limit_bytes)
+    if ranks is None:
+        return [*found, Change(f"more ranks do not help, up to {MOST_RANKS}", plan.device_bytes, False)]
+    peak = make_plan(replace(plan.setting, world_size=ranks)).device_bytes
+    return [*found, Change(f"at least {ranks} ranks, as it is", peak, True)]
+
+
+Edit = Callable[[Setting, Any], Setting]
+
+
+def _changes(setting: Setting) -> dict[str, Edit]:
+    """Words → what they change; with ``{}`` in them, a choice of sample rates."""
+    config, out = setting.config, dict[str, Edit]()
+    if config.head.rows == "float32":
+        out["rows in bfloat16 (head.rows=bfloat16)"] = lambda s, _: _with(s, "head", rows="bfloat16")
+    if config.head.impl == "reference":
+        out["the fused head (head.impl=fused)"] = lambda s, _: _with(s, "head", impl="fused")
+    if setting.sampled:
+        out["head.sample_rate={}"] = lambda s, rate: _with(s, "head", sample_rate=rate)
+    if config.train.precision == "float32":
+        out["the backbone in bfloat16 (train.precision=bfloat16)"] = lambda s, _: _with(
+            s, "train", precision="bfloat16"
+        )
+    if not config.train.activation_checkpointing:
+        out["train.activation_checkpointing=true"] = lambda s, _: _with(s, "train", activation_checkpointing=True)
+    if config.data.batch_size > setting.world_size:
+        half = config.data.batch_size // 2
+        out[f"data.batch_size={half}"] = lambda s, _: _with(s, "data", batch_size=half)
+    if config.checkpoint.asynchronous and setting.device == "cpu":
+        out["checkpoint.asynchronous=false"] = lambda s, _: _with(s, "checkpoint", asynchronous=False)
+    if setting.bank_dim is not None and setting.device == "cuda" and config.compat.mode == "direct":
+        out["old centres in host memory (compat.centers=host)"] = lambda s, _: _with(s, "compat", centers="host")
+    return out
+
+
+def _variants(words: str, change: Edit, setting: Setting) -> list[tuple[str, Setting]]:
+    if "{}" not in words:
+        return [(words, change(setting, None))]
+    rates = [rate for rate in RATES if rate < setting.config.head.sample_rate]
+    return [(words.format(rate), change(setting, rate)) for rate in rates]
+
+
+def _with(setting: Setting, section: str, **values: Any) -> Setting:
+    part = getattr(setting.config, section).model_copy(update=values)
+    config: Config = setting.config.model_copy(update={section: part})
+    return replace(setting, config=config)
+
+
+def ranks_to_fit(setting: Setting, limit_bytes: int) -> int | None:
+    """The smallest number of ranks that fit, with the same global batch; None: not even :data:`MOST_RANKS` do."""
+
+    def fits(ranks: int) -> bool:
+        return make_plan(replace(setting, world_size=ranks)).device_bytes <= limit_bytes
+
+    high = 1
+    while not fits(high):
+        high *= 2
+        if high > min(MOST_RANKS, setting.num_classes):
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

@@ -1,0 +1,78 @@
+"""What a plan is made for: a configuration and the sizes that it does not state itself."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.config import Config
+from trainer.head.partition import class_range
+from trainer.head.sampling import stratum_count
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run as far as its needs go.
+
+    Attributes:
+        config: the run's configuration.
+        num_classes: C.
+        image_size: (H, W) in pixels.
+        world_size: ranks, one a device.
+        device: where the ranks compute.
+        bank_dim: D1 of the centre bank; None: no bank.
+        records: images of an epoch; None: not known.
+    """
+
+    config: Config
+    num_classes: int
+    image_size: tuple[int, int]
+    world_size: int
+    device: Literal["cpu", "cuda"]
+    bank_dim: int | None = None
+    records: int | None = None
+
+    @property
+    def local_batch(self) -> int:
+        """⌈B/W⌉, the most samples that a rank handles of a batch; collectives are padded to it."""
+        return -(-self.config.data.batch_size // self.world_size)
+
+    @property
+    def gathered(self) -> int:
+        """The samples that every rank sees in the head, padding included."""
+        return self.local_batch * self.world_size
+
+    @property
+    def classes(self) -> int:
+        """c of the first rank, the most that any rank owns."""
+        return class_range(self.num_classes, 0, self.world_size).size
+
+    @property
+    def rows(self) -> int:
+        """Rows of the classifier on that rank."""
+        return self.classes * self.config.head.sub_centers
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a step draws some of the rows only."""
+        return self.config.head.sample_rate < 1
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of that rank in a step: its share of the drawn classes, and its expected share of the batch's own."""
+        if not self.sampled:
+            return self.rows
+        rate, c = self.config.head.sample_rate, self.classes
+        drawn = -(-stratum_count(self.num_classes, rate) * c // self.num_classes) + 2
+        others = -(-self.gathered * c // self.num_classes) * (1 - rate)
+        return min(self.classes, drawn + round(others)) * self.config.head.sub_centers
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of a number of an embedding between backbone and head."""
+        return 8 if self.config.train.precision == "float64" else 4
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of a number in the head's arithmetic."""
+        return 8 if self.config.head.rows == "float64" else 4
