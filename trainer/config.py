@@ -177,7 +177,17 @@ class CompatConfig(Section):
     old_model: Path | None = Field(
         None, description="or the old model (export folder, run folder, .onnx), run along on the batch's images"
     )
-    new_embeddings: Path | None = Field(None, description="new embeddings by record, for cross-model without images")
+    new_embeddings: Path | None = Field(
+        None, description="cross-model: new embeddings by record (.npy, float32, N × D2)"
+    )
+    new_model: Path | None = Field(
+        None,
+        description="cross-model: the new model, run along where new_embeddings is not set; exported with the maps",
+    )
+    new_bank: Path | None = Field(
+        None, description="cross-model: centres of the new model, to align with those of bank"
+    )
+    maps: Literal["both", "t21", "t12"] = Field("both", description="cross-model: which maps are trained")
     weight: float = Field(1.0, ge=0, description="the weight of a rival method's loss (advbct: its adversarial part)")
     old_margin: float = Field(0.0, ge=0, description="bct, unibct: cosine margin before the old classifier")
     mix_share: float = Field(0.3, ge=0, le=1, description="mixbct: share of the batch that old embeddings stand in for")
@@ -263,6 +273,10 @@ class Config(Section):
         if self.data.loader != "synthetic" and self.data.path is None:
             raise ValueError("data.path: needed unless data.loader is synthetic")
         method = self.compat.method
+        if self.compat.mode == "cross-model":
+            if method != "lce":
+                raise ValueError(f"compat.mode: cross-model trains the maps of method lce, not {method}")
+            return self
         if method in ("lce", "bct", "advbct", "mixbct") and self.compat.bank is None:
             raise ValueError(f"compat.bank: compat.method {method} needs the old model's centre bank")
         given = (self.compat.old_embeddings is not None) + (self.compat.old_model is not None)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trainer.checkpoint import Checkpoint, Checkpoints, load_tensors
 from trainer.config import Config, dump_config
+from trainer.cross_model import CrossModelTask
 from trainer.data import Batch, Loader, build_loader
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
 from trainer.errors import CheckpointError, ConfigError, TrainingError
@@ -255,9 +256,11 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
     """
     began = time.perf_counter()
     inputs = prepare(config, ranks)
-    loader = together(lambda: build_loader(config, inputs.dataset, ranks))
+    images = inputs.cross is None or inputs.cross.images
+    loader = together(lambda: build_loader(config, inputs.dataset, ranks, images))
     try:
-        task = TrainTask(config, inputs, ranks)
+        kind = TrainTask if inputs.cross is None else CrossModelTask
+        task: Task = kind(config, inputs, ranks)
         engine = Engine(config, ranks, inputs, task, loader)
         done = on_main(lambda: _finished(config.run.dir, engine.steps), ranks)
         if done is not None:

@@ -14,6 +14,7 @@ import torch
 from trainer import __version__, zero
 from trainer.backbones import build_backbone
 from trainer.compat.center_bank import CenterBank
+from trainer.compat.cross import CrossInputs, open_cross
 from trainer.compat.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
 from trainer.config import Config, dump_config
 from trainer.data import Dataset, DatasetInfo, open_dataset
@@ -22,8 +23,6 @@ from trainer.errors import CenterBankError, ConfigError, DataError, LceError
 from trainer.weights import matching_weights
 
 T = TypeVar("T")
-
-_MODES = ("direct", "backward", "forward", "both")
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Inputs:
         image_size: (H, W) in pixels.
         bank: the old model's centres, when the run is to be compatible.
         old: where the images' old embeddings come from, for the methods that need them.
+        cross: what cross-model training works on; bank and old are then None.
     """
 
     dataset: Dataset | None
@@ -43,6 +43,7 @@ class Inputs:
     image_size: tuple[int, int]
     bank: CenterBank | None
     old: OldEmbeddings | None = None
+    cross: CrossInputs | None = None
 
     @property
     def old_model(self) -> tuple[str | None, str | None]:
@@ -91,6 +92,11 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
         raise ConfigError(
             f"{ranks.world_size} ranks for {classes} classes: a rank would own none; start at most {classes}"
         )
+    if config.compat.mode == "cross-model":
+        cross = open_cross(config, dataset, ranks.device)
+        if ranks.is_main:
+            check_writable(config.run.dir)
+        return Inputs(dataset, classes, size, None, None, cross)
     bank = None if config.compat.method == "none" or config.compat.bank is None else _open_bank(config, classes)
     old = _open_old(config, dataset, size, ranks)
     if config.compat.method not in ("none", "lce"):
@@ -106,10 +112,6 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
 
 
 def _open_bank(config: Config, classes: int) -> CenterBank:
-    if config.compat.mode not in _MODES:
-        raise ConfigError(
-            f"compat.mode = {config.compat.mode} is not available in this version; available: {', '.join(_MODES)}"
-        )
     if config.compat.mode != "direct" and config.head.sub_centers > 1:
         raise ConfigError(
             f"compat.mode = {config.compat.mode} with head.sub_centers = {config.head.sub_centers}: an old centre has "
@@ -186,6 +188,7 @@ def identity(config: Config, inputs: Inputs) -> dict[str, str]:
         "data set": inputs.dataset.fingerprint if inputs.dataset else _synthetic(config),
         "centre bank": inputs.bank.fingerprint if inputs.bank else "none",
         "old embeddings": inputs.old.fingerprint if inputs.old else "none",
+        "models": inputs.cross.fingerprint if inputs.cross else "none",
         "trainer version": __version__,
         "trainer code": code.hexdigest()[:16],
         "torch version": torch.__version__,

@@ -78,12 +78,14 @@ def boundary(
 
     Args:
         embeddings: (n, D2). centers: (n, D1), boundaries: (n,), mask: (n,) bool, all of the samples' own classes.
-        authors_formula: the product of the unnormalised embedding with the centre, clamped to [−1, 1], as in the
-            authors' code; nearly every sample then lies in the clamp, where the gradient is 0.
+        authors_formula: the product of the unnormalised embedding (or T's output) with the centre, clamped to [−1, 1],
+            as in the authors' code; nearly every sample then lies in the clamp, where the gradient is 0.
     """
     x, o, b = embeddings[mask], normalize(centers[mask]), boundaries[mask]
     if authors_formula:
         mapped = x if t21 is None else t21(x)
+        if t21 is None and t12 is not None:
+            o = t12(o)
         return _mean((b - (mapped * o).sum(1).clamp(-1, 1)).clamp_min(0))
     x = normalize(x)
     if t21 is not None:

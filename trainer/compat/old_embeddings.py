@@ -43,6 +43,7 @@ class StoredEmbeddings:
     Args:
         path: the file (`lce centers from-model … --embeddings FILE` writes one).
         records: N of the data set.
+        key: the setting that names the file, for errors.
 
     Raises:
         DataError: no such array. ConfigError: another length, or values that are not finite or all zero.
@@ -50,23 +51,21 @@ class StoredEmbeddings:
 
     model: tuple[str, str] | None = None
 
-    def __init__(self, path: Path, records: int) -> None:
+    def __init__(self, path: Path, records: int, key: str = "compat.old_embeddings") -> None:
         self.rows: NDArray[np.float32] = load_array(path, 2, np.float32)
         self.path, self.dim = path, int(self.rows.shape[1])
         if len(self.rows) != records:
             raise ConfigError(
-                f"compat.old_embeddings = {path}: {len(self.rows)} rows, the data set has {records} records; make it "
+                f"{key} = {path}: {len(self.rows)} rows, the data set has {records} records; make it "
                 "from this data set (lce centers from-model … --embeddings)"
             )
         numbers = np.unique(np.linspace(0, records - 1, min(records, SAMPLED_ROWS)).astype(np.int64))
         sample = self.rows[numbers]
         wrong = ~np.isfinite(sample).all(1)
         if wrong.any():
-            raise ConfigError(
-                f"compat.old_embeddings = {path}: row {numbers[wrong.argmax()]} is not finite; make it again"
-            )
+            raise ConfigError(f"{key} = {path}: row {numbers[wrong.argmax()]} is not finite; make it again")
         if not sample.any():
-            raise ConfigError(f"compat.old_embeddings = {path}: every row looked at is zero; make it again")
+            raise ConfigError(f"{key} = {path}: every row looked at is zero; make it again")
         self.fingerprint = f"{records} × {self.dim}, {zlib.crc32(sample.tobytes()):08x}"
 
     def of(self, batch: Batch) -> Tensor:
@@ -84,20 +83,28 @@ class ModelEmbeddings:
         look: how the data set's images are normalised, which is undone before the old model's own normalisation.
         image_size: (H, W) of the batches.
         device: where the model runs.
+        key: the setting that names it, for errors.
 
     Raises:
         ModelError: no model there. ConfigError: it takes images of another size.
     """
 
-    def __init__(self, path: Path, look: DatasetInfo, image_size: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self,
+        path: Path,
+        look: DatasetInfo,
+        image_size: tuple[int, int],
+        device: torch.device,
+        key: str = "compat.old_model",
+    ) -> None:
         self.old: EmbeddingModel = load_model(path, device)
         self.card, self.dim, self.look = self.old.card, self.old.dim, look
         self.model: tuple[str, str] | None = (str(path), self.old.hash)
         self.fingerprint = self.old.hash
         if self.card.image_size != image_size:
             raise ConfigError(
-                f"compat.old_model = {path}: takes images of {self.card.image_size}, the data set's are {image_size}; "
-                "embed the data set in the old model's size and give compat.old_embeddings"
+                f"{key} = {path}: takes images of {self.card.image_size}, the data set's are {image_size}; "
+                f"embed the data set in the model's size and give {key.replace('model', 'embeddings')}"
             )
 
     @torch.no_grad()

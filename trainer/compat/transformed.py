@@ -122,9 +122,10 @@ def own_classes(labels: Tensor, num_classes: int, ranks: Ranks) -> Tensor:
 class TransformedCompat(nn.Module):
     """The transformations of one mode and LCE's losses through them.
 
-    ``backward`` trains T₂₁ (new → old), ``forward`` T₁₂ (old → new), ``both`` and ``cross-model`` both. The boundary
-    goes through T₂₁ where there is one, as in the paper, else compares with T₁₂ of the centre. T₂₁ is evaluated once
-    on the classes' rows and the batch's embeddings together, so that its statistics are those of both.
+    ``backward`` trains T₂₁ (new → old), ``forward`` T₁₂ (old → new), ``both`` both, ``cross-model`` what ``maps`` says.
+    The boundary goes through T₂₁ where there is one, as in the paper, else compares with T₁₂ of the centre. T₂₁ is
+    evaluated once on the classes' rows and the batch's embeddings together, so that its statistics are those of both.
+    With ``authors_formula`` T's output is not made unit, and the boundary takes the embeddings as they are.
 
     Args:
         config: mode, weights (alignment in (1 − cos) units) and transform.
@@ -142,6 +143,8 @@ class TransformedCompat(nn.Module):
             )
         self.config = config
         backward, forward = config.mode != "forward", config.mode != "backward"
+        if config.mode == "cross-model":
+            backward, forward = config.maps != "t12", config.maps != "t21"
         self.t21 = build_transform(config.transform, dim_new, dim_old) if backward else None
         self.t12 = build_transform(config.transform, dim_old, dim_new) if forward else None
 
@@ -164,28 +167,34 @@ class TransformedCompat(nn.Module):
             zero = embeddings.new_zeros(())
             return zero, {"alignment": zero, "boundary": zero}
         w, o = normalize(pairs.rows[pairs.mask]), normalize(pairs.centers[pairs.mask])
-        x = normalize(embeddings[has_center])
+        ours = not self.config.authors_formula
+        x = normalize(embeddings[has_center]) if ours else embeddings[has_center]
         among = torch.cumsum(pairs.mask, 0)[place] - 1
         b, terms = pairs.boundaries[place], []
-        ours = not self.config.authors_formula
         if self.t21 is not None:
             mapped_w, mapped_x = self.t21(torch.cat([w, x])).split([len(w), len(x)])
-            terms.append(_half_distance(mapped_w, o, ours))
-            cosines = (normalize(mapped_x) * o[among]).sum(1)
+            terms.append(half_distance(mapped_w, o, ours))
+            cosines = boundary_cosines(mapped_x, o[among], ours)
         if self.t12 is not None:
             mapped_o = self.t12(o)
-            terms.append(_half_distance(mapped_o, w, ours))
+            terms.append(half_distance(mapped_o, w, ours))
             if self.t21 is None:
-                cosines = (x * normalize(mapped_o)[among]).sum(1)
+                cosines = boundary_cosines(x, mapped_o[among], ours)
         align, bound = torch.stack(terms).mean(), (b - cosines).clamp_min(0).mean()
         loss = self.config.alignment_weight * align + self.config.boundary_weight * bound
         return loss, {"alignment": align.detach(), "boundary": bound.detach()}
 
 
-def _half_distance(mapped: Tensor, target: Tensor, unit: bool) -> Tensor:
+def half_distance(mapped: Tensor, target: Tensor, unit: bool) -> Tensor:
     """mean ½ ‖u − v‖²: 1 − cos where T's output is made unit, the authors' term (in the same unit) where not."""
     u = normalize(mapped) if unit else mapped
     return (u - target).square().sum(1).mean() / 2
+
+
+def boundary_cosines(a: Tensor, b: Tensor, unit: bool) -> Tensor:
+    """What the boundary is compared with, (n,): cos(a_i, b_i), or the authors' product of the vectors as they are,
+    clamped to [−1, 1]."""
+    return (normalize(a) * normalize(b)).sum(1) if unit else (a * b).sum(1).clamp(-1, 1)
 
 
 class TransformedLce(CompatMethod):

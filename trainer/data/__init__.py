@@ -17,13 +17,14 @@ __all__ = ["Batch", "Dataset", "DatasetInfo", "Loader", "build_loader", "choose_
 log = logging.getLogger(__name__)
 
 
-def build_loader(config: Config, dataset: Dataset | None, ranks: Ranks) -> Loader:
+def build_loader(config: Config, dataset: Dataset | None, ranks: Ranks, images: bool = True) -> Loader:
     """The loader that ``data.loader`` asks for, for this rank; it says in the log which it is and why.
 
     Args:
         config: the run; ``data`` and ``run.seed`` matter here.
         dataset: the opened data set; None for ``data.loader: synthetic``.
         ranks: this rank, the world size and the device that batches go to.
+        images: False: batches of record numbers and labels alone.
 
     Raises:
         ConfigError: DALI is asked for and not installed, or no data set is given.
@@ -39,12 +40,16 @@ def build_loader(config: Config, dataset: Dataset | None, ranks: Ranks) -> Loade
         return SyntheticLoader(schedule, data.synthetic_classes, data.synthetic_size, seed=seed, device=ranks.device)
     if dataset is None:
         raise ConfigError(f"data.loader = {data.loader} needs a data set: set data.path")
-    kind, reason = choose_loader(data.loader)
-    if ranks.is_main:
-        log.info("data loader: %s (%s)", kind, reason)
     labels = np.asarray(dataset.labels[dataset.kept]) if data.sampling == "class_balanced" else None
     order = Order(dataset.kept, labels, seed=seed, sampling=data.sampling, repeat=data.repeat)
     schedule = Schedule(order, data.batch_size, ranks.rank, ranks.world_size, data.drop_last)
+    if not images:
+        from trainer.data.records import RecordLoader
+
+        return RecordLoader(dataset, schedule, ranks.device)
+    kind, reason = choose_loader(data.loader)
+    if ranks.is_main:
+        log.info("data loader: %s (%s)", kind, reason)
     if kind == "dali":
         from trainer.data.dali import DaliLoader
 
