@@ -72,3 +72,9 @@ def train_rank(ranks: Ranks, folder: Path, changes: dict[str, Any]) -> str:
     """One rank of a run; its status."""
     torch.set_num_threads(1)
     return train(config(folder, **changes), ranks).status
+
+
+def train_all(ranks: Ranks, folder: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """One rank of several runs, one after the other: name (of the folder) → changes."""
+    for name, changes in runs.items():
+        train_rank(ranks, folder / name, changes)

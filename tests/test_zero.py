@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.runs import config, log_of, losses_of, train_rank
+from tests.runs import config, log_of, losses_of, train_all, train_rank
 from tests.test_engine import _poisoned_rank, tensors_of
 from trainer.distributed import Ranks
 from trainer.engine import train
@@ -43,12 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _train_all(ranks: Ranks, folder: Path, runs: dict[str, dict[str, Any]]) -> None:
-    """Several runs one after the other in the same processes: DeepSpeed takes seconds to import."""
-    for name, changes in runs.items():
-        train_rank(ranks, folder / name, changes)
-
-
 def test_the_same_run_as_ddp(tmp_path: Path) -> None:
     """Clipped SGD and AdamW, accumulated batches, bfloat16 and batch norm: losses, norms and the exported model."""
     runs = {
@@ -57,7 +51,7 @@ def test_the_same_run_as_ddp(tmp_path: Path) -> None:
         for name, changes in VARIANTS.items()
         if not (name == "norm" and mode == "zero1")
     }
-    run_ranks(_train_all, 2, tmp_path, runs)
+    run_ranks(train_all, 2, tmp_path, runs)
     images = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), np.uint8)
     for name in runs:
         plain = f"ddp-{name.partition('-')[2]}"
@@ -76,9 +70,9 @@ def test_checkpoints_know_nothing_of_zero(tmp_path: Path) -> None:
     half = whole | {"train__steps": 4}
     train(config(tmp_path / "whole", **whole), Ranks())
     begun = {mode: half | {"train__parallel": mode} for mode in STAGES}
-    run_ranks(_train_all, 2, tmp_path, begun)
+    run_ranks(train_all, 2, tmp_path, begun)
     ends = {"zero1": "zero3", "zero2": "ddp", "zero3": "zero2"}
-    run_ranks(_train_all, 3, tmp_path, {first: whole | {"train__parallel": second} for first, second in ends.items()})
+    run_ranks(train_all, 3, tmp_path, {first: whole | {"train__parallel": second} for first, second in ends.items()})
     for mode in STAGES:
         np.testing.assert_allclose(
             losses_of(tmp_path / mode), losses_of(tmp_path / "whole"), rtol=RELATIVE_TOLERANCE, err_msg=mode

@@ -72,6 +72,7 @@ def _info(folder: Path) -> dict[str, Any]:
         "written": datetime.datetime.fromtimestamp(seal["time"]).isoformat(timespec="seconds"),
         "world_size": seal["world_size"],
         "loader": seal["loader"],
+        "figures": seal.get("figures", {}),
         "classes": seal["num_classes"],
         "backbone": seal["config"]["backbone"]["name"],
         "dim": seal["config"]["backbone"]["dim"],

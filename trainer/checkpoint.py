@@ -162,6 +162,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.is_dir())
 
 
+def best_checkpoint(folders: list[Path], figure: str) -> Path | None:
+    """The checkpoint whose seal has the highest ``figure``, the earliest of equal ones; None when none has it."""
+    best: tuple[float, Path] | None = None
+    for folder in folders:
+        try:
+            value = read_seal(folder).get("figures", {}).get(figure)
+        except CheckpointError:
+            continue
+        if value is not None and (best is None or value > best[0]):
+            best = value, folder
+    return None if best is None else best[1]
+
+
 def load_tensors(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
     """Read a checkpoint into the tensors of ``state``, in place. All ranks call it.
 
@@ -299,8 +312,10 @@ class Checkpoints:
 
     def _retain(self) -> None:
         every = self.config.keep_every
-        for old in list_checkpoints(self.folder)[: -self.config.keep]:
-            if not (every and int(old.name.removeprefix("step-")) % every == 0):
+        folders = list_checkpoints(self.folder)
+        best = None if self.config.best is None else best_checkpoint(folders, self.config.best)
+        for old in folders[: -self.config.keep]:
+            if old != best and not (every and int(old.name.removeprefix("step-")) % every == 0):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _failed(self, step: int, problem: str) -> None:

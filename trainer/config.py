@@ -232,12 +232,27 @@ class TrainConfig(Section):
     max_nonfinite_steps: int = Field(10, ge=0, description="skipped non-finite steps in a row before the run stops")
 
 
+class EvaluateConfig(Section):
+    """Verification while training (trainer/evaluation/periodic.py)."""
+
+    every_steps: int = Field(0, ge=0, description="updates between evaluations, and once at the end; 0: none")
+    sets: dict[str, Path] = Field(
+        default_factory=dict, description="name → verification .bin or labelled data set; never the training images"
+    )
+    old: Path | None = Field(None, description="old model: also measure new queries against its gallery")
+    far: float = Field(1e-3, gt=0, lt=1, description="labelled sets: the false accept rate of SET.tar")
+    max_images: int = Field(10_000, ge=4, description="labelled sets: about so many images at most, whole identities")
+
+
 class CheckpointConfig(Section):
     """Checkpoints under <run>/checkpoints."""
 
     every_steps: int = Field(1000, ge=0, description="0: only at the end and when asked to stop")
     keep: int = Field(2, ge=1, description="how many of the newest are kept")
     keep_every: int = Field(0, ge=0, description="checkpoints of steps divisible by this are kept for good; 0 is off")
+    best: str | None = Field(
+        None, description="also keep the one with the highest figure of this name, such as lfw.accuracy (see evaluate)"
+    )
     asynchronous: bool = True
     resume: Literal["auto", "exact", "never"] = Field(
         "auto",
@@ -265,6 +280,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
@@ -272,6 +288,7 @@ class Config(Section):
     def _combinations(self) -> "Config":
         if self.data.loader != "synthetic" and self.data.path is None:
             raise ValueError("data.path: needed unless data.loader is synthetic")
+        _check_best(self.checkpoint, self.evaluate)
         method = self.compat.method
         if self.compat.mode == "cross-model":
             if method != "lce":
@@ -292,6 +309,23 @@ class Config(Section):
 def is_layer(word: str) -> bool:
     """Whether a word of the command line names a further configuration file, and is no ``key=value``."""
     return "=" not in word and word.endswith((".yaml", ".yml"))
+
+
+def _check_best(checkpoint: CheckpointConfig, evaluate: EvaluateConfig) -> None:
+    if checkpoint.best is None:
+        return
+    name, _, metric = checkpoint.best.rpartition(".")
+    path = evaluate.sets.get(name)
+    known = "tar" if path is None or path.suffix != ".bin" else "accuracy"
+    if path is None or metric not in (known, f"{known}_to_old") or (metric != known and evaluate.old is None):
+        kinds = [f"{n}.{'accuracy' if p.suffix == '.bin' else 'tar'}" for n, p in evaluate.sets.items()]
+        known = ", ".join(kinds) or "none"
+        raise ValueError(f"checkpoint.best = {checkpoint.best}: not measured; evaluate.sets gives {known}")
+    every, measured = checkpoint.every_steps, evaluate.every_steps
+    if not measured or every % measured:
+        raise ValueError(
+            f"checkpoint.best: checkpoint.every_steps={every} is no multiple of evaluate.every_steps={measured}"
+        )
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:

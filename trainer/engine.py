@@ -26,10 +26,11 @@ from trainer.cross_model import CrossModelTask
 from trainer.data import Batch, Loader, build_loader
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
 from trainer.errors import CheckpointError, ConfigError, TrainingError
+from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
 from trainer.monitor import Monitor
 from trainer.optim import Average, LossScale, Statistics, learning_rate
 from trainer.startup import Inputs, identity, prepare, together
-from trainer.task import Task, TrainTask
+from trainer.task import Embeds, Task, TrainTask
 from trainer.watch import Vote, Watch
 from trainer.zero import build_updater
 
@@ -121,9 +122,18 @@ class Engine:
         inputs: the checked inputs (:func:`trainer.startup.prepare`).
         task: what is trained.
         loader: gives this rank its slice of every global batch.
+        evaluation: what is measured meanwhile, if anything.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, inputs: Inputs, task: Task, loader: Loader) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        inputs: Inputs,
+        task: Task,
+        loader: Loader,
+        evaluation: PeriodicEvaluation | None = None,
+    ) -> None:
         self.config, self.ranks, self.inputs, self.task = config, ranks, inputs, task
         self.state = RunState(config, task, loader, ranks)
         self.statistics = Statistics(task.modules().values(), ranks.world_size)
@@ -131,7 +141,11 @@ class Engine:
         self.steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch / accumulate)
         self.epoch_steps = loader.steps_per_epoch / accumulate
         self.folder = config.run.dir
+        self.evaluation = evaluation
+        if evaluation is not None and not isinstance(task, Embeds):
+            raise ConfigError("evaluate: this run trains no network that embeds images; remove evaluate.sets")
         self._saved_step = -1
+        self._figures: dict[str, float] = {}
 
     def update(self, batches: Iterator[Batch], monitor: Monitor, watch: Watch) -> dict[str, float | Tensor]:
         """One update from ``train.accumulate`` batches; what there is to log about it."""
@@ -185,7 +199,9 @@ class Engine:
         answer: list[int] | None = None
         while state.step < self.steps and not (answer and answer[0]):
             values = self.update(batches, monitor, watch)
-            if monitor.due(state.step):
+            self._figures = self.evaluate(monitor, watch)
+            values |= self._figures
+            if self._figures or monitor.due(state.step):
                 watch.at(state.step, "log")
                 self._log(monitor, values)
             monitor.advance(state.step)
@@ -199,6 +215,21 @@ class Engine:
         self.save(checkpoints)
         checkpoints.settle()
         return answer[0] if answer and state.step < self.steps else 0
+
+    def evaluate(self, monitor: Monitor, watch: Watch) -> dict[str, float]:
+        """The figures of the present network, when it is time for them."""
+        evaluation, task, state = self.evaluation, self.task, self.state
+        if evaluation is None or (state.step % evaluation.config.every_steps and state.step != self.steps):
+            return {}
+        assert isinstance(task, Embeds)
+        watch.at(state.step, "evaluate")
+        with monitor.pausing():
+            model = task.model(self.weights(), state.step)
+            return evaluation.measure(model, lambda: watch.at(state.step, "evaluate"))
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """module → the weights to hand over: the moving average where one is kept. Collective."""
+        return self.state.updater.weights() if self.state.average is None else self.state.average.values
 
     def _log(self, monitor: Monitor, values: dict[str, float | Tensor]) -> None:
         line = monitor.log(self.state.step, {**values, "skipped_steps": self.state.skipped})
@@ -222,6 +253,7 @@ class Engine:
             "world_size": self.ranks.world_size,
             "identity": identity(self.config, self.inputs),
             "num_classes": self.inputs.num_classes,
+            "figures": self._figures,
             "config": self.config.model_dump(mode="json"),
             "time": time.time(),
         }
@@ -256,12 +288,13 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
     """
     began = time.perf_counter()
     inputs = prepare(config, ranks)
+    evaluation = together(lambda: open_periodic(config.evaluate, inputs.image_size, ranks))
     images = inputs.cross is None or inputs.cross.images
     loader = together(lambda: build_loader(config, inputs.dataset, ranks, images))
     try:
         kind = TrainTask if inputs.cross is None else CrossModelTask
         task: Task = kind(config, inputs, ranks)
-        engine = Engine(config, ranks, inputs, task, loader)
+        engine = Engine(config, ranks, inputs, task, loader, evaluation)
         done = on_main(lambda: _finished(config.run.dir, engine.steps), ranks)
         if done is not None:
             if ranks.is_main:
@@ -372,9 +405,7 @@ def _finished(folder: Path, steps: int) -> RunSummary | None:
 def _finish(engine: Engine, summary: RunSummary) -> None:
     """Export the model and write the summary, which marks the run as finished."""
     figures = {k: float(v) for k, v in summary.last.items() if isinstance(v, int | float)}
-    state = engine.state
-    weights = state.average.values if state.average is not None else state.updater.weights()
-    engine.task.export(engine.folder / "model", weights, summary.step, figures)
+    engine.task.export(engine.folder / "model", engine.weights(), summary.step, figures)
     on_main(lambda: _write_beside(engine.folder / SUMMARY, json.dumps(asdict(summary), indent=1)), engine.ranks)
     barrier()
 

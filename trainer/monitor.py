@@ -47,6 +47,7 @@ FIELDS = {
     "samples_per_second": "over all ranks, since the line before",
     "step_seconds": "mean time of an update since the line before",
     "data_share": "share of that time in which rank 0 waited for data",
+    "SET.metric": "what the section ``evaluate`` asks for; see trainer/evaluation/periodic.py",
     "memory_bytes": "largest so far on rank 0: device memory on CUDA, resident memory on the CPU",
     "seconds": "since the start of this process's training",
 }
@@ -120,6 +121,13 @@ class Monitor:
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Around what is no training: its time counts neither as an update's nor against the samples per second."""
+        start = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - start
 
     def count(self, samples: int) -> None:
         """Samples that this rank has been given."""

@@ -8,7 +8,7 @@ import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from trainer.compat.rivals import build_method
 from trainer.config import Config
 from trainer.data import Batch, DatasetInfo
 from trainer.distributed import Ranks, on_main, scale_gradient
-from trainer.export import Direction, ModelCard, TransformCard, save_model
+from trainer.export import Direction, EmbeddingModel, ModelCard, TorchModel, TransformCard, save_model
 from trainer.head.partial_fc import Companion, PartialFC
 from trainer.head.partition import class_range
 from trainer.parallel import autocast, embed, gradient_sync, wrap
@@ -83,6 +83,14 @@ class Task(Protocol):
             step: updates made.
             figures: the last logged numbers.
         """
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A task whose network embeds images, so that it can be evaluated while it trains."""
+
+    def model(self, weights: dict[str, dict[str, Tensor]], step: int) -> EmbeddingModel:
+        """The network with these weights (see :meth:`Task.export`), a copy for use on this rank. Collective."""
 
 
 class TrainTask:
@@ -194,17 +202,25 @@ class TrainTask:
 
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]) -> None:
         """See :class:`Task`: the backbone and the transformations with their card."""
+        card, backbone, transforms = self._plain(weights, step, figures)
+        on_main(lambda: save_model(folder, backbone, card, transforms), self.ranks)
+
+    def model(self, weights: dict[str, dict[str, Tensor]], step: int) -> EmbeddingModel:
+        """See :class:`Embeds`."""
+        card, backbone, transforms = self._plain(weights, step, {})
+        float32 = {direction: module.float() for direction, module in transforms.items()}
+        return TorchModel(card, Path(f"step {step}"), f"step-{step}", backbone.float(), float32, self.ranks.device)
+
+    def _plain(
+        self, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]
+    ) -> tuple[ModelCard, nn.Module, dict[Direction, nn.Module]]:
+        """Card, backbone and transformations as plain modules of their own, with these weights. Collective."""
         whole = {
             name: {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in part.items()}
             for name, part in weights.items()
         }
-        on_main(lambda: self._write_model(folder, whole, step, figures), self.ranks)
-
-    def _write_model(
-        self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]
-    ) -> None:
         backbone = self._build()
-        backbone.to(self._dtype).load_state_dict(weights["backbone"])
+        backbone.to(self._dtype).load_state_dict(whole["backbone"])
         dataset, method = self.inputs.dataset, self.config.compat.method
         old_name, old_hash = self.inputs.old_model
         look = dataset.info if dataset is not None else DatasetInfo()
@@ -226,8 +242,8 @@ class TrainTask:
         )
         transforms = {direction: copy.deepcopy(module) for direction, module in self._transforms().items()}
         for direction, module in transforms.items():
-            module.load_state_dict(weights[direction])
-        save_model(folder, backbone, card, transforms)
+            module.load_state_dict(whole[direction])
+        return card, backbone, transforms
 
     def _transform_card(self, direction: Direction) -> TransformCard:
         source = self.inputs.bank or self.inputs.old

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from trainer.distributed import Ranks
 
 EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED = 0, 2, 70, 71, 75, 130
-PHASES = ("data", "forward", "backward", "update", "save", "log")
+PHASES = ("data", "forward", "backward", "update", "evaluate", "log", "save")
 BEAT_SECONDS = 2.0
 GRACE_SECONDS = 8.0  # after Ctrl-C: a rank that does not come to the end of its step by then is ended
 
