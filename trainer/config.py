@@ -192,7 +192,9 @@ class CompatConfig(Section):
     old_margin: float = Field(0.0, ge=0, description="bct, unibct: cosine margin before the old classifier")
     mix_share: float = Field(0.3, ge=0, le=1, description="mixbct: share of the batch that old embeddings stand in for")
     transform: TransformConfig = TransformConfig()
-    authors_formula: bool = Field(False, description="reproduce the authors' terms: T's output is not renormalised")
+    authors_formula: bool = Field(
+        False, description="the authors' terms: T's output and the boundary's embeddings are not made unit"
+    )
 
 
 class OptimizerConfig(Section):

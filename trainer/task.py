@@ -262,5 +262,5 @@ def build_compat(config: Config, bank: CenterBank, ranks: Ranks) -> DirectCompat
         rows.boundaries.to(ranks.device),
         rows.mask.to(ranks.device),
         config.compat.alignment_weight,
-        config.compat.boundary_weight,
+        0.0 if config.compat.authors_formula else config.compat.boundary_weight,  # theirs: AuthorsBoundary
     )

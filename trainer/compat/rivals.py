@@ -19,7 +19,7 @@ from trainer.compat.center_bank import CenterBank
 from trainer.compat.method import CompatMethod
 from trainer.compat.old_embeddings import StoredEmbeddings
 from trainer.compat.transform import build_transform
-from trainer.compat.transformed import TransformedLce, gather_pairs, own_classes
+from trainer.compat.transformed import AuthorsBoundary, TransformedLce, gather_pairs, own_classes
 from trainer.config import Config
 from trainer.data import Batch
 from trainer.data.draws import uniforms
@@ -37,11 +37,14 @@ PROTOTYPE_BLOCK = 64
 
 
 def build_method(config: Config, inputs: Inputs, ranks: Ranks) -> CompatMethod | None:
-    """What ``compat.method`` adds beside the head: None for ``none`` and for LCE's direct mode, which is fused into it.
+    """What ``compat.method`` adds beside the head: None for ``none`` and for LCE's direct mode, which is fused into it
+    (but for the authors' boundary).
 
     Modules come in float32 on the CPU; they are the same on all ranks when torch is seeded alike.
     """
     method, mode = config.compat.method, config.compat.mode
+    if method == "lce" and mode == "direct" and config.compat.authors_formula:
+        return AuthorsBoundary(config, inputs, ranks)
     if method == "none" or (method == "lce" and mode == "direct"):
         return None
     kinds: dict[str, Callable[[Config, Inputs, Ranks], CompatMethod]] = {

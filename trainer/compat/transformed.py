@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from trainer.compat import losses
 from trainer.compat.center_bank import BankRows
 from trainer.compat.method import CompatMethod
 from trainer.compat.transform import build_transform
@@ -218,3 +219,30 @@ class TransformedLce(CompatMethod):
         del step
         value, report = self.compat(gather_pairs(labels, rows, self.bank, self.num_classes, self.ranks), embeddings)
         return value, report
+
+
+class AuthorsBoundary(CompatMethod):
+    """The authors' boundary in direct mode, ``compat.authors_formula``: embeddings are not made unit
+    (:func:`trainer.compat.losses.boundary`); the alignment stays in the head's pass. One collective a step."""
+
+    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+        assert inputs.bank is not None
+        self.weight, self.num_classes, self.ranks = config.compat.boundary_weight, inputs.num_classes, ranks
+        mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
+        self.bank = inputs.bank.rows(mine.start, mine.stop)
+
+    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :class:`CompatMethod`: ``boundary``."""
+        del rows, step
+        own = own_classes(labels, self.num_classes, self.ranks)
+        pairs = gather_pairs(labels, embeddings.new_empty(len(own), 0), self.bank, self.num_classes, self.ranks)
+        labelled = pairs.place >= 0
+        place = pairs.place[labelled]
+        value = losses.boundary(
+            embeddings[labelled],
+            pairs.centers[place],
+            pairs.boundaries[place],
+            pairs.mask[place],
+            authors_formula=True,
+        )
+        return self.weight * value, {"boundary": value.detach()}
