@@ -59,9 +59,10 @@ class Method:
         return [_rounded(self.low * (self.high / self.low) ** (i / (trials - 1))) for i in range(trials)]
 
 
-def _rival(title: str, method: str, low: float, high: float) -> Method:
-    words = (f"compat.method={method}", "compat.bank={bank}", "compat.old_embeddings={embeddings}")
-    return Method(title, (*words, "compat.weight={weight}"), low, high)
+def _rival(title: str, method: str, needs: str, low: float, high: float, keys: str = "weight") -> Method:
+    files = {"bank": "compat.bank={bank}", "old": "compat.old_embeddings={embeddings}"}
+    words = [f"compat.method={method}", *(files[name] for name in needs.split())]
+    return Method(title, (*words, *(f"compat.{key}={{weight}}" for key in keys.split())), low, high)
 
 
 def _lce(title: str, mode: str) -> Method:
@@ -71,12 +72,12 @@ def _lce(title: str, mode: str) -> Method:
 
 METHODS = {
     "independent": Method("independent", ()),
-    "l2": _rival("L2 to the old embedding", "l2", 1.0, 30.0),
-    "bct": _rival("BCT", "bct", 0.3, 10.0),
-    "unibct": _rival("UniBCT", "unibct", 0.3, 10.0),
-    "advbct": _rival("AdvBCT", "advbct", 0.3, 10.0),
-    "mixbct": _rival("MixBCT", "mixbct", 0.3, 10.0),
-    "fct": _rival("FCT (no side information)", "fct", 0.3, 10.0),
+    "l2": _rival("L2 to the old embedding", "l2", "old", 1.0, 30.0),
+    "bct": _rival("BCT", "bct", "bank", 0.3, 10.0),
+    "unibct": _rival("UniBCT", "unibct", "old", 0.3, 10.0),
+    "advbct": _rival("AdvBCT", "advbct", "bank old", 1.0, 30.0, "weight boundary_weight"),
+    "mixbct": _rival("MixBCT", "mixbct", "bank old", 0.06, 0.6, "mix_share"),
+    "fct": _rival("FCT (no side information)", "fct", "old", 0.3, 10.0),
     "lce": _lce("LCE, direct", "direct"),
     "lce-backward": _lce("LCE, backward", "backward"),
     "lce-forward": _lce("LCE, forward", "forward"),
