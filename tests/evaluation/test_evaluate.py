@@ -3,6 +3,8 @@
 import json
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from trainer.backbones import build_backbone
 from trainer.compat.transform import build_transform
 from trainer.config import BackboneConfig, TransformConfig
 from trainer.evaluation.templates import POINTS_112
-from trainer.export import ModelCard, TransformCard, save_model
+from trainer.export import ModelCard, TransformCard, load_model, save_model
+from trainer.onnx_export import export_onnx
 
 
 def pictures(folder, classes, images, seed, size=32):
@@ -54,6 +57,7 @@ def place(tmp_path_factory):
         model(folder / name, seed)
     model(folder / "wide", 3, dim=24)
     model(folder / "mapped", 3, dim=24, transforms={"t21": (24, 16), "t12": (16, 24)})
+    model(folder / "mapped2", 4, dim=20, transforms={"t21": (20, 24)})
     run = folder / "run"
     run.mkdir()
     (run / "config.yaml").write_text("run:\n  seed: 5\n")
@@ -158,6 +162,93 @@ def test_pair_lists_and_templates_stand_beside_the_labelled_sets(place, capsys):
     page = (place / "more.html").read_text()
     assert "Pair lists" in page
     assert "Template sets" in page
+    only = more[3:]
+    assert evaluate(place, *only, "--norm-weights", "--json", "-", new="mapped", data=()) == 0
+    weighed = json.loads(capsys.readouterr().out)
+    assert weighed["settings"]["norm_weights"] is True
+    assert weighed["template_sets"] != found["template_sets"]
+    export_onnx(load_model(place / "old"), place / "old.onnx", np.zeros((1, 32, 32, 3), np.uint8))
+    assert evaluate(place, *only, "--norm-weights", old="old.onnx", data=()) == 2  # unit embeddings have no norms
+    assert "gives unit embeddings" in capsys.readouterr().err
+    assert evaluate(place, *only, "--json", "-", old="old.onnx", new="mapped", data=()) == 0
+    again = json.loads(capsys.readouterr().out)["template_sets"]["ijb"]["cells"]
+    same = found["template_sets"]["ijb"]["cells"]["new->old"]["identification"]["rank"]
+    assert again["new->old"]["identification"]["rank"] == pytest.approx(same, abs=0.06)
+
+
+def test_several_ranks_share_the_work_and_find_the_same(place, capsys):
+    words = ["--fars", "1e-2", "--replicates", "20", "--cache", "none", "--fail-unsafe", "--json"]
+    assert evaluate(place, *words, str(place / "one.json"), new="mapped") == 1  # not safe
+    alone = capsys.readouterr().out
+    models = ["--old", str(place / "old"), "--new", str(place / "mapped"), "--data", f"unseen={place / 'unseen'}"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tools.cli"]
+    command = [*start, "evaluate", *models, "--device", "cpu", *words, str(place / "two.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "→" in alone
+    assert done.stdout.count("NOT SAFE") == alone.count("NOT SAFE")  # one rank alone speaks
+    one, two = (json.loads((place / f"{n}.json").read_text())["sets"]["unseen"]["cells"] for n in ("one", "two"))
+    for name, cell in one.items():
+        for metric in ("eer", "auc"):
+            assert two[name][metric] == pytest.approx(cell[metric], abs=1e-3)
+
+
+def test_a_chain_of_models(place, capsys):
+    between = ["--between", f"v2={place / 'mapped'}"]
+    assert evaluate(place, *between, "--json", "-", new="mapped2") == 0
+    found = json.loads(capsys.readouterr().out)
+    cells = found["sets"]["unseen"]["cells"]
+    assert len(cells) == 9
+    assert cells["new->old"]["how"] == "backward"  # by two maps, 20 → 24 → 16
+    assert [s["gallery"] for s in found["verdict"]["sets"]] == ["old", "v2"]
+    assert {(c["query"], c["gallery"]) for c in found["sets"]["unseen"]["chain"]} == {
+        ("v2", "old"), ("new", "old"), ("new", "v2"),
+    }  # fmt: skip
+    assert evaluate(place, *between) == 2  # "other" has no map to the 24 dimensions of v2
+    assert "dimension 16 against 24" in capsys.readouterr().err
+    assert evaluate(place, "--between", f"new={place / 'mapped'}", new="mapped2") == 2
+    assert "this name is taken" in capsys.readouterr().err
+
+
+def test_a_wrong_colour_order_is_refused(place, capsys):
+    generator = np.random.default_rng(0)
+    for c in range(20):
+        (place / "blue" / f"{c}").mkdir(parents=True)
+        pattern = generator.integers(0, 256, (32, 32))
+        for i in range(3):
+            noise = generator.integers(0, 256, (32, 32))
+            image = np.stack([noise, noise, pattern], 2).astype(np.uint8)  # who it is stands in the blue
+            Image.fromarray(image).save(place / "blue" / f"{c}" / f"{i}.png")
+    torch.manual_seed(0)
+    config = BackboneConfig(name="small", dim=16)
+    network = build_backbone(config, (32, 32))
+    first = next(p for p in network.parameters() if p.ndim == 4)
+    with torch.no_grad():
+        first[:, 1:] = 0  # sees the red alone
+    save_model(place / "red", network, ModelCard(backbone=config, dim=16, image_size=(32, 32)))
+    assert evaluate(place, old="red", new="old", data=("blue",)) == 2
+    error = capsys.readouterr().err
+    assert "better with red and blue swapped" in error
+    assert len(error.strip().splitlines()) == 1
+    assert evaluate(place, "--no-colour-check", old="red", new="old", data=("blue",)) == 0
+    card = ModelCard(backbone=config, dim=16, image_size=(32, 32), color="BGR")
+    save_model(place / "red", network, card)
+    assert evaluate(place, old="red", new="red", data=("blue",)) == 0
+    capsys.readouterr()
+
+
+def test_embeddings_that_are_no_numbers_are_refused_on_every_kind_of_set(place, capsys):
+    torch.manual_seed(0)
+    config = BackboneConfig(name="small", dim=16)
+    network = build_backbone(config, (32, 32))
+    with torch.no_grad():
+        next(p for p in network.parameters() if p.ndim == 4)[:] = float("nan")
+    save_model(place / "nan", network, ModelCard(backbone=config, dim=16, image_size=(32, 32)))
+    (place / "few.txt").write_text("0 1 1\n0 4 0\n" * 10)
+    pairs = ["--pairs", f"few={place / 'few.txt'}@{place / 'unseen'}"]
+    for words, data in (([], ("unseen",)), (pairs, ())):
+        assert evaluate(place, *words, new="nan", data=data) == 2
+        assert "embeddings are not finite" in capsys.readouterr().err
 
 
 def write_templates(folder, files):

@@ -1,6 +1,7 @@
 """The template protocols on a small synthetic copy of the published file layout, against plain loops."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from PIL import Image
 
 from tests.evaluation.samples import unit
 from trainer.errors import DataError
+from trainer.evaluation.chain import carried
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.pairs import pair_cosines
+from trainer.evaluation.sources import pool_spaces
 from trainer.evaluation.templates import POINTS_112, AlignedImages, align, measure_templates, pool, read_templates
 
 
@@ -78,6 +81,23 @@ def test_pooling_agrees_with_a_loop(weighted):
     assert list(numbers) == list(expected_numbers)
     assert pooled == pytest.approx(expected, abs=1e-5)
     assert pooled.dtype == np.float32
+
+
+@pytest.mark.parametrize("by_score", [False, True])
+def test_images_are_weighed_by_score_and_by_each_models_own_norms(folder, by_score):
+    protocol = read_templates(folder)
+    generator = np.random.default_rng(0)
+    native = {role: unit(generator.normal(size=(36, 8))) for role in ("old", "new")}
+    norms = {role: generator.uniform(5, 30, 36) for role in native}
+    models = {role: SimpleNamespace(hash=role, card=SimpleNamespace(transforms={}, compatible_with_hash=None))
+              for role in native}  # fmt: skip
+    numbers, pooled = pool_spaces(Spaces(native, carried(models, native), norms), protocol, models, by_score)
+    for role in native:
+        weights = norms[role] * (protocol.score if by_score else 1)
+        expected_numbers, expected = plain_pool(native[role], protocol.template, protocol.media, weights)
+        assert list(numbers) == list(expected_numbers)
+        assert pooled.native[role] == pytest.approx(expected, abs=1e-5)
+    assert pooled.view("new", "old")[2] == "direct"
 
 
 def test_both_protocols_by_hand(folder):
