@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.data.samples import loader_of, packed
 from tests.ranks import run_ranks
-from tests.runs import config, log_of, losses_of, train_rank
+from tests.runs import Linear, config, log_of, losses_of, train_rank
 from trainer.compat import losses
 from trainer.compat.center_bank import BankInfo, CenterBank, write_bank
-from trainer.compat.old_embeddings import ModelEmbeddings
+from trainer.compat.from_model import bank_from_model
+from trainer.compat.old_embeddings import ModelEmbeddings, StoredEmbeddings
 from trainer.compat.rivals import AdvBct, Fct, build_method
 from trainer.config import BackboneConfig, Config
-from trainer.data import Batch, DatasetInfo
+from trainer.data import Batch, DatasetInfo, open_dataset
 from trainer.data.draws import uniforms
 from trainer.distributed import Ranks
 from trainer.engine import train
@@ -269,8 +271,6 @@ def test_the_loss_is_minimised(method: str, figure: str, tmp_path: Path) -> None
 
 def test_the_old_model_run_along(tmp_path: Path) -> None:
     """It sees the pixels as it does in use: its own normalisation, its own order of colours."""
-    from tests.runs import Linear
-
     torch.manual_seed(2)
     backbone = BackboneConfig(name="test_linear", dim=DIM)
     card = ModelCard(
@@ -334,3 +334,27 @@ def test_refusals(changes: dict[str, Any], error: type[LceError], words: str, fo
     with pytest.raises(error, match=words):
         train(config(tmp_path / "run", **given), Ranks())
     assert not (tmp_path / "run").exists()
+
+
+def test_from_images_to_compatible_models(tmp_path: Path) -> None:
+    """Real images: an old model, its bank and embeddings by record, then models trained with them and with it."""
+    data = packed(tmp_path / "data", classes=6)
+    look = {"data__loader": "torch", "data__workers": 0, "data__path": str(data), "data__augment": {"flip": 0.0}}
+    train(config(tmp_path / "old", train__steps=20, optimizer__lr=0.05, **look), Ranks())
+    old, dataset = load_model(tmp_path / "old"), open_dataset(data)
+    array = tmp_path / "old.npy"
+    bank_from_model(old, dataset, tmp_path / "bank", keep_embeddings=array)
+    source = ModelEmbeddings(tmp_path / "old", dataset.info, (32, 32), torch.device("cpu"))
+    loader = loader_of(dataset, "torch")
+    batch = next(loader.batches())
+    loader.close()
+    along = torch.nn.functional.normalize(source.of(batch))
+    torch.testing.assert_close(along, StoredEmbeddings(array, len(dataset)).of(batch), rtol=0, atol=1e-5)
+    for method in METHODS:
+        given = {} if method == "unibct" else {"compat__bank": str(tmp_path / "bank")}
+        if method != "bct":
+            key = "old_model" if method in ("l2", "advbct") else "old_embeddings"
+            given[f"compat__{key}"] = str(tmp_path / "old" if key == "old_model" else array)
+        train(config(tmp_path / method, train__steps=3, compat__method=method, **given, **look), Ranks())
+        card = load_model(tmp_path / method).card
+        assert (card.mode, card.compatible_with_hash) == (method, None if method == "unibct" else old.hash)

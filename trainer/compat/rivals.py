@@ -190,8 +190,7 @@ class MixBct(WithOld):
     An old embedding is credible when its cosine with the bank's centre of its class is at least the class's boundary:
     make the bank with ``--quantile 0.1`` for the authors' nearest 90 %. Which credible images are replaced is drawn by
     (seed, step, record), the same at any world size. There is no loss of its own; ``compat.weight`` has no effect. One
-    more collective, an all-reduce of B numbers, by which the owner of a class says what is credible. Left out: the
-    authors' retraining of the old classes' parameters from old embeddings.
+    more collective, an all-reduce of B numbers, by which the owner of a class says what is credible.
     """
 
     def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
