@@ -147,6 +147,9 @@ class HeadConfig(Section):
     rows: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of rows and their state")
     chunk_rows: int = Field(0, ge=0, description="rows per chunk of the fused pass; 0: chosen for the device")
     init_std: float = Field(0.01, gt=0, description="standard deviation of the rows at the start")
+    weights: Path | None = Field(
+        None, description="start from these rows: arcface_torch's output folder, a classifier file, or a run folder"
+    )
 
 
 class TransformConfig(Section):
@@ -208,6 +211,9 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(5e-4, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float = Field(0.0, ge=0, description="largest norm of the backbone's gradient; 0 is off")
+    start_momentum: bool = Field(
+        False, description="sgd: also take the momentum that backbone.weights and head.weights hold (arcface_torch)"
+    )
 
 
 class ScheduleConfig(Section):
@@ -310,11 +316,6 @@ class Config(Section):
         return self
 
 
-def is_layer(word: str) -> bool:
-    """Whether a word of the command line names a further configuration file, and is no ``key=value``."""
-    return "=" not in word and word.endswith((".yaml", ".yml"))
-
-
 def _check_best(checkpoint: CheckpointConfig, evaluate: EvaluateConfig) -> None:
     if checkpoint.best is None:
         return
@@ -330,6 +331,11 @@ def _check_best(checkpoint: CheckpointConfig, evaluate: EvaluateConfig) -> None:
         raise ValueError(
             f"checkpoint.best: checkpoint.every_steps={every} is no multiple of evaluate.every_steps={measured}"
         )
+
+
+def is_layer(word: str) -> bool:
+    """Whether a word of the command line names a further configuration file, and is no ``key=value``."""
+    return "=" not in word and word.endswith((".yaml", ".yml"))
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:

@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor
 
 from trainer.checkpoint import Checkpoint, Checkpoints, load_tensors
+from trainer.compat.arcface_start import backbone_momentum
 from trainer.config import Config, dump_config
 from trainer.cross_model import CrossModelTask
 from trainer.data import Batch, Loader, build_loader
@@ -91,6 +92,9 @@ class RunState:
         self.skipped = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self.streak = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self.average = Average(task.modules(), config.train.ema) if config.train.ema else None
+        if config.optimizer.start_momentum and config.backbone.weights is not None:
+            momentum = backbone_momentum(config.backbone.weights)
+            self.updater.start({f"backbone.{name}/momentum_buffer": value for name, value in momentum.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """name → tensor of the whole state, to save and to load into."""

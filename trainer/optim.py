@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.distributed import all_reduce_sum
@@ -165,6 +165,17 @@ class Updater:
                 if isinstance(value, Tensor):
                     out[f"{key}/{entry}"] = like(value, parameter) if value.ndim else value
         return out
+
+    def start(self, values: dict[str, Tensor]) -> None:
+        """Begin with these whole tensors of :meth:`state`; names that it has not are left out."""
+        state = self.state()
+        for name, value in values.items():
+            target = state.get(name)
+            if isinstance(target, DTensor):
+                target.copy_(distribute_tensor(value.to(target.device), target.device_mesh, target.placements))
+            elif target is not None:
+                target.copy_(value)
+        self.loaded({f"{m}.{k}": v for m, part in self.weights().items() for k, v in part.items()}, state)
 
     def loaded(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """A checkpoint was read into the tensors of :meth:`weights` (by ``module.parameter``) and :meth:`state`.

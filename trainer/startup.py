@@ -13,6 +13,7 @@ import torch
 
 from trainer import __version__, zero
 from trainer.backbones import build_backbone
+from trainer.compat.arcface_start import head_rows
 from trainer.compat.center_bank import CenterBank
 from trainer.compat.cross import CrossInputs, open_cross
 from trainer.compat.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
@@ -104,6 +105,10 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, size)
     zero.check(config)
+    if config.head.weights is not None:
+        if config.head.sub_centers > 1:
+            raise ConfigError("head.weights: one row per class; use head.sub_centers=1")
+        head_rows(config.head.weights, classes, config.backbone.dim)
     if config.backbone.weights is not None:
         matching_weights(backbone, config.backbone.weights)
     if ranks.is_main:

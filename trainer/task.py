@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainer.backbones import build_backbone
+from trainer.compat.arcface_start import head_momentum, head_rows
 from trainer.compat.center_bank import CenterBank
 from trainer.compat.lce import DirectCompat
 from trainer.compat.rivals import build_method
@@ -24,6 +25,7 @@ from trainer.distributed import Ranks, on_main, scale_gradient
 from trainer.export import Direction, EmbeddingModel, ModelCard, TorchModel, TransformCard, save_model
 from trainer.head.partial_fc import Companion, PartialFC
 from trainer.head.partition import class_range
+from trainer.optim import local_part
 from trainer.parallel import autocast, embed, gradient_sync, wrap
 from trainer.startup import Inputs
 from trainer.weights import load_backbone_weights
@@ -129,6 +131,8 @@ class TrainTask:
             compat=compat,
             local_batch=-(-config.data.batch_size // ranks.world_size),
         )
+        if config.head.weights is not None:
+            self._start_head(config.head.weights)
         # Rows are updated within the backward pass, unless only the whole update tells whether and how far they may
         # move.
         self._deferred = config.train.accumulate > 1 or config.train.precision == "float16"
@@ -136,6 +140,18 @@ class TrainTask:
 
     def _build(self) -> nn.Module:
         return build_backbone(self.config.backbone, self.inputs.image_size)
+
+    def _start_head(self, path: Path) -> None:
+        """Take this rank's rows, and their momentum where it is wanted and there."""
+        mine, state = self.head.classes, self.head.shard_state()
+        tables = {"rows": head_rows(path, mine.total, self.config.backbone.dim)}
+        momentum = head_momentum(path) if self.config.optimizer.start_momentum and "momentum" in state else None
+        if momentum is not None:
+            tables["momentum"] = momentum
+        for name, table in tables.items():
+            if mine.size:
+                local_part(state[name]).copy_(table.read(mine.start, mine.stop))
+        self.head.load_shard_state()
 
     def modules(self) -> dict[str, nn.Module]:
         """The backbone and what the method trains beside it."""

@@ -152,8 +152,18 @@ def _sharded(files: list[Path], key: str | None, num_classes: int | None) -> Cla
     return Classifier(rows, f"{words}: {len(rows)} classes of dimension {rows.dim}")
 
 
+def rank_files(path: Path) -> list[Path]:
+    """The per-rank files in a folder, by rank; of a file: itself, when it is one."""
+    files = [path] if path.is_file() else path.glob("*.pt")
+    by_rank = {int(match[1] or match[2]): file for file in files if (match := _RANK_FILE.match(file.name))}
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
 def _shard_weight(path: Path) -> tuple[str, Tensor]:
     arrays = {name: array for name, array in open_arrays(path).items() if array.ndim == 2}
+    exact = "state_dict_softmax_fc.weight"  # older versions keep its momentum and the drawn rows beside it
+    if exact in arrays:
+        return exact, arrays[exact]
     own = {n: a for n, a in arrays.items() if n.startswith("state_dict_softmax_fc.") or n in ("array", "weight")}
     if len(own) != 1:
         raise CenterBankError(
