@@ -238,6 +238,17 @@ def test_a_failed_check_leaves_no_file_and_keeps_the_earlier_one(tmp_path: Path)
     with pytest.raises(ModelError, match="differs"):
         export_onnx(model, tmp_path / "m.onnx", images(), bound=-1.0)
     assert (tmp_path / "m.onnx").read_bytes() == before
+    mapped = saved(tmp_path / "mapped", "linear", "t12")
+    vectors = torch.randn(3, 24).numpy()
+    with pytest.raises(ModelError, match="differs"):
+        export_transform(mapped, "t12", tmp_path / "t12.onnx", vectors, bound=-1.0)
+    with pytest.raises(ModelError, match="none were given"):
+        export_transform(mapped, "t12", tmp_path / "t12.onnx", vectors[:0])
+    wrong = TorchModel(model.card, model.path, model.hash, network(), {}, "cpu")
+    wrong.embed = lambda given: np.roll(model.embed(given), 1, axis=0)  # type: ignore[method-assign,assignment,misc]
+    with pytest.raises(ModelError, match="differs"):
+        export_folder(wrong, tmp_path / "folder", images(), model.card)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "mapped", "model"]
 
 
 def onnx_file(path: Path, batch: int | str = "n", outputs: int = 1, sub: bool = True) -> Path:

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     card.add_argument("--licence", help="of the weights")
     card.add_argument("--notes")
     card.add_argument("--compatible-with", help="the old model, in the users' words")
-    card.add_argument("--figures", type=Path, help="JSON whose top-level numbers are written into the card")
+    card.add_argument("--figures", type=Path, help="what lce evaluate --json wrote, or any JSON of numbers")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
 
 
@@ -121,10 +121,24 @@ def _card_changes(args: argparse.Namespace) -> dict[str, Any]:
     if args.figures is not None:
         try:
             tree = json.loads(args.figures.read_text(encoding="utf-8"))
-            changes["figures"] = {k: float(v) for k, v in tree.items() if isinstance(v, int | float)}
-        except (OSError, ValueError, AttributeError) as error:
+            changes["figures"] = _figures(tree)
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise ModelError(f"{args.figures}: no JSON object of figures ({error})") from None
+        if not changes["figures"]:
+            raise ModelError(f"{args.figures}: holds no number at its top level, and no sets of lce evaluate")
     return changes
+
+
+def _figures(tree: dict[str, Any]) -> dict[str, float]:
+    """The top-level numbers; of a result of ``lce evaluate`` rank-1 and TAR of each set and cell."""
+    figures = {k: float(v) for k, v in tree.items() if isinstance(v, int | float)}
+    for name, one in tree.get("sets", {}).items():
+        for cell, value in one["cells"].items():
+            figures[f"{name} {cell} rank-1"] = float(value["rank"]["1"]["value"])
+            for row in value["tar"]:
+                if row["resolved"]:
+                    figures[f"{name} {cell} TAR@FAR={row['far']:g}"] = float(row["value"])
+    return figures
 
 
 def _old_model(args: argparse.Namespace) -> Any:

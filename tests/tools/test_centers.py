@@ -237,6 +237,19 @@ def test_export_on_the_command_line(stage: Path, tmp_path: Path, capsys: pytest.
     more = ["--licence", "MIT", "--figures", str(tmp_path / "figures.json"), "--images", "5"]
     assert main(["export", str(stage / "model"), str(tmp_path / "folder"), *words[3:5], *more]) == 0
     assert load_model(tmp_path / "folder").card.figures == {"tar": 0.5}
+    cell = {
+        "rank": {"1": {"value": 0.9}},
+        "tar": [{"far": f, "value": 0.5, "resolved": f > 1e-3} for f in (1e-3, 1e-2)],
+    }
+    (tmp_path / "figures.json").write_text(
+        json.dumps({"verdict": {}, "sets": {"unseen": {"cells": {"new->old": cell}}}})
+    )
+    assert main(["export", str(stage / "model"), str(tmp_path / "folder"), *words[3:5], *more]) == 0
+    found = load_model(tmp_path / "folder").card.figures
+    assert found == {"unseen new->old rank-1": 0.9, "unseen new->old TAR@FAR=0.01": 0.5}
+    (tmp_path / "figures.json").write_text('{"name": "x"}')
+    assert main(["export", str(stage / "model"), str(tmp_path / "other"), *words[3:5], *more]) == 2
+    assert "holds no number" in capsys.readouterr().err
     assert main([*words[:2], str(tmp_path / "m.h5"), *words[3:]]) == 2
     assert "known forms are .onnx, .pt2" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "folder", "m.onnx"]
