@@ -167,6 +167,10 @@ class CompatConfig(Section):
 
     The paper's alignment weight λ_a multiplies a mean over dimensions too: its λ_a is ``alignment_weight · D / 2``
     (λ_a = 100 at D = 2048 is 0.098 here, at D = 64 it is 3.1).
+
+    What the methods beside LCE (../trainer/compat/rivals.py) take: bct ``bank``; unibct ``old_embeddings``; l2 and fct
+    ``old_embeddings`` or ``old_model``; mixbct and advbct both a ``bank`` and one of the two. Where no bank is needed
+    one may be given: it names the old model in what is exported. All but fct need D1 = D2.
     """
 
     method: Literal["none", "lce", "bct", "l2", "unibct", "advbct", "mixbct", "fct"] = "none"
