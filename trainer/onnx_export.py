@@ -261,7 +261,7 @@ class _quiet(warnings.catch_warnings):
     """The exporter's notes to its own developers are kept from the user's screen."""
 
     def __enter__(self) -> Any:
-        self._levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
+        self._levels = {name: logging.getLogger(name).level for name in ("root", "torch.onnx", "onnxscript", "onnx_ir")}
         for name in self._levels:
             logging.getLogger(name).setLevel(logging.ERROR)
         entered = super().__enter__()

@@ -132,6 +132,7 @@ def test_a_new_model_that_fails_on_a_later_gallery_is_not_safe(tmp_path):
     assert [s["answer"] for s in result["verdict"]["sets"]] == ["SAFE", "NOT SAFE"]
     assert result["verdict"]["answer"] == "NOT SAFE"
     assert "gallery of v2" in result["verdict"]["paragraph"]
+    assert "worse than v2" in result["verdict"]["paragraph"]
 
 
 def test_two_models_are_no_chain():

@@ -107,7 +107,7 @@ def judge_set(
         reason = f"with {identities} identities nothing can be concluded"
     elif "worse" in outcomes:
         answer = "NOT SAFE"
-        reason = "worse than the old model: " + " and ".join(f.metric for f in findings if f.outcome == "worse")
+        reason = f"worse than {_named(gallery)}: " + " and ".join(f.metric for f in findings if f.outcome == "worse")
     elif "unclear" in outcomes:
         unclear = " and ".join(f.metric for f in findings if f.outcome == "unclear")
         reason = "; ".join([f"the interval of the difference in {unclear} holds zero", *missing])
@@ -118,7 +118,7 @@ def judge_set(
     else:
         answer, reason = (
             "SAFE",
-            "better than the old model: " + " and ".join(f.metric for f in findings if f.outcome == "better"),
+            f"better than {_named(gallery)}: " + " and ".join(f.metric for f in findings if f.outcome == "better"),
         )
     return SetVerdict(name, answer, identities, images, findings, reason, gallery)
 
@@ -169,8 +169,12 @@ _OPENINGS: dict[Answer, str] = {
 }
 
 
+def _named(model: str) -> str:
+    return "the old model" if model == "old" else model
+
+
 def _sentence(s: SetVerdict) -> str:
-    before = "the old model" if s.gallery == "old" else s.gallery
+    before = _named(s.gallery)
     figures = ", ".join(
         f"{f.metric} is {f.new.value:.3f} where {before} has {f.old.value:.3f} "
         f"({f.difference.value:+.3f}, 95 % interval {f.difference.low:+.3f} to {f.difference.high:+.3f})"

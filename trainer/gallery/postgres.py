@@ -159,8 +159,10 @@ class PostgresGallery:
         vectors = _unit(rows, self.name)
         if vectors.shape[1] != converter.dim_in:
             raise DataError(f"{self.name}: vectors of dimension {self.dim}, the conversion takes {converter.dim_in}")
+        ids = np.array([row[0] for row in rows], np.int64)
+        converter(ids[:1], vectors[:1])  # the first call takes longer than its share
         start = time.perf_counter()
-        converter(np.array([row[0] for row in rows], np.int64), vectors)
+        converter(ids, vectors)
         seconds = (time.perf_counter() - start) / len(rows) * count
         room = count * (converter.dim_out * 4 + 8 + len(converter.version))
         return {
