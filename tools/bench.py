@@ -5,6 +5,7 @@ Examples:
   lce bench head --classes 100000 --rate 1.0 --json -
   lce bench input                                      # the loaders against a bare DALI pipeline
   lce bench compat --methods bct,lce --seeds 1         # ways to stay compatible against each other
+  lce bench criterion                                  # new→old above old→old, all modes and dimensions
 """
 
 import argparse

@@ -1,0 +1,31 @@
+"""The table of the criterion: which cases it holds, and what its exit status says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import cli
+from tools.benchmarks import criterion
+
+
+def test_cases_end_with_the_control_and_direct_needs_equal_dimensions() -> None:
+    cases = [(case.mode, case.old, case.new) for case in criterion._cases("direct,backward", "64:64,128:64")]
+    assert cases == [("direct", 64, 64), ("backward", 64, 64), ("backward", 128, 64), ("independent", 64, 64)]
+
+
+@pytest.mark.parametrize(("direct", "control", "status"), [(True, False, 0), (False, False, 1), (True, True, 1)])
+def test_exit_status(direct: bool, control: bool, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(_lab: object, cases: list[criterion.Case], *_: object) -> list[dict[str, Any]]:
+        met = {"direct": direct, "independent": control}
+        return [{"mode": c.mode, "old_dim": 64, "new_dim": 64, "met": met[c.mode], "seeds": []} for c in cases]
+
+    monkeypatch.setattr(criterion, "check", found)
+    command = ["bench", "criterion", "--modes", "direct", "--dims", "64:64", "--out", str(tmp_path)]
+    assert cli.main(command) == status
+
+
+def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, reason in ((["--modes", "sideways"], "unknown sideways"), (["--dims", "64"], "expected D1:D2")):
+        assert cli.main(["bench", "criterion", "--out", str(tmp_path), *words]) == 2
+        assert reason in capsys.readouterr().err
