@@ -144,18 +144,6 @@ def test_onnx_gives_the_same_embeddings(tmp_path: Path, normalisation: Any, colo
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
 
 
-@pytest.mark.parametrize("name", ["small_resnet", "iresnet18", "mobilefacenet", "vit_t"])
-def test_every_kind_of_backbone_exports(tmp_path: Path, name: str) -> None:
-    chosen = BackboneConfig(name=name, dim=DIM)
-    torch.manual_seed(6)
-    save_model(
-        tmp_path / "m", trained(build_backbone(chosen, SIZE)), ModelCard(backbone=chosen, dim=DIM, image_size=SIZE)
-    )
-    model = load_model(tmp_path / "m")
-    assert isinstance(model, TorchModel)
-    assert export_onnx(model, tmp_path / "m.onnx", images(4)).largest_difference < 1e-5
-
-
 @pytest.mark.parametrize("transform", ["rbt", "linear", "orthogonal", "mlp"])
 def test_transformations_in_folders_and_as_onnx(tmp_path: Path, transform: str) -> None:
     backward = saved(tmp_path / "backward", transform)
