@@ -1,6 +1,9 @@
 # make demo   the whole story on faces and on characters (environment included), ending in verdicts and reports
 # make test   formatting, lint, types and all tests: what CI runs
+# make test-fast   the same without the slow tests: under two minutes
 # make lint   the first three of them alone
+# make docs   the API reference, into build/docs
+# make package-check   build the package, install it into a clean environment, ask every command for --help
 #
 # TORCH_INDEX  where a CPU build of torch is looked for when pip's own configuration offers none; empty: nowhere else
 # TORCH        what to install as torch; `make TORCH=torch==2.13.0 demo` takes your index's default build (CUDA, on Linux)
@@ -18,9 +21,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # DALI is built for Linux alone; elsewhere the torch loader reads the same data sets.
 comma := ,
-EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(comma)gpu,dev)
+EXTRAS := dev$(comma)docs$(if $(filter Linux,$(shell uname -s)),$(comma)gpu)
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test test-fast lint format docs package-check clean
 
 install: .venv/installed
 
@@ -31,6 +34,9 @@ demo: .venv/installed
 test: lint .venv/extras
 	$(BIN)/python -m pytest
 
+test-fast: lint
+	$(BIN)/python -m pytest -m "not slow"
+
 lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,8 +46,14 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: .venv/installed
+	$(BIN)/python docs/build_api.py build/docs
+
+package-check: .venv/installed
+	$(BIN)/python tests/package_check.py
+
 clean:
-	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
 
 .venv/created:
 	@for python in $(PYTHON) python3.14 python3.13 python3.12 python3.11 python3 python; do \

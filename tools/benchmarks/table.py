@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.files import replaced
 
 HELP = "make the committed table of the head's figures again"
 
@@ -41,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure every case and write the table; returns the exit status."""
     from tools.benchmarks import head
+    from trainer.files import replaced
 
     wanted = range(1, len(CASES) + 1) if args.only is None else args.only
     if not all(1 <= n <= len(CASES) for n in wanted):

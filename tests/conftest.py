@@ -1,0 +1,58 @@
+"""Two speeds: whole files that start processes or train are marked ``slow``, beside tests that say so themselves."""
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SLOW = (
+    "compat/test_authors_formula.py",
+    "compat/test_rivals.py",
+    "compat/test_transformed.py",
+    "data/test_damage.py",
+    "data/test_loaders.py",
+    "evaluation/test_evaluate.py",
+    "evaluation/test_report_browser.py",
+    "gallery/test_postgres.py",
+    "head/test_equality.py",
+    "head/test_frozen.py",
+    "head/test_misuse.py",
+    "head/test_rows.py",
+    "launch/test_hosts.py",
+    "launch/test_launch.py",
+    "planning/test_traffic.py",
+    "test_arcface_start.py",
+    "test_checkpoint.py",
+    "test_cross_model.py",
+    "test_engine.py",
+    "test_export.py",
+    "test_export_backbones.py",
+    "test_failures.py",
+    "test_golden.py",
+    "test_modes.py",
+    "test_parallel.py",
+    "test_periodic.py",
+    "test_startup.py",
+    "test_upgrades.py",
+    "test_zero.py",
+    "tools/test_bench_compat.py",
+    "tools/test_centers.py",
+    "tools/test_demo.py",
+    "tools/test_demo_steps.py",
+    "tools/test_ladder.py",
+    "tools/test_million.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the slow files."""
+    for item in items:
+        if item.path.relative_to(TESTS).as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_sessionstart() -> None:
+    """A file that was renamed must not become fast by that."""
+    missing = [name for name in SLOW if not (TESTS / name).is_file()]
+    if missing:
+        raise pytest.UsageError(f"tests/conftest.py lists files that are not there: {', '.join(missing)}")

@@ -1,0 +1,92 @@
+"""The documentation's blocks: those that can run here do, in the order in which a reader meets them; all are parsed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT, Block, blocks, words_of
+from tools import cli
+
+STORY = ("quick-start", "upgrades", "gallery-upgrade")  # each goes on in the folder of the one before
+SINGLE = tuple(page.stem for page in PAGES if page.parent.name == "docs" and page.stem not in STORY)
+FIXTURE = ROOT / "tests" / "data" / "mxnet" / "insightface"
+NOT_OURS = ("apt-get", "make", "pip", ".venv/bin/python", "torchrun")
+
+
+def run_page(name: str, folder: Path) -> None:
+    """Run the blocks of a page in a folder."""
+    for block in blocks(ROOT / "docs" / f"{name}.md"):
+        if block.language == "yaml":
+            first, _, rest = block.text.partition("\n")
+            (folder / first.removeprefix("# ")).write_text(rest, encoding="utf-8")
+        elif block.runs and block.language == "python":
+            run([sys.executable, "-c", block.text], folder)
+        elif block.runs and block.language == "bash":
+            run(["bash", "-euc", f'lce() {{ "{sys.executable}" -m tools.cli "$@"; }}\n{block.text}'], folder)
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run a command as a reader would, and fail with what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path, "XDG_CACHE_HOME": str(folder / ".cache")}
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+def test_the_story_runs_from_pictures_to_an_upgraded_gallery(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in STORY:
+        run_page(name, tmp_path)
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "new.onnx").is_file()
+    assert (tmp_path / "old-space.onnx").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SINGLE if any(b.runs for b in blocks(ROOT / "docs" / f"{name}.md"))])
+def test_a_page_of_its_own_runs(name: str, tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(FIXTURE, tmp_path / "insightface")
+    run_page(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [
+        pytest.param(page, block, id=f"{page.stem}-{number}")
+        for page in PAGES
+        for number, block in enumerate(blocks(page))
+        if block.language == "bash"
+    ],
+)
+def test_every_command_parses(page: Path, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for command in block.commands:
+        words = words_of(command)
+        if words[0] == "lce":
+            check(words[1:], dry=not block.runs)
+        elif not block.runs:
+            assert words[0] in NOT_OURS, command
+
+
+def check(words: list[str], dry: bool) -> None:
+    """Parse a command of ours; a launch of files that exist is shown as well, if it is not run anyway."""
+    if "--help" in words or "…" in words:
+        return
+    args = cli.parse(cli.build_parser(), words)
+    if dry and words[0] == "launch" and Path(args.config).is_file():
+        assert cli.main([*words, "--dry-run", "run.device=cpu"]) == 0
+
+
+def test_other_blocks_are_marked() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            assert block.language in ("bash", "python", "yaml", "text"), f"{page}: {block}"
+            assert block.language != "yaml" or block.text.startswith("# "), f"{page}: a yaml block names its file"
