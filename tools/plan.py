@@ -7,8 +7,8 @@
   lce plan --verify                                              # planned beside measured on this machine, 3 minutes
 
 Tables and bytes sent are exact; what a step of the head needs besides is a model of the code, within a tenth of the
-measured peak on the CPU (--verify, small networks). What was not measured on such a device is marked. Exit status 1: it does not fit --memory, the
-simulation found a problem, or --verify one that is off by more than a tenth.
+measured peak on the CPU (--verify, small networks). What was not measured on such a device is marked. Exit status 1: it
+does not fit --memory, the simulation found a problem, or --verify one that is off by more than a tenth.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, unless run.device is cpu")
     more = parser.add_argument_group("what else is asked")
     more.add_argument(
-        "--memory", type=_bytes, metavar="SIZE", help="of a device, such as 80GiB: does it fit, what would"
+        "--memory", type=parse_bytes, metavar="SIZE", help="of a device, such as 80GiB: does it fit, what would"
     )
     more.add_argument("--link-gbps", type=float, metavar="G", help="10⁹ bits per second of a rank's link: time to send")
     more.add_argument("--samples-per-second", type=float, metavar="S", help="measured, all ranks together: hours")
@@ -309,7 +309,8 @@ def _count(text: str) -> int:
     return value
 
 
-def _bytes(text: str) -> int:
+def parse_bytes(text: str) -> int:
+    """A size such as ``80GiB`` or ``80GB`` in bytes. Raises :class:`argparse.ArgumentTypeError`."""
     found = re.fullmatch(r"([\d.]+)\s*(|K|M|G|T|Ki|Mi|Gi|Ti)B?", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text}: expected a size such as 80GiB or 80GB")

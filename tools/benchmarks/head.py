@@ -3,13 +3,16 @@
 Each side runs in processes of its own, so that its peak memory is its own; steps of the two alternate, and the figures
 are medians. "Bound" is the time of the four matrix products that the two passes need, at the speed of one such product
 measured in the same run on a chunk that stays in cache. Where both sides do not fit into memory together, --sequential
-runs one after the other, and --only ours leaves the reference out.
+runs one after the other, and --only ours leaves the reference out. --ladder goes from 125,000 to 29,000,000 classes as
+far as they fit, beside the figures that others published.
 
 Examples:
   lce bench head --classes 1000000 --rate 0.1
   lce bench head --classes 100000 --rate 1.0 --json -
   lce bench head --classes 100000 --rate 0.1 --lce direct --world-size 2
   lce bench head --classes 5500000 --rows bfloat16 --only ours
+  lce bench head --ladder --lce direct --centers mapped --markdown ladder.md --json ladder.json
+  lce bench head --ladder --every-rows --device cuda --batch 1024 --rate 0.1 --markdown ladder-cuda.md
 """
 
 import argparse
@@ -22,6 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tools.benchmarks import ladder
 from tools.benchmarks.measuring import origin, write_json
 
 REST_SECONDS = 0.4
@@ -40,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", choices=("float32", "bfloat16"), default="float32", help="dtype of rows and state")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="dtype of the products")
     parser.add_argument("--lce", choices=("none", "direct"), default="none", help="with LCE's direct losses")
+    parser.add_argument(
+        "--centers",
+        choices=("float32", "bfloat16", "mapped"),
+        default="float32",
+        help="with --lce: in memory, or bfloat16 in a mapped file, of which a step reads its rows",
+    )
     parser.add_argument("--against-no-lce", action="store_true", help="the other side is ours without LCE")
     parser.add_argument("--world-size", type=int, default=1, help="ranks (1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -48,10 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=("both", "ours", "reference"), default="both", help="leave a side out")
     parser.add_argument("--sequential", action="store_true", help="one side after the other, not alternating")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
+    ladder.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit status."""
+    if args.ladder:
+        ladder.climb(args, measure)
+        return 0
     figures = measure(args)
     write_json(figures, args.json)
     if args.json != "-":
@@ -234,10 +248,14 @@ def _bank(args: argparse.Namespace, ranks: Any) -> Any:
     from trainer.head.partition import class_range
 
     size = class_range(args.classes, ranks.rank, ranks.world_size).size
-    centers = torch.empty(size, args.dim, device=ranks.device)
+    dtype = torch.float32 if args.centers == "float32" else torch.bfloat16
+    if args.centers == "mapped":
+        with tempfile.NamedTemporaryFile(prefix="lce-centers-") as file:  # nameless once it is open: it ends with us
+            centers = torch.from_file(file.name, shared=True, size=size * args.dim, dtype=dtype).view(size, args.dim)
+    else:
+        centers = torch.empty(size, args.dim, device=ranks.device, dtype=dtype)
     for part in centers.split(65536):
-        part.normal_()
-        part /= torch.linalg.vector_norm(part, dim=1, keepdim=True)
+        part.copy_(torch.nn.functional.normalize(torch.randn(part.shape, device=part.device)))
     boundaries = torch.full((size,), 0.3, device=ranks.device)
     mask = torch.ones(size, dtype=torch.bool, device=ranks.device)
     return DirectCompat(centers, boundaries, mask, 0.4, 1.0)

@@ -3,7 +3,8 @@
 Parts that are always there add up with the largest moment: a step, or the loading of a checkpoint. Bytes of tables are
 exact; what a step of the head needs besides is modelled on trainer/head, and with it the peak is within 10 % of the
 measured one (`lce plan --verify`, small networks). A large network adds what autograd keeps of a batch, which is
-counted, and workspace of its kernels, which is a guess. On the CPU a part is memory of the process; with CUDA it is the GPU's, unless it says that it is the host's.
+counted, and workspace of its kernels, which is a guess. On the CPU a part is memory of the process; with CUDA it is the
+GPU's, unless it says that it is the host's.
 """
 
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def _reference_step(setting: Setting) -> list[Part]:
     """The plain implementation: a dense gradient and its decayed copy, logits and rows of a step several times."""
     row = setting.config.backbone.dim * setting.work_bytes
     dense, drawn, logits = setting.rows * row, setting.step_rows * row, setting.step_rows * setting.gathered * 4
-    backward = dense + 2 * drawn + 5 * logits if not setting.sampled else 2 * dense + 7 * drawn + 2 * logits
+    backward = 2 * dense + 9 * drawn + 2 * logits if setting.sampled else dense + 3 * drawn + 8 * logits
     return [Part("dense gradient, rows and logits of a step", max(2 * dense, backward), "step")]
 
 

@@ -1,0 +1,88 @@
+"""``lce bench head --ladder``: what runs follows from what fits; others' figures are told apart from measured ones."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.benchmarks import head, ladder
+from tools.cli import main
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    head.add_arguments(parser)
+    return parser.parse_args(["--ladder", *words])
+
+
+def climbed(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[int, str, str, bool]]]:
+    """The ladder with a made-up measurement; and what was asked to be measured: classes, rows, side, sequential."""
+    asked = []
+
+    def measure(case: argparse.Namespace) -> dict[str, Any]:
+        asked.append((case.classes, case.rows, case.only, case.sequential))
+        figures: dict[str, Any] = {"ours": {"seconds": 0.5, "peak_bytes": 2**30}}
+        if case.only == "both":
+            figures |= {"reference": {"seconds": 2.0, "peak_bytes": 2**31}, "ratio": 4.0}
+        return figures
+
+    return ladder.climb(args, measure), asked
+
+
+def test_rungs_follow_from_the_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    args = arguments(
+        "--memory", "13GiB", "--lce", "direct", "--centers", "mapped", "--markdown", str(tmp_path / "l.md")
+    )
+    figures, asked = climbed(args)
+    assert [(classes, rows, only) for classes, rows, only, _ in asked] == [
+        (125_000, "float32", "both"),
+        (1_000_000, "float32", "ours"),
+        (2_000_000, "float32", "ours"),
+        (5_500_000, "bfloat16", "ours"),
+    ]
+    assert [rung["rows"] for rung in figures["rungs"]] == ["float32"] * 3 + ["bfloat16"] + [None] * 3
+    text = (tmp_path / "l.md").read_text()
+    assert "| 29,000,000 | – | – | does not fit" in text
+    assert text in capsys.readouterr().out
+
+
+def test_centres_count_as_they_are_stored() -> None:
+    def need(where: str) -> int:
+        args = arguments("--lce", "direct", "--centers", where)
+        return ladder.needed_bytes(args, 1_000_000, "float32", "fused")
+
+    centers = 1_000_000 * 512 * 4
+    assert need("float32") - need("bfloat16") == pytest.approx(centers / 2, rel=0.01)
+    assert need("bfloat16") - need("mapped") == pytest.approx(centers / 2, rel=0.01)
+
+
+def test_both_sides_take_turns_only_where_they_fit_together() -> None:
+    args = arguments("--memory", "19GiB", "--rungs", "1e5", "1e6", "--every-rows")
+    _, asked = climbed(args)
+    assert asked == [
+        (100_000, "float32", "both", False),
+        (100_000, "bfloat16", "both", False),
+        (1_000_000, "float32", "both", True),
+        (1_000_000, "bfloat16", "both", False),
+    ]
+
+
+def test_published_figures_are_marked() -> None:
+    figures, _ = climbed(arguments("--memory", "13GiB"))
+    text = ladder.as_markdown(figures)
+    assert "Published by others, not measured here" in text
+    row = next(line for line in text.splitlines() if line.startswith("| 1,000,000"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2:6] == ["does not fit", "0.5 s, 1.00 GiB", "–", "256"]
+    assert all(cell.startswith("*") and cell.endswith("*") for cell in cells[6:])
+    assert not any("*" in cell for cell in cells[:6])
+
+
+def test_a_small_ladder_really_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--rungs", "1500", "--dim", "16", "--batch", "8", "--steps", "1", "--warmup", "1", "--json", "-"]
+    assert main(["bench", "head", "--ladder", "--only", "ours", "--lce", "direct", "--centers", "mapped", *words]) == 0
+    (rung,) = json.loads(capsys.readouterr().out)["rungs"]
+    assert rung["measured"]["ours"]["seconds"] > 0
+    assert rung["measured"]["ours"]["peak_bytes"] == pytest.approx(rung["planned_bytes"], rel=0.25)
