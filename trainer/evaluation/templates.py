@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -169,15 +170,18 @@ def pool(
     """
     weights = np.ones(len(embeddings)) if weights is None else np.asarray(weights, np.float64)
     order = np.lexsort((media, template))
-    t, m, w = template[order], media[order], weights[order]
+    t, m = template[order], media[order]
     starts = np.flatnonzero(np.r_[True, (t[1:] != t[:-1]) | (m[1:] != m[:-1])])
-    means = np.add.reduceat(embeddings[order] * w[:, None].astype(np.float32), starts, axis=0)
-    means /= np.diff(np.append(starts, len(t)))[:, None].astype(np.float32)
-    numbers = t[starts]
-    first = np.flatnonzero(np.r_[True, numbers[1:] != numbers[:-1]])
-    sums = np.add.reduceat(means, first, axis=0)
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    return numbers[first], np.asarray(sums / np.maximum(norms, 1e-12), np.float32)
+    sizes = np.diff(np.append(starts, len(t)))
+    share = np.empty(len(t), np.float32)  # what an image counts in the sum of its template
+    share[order] = weights[order] / np.repeat(sizes, sizes)
+    numbers, place = np.unique(template, return_inverse=True)
+    sums = torch.zeros(len(numbers), embeddings.shape[1])
+    for a in range(0, len(place), 1 << 14):
+        part = slice(a, a + (1 << 14))
+        weighed = np.asarray(embeddings[part] * share[part, None], np.float32)
+        sums.index_add_(0, torch.from_numpy(place[part]), torch.from_numpy(weighed))
+    return numbers, torch.nn.functional.normalize(sums).numpy()
 
 
 def measure_templates(
