@@ -241,6 +241,7 @@ class TrainConfig(Section):
     compress_gradients: bool = Field(False, description="ddp: sum the backbone's gradients over ranks in bfloat16")
     compile: bool = Field(False, description="torch.compile the backbone")
     channels_last: bool = False
+    sync_batchnorm: bool = Field(False, description="CUDA: batch norm over the global batch; needs data.drop_last")
     activation_checkpointing: bool = False
     ema: float = Field(0.0, ge=0, lt=1, description="decay of an exponential moving average of the backbone; 0 is off")
     max_nonfinite_steps: int = Field(10, ge=0, description="skipped non-finite steps in a row before the run stops")
@@ -279,6 +280,10 @@ class LogConfig(Section):
 
     every_steps: int = Field(20, ge=1)
     tensorboard: bool = True
+    wandb: str | None = Field(None, description="Weights & Biases: the project's name (needs wandb)")
+    monitors: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="writers of other packages: name → settings (trainer/writers.py)"
+    )
     progress: bool = True
     profile: tuple[int, int] | None = Field(None, description="trace these updates (first, last) into <run>/profile")
 

@@ -1,4 +1,4 @@
-"""What is shown and written while training, on rank 0: a progress bar, ``log.jsonl`` and TensorBoard.
+"""What is shown and written while training, on rank 0: a progress bar, ``log.jsonl`` and writers such as TensorBoard.
 
 ``log.jsonl`` holds one JSON object a logged step; :data:`FIELDS` says what the numbers are. A continued run drops the
 lines after the checkpoint that it continues from, so that every step is there once.
@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.profiler import profile
 
 from trainer.config import LogConfig
-from trainer.distributed import Ranks
+from trainer.distributed import COMMUNICATION, Ranks
+from trainer.writers import Writer, open_writers
 
 FIELDS = {
     "step": "updates made so far",
@@ -48,6 +49,7 @@ FIELDS = {
     "step_seconds": "mean time of an update since the line before",
     "data_share": "share of that time in which rank 0 waited for data",
     "SET.metric": "what the section ``evaluate`` asks for; see trainer/evaluation/periodic.py",
+    "communication_share": "share of that time in collectives outside the backbone's own, waiting for others included",
     "memory_bytes": "largest so far on rank 0: device memory on CUDA, resident memory on the CPU",
     "seconds": "since the start of this process's training",
 }
@@ -61,7 +63,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Monitor:
-    """Progress, JSONL and TensorBoard on rank 0; on every other rank it does nothing.
+    """Progress, JSONL and further writers on rank 0; on every other rank it does nothing.
 
     Args:
         folder: the run folder (exists).
@@ -76,20 +78,18 @@ class Monitor:
         self.last: dict[str, Any] = {}
         self._began = self._mark = time.perf_counter()
         self._mark_step, self._samples, self._waited = start, 0, 0.0
+        COMMUNICATION.reset()
         self.folder = folder
         self._profile: profile | None = None
         self._log: TextIO | None = None
-        self._board: Any = None
+        self._writers: dict[str, Writer] = {}
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
         if not ranks.is_main:
             return
         truncate_log(folder / "log.jsonl", start)
         self._log = (folder / "log.jsonl").open("a")
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._writers = dict(open_writers(config, folder, start))
         if config.progress:
             self._progress = _progress_bar()
             self._bar = self._progress.add_task("training", total=steps, completed=start, figures="")
@@ -104,9 +104,18 @@ class Monitor:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        for sink in (self._log, self._board):
-            if sink is not None:
-                sink.close()
+        if self._log is not None:
+            self._log.close()
+        for name in list(self._writers):
+            self._try(name, lambda writer: writer.close())
+
+    def _try(self, name: str, action: Callable[[Writer], None]) -> None:
+        """What other people's code does must not end a training: a writer that fails is named and dropped."""
+        try:
+            action(self._writers[name])
+        except Exception as error:
+            del self._writers[name]
+            self.say(f"log: {name} failed and is written to no more: {error}")
 
     def say(self, message: str) -> None:
         """A line for people, on standard error (rank 0 only)."""
@@ -125,9 +134,10 @@ class Monitor:
     @contextmanager
     def pausing(self) -> Iterator[None]:
         """Around what is no training: its time counts neither as an update's nor against the samples per second."""
-        start = time.perf_counter()
+        start, communicated = time.perf_counter(), COMMUNICATION.take()
         yield
         self._mark += time.perf_counter() - start
+        COMMUNICATION.reset(communicated)
 
     def count(self, samples: int) -> None:
         """Samples that this rank has been given."""
@@ -170,6 +180,7 @@ class Monitor:
             "samples_per_second": round(self._samples * self.ranks.world_size / max(elapsed, 1e-9), 1),
             "step_seconds": round(elapsed / updates, 6),
             "data_share": round(min(1.0, self._waited / max(elapsed, 1e-9)), 4),
+            "communication_share": round(min(1.0, COMMUNICATION.take() / max(elapsed, 1e-9)), 4),
             "memory_bytes": memory_bytes(self.ranks.device),
             "seconds": round(now - self._began, 3),
         }
@@ -178,10 +189,9 @@ class Monitor:
         if self._log is not None:
             self._log.write(json.dumps(line) + "\n")
             self._log.flush()
-        if self._board is not None:
-            for key, value in line.items():
-                if key not in ("step", "seconds"):
-                    self._board.add_scalar(key, value, step)
+        figures = {key: value for key, value in line.items() if key not in ("step", "seconds")}
+        for name in list(self._writers):
+            self._try(name, lambda writer: writer.write(step, figures))
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, figures=_figures(line))
         return line

@@ -69,6 +69,8 @@ def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks, optimizer: Opti
         if not isinstance(backbone, Recompute):
             raise ConfigError(f"train.activation_checkpointing: {type(backbone).__name__} has no units to recompute")
         backbone.recompute = True
+    if config.sync_batchnorm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # its layers, in place
     if config.parallel.startswith("zero"):
         assert optimizer is not None
         return zero.shard(backbone, config, optimizer, ranks)

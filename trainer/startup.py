@@ -22,6 +22,7 @@ from trainer.data import Dataset, DatasetInfo, open_dataset
 from trainer.distributed import Ranks, agree, gather_objects
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
 from trainer.weights import matching_weights
+from trainer.writers import check_writers
 
 T = TypeVar("T")
 
@@ -105,6 +106,8 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, size)
     zero.check(config)
+    check_writers(config.log)
+    _check_sync(config, ranks)
     if config.head.weights is not None:
         if config.head.sub_centers > 1:
             raise ConfigError("head.weights: one row per class; use head.sub_centers=1")
@@ -165,6 +168,18 @@ def _check_rival(config: Config, bank: CenterBank | None, old: OldEmbeddings | N
         raise ConfigError(
             f"head.margin.name = {config.head.margin.name}: it reads the embeddings' norms, which mixbct makes 1; "
             "use cosface or arcface"
+        )
+
+
+def _check_sync(config: Config, ranks: Ranks) -> None:
+    if not config.train.sync_batchnorm:
+        return
+    if ranks.device.type != "cuda":
+        raise ConfigError("train.sync_batchnorm: torch has it on CUDA only; remove it, or run on GPUs")
+    if not config.data.drop_last or config.data.batch_size < 2 * ranks.world_size:
+        raise ConfigError(
+            "train.sync_batchnorm: every rank must have two samples in every batch; set data.drop_last=true and "
+            f"data.batch_size to at least {2 * ranks.world_size}"
         )
 
 
