@@ -178,6 +178,9 @@ class CompatConfig(Section):
     bank: Path | None = Field(None, description="centre bank of the old model (`lce centers …`); its folder")
     alignment_weight: float = Field(0.4, ge=0, description="λ_a in (1 − cos) units")
     boundary_weight: float = Field(1.0, ge=0, description="λ_b")
+    centers: Literal["device", "host"] = Field(
+        "device", description="direct: where the old centres lie; host: a step's rows are copied to the device"
+    )
     old_embeddings: Path | None = Field(
         None, description="old embeddings by record (.npy, float32, N × D1), for l2, mixbct, advbct, fct and unibct"
     )

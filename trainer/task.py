@@ -134,8 +134,10 @@ class TrainTask:
         if config.head.weights is not None:
             self._start_head(config.head.weights)
         # Rows are updated within the backward pass, unless only the whole update tells whether and how far they may
-        # move.
-        self._deferred = config.train.accumulate > 1 or config.train.precision == "float16"
+        # move. So a gradient that overflows inside the backbone, behind a loss that was finite, finds them moved already:
+        # the backbone and its counters skip the step, the rows have made it. head.update=deferred rules that out.
+        whole = config.train.accumulate > 1 or config.train.precision == "float16"
+        self._deferred = whole or config.head.update == "deferred"
         self._dtype = dtype
 
     def _build(self) -> nn.Module:
@@ -273,10 +275,11 @@ def build_compat(config: Config, bank: CenterBank, ranks: Ranks) -> DirectCompat
     """The old model's centres and boundaries of this rank's classes, with the weights of the losses."""
     mine = class_range(bank.num_classes, ranks.rank, ranks.world_size)
     rows = bank.rows(mine.start, mine.stop)
+    where = ranks.device if config.compat.centers == "device" else torch.device("cpu")
     return DirectCompat(
-        rows.centers.to(ranks.device),
-        rows.boundaries.to(ranks.device),
-        rows.mask.to(ranks.device),
+        rows.centers.to(where),
+        rows.boundaries.to(where),
+        rows.mask.to(where),
         config.compat.alignment_weight,
         0.0 if config.compat.authors_formula else config.compat.boundary_weight,  # theirs: AuthorsBoundary
     )

@@ -96,6 +96,17 @@ def test_advice_says_what_fits() -> None:
     assert any(change.words.startswith("at least") and change.fits for change in changes)
 
 
+def test_old_centres_move_to_the_host() -> None:
+    one = setting(29_000_000, compat={"method": "lce", "bank": "unused"})
+    plan = make_plan(replace(one, bank_dim=512))
+    centers = parts(plan)["old centres"]
+    words = "old centres in host memory (compat.centers=host)"
+    change = next(c for c in changes_to_fit(plan, 1) if c.words == words)
+    assert plan.device_bytes - change.peak_bytes == centers
+    moved = setting(29_000_000, compat={"method": "lce", "bank": "unused", "centers": "host"})
+    assert make_plan(replace(moved, bank_dim=512)).host_bytes == plan.host_bytes + centers
+
+
 def test_time_and_checkpoint() -> None:
     plan = make_plan(setting(train={"epochs": 2}, data={"batch_size": 1000}))
     assert plan.updates == 2000

@@ -256,8 +256,8 @@ def _bank(args: argparse.Namespace, ranks: Any) -> Any:
         centers = torch.empty(size, args.dim, device=ranks.device, dtype=dtype)
     for part in centers.split(65536):
         part.copy_(torch.nn.functional.normalize(torch.randn(part.shape, device=part.device)))
-    boundaries = torch.full((size,), 0.3, device=ranks.device)
-    mask = torch.ones(size, dtype=torch.bool, device=ranks.device)
+    boundaries = torch.full((size,), 0.3, device=centers.device)
+    mask = torch.ones(size, dtype=torch.bool, device=centers.device)
     return DirectCompat(centers, boundaries, mask, 0.4, 1.0)
 
 

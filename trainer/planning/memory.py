@@ -105,9 +105,10 @@ def _tables(setting: Setting) -> list[Part]:
     counters = 4 * setting.rows if setting.sampled or head.optimizer.name == "adamw" else 0
     parts = [Part("rows", table), Part("rows' optimizer state", _states(setting) * table + counters)]
     if setting.bank_dim is not None and setting.config.compat.method == "lce":
-        direct = setting.config.compat.mode == "direct"
+        compat = setting.config.compat
         centers = setting.classes * (setting.bank_dim * 4 + 4 + 1)
-        parts.append(Part("old centres", centers, on_host=setting.device == "cuda" and not direct))
+        elsewhere = compat.mode != "direct" or compat.centers == "host"
+        parts.append(Part("old centres", centers, on_host=setting.device == "cuda" and elsewhere))
     return parts
 
 
