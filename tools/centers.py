@@ -1,7 +1,7 @@
 """Make the centre bank that training needs to stay compatible with an old model, and look into one.
 
-  lce centers from-model runs/old data/train bank --nproc 2             # the old model (run, export or .onnx) on a
-  data set lce centers from-embeddings old.npy bank --dataset data/train         # old embeddings, one row per record
+  lce centers from-model runs/old data/train bank --nproc 2             # the old model, run over the new images
+  lce centers from-embeddings old.npy bank --dataset data/train         # old embeddings, one row per record
   lce centers from-classifier checkpoint_gpu_*.pt bank                  # the old classifier's rows, as saved per rank
   lce centers from-classifier head.pt bank --map map.csv                # other class numbers: lines new,old
   lce centers info bank                                                 # counts, boundaries, likely duplicates
@@ -10,11 +10,12 @@ A bank holds a centre and a boundary for each class of the *new* training set (t
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tools.output import write_json
 
 if TYPE_CHECKING:
     from trainer.compat.boundary import BoundaryRule
@@ -240,7 +241,7 @@ def _info(args: argparse.Namespace) -> int:
     with progress_bar("comparing centres") as progress:
         pairs = nearest_pairs(bank, args.pairs, progress=progress)
     figures = {**summarise(bank), "nearest_pairs": pairs}
-    _write_json(args, figures)
+    write_json(figures, args.json)
     if args.json != "-":
         print(describe(args.bank, figures))
     return 0
@@ -256,20 +257,12 @@ def _rule(args: argparse.Namespace) -> "BoundaryRule":
         raise LceError(str(error)) from None
 
 
-def _write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    text = json.dumps(figures, indent=1)
-    if args.json == "-":
-        print(text)
-    elif args.json:
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-
-
 def _report(args: argparse.Namespace, bank: "CenterBank", seconds: float) -> None:
     """Say what was made, on the screen or as JSON."""
     from trainer.compat.bank_info import summarise
 
     figures = {**summarise(bank), "out": str(args.out), "seconds": round(seconds, 3)}
-    _write_json(args, figures)
+    write_json(figures, args.json)
     if args.json != "-":
         boundary = figures["boundary"]
         known = (

@@ -30,6 +30,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.output import write_json
+
 if TYPE_CHECKING:
     from tools.glyphs.typefaces import Found
 
@@ -68,14 +70,13 @@ def run(args: argparse.Namespace) -> int:
     """Make the data sets; returns the exit status."""
     from tools.glyphs.building import Recipe, build
     from tools.glyphs.typefaces import SMALL_SET, SYSTEM_FONTS, find
-    from tools.output import write_json
     from tools.progress import progress_bar
     from trainer.errors import ConfigError
 
     places = args.fonts or [place for place in (SYSTEM_FONTS,) if place.is_dir()]
     found = find(places, args.script)
     if args.list:
-        write_json(args.json, _list(found, show=args.json != "-"))
+        write_json(_list(found, show=args.json != "-"), args.json)
         return 0
     _check(args)
     if not found:
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     figures = build(found, args.out, recipe, args.processes or len(os.sched_getaffinity(0)), progress_bar)
-    write_json(args.json, figures)
+    write_json(figures, args.json)
     if args.json != "-":
         _print(args.out, figures)
     return 0

@@ -15,12 +15,12 @@ Example:
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tools.output import write_json
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         dataset = open_dataset(args.dataset, args.labels)
     except DataError as error:
-        _write_json(args.json, {"dataset": str(args.dataset), "damage": [str(error)]})
+        write_json({"dataset": str(args.dataset), "damage": [str(error)]}, args.json)
         print(f"damage: {error}", file=sys.stderr if args.json == "-" else sys.stdout)
         return 1
     processes = args.processes or len(os.sched_getaffinity(0))
@@ -68,16 +68,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.write_bad:
         store.save_array(args.dataset / BAD_RECORDS, np.array(sorted(report.bad), np.int64))
-    _write_json(args.json, {"dataset": str(args.dataset), **dataclasses.asdict(report)})
+    write_json({"dataset": str(args.dataset), **dataclasses.asdict(report)}, args.json)
     if args.json != "-":
         _print(args.dataset, report)
     return 1 if report.damage else 0
-
-
-def _write_json(target: str | None, findings: dict[str, object]) -> None:
-    if target:
-        text = json.dumps(findings, indent=1) + "\n"
-        sys.stdout.write(text) if target == "-" else Path(target).write_text(text)
 
 
 def _print(dataset: Path, report: "CheckReport") -> None:

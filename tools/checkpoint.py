@@ -8,10 +8,11 @@ A run folder means all its checkpoints (extract: the newest); a single step-XXXX
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from tools.output import write_json
 
 HELP = "look into checkpoints, verify them, or extract weights"
 
@@ -44,10 +45,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(results: list[dict[str, Any]], path: Path | None) -> None:
-    if path is not None and str(path) != "-":
-        path.write_text(json.dumps(results, indent=1) + "\n")
+
+    write_json(results, path)
     if str(path) == "-":
-        print(json.dumps(results, indent=1))
         return
     for result in results:
         print(result["folder"])

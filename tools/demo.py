@@ -10,12 +10,13 @@ every seed's verdict is SAFE); 2 something is missing, such as the network at th
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tools.output import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,10 +59,7 @@ def run(args: argparse.Namespace) -> int:
         return failure.status if failure.status in (2, 75, 130) else 70
     outcome = summarise(args.data, told)
     _print(console, outcome)
-    if args.json == "-":
-        sys.stdout.write(json.dumps(outcome, indent=1) + "\n")
-    elif args.json:
-        Path(args.json).write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    write_json(outcome, args.json)
     return 1 if args.fail_unsafe and outcome["safe"] < len(told) else 0
 
 

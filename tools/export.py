@@ -15,6 +15,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.output import write_json
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -62,11 +64,8 @@ def run(args: argparse.Namespace) -> int:
         raise ModelError(f"{args.model}: is an ONNX file already; export from the run or the model folder")
     parity = _write(args, model, pick_images(model.card, open_dataset(args.dataset), args.images))
     figures = {"out": str(args.out), "model": str(args.model), "model_hash": model.hash, **parity.as_dict()}
-    if args.json and args.json != "-":
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    if args.json == "-":
-        print(json.dumps(figures, indent=1))
-    else:
+    write_json(figures, args.json)
+    if args.json != "-":
         allowed = f"difference {parity.bound:.0e}" if parity.bound is not None else f"cosine {parity.cosine_bound:g}"
         print(
             f"{args.out}: {parity.size_bytes / 1e6:.1f} MB; on {parity.images} real images the largest difference from "

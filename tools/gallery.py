@@ -20,12 +20,12 @@ Exit status: 0 done, 1 verification failed, 2 wrong use.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.output import write_json
 from trainer.errors import LceError
 
 if TYPE_CHECKING:
@@ -72,12 +72,8 @@ def run(args: argparse.Namespace) -> int:
         raise LceError("--batch and --rate must be positive")
     in_database = args.store.startswith(("postgresql://", "postgres://"))
     outcome = _database(args) if in_database else _file(args)
-    text = json.dumps({"action": args.action, **outcome}, ensure_ascii=False)
-    if args.json == "-":
-        print(text)
-    else:
-        if args.json:
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
+    write_json({"action": args.action, **outcome}, args.json)
+    if args.json != "-":
         for name, value in outcome.items():
             print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
     return 1 if args.action == "verify" and not _holds(args, outcome) else 0

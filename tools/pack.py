@@ -16,10 +16,10 @@ Example:
 
 import argparse
 import dataclasses
-import json
 import os
-import sys
 from pathlib import Path
+
+from tools.output import write_json
 
 HELP = "folders of identities, a list or tar files → a RecordIO data set"
 
@@ -86,9 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
         result = pack(listing, args.out, options, processes=processes, job=args.part, progress=progress)
     figures = {**dataclasses.asdict(result), "out": str(args.out)}
-    if args.json:
-        text = json.dumps(figures, indent=1)
-        sys.stdout.write(text + "\n") if args.json == "-" else Path(args.json).write_text(text + "\n")
+    write_json(figures, args.json)
     if args.json != "-":
         state = "complete" if result.complete else "waits for the parts of other jobs"
         print(

@@ -21,6 +21,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tools.output import write_json
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -45,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Split; returns the exit status."""
-    from tools.output import write_json
     from trainer.data import open_dataset
     from trainer.data.splitting import SplitOptions, save_tables, split
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     made_by = f"lce split {args.dataset} --kind {args.kind} --share {args.share} --unseen {args.unseen} "
     save_tables(tables, args.out, made_by + f"--tune {args.tune} --seen {args.seen} --seed {args.seed}")
     counts = {name: {"classes": len(table.classes), "images": table.images} for name, table in tables.items()}
-    write_json(args.json, counts)
+    write_json(counts, args.json)
     if args.json != "-":
         for name, count in counts.items():
             print(f"{args.out / name}.npy: {count['images']} images of {count['classes']} classes")

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.output import write_json
+
 if TYPE_CHECKING:
     from trainer.config import AugmentConfig
     from trainer.data import Dataset
@@ -46,14 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit status."""
-    import json
 
     figures = measure(args)
-    text = json.dumps(figures, indent=1)
-    if args.json == "-":
-        print(text)
-    elif args.json:
-        Path(args.json).write_text(text + "\n")
+    write_json(figures, args.json)
     if args.json != "-":
         for side in ("reference", "ours", "torch"):
             if side in figures:

@@ -1,12 +1,14 @@
 """What the benchmarks share: who measured (commit, machine), and where the figures go."""
 
-import json
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from tools.output import write_json
+
+__all__ = ["origin", "write_json"]
 
 
 def origin() -> dict[str, Any]:
@@ -26,17 +28,6 @@ def origin() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def write_json(figures: dict[str, Any] | list[Any], target: str | None) -> None:
-    """Write figures to a file, or to standard output where ``target`` is ``-``; nothing where it is None."""
-    if target is None:
-        return
-    text = json.dumps(figures, indent=1)
-    if target == "-":
-        sys.stdout.write(text + "\n")
-    else:
-        Path(target).write_text(text + "\n")
 
 
 def _processor() -> str:
