@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,64 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, harm: Any) -
     harm(tmp_path / "step-00000003")
     with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole"):
         checkpoints.newest()
+
+
+def test_cut_and_flipped_at_random(tmp_path: Path) -> None:
+    """Forty seeded harms to any byte of any file: never taken for whole, and the one before is used."""
+    moments = random.Random(7)
+    checkpoints, said = _written(tmp_path, 3, 7)
+    newest = tmp_path / "step-00000007"
+    files = sorted(p for p in newest.iterdir() if p.name != "state.json")
+    for _ in range(40):
+        file = moments.choice(files)
+        whole = file.read_bytes()
+        at = moments.randrange(len(whole))
+        cut = moments.random() < 0.5
+        file.write_bytes(
+            whole[:at] if cut else whole[:at] + bytes([whole[at] ^ 1 << moments.randrange(8)]) + whole[at + 1 :]
+        )
+        found = checkpoints.newest()
+        assert found is not None
+        assert found.step == 3, (file, at, cut)
+        file.write_bytes(whole)
+    assert len(said) == 40
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.step == 7
+
+
+def _fill_at_random(ranks: Ranks, folder: Path, times: int) -> list[tuple[int, str]]:
+    """Saves of which every second one meets a disk that is full after so many bytes, on a rank of its own choice."""
+    moments, said = random.Random(11), list[str]()
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2), ranks, said.append)
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    found = []
+    for step in range(1, 2 * times, 2):
+        checkpoints.save(_sharded(ranks, step), {"step": step})
+        checkpoints.settle()
+        bytes_left, where = moments.randrange(1, 2500), moments.randrange(ranks.world_size)
+        if ranks.rank == where:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, whole[1]))
+        try:
+            checkpoints.save(_sharded(ranks, step + 1), {"step": step + 1})
+            checkpoints.settle()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+        newest = checkpoints.newest()
+        assert newest is not None
+        state = _sharded(ranks, -1.0)
+        load_tensors(newest, state)
+        assert state["same"].tolist() == [newest.step] * 4
+        found.append((newest.step - step, said.pop() if said else ""))
+    return found
+
+
+def test_filled_at_random(tmp_path: Path) -> None:
+    """Twenty-five times, seeded: the last good one survives, a save that went through is whole, the reason is told."""
+    found = run_ranks(_fill_at_random, 2, tmp_path, 25)[0]
+    assert all((late == 0) == ("File too large" in said) for late, said in found)
+    assert sum(late == 0 for late, _ in found) >= 15
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:

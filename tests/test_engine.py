@@ -232,6 +232,26 @@ def test_a_step_that_is_not_finite_changes_nothing_anywhere(tmp_path: Path) -> N
     assert (int(five["skipped"]), int(five["streak"])) == (2, 2)
 
 
+@pytest.mark.parametrize("update", ["fused", "deferred"])
+def test_a_gradient_that_overflows_inside_the_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str
+) -> None:
+    """Behind a finite loss: the backbone skips the step; the rows have made it when fused, and not when deferred."""
+    changes = {"schedule__name": "constant", "schedule__warmup": 0.0, "head__update": update}
+    train(config(tmp_path / "three", **changes, train__steps=3), Ranks())
+    backward, calls = trainer.task.scale_gradient, []
+
+    def overflowing(x: torch.Tensor, factor: Any) -> torch.Tensor:
+        calls.append(None)
+        return backward(x, float("inf") if len(calls) == 4 else factor)
+
+    monkeypatch.setattr(trainer.task, "scale_gradient", overflowing)
+    train(config(tmp_path / "four", **changes, train__steps=4), Ranks())
+    three, four = tensors_of(tmp_path / "three"), tensors_of(tmp_path / "four")
+    moved = {n for n in three if not torch.equal(three[n], four[n])}
+    assert moved == {"skipped", "streak"} | ({"task.rows", "task.momentum"} if update == "fused" else set())
+
+
 def test_too_many_bad_steps_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = trainer.engine.build_loader
     monkeypatch.setattr(trainer.engine, "build_loader", lambda *args: _Poison(build(*args), set(range(2, 99))))

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO 1 to 3: the same run as DDP, skipped steps, checkpoints for any number of ranks and any mode."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,56 +44,77 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_the_same_run_as_ddp(tmp_path: Path) -> None:
-    """Clipped SGD and AdamW, accumulated batches, bfloat16 and batch norm: losses, norms and the exported model."""
-    runs = {
-        f"{mode}-{name}": BASE | changes | {"train__parallel": mode}
-        for mode in ("ddp", *STAGES)
-        for name, changes in VARIANTS.items()
-        if not (name == "norm" and mode == "zero1")
-    }
-    run_ranks(train_all, 2, tmp_path, runs)
-    images = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), np.uint8)
-    for name in runs:
-        plain = f"ddp-{name.partition('-')[2]}"
-        tolerance = HALF_TOLERANCE if "half" in name else RELATIVE_TOLERANCE
-        for key in ("loss", "grad_norm"):
-            ours, theirs = ([line[key] for line in log_of(tmp_path / run)] for run in (name, plain))
-            np.testing.assert_allclose(ours, theirs, rtol=tolerance, err_msg=f"{name} {key}")
-        if "norm" not in name:
-            ours, theirs = (load_model(tmp_path / run).embed(images) for run in (name, plain))
-            np.testing.assert_allclose(ours, theirs, atol=1e-4 if tolerance < 1e-3 else 1e-2)
+CONTINUED = BASE | {
+    "optimizer__name": "adamw",
+    "optimizer__lr": 0.002,
+    "schedule__name": "constant",
+    "schedule__warmup": 0.0,
+}
 
 
-def test_checkpoints_know_nothing_of_zero(tmp_path: Path) -> None:
-    """Begun with one of them on two ranks, continued with another on another number of ranks."""
-    whole = BASE | {"optimizer__name": "adamw", "schedule__name": "constant", "schedule__warmup": 0.0}
-    half = whole | {"train__steps": 4}
-    train(config(tmp_path / "whole", **whole), Ranks())
-    begun = {mode: half | {"train__parallel": mode} for mode in STAGES}
-    run_ranks(train_all, 2, tmp_path, begun)
-    ends = {"zero1": "zero3", "zero2": "ddp", "zero3": "zero2"}
-    run_ranks(train_all, 3, tmp_path, {first: whole | {"train__parallel": second} for first, second in ends.items()})
+def _on_two_ranks(ranks: Ranks, folder: Path) -> None:
+    """All that these tests need of two ranks, in the same processes: DeepSpeed takes seconds to import."""
+    train_all(ranks, folder, RUNS)
     for mode in STAGES:
+        changes = CONTINUED | {"train__parallel": mode}
+        train_rank(ranks, folder / f"{mode}-cut", changes | {"train__steps": 4})
+        train_rank(ranks, folder / f"{mode}-three", changes | {"train__steps": 3})
+    for mode in STAGES:  # last: what poisons the batches stays
+        changes = CONTINUED | {"train__parallel": mode, "train__steps": 5}
+        _poisoned_rank(ranks, folder / f"{mode}-five", changes, {3, 4}, 1)
+
+
+RUNS = {
+    f"{mode}-{name}": BASE | changes | {"train__parallel": mode}
+    for mode in ("ddp", *STAGES)
+    for name, changes in VARIANTS.items()
+    if not (name == "norm" and mode == "zero1")
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of :func:`_on_two_ranks`."""
+    folder = tmp_path_factory.mktemp("zero")
+    run_ranks(_on_two_ranks, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("ddp")])
+def test_the_same_run_as_ddp(trained: Path, name: str) -> None:
+    """Clipped SGD and AdamW, accumulated batches, bfloat16 and batch norm: losses, norms and the exported model."""
+    plain = f"ddp-{name.partition('-')[2]}"
+    tolerance = HALF_TOLERANCE if "half" in name else RELATIVE_TOLERANCE
+    for key in ("loss", "grad_norm"):
+        ours, theirs = ([line[key] for line in log_of(trained / run)] for run in (name, plain))
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, err_msg=key)
+    if "norm" not in name:
+        images = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), np.uint8)
+        embedded = [load_model(trained / run).embed(images) for run in (name, plain)]
+        np.testing.assert_allclose(*embedded, atol=1e-4 if tolerance < 1e-3 else 1e-2)
+
+
+def test_checkpoints_know_nothing_of_zero(trained: Path, tmp_path: Path) -> None:
+    """Begun with one of them on two ranks, continued with another on three."""
+    train(config(tmp_path / "whole", **CONTINUED), Ranks())
+    ends = {"zero1": "zero3", "zero2": "ddp", "zero3": "zero2"}
+    for mode in ends:
+        shutil.copytree(trained / f"{mode}-cut", tmp_path / mode)
+    runs = {first: CONTINUED | {"train__parallel": second} for first, second in ends.items()}
+    run_ranks(train_all, 3, tmp_path, runs)
+    for mode in ends:
+        assert len(losses_of(tmp_path / mode)) == 8
         np.testing.assert_allclose(
             losses_of(tmp_path / mode), losses_of(tmp_path / "whole"), rtol=RELATIVE_TOLERANCE, err_msg=mode
         )
 
 
-def _poisoned_all(ranks: Ranks, folder: Path, changes: dict[str, Any]) -> None:
-    for mode in STAGES:
-        mine = changes | {"train__parallel": mode}
-        train_rank(ranks, folder / f"{mode}-three", mine | {"train__steps": 3})
-        _poisoned_rank(ranks, folder / f"{mode}-five", mine | {"train__steps": 5}, {3, 4}, 1)
-
-
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", STAGES)
+def test_a_step_that_is_not_finite_changes_nothing(trained: Path, mode: str) -> None:
     """Bad images on rank 1 in the last two of five steps."""
-    run_ranks(_poisoned_all, 2, tmp_path, BASE | {"schedule__name": "constant", "schedule__warmup": 0.0})
-    for mode in STAGES:
-        three, five = tensors_of(tmp_path / f"{mode}-three"), tensors_of(tmp_path / f"{mode}-five")
-        assert {n for n in three if not torch.equal(three[n], five[n])} == {"skipped", "streak"}, mode
-        assert int(five["skipped"]) == 2
+    three, five = tensors_of(trained / f"{mode}-three"), tensors_of(trained / f"{mode}-five")
+    assert {n for n in three if not torch.equal(three[n], five[n])} == {"skipped", "streak"}
+    assert int(five["skipped"]) == 2
 
 
 @pytest.mark.parametrize(
