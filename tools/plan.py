@@ -14,7 +14,7 @@ does not fit --memory, the simulation found a problem, or --verify one that is o
 import argparse
 import re
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from tools.benchmarks.measuring import origin, write_json
+    from tools.benchmarks.measuring import origin
+    from tools.output import write_json
     from tools.plan_verify import CASES, as_text, case_setting, verify
     from tools.progress import progress_bar
 
@@ -82,7 +83,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from tools.benchmarks.measuring import write_json
+    from tools.output import write_json
     from trainer.planning.plan import changes_to_fit, make_plan
     from trainer.planning.simulation import simulate
 
@@ -131,7 +132,7 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     if bank_dim is None and config.compat.method != "none":
         there = config.compat.bank is not None and config.compat.bank.exists()
         bank_dim = CenterBank.open(str(config.compat.bank)).dim if there else config.backbone.dim
-    device = args.device or ("cpu" if config.run.device == "cpu" else "cuda")
+    device: Literal["cpu", "cuda"] = args.device or ("cpu" if config.run.device == "cpu" else "cuda")
     return Setting(config, classes, size or (112, 112), args.ranks, device, bank_dim, records)
 
 

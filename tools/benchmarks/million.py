@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run all stages; returns the exit status: 1 when a stage ends otherwise than it should."""
-    from tools.benchmarks.measuring import write_json
+    from tools.output import write_json
     from trainer.errors import ConfigError
 
     if not args.config.is_file():

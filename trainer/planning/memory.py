@@ -129,7 +129,8 @@ def _head_step(setting: Setting) -> list[Part]:
     centers = chunk * dim * (4 if setting.sampled else 0) if lce else 0
     numbers = rows * (work * (1 + lce + head.sampling_correction) + (8 * DRAW_WORDS if setting.sampled else 0))
     deferred = 0
-    if setting.config.train.accumulate > 1 or setting.config.train.precision == "float16":
+    waits = setting.config.train.precision == "float16" or head.update == "deferred"
+    if setting.config.train.accumulate > 1 or waits:
         collected = rows * setting.config.train.accumulate
         deferred = (collected + min(collected, setting.rows) if setting.sampled else setting.rows) * dim * work
     width = dim * setting.embedding_bytes + 8
