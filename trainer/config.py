@@ -139,11 +139,6 @@ class HeadConfig(Section):
         description="deferred: rows wait until the backbone's gradient is known to be finite; costs their gradient's "
         "memory and a wait for the device (always so with accumulated batches and float16)",
     )
-    update: Literal["fused", "deferred"] = Field(
-        "fused",
-        description="deferred: rows wait until the backbone's gradient is known to be finite; costs their gradient's "
-        "memory and a wait for the device (always so with accumulated batches and float16)",
-    )
     margin: MarginConfig = MarginConfig()
     sample_rate: float = Field(1.0, gt=0, le=1, description="share of the classes drawn as negatives each step")
     sampling_correction: bool = Field(

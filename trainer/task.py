@@ -134,8 +134,8 @@ class TrainTask:
         if config.head.weights is not None:
             self._start_head(config.head.weights)
         # Rows are updated within the backward pass, unless only the whole update tells whether and how far they may
-        # move. So a gradient that overflows inside the backbone, behind a loss that was finite, finds them moved already:
-        # the backbone and its counters skip the step, the rows have made it. head.update=deferred rules that out.
+        # move. So a gradient that overflows inside the backbone, behind a finite loss, finds them moved already: the
+        # backbone skips the step, the rows have made it. head.update=deferred rules that out.
         whole = config.train.accumulate > 1 or config.train.precision == "float16"
         self._deferred = whole or config.head.update == "deferred"
         self._dtype = dtype
