@@ -114,7 +114,8 @@ class PartialFC(nn.Module):
         stateless = config.impl == "reference"  # torch's optimizer keeps the state then
         self.optimizer = build_row_optimizer(config.optimizer, rows, self.sampled and not stateless, seed, stateless)
         chunk = config.chunk_rows or (4096 if ranks.device.type == "cpu" else 65536)
-        self.kernels = Kernels(chunk, compiled=len(rows) >= COMPILE_FROM_ROWS)
+        large = len(rows) >= COMPILE_FROM_ROWS
+        self.kernels = Kernels(chunk, compiled=large, native=large and ranks.device.type == "cpu")
         self.optimizer.fuse = self.kernels.fuse
         self._collected: list[tuple[Tensor, Tensor]] = []
         self._sum: Tensor | None = None  # of all rows' gradients, where all rows take part

@@ -32,6 +32,8 @@ HORIZON = 1024
 """After so many updates all rows are brought up to date, so that no row can miss more steps than the table holds."""
 FLUSH_ROWS = 4096
 """Rows per block of that sweep."""
+FUSE_FROM_ROWS = 1024
+"""Fewer rows, such as a batch's own, are copied by torch as it is: compiling would not pay."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,7 @@ class Selection:
         self.in_place = index is None and owner.rows.dtype == owner.work
         owner.selections += 1
         self._number, self._updates = owner.selections, owner.updates
-        if index is not None:
-            self._kept = owner.workspace(0, self.count)
+        self.kept = owner.workspace(0, 0 if index is None else self.count)
 
     def open(self, start: int, stop: int) -> Tensor:
         """The rows [start, stop) of the selection (n, D), for the first time in this step."""
@@ -100,8 +101,13 @@ class Selection:
             if self.in_place:
                 return self.owner.rows[start:stop]
             return self.owner.workspace(0, stop - start).copy_(self.owner.rows[start:stop])
-        self.owner.copy_rows(self.index[start:stop], self._kept[start:stop])
-        return self._kept[start:stop]
+        self.owner.copy_rows(self.index[start:stop], self.kept[start:stop])
+        return self.kept[start:stop]
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether no later selection may have used the workspace."""
+        return self._number == self.owner.selections
 
     def check(self) -> None:
         """Raise RuntimeError when the tables were updated since this selection was made: its step is out of date."""
@@ -110,9 +116,9 @@ class Selection:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The same rows once more, in the second pass."""
-        if self.index is None or self._number != self.owner.selections:  # another selection may have used the workspace
+        if self.index is None or not self.undisturbed:
             return self.open(start, stop)
-        return self._kept[start:stop]
+        return self.kept[start:stop]
 
     def state(self, start: int, stop: int, w: Tensor) -> tuple[Tensor, ...]:
         """The state of the rows ``w`` that :meth:`rows` gave, (n, D) each; valid until the next call."""
@@ -260,17 +266,19 @@ class SgdRows(RowOptimizer):
         self._missed = identity.repeat(HORIZON + 1, 1)
         self._coefficients = self._missed.to(self.work)
 
-    def _missed_by(self, index: Tensor) -> Tensor:
+    def missed_by(self, index: Tensor) -> Tensor:
         """What the rows at ``index`` missed, (n, 4)."""
         return self._coefficients.index_select(0, self._now - self._last.index_select(0, index))
 
     def copy_rows(self, index: Tensor, out: Tensor) -> None:
         """See :meth:`RowOptimizer.copy_rows`."""
-        self.fuse(_copy_rows)(index, self.rows, self.tables[1], self._missed_by(index), out)
+        copy = self.fuse(_copy_rows) if len(index) >= FUSE_FROM_ROWS else _copy_rows
+        copy(index, self.rows, self.tables[1], self.missed_by(index), out)
 
     def copy_state(self, index: Tensor, w: Tensor, out: tuple[Tensor, ...]) -> None:
         """See :meth:`RowOptimizer.copy_state`."""
-        self.fuse(_copy_momentum)(index, self.tables[1], self._missed_by(index), w, out[0])
+        copy = self.fuse(_copy_momentum) if len(index) >= FUSE_FROM_ROWS else _copy_momentum
+        copy(index, self.tables[1], self.missed_by(index), w, out[0])
 
     def _mark(self, index: Tensor | None) -> None:
         if index is None:

@@ -28,6 +28,7 @@ from trainer.distributed import all_reduce_sum
 from trainer.errors import ConfigError
 from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.margin import Margin, Target
+from trainer.head.native import NativePass, native_pass
 from trainer.head.row_optimizer import RowGradient, RowOptimizer
 
 LARGEST_EXPONENT = 70.0
@@ -110,6 +111,7 @@ class FusedStep:
         self.num_classes = num_classes
         self.settings, self.margin, self.optimizer, self.kernels = settings, margin, optimizer, kernels
         self.compat, self.compat_total, self.collect = compat, compat_total, collect
+        self.native: NativePass | None = None
         self.shift = constant_shift(settings.scale, optimizer.work)
         self.report: dict[str, Tensor] = {}
 
@@ -144,7 +146,8 @@ class FusedStep:
             all_reduce_sum(cosine)  # the negatives' weights depend on it: one more collective, of B numbers
             self._prepare_negatives(cosine, training)
             cosine = cosine / (dist.get_world_size() if dist.is_initialized() else 1)
-        sums, alignment = self._first_pass(len(x))
+        self.native = native_pass(self)
+        sums, alignment = self._first_pass(len(x)) if self.native is None else self.native.first(self)
         hinge = self._boundary()
         packed = all_reduce_sum(torch.cat([sums, cosine, torch.stack([alignment, *hinge])]))
         own = drawn.own[:0] if self.settings.sub_centers > 1 else drawn.own
@@ -235,13 +238,14 @@ class FusedStep:
         weight[self.drawn.places] = 0.0
         return weight
 
-    def _plain(self) -> bool:
+    def plain(self) -> bool:
+        """One row per class, and every negative counts as it is."""
         s = self.settings
         return s.sub_centers == 1 and not s.inter_class_filter and not self.margin.reweights_negatives
 
     def _sum_negatives(self, products: Tensor, inverse: Tensor, first: int, last: int) -> Tensor:
         offset = self._offset(first, last)
-        if self._plain():
+        if self.plain():
             return self.kernels.fuse(exp_sum)(products, inverse, offset)
         z, _, _ = self._negative_logits(products, inverse)
         return torch.exp(z - offset).sum(0)
@@ -369,7 +373,24 @@ class FusedStep:
         self.coefficient = share.to(work)
         self._target_gradient(share)
         own_places, order = torch.sort(self.drawn.own[: len(own_grad)])
-        own_grad, own_bounds = own_grad[order], torch.searchsorted(own_places, self.edges).tolist()
+        own_grad = own_grad[order]
+        if self.native is not None and self.rows.undisturbed:
+            dx = self.native.second(self, grad, own_places, own_grad)
+        else:
+            dx = self._second_pass(grad, gate, own_places, own_grad)
+        if self.collect is None:
+            self.optimizer.finish(self._row_index(0, self.rows.count), gate)
+        elif self.rows.index is not None and self.rows.count == 0:
+            self.collect(0, self.rows.index, self.x.new_empty(0, self.x.shape[1]))  # a step passes for this rank too
+        self._boundary_gradient(dx, grad)
+        dx -= self.x * torch.linalg.vecdot(dx, self.x)[:, None]
+        dx /= self.norm[:, None]
+        self._norm_gradient(dx, grad)
+        return dx
+
+    def _second_pass(self, grad: Tensor, gate: Tensor | None, own_places: Tensor, own_grad: Tensor) -> Tensor:
+        """Σ_j P_ij w_j/‖w_j‖ (B, D); updates the rows, or collects their gradient."""
+        own_bounds = torch.searchsorted(own_places, self.edges).tolist()
         transposed = torch.zeros_like(self.x.t(), memory_format=torch.contiguous_format)
         k = self.settings.sub_centers
         for number, first, last in self._chunks():
@@ -389,16 +410,7 @@ class FusedStep:
                 self.optimizer.update(self.rows, first * k, last * k, gradient, gate)
             else:
                 self.collect(first * k, self._row_index(first * k, last * k), gradient.dense(w))
-        if self.collect is None:
-            self.optimizer.finish(self._row_index(0, self.rows.count), gate)
-        elif self.rows.index is not None and self.rows.count == 0:
-            self.collect(0, self.rows.index, self.x.new_empty(0, self.x.shape[1]))  # a step passes for this rank too
-        dx = transposed.t().contiguous()
-        self._boundary_gradient(dx, grad)
-        dx -= self.x * torch.linalg.vecdot(dx, self.x)[:, None]
-        dx /= self.norm[:, None]
-        self._norm_gradient(dx, grad)
-        return dx
+        return transposed.t().contiguous()
 
     def _row_index(self, first: int, last: int) -> Tensor | None:
         return None if self.rows.index is None else self.rows.index[first:last]
@@ -420,7 +432,7 @@ class FusedStep:
         log_sum = self.log_sum_row
         if self.log_weight is not None:
             log_sum = log_sum - self.log_weight[first:last]
-        if self._plain():
+        if self.plain():
             q, radial = self.kernels.fuse(softmax_weights)(products, inverse, log_sum, self.coefficient)
         else:
             z, slope, nearest = self._negative_logits(products, inverse)

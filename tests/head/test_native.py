@@ -1,0 +1,156 @@
+"""The C++ pass equals the torch pass and the float64 reference, and steps aside where it does not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.head.cases import Case, largest_difference, run_head
+from tests.head.test_equality import config
+from tests.ranks import run_ranks
+from trainer.config import HeadConfig, RowOptimizerConfig
+from trainer.distributed import Ranks
+from trainer.head import native, partial_fc
+from trainer.head.kernels import Kernels
+from trainer.head.partial_fc import PartialFC
+
+pytestmark = pytest.mark.skipif(native.load() is None, reason="no C++ compiler or no sgemm in torch's BLAS")
+
+WIDE = Case(classes=1003, dim=48, batch=37, compat=True)
+"""Four blocks, the last one incomplete, and dimensions that fill no vector register."""
+
+
+def at_any_size(chunk_rows: int, compiled: bool, native: bool) -> Kernels:
+    """What :class:`PartialFC` takes for a large head, without the time that torch.compile takes."""
+    return Kernels(chunk_rows, compiled=False, native=True)
+
+
+def run_native(ranks: Ranks, head: HeadConfig, case: Case, expected: bool = True) -> dict[str, Any]:
+    """:func:`run_head` with the C++ pass allowed at any size; fails unless it was used as ``expected``."""
+    used = []
+
+    class Spy(native.NativePass):
+        def second(self, *arguments: Any) -> torch.Tensor:
+            used.append(True)
+            return super().second(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partial_fc, "Kernels", at_any_size)
+        patch.setattr(native, "NativePass", Spy)
+        out = run_head(ranks, head, case)
+    assert bool(used) == expected, "the C++ pass was used" if used else "the C++ pass was not used"
+    return out
+
+
+def check(case: Case, **changes: Any) -> None:
+    """The C++ pass errs against float64 about as much as torch in float32 does, by the reference or the fused pass."""
+    exact = [run_head(Ranks(), config("reference", **changes), case)]
+    largest = max(float(exact[0][name].abs().max()) for name in ("rows", "momentum"))
+    short = {"rows": "float32"} | changes
+    theirs = max(
+        largest_difference([run_head(Ranks(), config(impl, **short), case)], exact) for impl in ("reference", "fused")
+    )
+    ours = largest_difference([run_native(Ranks(), config(**short), case)], exact)
+    assert ours <= 3 * theirs + 2e-6 * max(1, largest), (ours, theirs, largest)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3, 0.05])
+@pytest.mark.parametrize("margin", ["cosface", "arcface", "magface"])
+def test_errors_are_of_the_reference_s_own_size(rate: float, margin: str) -> None:
+    check(WIDE, sample_rate=rate, margin={"name": margin})
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_with_correction_and_without_lce(rate: float) -> None:
+    check(Case(classes=700, dim=31, batch=8), sample_rate=rate, sampling_correction=True)
+
+
+def test_products_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial_fc, "KEEP_SHARE", 10.0)
+    check(WIDE, sample_rate=0.3)
+    check(WIDE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    classes=st.integers(1, 600),
+    dim=st.integers(2, 40),
+    batch=st.integers(1, 20),
+    rate=st.sampled_from([1.0, 0.5, 0.1]),
+    compat=st.booleans(),
+)
+def test_any_shape(classes: int, dim: int, batch: int, rate: float, compat: bool) -> None:
+    check(Case(classes=classes, dim=dim, batch=batch, steps=2, compat=compat, ignored=batch > 1), sample_rate=rate)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_ranks_equal_one_process(rate: float) -> None:
+    head = config(rows="float32", sample_rate=rate)
+    case = Case(classes=603, dim=24, batch=11, compat=True, empty_rank=1)
+    parts = run_ranks(run_native, 3, head, case)
+    assert largest_difference(parts, [run_native(Ranks(), head, case)]) < 2e-4
+
+
+def test_a_run_repeats_itself_to_the_last_bit() -> None:
+    head = config(rows="float32", sample_rate=0.3)
+    assert largest_difference([run_native(Ranks(), head, WIDE)], [run_native(Ranks(), head, WIDE)]) == 0
+
+
+def test_negative_control_other_weights_differ() -> None:
+    a = run_native(Ranks(), config(rows="float32"), WIDE)
+    b = run_native(Ranks(), config(rows="float32"), Case(classes=1003, dim=48, batch=37))
+    assert largest_difference([a | {"report": []}], [b | {"report": []}]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": "float64"},
+        {"rows": "bfloat16"},
+        {"rows": "float32", "compute": "bfloat16"},
+        {"rows": "float32", "sub_centers": 2},
+        {"rows": "float32", "optimizer": RowOptimizerConfig(name="adamw")},
+        {"rows": "float32", "margin": {"name": "curricular"}},
+        {"rows": "float32", "margin": {"inter_class_filter": 0.5}},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_steps_aside(changes: dict[str, Any]) -> None:
+    run_native(Ranks(), config(**changes), Case(steps=1), expected=False)
+
+
+def test_a_forward_in_between_does_not_disturb_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial_fc, "Kernels", at_any_size)
+
+    def rows(disturb: bool) -> torch.Tensor:
+        head = PartialFC(config(rows="float32", sample_rate=0.3), 500, 16, Ranks(), seed=0)
+        head.set_lr(0.1)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(3):
+            x = torch.randn(8, 16, generator=generator).requires_grad_()
+            loss = head(x, torch.arange(8), step).loss
+            if disturb:
+                head(-x.detach(), torch.arange(8) + 100, step + 50)
+            loss.backward()
+        head.shard_state()
+        return head.rows.clone()
+
+    assert (rows(False) - rows(True)).abs().max() < 1e-3  # the rows are about 3
+
+
+def test_without_a_compiler_torch_runs_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no such flag' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    native.load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"C\+\+ kernels cannot be built here.*no such flag"):
+            run_native(Ranks(), config(rows="float32"), Case(steps=1), expected=False)
+        assert not list(tmp_path.glob("lce-trainer/*.so")), "nothing half-built is left"
+    finally:
+        native.load.cache_clear()

@@ -1,0 +1,262 @@
+// The two passes of the class-sharded head over blocks of rows that stay in the cache, for the plain case on a CPU:
+// float32 rows, SGD with momentum, one row per class. The mathematics, with every symbol, is in sharded_softmax.py and
+// row_optimizer.py, whose torch code is the reference for this file; native.py builds it and hands over the tensors.
+//
+// A thread takes one contiguous share of the rows, in blocks: a block's rows are gathered, normalised, multiplied and
+// summed up while they are in the second-level cache. The shares depend on the number of threads alone, so that a run
+// repeats itself to the last bit. The matrix products are the BLAS's that torch came with (`sgemm`), called for one
+// block by one thread.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+typedef void (*Sgemm)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
+                      const int*, const float*, const int*, const float*, float*, const int*);
+
+extern "C" struct Step {
+  int64_t count, dim, batch, threads;  // rows n of this step, D, B
+  float *rows, *momentum;              // (R, D) tables
+  const int64_t* index;                // (n) places in the tables; null: all of them, in place
+  const float* missed;                 // (n, 4) what each row missed, [[a, b], [c, d]]; with index
+  float* kept;                         // (n, D) the gathered rows; with index
+  const float *scaled, *unit;          // (B, D) s·x and x
+  float *products, *inverse;           // (n, B) s·‖w‖·cos, or null: not kept; (n) 1/‖w‖
+  const float* log_weight;             // (n) or null
+  float shift, scale;
+  int64_t targets;                     // P samples whose class is here, by ascending place
+  const int64_t *target_place, *target_sample;
+  double* sums;                        // (threads, B) Σ exp over the negatives
+  // second pass
+  const float *log_sum, *target_pull, *target_cosine;  // (B), (P), (P)
+  float coefficient, mu, decay, lr;
+  float* dx;                           // (threads, B, D)
+  int64_t extras;                      // rows that get a further gradient, by ascending place
+  const int64_t* extra_place;
+  const float* extra;                  // (extras, D)
+  // LCE
+  const float* centers;                // (R, D) or null
+  const uint8_t* mask;                 // (R)
+  float *center_cosine;                // (n)
+  double* alignment;                   // (threads)
+  int64_t drawn;                       // the first so many rows have an alignment term
+  float share, attraction;             // C/S, and λ_a·gradient / number of centres
+};
+
+namespace {
+
+const int64_t BLOCK = 256;  // with a block's rows, momentum and products near a mebibyte at D = 512, B = 128: the quickest
+const float MASKED = -1e20f;
+
+// exp to about one unit in the last place, zero below the smallest normal number; x ≤ 88.
+inline float exponential(float x) {
+  const float n = std::rint(x * 1.44269504088896341f);
+  const float f = std::fma(n, -1.428606765330187e-06f, std::fma(n, -0.693145751953125f, x));
+  float p = 1.9875691500e-4f;
+  p = std::fma(p, f, 1.3981999507e-3f);
+  p = std::fma(p, f, 8.3334519073e-3f);
+  p = std::fma(p, f, 4.1665795894e-2f);
+  p = std::fma(p, f, 1.6666665459e-1f);
+  p = std::fma(p, f, 5.0000001201e-1f);
+  p = std::fma(p * f, f, f + 1.0f);
+  const int32_t bits = (static_cast<int32_t>(std::max(n, -126.0f)) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+// c (m, n) = alpha·op(a)·b + beta·c in row-major order, where op transposes when `turned`: a is (k, m) then.
+inline void product(Sgemm gemm, bool a_turned, bool b_turned, int64_t m, int64_t n, int64_t k, const float* a,
+                    const float* b, float beta, float* c) {
+  const int M = m, N = n, K = k, lda = a_turned ? m : k, ldb = b_turned ? k : n;
+  const float one = 1;
+  gemm(b_turned ? "T" : "N", a_turned ? "T" : "N", &N, &M, &K, &one, b, &ldb, a, &lda, &beta, c, &N);
+}
+
+struct Share {
+  int64_t first, last;
+};
+
+Share share_of(const Step& s, int64_t thread) {
+  const int64_t blocks = (s.count + BLOCK - 1) / BLOCK;
+  return {std::min(s.count, blocks * thread / s.threads * BLOCK),
+          std::min(s.count, blocks * (thread + 1) / s.threads * BLOCK)};
+}
+
+inline void prefetch(const float* row, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += 16) __builtin_prefetch(row + i);
+}
+
+// Rows [first, last) brought up to date, into `kept`.
+void gather_rows(const Step& s, int64_t first, int64_t last) {
+  const int64_t D = s.dim;
+  for (int64_t r = first; r < last; r++) {
+    if (r + 1 < last) {
+      prefetch(s.rows + s.index[r + 1] * D, D);
+      prefetch(s.momentum + s.index[r + 1] * D, D);
+    }
+    const float *w = s.rows + s.index[r] * D, *v = s.momentum + s.index[r] * D;
+    const float a = s.missed[4 * r], b = s.missed[4 * r + 1];
+    float* out = s.kept + r * D;
+#pragma omp simd
+    for (int64_t i = 0; i < D; i++) out[i] = a * w[i] + b * v[i];
+  }
+}
+
+// The momentum of the rows [first, last) brought up to date, from it and the rows that `gather_rows` made of both.
+void gather_momentum(const Step& s, int64_t first, int64_t last, float* out) {
+  const int64_t D = s.dim;
+  for (int64_t r = first; r < last; r++, out += D) {
+    if (r + 1 < last) prefetch(s.momentum + s.index[r + 1] * D, D);
+    const float *w = s.kept + r * D, *v = s.momentum + s.index[r] * D, *m = s.missed + 4 * r;
+    const float from_w = m[2] / m[0], from_v = m[3] - m[1] * m[2] / m[0];
+#pragma omp simd
+    for (int64_t i = 0; i < D; i++) out[i] = from_w * w[i] + from_v * v[i];
+  }
+}
+
+const int64_t* from(const int64_t* places, int64_t count, int64_t first) {
+  return std::lower_bound(places, places + count, first);
+}
+
+// s·‖w‖·cos of a block, the samples' own classes masked out.
+void block_products(const Step& s, Sgemm gemm, const float* w, int64_t first, int64_t last, float* out) {
+  product(gemm, false, true, last - first, s.batch, s.dim, w, s.scaled, 0, out);
+  for (int64_t t = from(s.target_place, s.targets, first) - s.target_place; t < s.targets && s.target_place[t] < last; t++)
+    out[(s.target_place[t] - first) * s.batch + s.target_sample[t]] = MASKED;
+}
+
+float offset(const Step& s, int64_t row) { return s.log_weight ? s.log_weight[row] : 0.0f; }
+
+void first_pass(const Step& s, Sgemm gemm, int64_t thread) {
+  const int64_t D = s.dim, B = s.batch;
+  const Share mine = share_of(s, thread);
+  std::unique_ptr<float[]> own(new float[BLOCK * B]), partial(new float[B]);
+  double* sums = s.sums + thread * B;
+  double alignment = 0;
+  for (int64_t first = mine.first; first < mine.last; first += BLOCK) {
+    const int64_t last = std::min(first + BLOCK, mine.last);
+    if (s.index) gather_rows(s, first, last);
+    const float* w = (s.index ? s.kept : s.rows) + first * D;
+    float* z = s.products ? s.products + first * B : own.get();
+    block_products(s, gemm, w, first, last, z);
+    std::fill_n(partial.get(), B, 0.0f);
+    for (int64_t r = first; r < last; r++, w += D, z += B) {
+      const float inverse = 1 / std::max(std::sqrt(dot(w, w, D)), 1e-12f), shift = s.shift - offset(s, r);
+      s.inverse[r] = inverse;
+      float* sum = partial.get();
+#pragma omp simd
+      for (int64_t b = 0; b < B; b++) sum[b] += exponential(z[b] * inverse - shift);
+      if (s.centers) {
+        const int64_t place = s.index ? s.index[r] : r;
+        const bool counts = s.mask[place] && r < s.drawn;
+        s.center_cosine[r] = counts ? dot(w, s.centers + place * D, D) * inverse : 0.0f;
+        if (counts) alignment += (1.0 - s.center_cosine[r]) * s.share;
+      }
+    }
+    for (int64_t b = 0; b < B; b++) sums[b] += partial[b];
+  }
+  if (s.centers) s.alignment[thread] = alignment;
+}
+
+// Q (n, B) in place of the products of a block, and the rows' radial parts.
+void block_weights(const Step& s, int64_t first, int64_t last, float* z, float* radial) {
+  const int64_t B = s.batch;
+  int64_t t = from(s.target_place, s.targets, first) - s.target_place;
+  for (int64_t r = first; r < last; r++, z += B) {
+    const float inverse = s.inverse[r], weight = offset(s, r), factor = s.coefficient * inverse;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t b = 0; b < B; b++) {
+      const float cosine = z[b] * inverse, q = exponential(cosine - s.log_sum[b] + weight) * factor;
+      sum += q * cosine;
+      z[b] = q;
+    }
+    sum /= inverse * s.scale;
+    for (; t < s.targets && s.target_place[t] == r; t++) {
+      z[s.target_sample[t]] = s.target_pull[t] * inverse;
+      sum += s.target_pull[t] * s.target_cosine[t];
+    }
+    radial[r - first] = -sum * inverse * inverse;
+  }
+}
+
+// v ← v + (radial + λ)·w − pull·o, w ← w − η·v, both written to the tables.
+void descend(const Step& s, int64_t r, const float* w, const float* v, float radial) {
+  const int64_t D = s.dim, place = s.index ? s.index[r] : r;
+  float *to_w = s.rows + place * D, *to_v = s.momentum + place * D;
+  const float lr = s.lr;
+  float pull = 0;
+  if (s.centers && s.mask[place] && r < s.drawn) {
+    pull = s.attraction * s.share * s.inverse[r];
+    radial += pull * s.center_cosine[r] * s.inverse[r];
+  }
+  const float beta = radial + s.decay;
+  if (pull != 0) {
+    const float* o = s.centers + place * D;
+#pragma omp simd
+    for (int64_t i = 0; i < D; i++) {
+      const float moved = v[i] + beta * w[i] - pull * o[i];
+      to_w[i] = w[i] - lr * moved;
+      to_v[i] = moved;
+    }
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < D; i++) {
+    const float moved = v[i] + beta * w[i];
+    to_w[i] = w[i] - lr * moved;
+    to_v[i] = moved;
+  }
+}
+
+void second_pass(const Step& s, Sgemm gemm, int64_t thread) {
+  const int64_t D = s.dim, B = s.batch;
+  const Share mine = share_of(s, thread);
+  std::unique_ptr<float[]> own(new float[BLOCK * B]), state(new float[s.index ? BLOCK * D : 1]);
+  float radial[BLOCK], *dx = s.dx + thread * D * B;
+  for (int64_t first = mine.first; first < mine.last; first += BLOCK) {
+    const int64_t last = std::min(first + BLOCK, mine.last), n = last - first;
+    const float* w = (s.index ? s.kept : s.rows) + first * D;
+    float *z = own.get(), *v = s.index ? state.get() : s.momentum + first * D;
+    if (s.products)
+      z = s.products + first * B;
+    else
+      block_products(s, gemm, w, first, last, z);
+    block_weights(s, first, last, z, radial);
+    product(gemm, true, false, B, D, n, z, w, 1, dx);
+    if (s.index) gather_momentum(s, first, last, v);
+    product(gemm, false, false, n, D, B, z, s.unit, s.mu, v);
+    for (int64_t e = from(s.extra_place, s.extras, first) - s.extra_place; e < s.extras && s.extra_place[e] < last; e++) {
+      float* to = v + (s.extra_place[e] - first) * D;
+      for (int64_t i = 0; i < D; i++) to[i] += s.extra[e * D + i];
+    }
+    for (int64_t r = first; r < last; r++, w += D, v += D) {
+      if (s.index && r + 1 < last) {
+        prefetch(s.rows + s.index[r + 1] * D, D);
+        prefetch(s.momentum + s.index[r + 1] * D, D);
+      }
+      descend(s, r, w, v, radial[r - first]);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" void lce_first_pass(const Step* step, Sgemm gemm) {
+#pragma omp parallel for num_threads(step->threads) schedule(static, 1)
+  for (int64_t thread = 0; thread < step->threads; thread++) first_pass(*step, gemm, thread);
+}
+
+extern "C" void lce_second_pass(const Step* step, Sgemm gemm) {
+#pragma omp parallel for num_threads(step->threads) schedule(static, 1)
+  for (int64_t thread = 0; thread < step->threads; thread++) second_pass(*step, gemm, thread);
+}
