@@ -17,6 +17,7 @@ SLOW = (
     "head/test_equality.py",
     "head/test_frozen.py",
     "head/test_misuse.py",
+    "head/test_native.py",
     "head/test_rows.py",
     "launch/test_hosts.py",
     "launch/test_launch.py",

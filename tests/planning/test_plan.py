@@ -160,6 +160,7 @@ def test_a_simulation_within_a_job_is_refused() -> None:
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_verify_measures_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.planning import memory
 
