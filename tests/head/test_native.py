@@ -23,9 +23,10 @@ WIDE = Case(classes=1003, dim=48, batch=37, compat=True)
 """Four blocks, the last one incomplete, and dimensions that fill no vector register."""
 
 
-def at_any_size(chunk_rows: int, compiled: bool, native: bool) -> Kernels:
-    """What :class:`PartialFC` takes for a large head, without the time that torch.compile takes."""
-    return Kernels(chunk_rows, compiled=False, native=True)
+def as_if_large(patch: pytest.MonkeyPatch) -> None:
+    """Small heads get what large ones do, without the time that torch.compile takes."""
+    patch.setattr(partial_fc, "COMPILE_FROM_ROWS", 0)
+    patch.setattr(partial_fc, "Kernels", lambda chunk, compiled, native: Kernels(chunk, False, native))
 
 
 def run_native(ranks: Ranks, head: HeadConfig, case: Case, expected: bool = True) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def run_native(ranks: Ranks, head: HeadConfig, case: Case, expected: bool = True
             return super().second(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial_fc, "Kernels", at_any_size)
+        as_if_large(patch)
         patch.setattr(native, "NativePass", Spy)
         out = run_head(ranks, head, case)
     assert bool(used) == expected, "the C++ pass was used" if used else "the C++ pass was not used"
@@ -123,7 +124,7 @@ def test_steps_aside(changes: dict[str, Any]) -> None:
 
 
 def test_a_forward_in_between_does_not_disturb_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partial_fc, "Kernels", at_any_size)
+    as_if_large(monkeypatch)
 
     def rows(disturb: bool) -> torch.Tensor:
         head = PartialFC(config(rows="float32", sample_rate=0.3), 500, 16, Ranks(), seed=0)

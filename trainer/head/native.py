@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trainer.config import HeadConfig
 from trainer.head.row_optimizer import SgdRows
 
 if TYPE_CHECKING:
@@ -121,14 +122,22 @@ class NativePass:
                 setattr(self.fields, name, value)
 
 
+def covers(config: HeadConfig) -> bool:
+    """Whether native.cpp knows this kind of head."""
+    margin = config.margin
+    return (
+        (config.impl, config.rows, config.compute, config.optimizer.name) == ("fused", "float32", "float32", "sgd")
+        and config.sub_centers == 1
+        and margin.name != "curricular"
+        and not margin.inter_class_filter
+    )
+
+
 def native_pass(step: "FusedStep") -> NativePass | None:
     """For a step that native.cpp can do; None: torch does it."""
-    optimizer, compat = step.optimizer, step.compat
+    compat = step.compat
     fits = (
         step.kernels.native
-        and isinstance(optimizer, SgdRows)
-        and {optimizer.rows.dtype, step.x.dtype, step.settings.compute} == {torch.float32}
-        and step.plain()
         and step.collect is None
         and not step.always_gated
         and (compat is None or (compat.centers.dtype == torch.float32 and compat.centers.device.type == "cpu"))

@@ -22,6 +22,7 @@ from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch, sca
 from trainer.errors import ConfigError, DataError
 from trainer.head.kernels import Kernels
 from trainer.head.margin import build_margin
+from trainer.head.native import covers
 from trainer.head.partition import ClassRange, class_range
 from trainer.head.reference import ReferenceSoftmax
 from trainer.head.row_optimizer import RowGradient, build_row_optimizer
@@ -115,7 +116,7 @@ class PartialFC(nn.Module):
         self.optimizer = build_row_optimizer(config.optimizer, rows, self.sampled and not stateless, seed, stateless)
         chunk = config.chunk_rows or (4096 if ranks.device.type == "cpu" else 65536)
         large = len(rows) >= COMPILE_FROM_ROWS
-        self.kernels = Kernels(chunk, compiled=large, native=large and ranks.device.type == "cpu")
+        self.kernels = Kernels(chunk, compiled=large, native=large and ranks.device.type == "cpu" and covers(config))
         self.optimizer.fuse = self.kernels.fuse
         self._collected: list[tuple[Tensor, Tensor]] = []
         self._sum: Tensor | None = None  # of all rows' gradients, where all rows take part

@@ -30,10 +30,10 @@ from trainer.errors import ConfigError
 
 HORIZON = 1024
 """After so many updates all rows are brought up to date, so that no row can miss more steps than the table holds."""
-FLUSH_ROWS = 4096
+FLUSH_ROWS = 1024
 """Rows per block of that sweep."""
-FUSE_FROM_ROWS = 1024
-"""Fewer rows, such as a batch's own, are copied by torch as it is: compiling would not pay."""
+FUSE_FROM_ROWS = 2048
+"""Fewer rows, a batch's own or those of the sweep, are copied by torch as it is: compiling would not pay."""
 
 
 @dataclass(frozen=True)

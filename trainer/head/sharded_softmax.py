@@ -238,14 +238,13 @@ class FusedStep:
         weight[self.drawn.places] = 0.0
         return weight
 
-    def plain(self) -> bool:
-        """One row per class, and every negative counts as it is."""
+    def _plain(self) -> bool:
         s = self.settings
         return s.sub_centers == 1 and not s.inter_class_filter and not self.margin.reweights_negatives
 
     def _sum_negatives(self, products: Tensor, inverse: Tensor, first: int, last: int) -> Tensor:
         offset = self._offset(first, last)
-        if self.plain():
+        if self._plain():
             return self.kernels.fuse(exp_sum)(products, inverse, offset)
         z, _, _ = self._negative_logits(products, inverse)
         return torch.exp(z - offset).sum(0)
@@ -432,7 +431,7 @@ class FusedStep:
         log_sum = self.log_sum_row
         if self.log_weight is not None:
             log_sum = log_sum - self.log_weight[first:last]
-        if self.plain():
+        if self._plain():
             q, radial = self.kernels.fuse(softmax_weights)(products, inverse, log_sum, self.coefficient)
         else:
             z, slope, nearest = self._negative_logits(products, inverse)

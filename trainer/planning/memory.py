@@ -10,6 +10,7 @@ GPU's, unless it says that it is the host's.
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.head import native
 from trainer.head.partial_fc import COMPILE_FROM_ROWS
 from trainer.head.sharded_softmax import KEEP_SHARE
 from trainer.planning.activations import BackboneSizes
@@ -31,6 +32,8 @@ CHUNK_ROWS = {"cpu": 4096, "cuda": 65536}
 """``head.chunk_rows`` = 0."""
 CHUNK_BLOCKS = 3
 """Blocks of chunk × B numbers that are alive at once: products, softmax weights, and one between."""
+NATIVE_ROWS = 512
+"""Rows that are under way at once in the C++ passes of two threads."""
 PLAIN_BLOCKS = 6
 """The same where nothing is compiled."""
 BATCH_BLOCKS = 5
@@ -87,7 +90,8 @@ def _states(setting: Setting) -> int:
 
 
 def _process(setting: Setting) -> list[Part]:
-    compiled = setting.rows >= COMPILE_FROM_ROWS and setting.config.head.impl == "fused"
+    large = setting.rows >= COMPILE_FROM_ROWS and setting.config.head.impl == "fused"
+    compiled = large and not _native(setting)
     if setting.device == "cpu":
         return [Part("process", PROCESS_BYTES), Part("torch.compile", COMPILER_BYTES if compiled else 0)]
     nccl = NCCL_BYTES if setting.world_size > 1 else 0
@@ -96,6 +100,13 @@ def _process(setting: Setting) -> list[Part]:
         Part("NCCL's buffers", nccl, measured=False),
         Part("process", CUDA_HOST_BYTES, on_host=True, measured=False),
     ]
+
+
+def _native(setting: Setting) -> bool:
+    """Whether the head's passes run in C++, in the cache: a step then allocates next to nothing."""
+    head, train = setting.config.head, setting.config.train
+    deferred = train.accumulate > 1 or train.precision == "float16" or head.update == "deferred"
+    return setting.device == "cpu" and setting.rows >= COMPILE_FROM_ROWS and native.covers(head) and not deferred
 
 
 def _tables(setting: Setting) -> list[Part]:
@@ -120,8 +131,10 @@ def _head_step(setting: Setting) -> list[Part]:
     chunk = min(rows, head.chunk_rows or CHUNK_ROWS[setting.device])
     copies = setting.sampled or BYTES[head.rows] != work  # else blocks are views of the tables
     first = rows if setting.sampled else chunk
-    spaces = (first + _states(setting) * chunk) * 65 // 64 * dim * work if copies else 0
+    spaces = (first + (0 if _native(setting) else _states(setting) * chunk)) * 65 // 64 * dim * work if copies else 0
     kept = rows * batch * work if rows * batch * 4 <= KEEP_SHARE * state_bytes(setting) else 0
+    if _native(setting):
+        chunk = min(chunk, NATIVE_ROWS)
     compiled = setting.rows >= COMPILE_FROM_ROWS
     blocks = (CHUNK_BLOCKS if compiled else PLAIN_BLOCKS) * chunk * batch * work
     narrow = chunk * (dim + batch) * 2 if head.compute == "bfloat16" else 0
