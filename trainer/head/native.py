@@ -152,7 +152,10 @@ def load() -> Native | None:
     if os.environ.get("LCE_NATIVE") == "0":
         return None
     try:
-        return Native(ctypes.CDLL(str(_built())), _sgemm())
+        library, torch_library = ctypes.CDLL(str(_built())), _torch_library()
+        if _address(library, "omp_get_num_threads") != _address(torch_library, "omp_get_num_threads"):
+            raise OSError("torch has an OpenMP of its own; two pools of threads would work against each other")
+        return Native(library, _address(torch_library, "sgemm_"))
     except (OSError, subprocess.CalledProcessError, AttributeError) as error:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(
@@ -161,11 +164,15 @@ def load() -> Native | None:
         return None
 
 
-def _sgemm() -> int:
-    """The address of ``sgemm_`` in the BLAS that torch is linked with; raises AttributeError."""
+def _torch_library() -> ctypes.CDLL:
+    """The library that holds torch's BLAS."""
     folder = Path(torch.__file__).parent / "lib"
-    library = ctypes.CDLL(str(next(iter(folder.glob("libtorch_cpu.*")), "libtorch_cpu.so")))
-    return ctypes.cast(library.sgemm_, ctypes.c_void_p).value or 0
+    return ctypes.CDLL(str(next(iter(folder.glob("libtorch_cpu.*")), "libtorch_cpu.so")))
+
+
+def _address(library: ctypes.CDLL, name: str) -> int:
+    """Where a function of a library, or of those that it is linked with, stands; raises AttributeError."""
+    return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
 
 
 def _built() -> Path:
