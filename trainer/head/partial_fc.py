@@ -26,8 +26,8 @@ from trainer.head.native import covers
 from trainer.head.partition import ClassRange, class_range
 from trainer.head.reference import ReferenceSoftmax
 from trainer.head.row_optimizer import RowGradient, build_row_optimizer
-from trainer.head.sampling import draw_negatives, join_positives, stratum_count
-from trainer.head.sharded_softmax import KEEP_SHARE, Drawn, FusedSoftmax, FusedStep, PassSettings, constant_shift
+from trainer.head.sampling import Drawn, draw_negatives, join_positives, stratum_count
+from trainer.head.sharded_softmax import KEEP_SHARE, FusedSoftmax, FusedStep, PassSettings, constant_shift
 
 COMPILE_FROM_ROWS = 32768
 """Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""

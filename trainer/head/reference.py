@@ -16,7 +16,7 @@ from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.head.partial_fc import PartialFC
-    from trainer.head.sharded_softmax import Drawn
+    from trainer.head.sampling import Drawn
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -13,6 +13,7 @@ underestimates the full denominator. ``sampling_correction`` weights each drawn 
 batch by C/S (Horvitz–Thompson), which makes the sum over the negatives unbiased.
 """
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,24 @@ from torch import Tensor
 
 Counter = TypeVar("Counter", int, Tensor)
 _MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The rows of a step: ``index`` (n,) local classes or None for all; the first ``negatives`` of them were drawn
+    as such.
+
+    ``samples`` (P,) are the samples whose class is on this rank and ``places`` (P,) their classes' places among the
+    drawn. ``probability`` is S/C. ``own`` (u,) are the places of the batch's classes that are on this rank, each once,
+    in ascending order of the classes.
+    """
+
+    index: Tensor | None
+    negatives: int
+    samples: Tensor
+    places: Tensor
+    probability: float
+    own: Tensor
 
 
 def stratum_count(total: int, rate: float) -> int:

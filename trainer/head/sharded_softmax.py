@@ -30,6 +30,7 @@ from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.margin import Margin, Target
 from trainer.head.native import NativePass, native_pass
 from trainer.head.row_optimizer import RowGradient, RowOptimizer
+from trainer.head.sampling import Drawn
 
 LARGEST_EXPONENT = 70.0
 """exp(70) times 29 million rows is still below the largest float32 (exp(88.7)), with a factor of 4 to spare."""
@@ -59,24 +60,6 @@ def constant_shift(scale: float, dtype: torch.dtype) -> float:
             f"head.margin.scale = {scale}: the fused pass is exact in float32 up to 78; use impl: reference"
         )
     return scale - LARGEST_EXPONENT
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The rows of a step: ``index`` (n,) local classes or None for all; the first ``negatives`` of them were drawn
-    as such.
-
-    ``samples`` (P,) are the samples whose class is on this rank and ``places`` (P,) their classes' places among the
-    drawn. ``probability`` is S/C. ``own`` (u,) are the places of the batch's classes that are on this rank, each once,
-    in ascending order of the classes.
-    """
-
-    index: Tensor | None
-    negatives: int
-    samples: Tensor
-    places: Tensor
-    probability: float
-    own: Tensor
 
 
 @dataclass(frozen=True)
