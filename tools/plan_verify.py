@@ -114,7 +114,7 @@ def _rank(setting: Setting, rank: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from trainer.distributed import Ranks
+    from trainer.distributed import Ranks, peak_memory_bytes
     from trainer.planning.simulation import Updates
 
     world, cuda = setting.world_size, setting.device == "cuda"
@@ -129,10 +129,7 @@ def _rank(setting: Setting, rank: int, store: str, pipe: Connection) -> None:
     updates.task.head.optimizer.flush()  # every row is written, as before a checkpoint
     if cuda:
         torch.cuda.synchronize()
-        pipe.send(torch.cuda.max_memory_allocated())
-    else:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        pipe.send(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
+    pipe.send(peak_memory_bytes(device))
     updates.close()
     if world > 1:
         dist.destroy_process_group()

@@ -5,10 +5,12 @@ Everything works without a process group too (one process, no collective), so th
 
 import datetime
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -108,6 +110,20 @@ def choose_device(name: str, local_rank: int) -> torch.device:
             "start fewer ranks"
         )
     return torch.device("cuda", local_rank)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The largest amount of memory in use so far: the device's on CUDA, this process's resident one on the CPU.
+
+    Linux counts a program's ``ru_maxrss`` from its parent's size on, which VmHWM does not.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 @contextmanager

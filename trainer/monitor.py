@@ -5,7 +5,6 @@ lines after the checkpoint that it continues from, so that every step is there o
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,7 +27,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from trainer.config import LogConfig
-from trainer.distributed import COMMUNICATION, Ranks
+from trainer.distributed import COMMUNICATION, Ranks, peak_memory_bytes
 from trainer.writers import Writer, open_writers
 
 FIELDS = {
@@ -53,13 +51,6 @@ FIELDS = {
     "memory_bytes": "largest so far on rank 0: device memory on CUDA, resident memory on the CPU",
     "seconds": "since the start of this process's training",
 }
-
-
-def memory_bytes(device: torch.device) -> int:
-    """The largest amount of memory in use so far: the device's on CUDA, the process's resident one on the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Monitor:
@@ -181,7 +172,7 @@ class Monitor:
             "step_seconds": round(elapsed / updates, 6),
             "data_share": round(min(1.0, self._waited / max(elapsed, 1e-9)), 4),
             "communication_share": round(min(1.0, COMMUNICATION.take() / max(elapsed, 1e-9)), 4),
-            "memory_bytes": memory_bytes(self.ranks.device),
+            "memory_bytes": peak_memory_bytes(self.ranks.device),
             "seconds": round(now - self._began, 3),
         }
         self._mark, self._mark_step, self._samples, self._waited = now, step, 0, 0.0

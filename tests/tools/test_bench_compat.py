@@ -1,6 +1,7 @@
 """The comparison of methods on a handful of made-up identities: chosen, measured, continued, and what fails is said."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from PIL import Image
 
 from tools import cli
 from tools.benchmarks import compat, compat_lab
+from trainer.data import open_dataset
+from trainer.data.packing import PackOptions, pack
+from trainer.data.sources import list_source
+from trainer.data.splitting import SplitOptions, save_tables, split
 
 SMALL = [
     "backbone.width=4",
@@ -35,10 +40,12 @@ def patterns(folder: Path, seed: int, classes: int, old_classes: int) -> None:
                 Image.fromarray(noisy).save(place / f"{number}.png")
 
 
-def bench(folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
+SIZES = ("--classes", "12", "--old-classes", "6", "--steps", "6", "--old-steps", "6", "--trials", "2")
+
+
+def bench(folder: Path, *words: str, sizes: Sequence[str] = SIZES) -> tuple[int, dict[str, Any]]:
     """Exit status and JSON of a small `lce bench compat`."""
     out = folder / "figures.json"
-    sizes = ["--classes", "12", "--old-classes", "6", "--steps", "6", "--old-steps", "6", "--trials", "2"]
     command = ["bench", "compat", "--data", "patterns", "--out", str(folder / "lab"), "--json", str(out), *sizes]
     status = cli.main([*command, *words, *SMALL])
     return status, json.loads(out.read_text()) if out.exists() else {}
@@ -78,6 +85,42 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
     status, again = bench(tmp_path, "--methods", "independent,lce", "--seeds", "1")
     assert status == 0
     assert again["methods"]["lce"] == methods["lce"]
+
+
+def test_a_folder_of_data_sets_with_weights_chosen_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patterns(tmp_path / "pictures", 0, 12, 6)
+    for part in ("train", "validation", "unseen"):
+        pack(list_source(tmp_path / "pictures" / part), tmp_path / "data" / part, PackOptions())
+    words = ["--methods", "independent,lce", "--seeds", "1", "--data", str(tmp_path / "data")]
+    earlier = tmp_path / "earlier.json"
+    assert bench(tmp_path, *words, sizes=())[0] == 2
+    assert "splits/extended-class/old.npy is missing" in capsys.readouterr().err
+    train = open_dataset(tmp_path / "data" / "train")
+    save_tables(split(train, SplitOptions("extended-class", 0.5)), tmp_path / "data" / "splits" / "extended-class", "t")
+    assert bench(tmp_path, *words, "--old-classes", "6", sizes=())[0] == 2
+    assert "says how many there are" in capsys.readouterr().err
+    for text, reason in (("no", "not the JSON"), ('{"methods": {}}', "nothing about lce"), (None, "cannot be read")):
+        earlier.unlink(missing_ok=True) if text is None else earlier.write_text(text)
+        assert bench(tmp_path, *words, "--weights", str(earlier), sizes=())[0] == 2
+        assert reason in capsys.readouterr().err
+
+    earlier.write_text(json.dumps({"methods": {"lce": {"weight": 7.5}}}))
+    markdown = tmp_path / "table.md"
+    status, figures = bench(
+        tmp_path,
+        *words,
+        "--weights",
+        str(earlier),
+        "--markdown",
+        str(markdown),
+        sizes=("--steps", "6", "--old-steps", "6"),
+    )
+    assert status == 0
+    assert (figures["classes"], figures["old_classes"]) == (12, 6)
+    assert (figures["methods"]["lce"]["weight"], figures["methods"]["lce"]["trials"]) == (7.5, [])
+    assert "as an earlier run chose them" in markdown.read_text()
+    log = (tmp_path / "lab" / "seed-0" / "lce-7.5" / "config.yaml").read_text()
+    assert str(tmp_path / "data" / "train") in log
 
 
 def test_wrong_use_is_refused_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

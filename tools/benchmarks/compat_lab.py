@@ -25,6 +25,7 @@ T = TypeVar("T")
 FAR = 1e-4
 QUIET = ("run.threads=1", "data.workers=1", "log.progress=false", "log.tensorboard=false")
 SETS = ("old", "train", "validation", "unseen")
+OLD_LABELS = Path("splits", "extended-class", "old.npy")
 
 
 class TrainingFailed(LceError):
@@ -33,16 +34,34 @@ class TrainingFailed(LceError):
 
 @dataclass(frozen=True)
 class Source:
-    """Pictures to train and judge on.
+    """Pictures to train and judge on, made for every seed or there.
 
     Attributes:
         write: lays them out as ``folder/SET/CLASS/*.png`` for each of :data:`SETS`, from (folder, seed, classes of the
             new model, classes of the old model).
         config: the recipes are ``configs/CONFIG-old.yaml`` and ``configs/CONFIG-paragon.yaml``.
+        folder: instead of ``write``: data sets ``train``, ``validation`` and ``unseen``, the same for every seed, and
+            the old model's labels in :data:`OLD_LABELS`, as `lce characters` writes them.
     """
 
-    write: Callable[[Path, int, int, int], None]
+    write: Callable[[Path, int, int, int], None] | None
     config: str
+    folder: Path | None = None
+
+    def counts(self) -> tuple[int, int]:
+        """Classes of the new and of the old model in ``folder``. Raises :class:`ConfigError`: not such a folder."""
+        import numpy as np
+
+        from trainer.data import open_dataset
+
+        assert self.folder is not None
+        labels = self.folder / OLD_LABELS
+        if not labels.is_file():
+            raise ConfigError(f"--data {self.folder}: {OLD_LABELS} is missing; lce characters makes such a folder")
+        for name in SETS[2:]:
+            open_dataset(self.folder / name)
+        known = np.unique(np.load(labels, mmap_mode="r", allow_pickle=False))
+        return open_dataset(self.folder / "train").num_classes, int((known >= 0).sum())
 
 
 def _characters(folder: Path, seed: int, classes: int, old_classes: int) -> None:
@@ -52,6 +71,15 @@ def _characters(folder: Path, seed: int, classes: int, old_classes: int) -> None
 
 
 SOURCES = {"characters": Source(_characters, "demo-characters")}
+
+
+def source_of(text: str) -> Source:
+    """What ``--data`` names: one of :data:`SOURCES`, or a folder. Raises :class:`ConfigError`: neither."""
+    if text in SOURCES:
+        return SOURCES[text]
+    if not Path(text).is_dir():
+        raise ConfigError(f"--data {text}: neither {', '.join(SOURCES)} nor a folder made by lce characters")
+    return Source(None, "demo-characters", Path(text).absolute())
 
 
 class Children:
@@ -154,24 +182,34 @@ class Lab:
         """Where a seed's pieces are."""
         return self.out / f"seed-{seed}"
 
+    def dataset(self, seed: int, part: str) -> Path:
+        """Where one of a seed's data sets is."""
+        return (self.source.folder or self.folder(seed) / "data") / part
+
     def pictures(self, seed: int) -> None:
-        """Make the data sets of a seed: ``data/SET``."""
-        folder = self.folder(seed)
+        """Make the data sets of a seed, unless they are there for all."""
+        folder, write = self.folder(seed), self.source.write
+        folder.mkdir(parents=True, exist_ok=True)
+        if write is None:
+            return
 
         def action() -> None:
             from trainer.data.packing import PackOptions, pack
             from trainer.data.sources import list_source
 
             with tempfile.TemporaryDirectory(prefix="pictures-", dir=folder) as temporary:
-                self.source.write(Path(temporary), seed, self.classes, self.old_classes)
+                write(Path(temporary), seed, self.classes, self.old_classes)
                 for name in SETS:
-                    pack(list_source(Path(temporary) / name), folder / "data" / name, PackOptions())
+                    pack(list_source(Path(temporary) / name), self.dataset(seed, name), PackOptions())
 
-        folder.mkdir(parents=True, exist_ok=True)
-        sets = [folder / "data" / name for name in SETS]
+        sets = [self.dataset(seed, name) for name in SETS]
         Steps(folder / "stamps" / "pictures", _silent).run("pictures", "", self._pictures_key(seed), sets, action)
 
     def _pictures_key(self, seed: int) -> list[str]:
+        if self.source.folder:
+            from trainer.data import open_dataset
+
+            return [open_dataset(self.source.folder / "train").fingerprint]
         return [self.source.config, str(seed), str(self.classes), str(self.old_classes)]
 
     def train(self, seed: int, name: str, recipe: str, overrides: Sequence[str]) -> Path:
@@ -186,9 +224,10 @@ class Lab:
         from trainer.config import dump_config, load_config
 
         config, run = CONFIGS / f"{self.source.config}-{recipe}.yaml", self.folder(seed) / name
-        data = self.folder(seed) / "data" / ("old" if recipe == "old" else "train")
-        steps = self.old_steps if recipe == "old" else self.steps
-        words = [f"data.path={data}", f"run.dir={run}", f"run.seed={seed}", f"train.steps={steps}"]
+        old, known = recipe == "old", self.source.folder
+        words = [f"data.path={self.dataset(seed, 'old' if old and not known else 'train')}"]
+        words += [f"data.labels={known / OLD_LABELS}"] if old and known else []
+        words += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
         words = [*words, *QUIET, *self.settings, *overrides]
         key = [dump_config(load_config(config, words)).replace(str(self.out), "lab"), *self._pictures_key(seed)]
 
@@ -211,7 +250,7 @@ class Lab:
             from trainer.data import open_dataset
             from trainer.export import load_model
 
-            dataset = open_dataset(folder / "data" / "train")
+            dataset = open_dataset(self.dataset(seed, "train"))
             bank_from_model(load_model(folder / old), dataset, bank, keep_embeddings=embeddings)
 
         Steps(folder / "stamps" / f"{old}-bank", _silent).run(
@@ -236,14 +275,14 @@ class Lab:
             known = json.loads(place.read_text())
             if known["models"] == hashes:
                 return dict(known["figures"])
-        figures = self._figures(folder, part, names)
+        figures = self._figures(seed, part, names)
         place.parent.mkdir(parents=True, exist_ok=True)
         beside = place.with_suffix(".partial")
         beside.write_text(json.dumps({"models": hashes, "figures": figures}, indent=1))
         beside.replace(place)
         return figures
 
-    def _figures(self, folder: Path, part: str, names: dict[str, str]) -> dict[str, Any]:
+    def _figures(self, seed: int, part: str, names: dict[str, str]) -> dict[str, Any]:
         from trainer.data import open_dataset
         from trainer.distributed import Ranks
         from trainer.evaluation.compatibility import gain
@@ -251,8 +290,9 @@ class Lab:
         from trainer.evaluation.study import Options, measure_cells, plain
         from trainer.export import load_model
 
+        folder = self.folder(seed)
         models = {role: load_model(folder / name) for role, name in names.items()}
-        dataset = open_dataset(folder / "data" / part)
+        dataset = open_dataset(self.dataset(seed, part))
         check_models(models, {part: dataset})
         one = embed_set(part, models, dataset, EmbeddingCache(folder / "embeddings"), Ranks())
         cells = measure_cells(one, Options(fars=(FAR,), replicates=2), lambda stage: None)

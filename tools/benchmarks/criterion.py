@@ -41,15 +41,13 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lce bench criterion``."""
-    from tools.benchmarks.compat_lab import SOURCES
+    from tools.benchmarks.compat import add_data_arguments
 
-    parser.add_argument("--data", choices=tuple(SOURCES), default="characters", help="default: %(default)s")
+    add_data_arguments(parser)
     parser.add_argument("--modes", default="all", help=f"all, or some of {','.join(MODES)}")
     parser.add_argument("--dims", default="64:64,128:64,64:128", help="pairs D1:D2 (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 … N−1 (1)")
     parser.add_argument("--parallel", type=int, default=2, help="trainings at a time, one thread each (2)")
-    parser.add_argument("--classes", type=int, default=4000, help="training identities of the new models (4,000)")
-    parser.add_argument("--old-classes", type=int, default=500, help="of them, the old model's (500)")
     parser.add_argument("--steps", type=int, default=800, help="updates of a new model, or of the maps alone (800)")
     parser.add_argument("--old-steps", type=int, default=600, help="updates of an old model (600)")
     parser.add_argument("--alignment-weight", type=float, default=12.5, help="λ_a in (1 − cos) units (12.5)")
@@ -64,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from tools.benchmarks.compat import make_lab
+    from tools.benchmarks.compat import make_lab, settings_of
     from tools.benchmarks.measuring import origin, write_json
     from tools.demo_steps import interruptible
     from trainer.errors import ConfigError
@@ -76,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
     with interruptible():
         lines = check(lab, cases, args.seeds, weights)
     fine = all(line["met"] != (line["mode"] == CONTROL) for line in lines)
-    keys = ("data", "classes", "old_classes", "steps", "old_steps", "seeds", "alignment_weight", "boundary_weight")
-    settings = {key: getattr(args, key) for key in (*keys, "overrides")}
+    settings = {**settings_of(args, lab), "alignment_weight": weights[0], "boundary_weight": weights[1]}
     write_json({"bench": "criterion", **settings, "lines": lines, "fine": fine, **origin()}, args.json)
     table = Table("mode", "D1", "D2", "seed", "old → old", "new → old", "met", title="TAR at FAR 1e-4 / rank-1, unseen")
     for line in lines:

@@ -1,10 +1,10 @@
 """Measure one step of the head (forward, backward, update of the rows) against the plain implementation.
 
-Each side runs in processes of its own, so that its peak memory is its own; steps of the two alternate, and the figures
-are medians. "Bound" is the time of the four matrix products that the two passes need, at the speed of one such product
-measured after every step on a chunk that stays in cache. Where both sides do not fit into memory together, --sequential
-runs one after the other, and --only ours leaves the reference out. --ladder goes from 125,000 to 29,000,000 classes as
-far as they fit, beside the figures that others published.
+Each side runs in processes of its own, so that its peak memory is its own. The two take turns of two steps, of which
+the second is measured, and the figures are medians. "Bound" is the time of the four matrix products that the two passes
+need, at the speed of one such product measured after every step on a chunk that stays in cache. Where both sides do not
+fit into memory together, --sequential runs one after the other, and --only ours leaves the reference out. --ladder goes
+from 125,000 to 29,000,000 classes as far as they fit, beside the figures that others published.
 
 Examples:
   lce bench head --classes 1000000 --rate 0.1
@@ -28,8 +28,10 @@ from typing import Any
 from tools.benchmarks import ladder
 from tools.benchmarks.measuring import origin, write_json
 
+STEPS_A_TURN = 2
+"""Of which the last counts: the first finds memory that the other side's turn has made cold, as no training does."""
 REST_SECONDS = 0.4
-"""Before each step, until the other side's worker threads, which spin for a while after a step, have gone to sleep."""
+"""Before each turn, until the other side's worker threads, which spin for a while after a step, have gone to sleep."""
 HELP = "time and memory of a step of the class-sharded head"
 
 
@@ -53,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against-no-lce", action="store_true", help="the other side is ours without LCE")
     parser.add_argument("--world-size", type=int, default=1, help="ranks (1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=7, help="measured steps of each side (7)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before (2)")
+    parser.add_argument("--steps", type=int, default=7, help="measured turns of each side (7)")
+    parser.add_argument("--warmup", type=int, default=2, help="turns before (2)")
     parser.add_argument("--only", choices=("both", "ours", "reference"), default="both", help="leave a side out")
     parser.add_argument("--sequential", action="store_true", help="one side after the other, not alternating")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
@@ -112,7 +114,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     taken = side.step(step)
                     if step >= args.warmup:
                         seconds[name].append(taken)
-                print(f"step {step + 1} of {args.warmup + args.steps} ({', '.join(group)})", file=sys.stderr)
+                print(f"turn {step + 1} of {args.warmup + args.steps} ({', '.join(group)})", file=sys.stderr)
             for name, side in sides.items():
                 figures[name] = {"seconds": statistics.median(seconds[name]), **side.finish()}
         finally:
@@ -154,9 +156,11 @@ class Side:
         self._ask("ready")
 
     def step(self, number: int) -> float:
-        """Take one step on all ranks; the slowest one's seconds."""
+        """Take a turn on all ranks; the slowest one's seconds for its last step."""
         time.sleep(REST_SECONDS)
-        return float(max(self._ask(number)))
+        for one in range(STEPS_A_TURN):
+            seconds = self._ask(number * STEPS_A_TURN + one)
+        return float(max(seconds))
 
     def finish(self) -> dict[str, Any]:
         """Peak memory of a rank in bytes, the largest; ours also measures the bound."""
@@ -278,20 +282,19 @@ def _timed_step(head: Any, x: Any, y: Any, number: int) -> float:
 
 
 def _final(name: str, args: argparse.Namespace, head: Any, device: Any, bounds: list[float]) -> dict[str, Any]:
-    import resource
+    from trainer.distributed import peak_memory_bytes
 
-    import torch
-
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_bytes(device)
     if name != "ours":
         return {"peak_bytes": peak}
     state = sum(t.numel() * t.element_size() for t in head.optimizer.tables)
     if head.compat is not None:
         state += head.compat.centers.numel() * head.compat.centers.element_size()
-    return {"peak_bytes": peak, "state_bytes": state, "bound_seconds": statistics.median(bounds[args.warmup :])}
+    return {
+        "peak_bytes": peak,
+        "state_bytes": state,
+        "bound_seconds": statistics.median(bounds[STEPS_A_TURN * args.warmup :]),
+    }
 
 
 def bound_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:

@@ -13,7 +13,6 @@ Examples:
 import argparse
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -91,8 +90,11 @@ def summary(figures: dict[str, Any]) -> str:
 
 def _story(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All stages in ``folder``; stops at the first that fails."""
+    import torch
+
     from tools.benchmarks.measuring import origin
     from trainer.config import load_config
+    from trainer.distributed import peak_memory_bytes
 
     run_dir, bank = folder / "run", folder / "bank"
     overrides = [
@@ -120,7 +122,7 @@ def _story(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     began = time.perf_counter()
     write_old_head(folder / "old", args.classes, dim, OLD_RANKS)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own = peak_memory_bytes(torch.device("cpu"))
     stages.append(Stage("old head of 8 ranks, made up", "", time.perf_counter() - began, own, 0))
     write_pictures(folder / "pictures", size)
     killed_at, continued_from = 0, 0
