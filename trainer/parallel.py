@@ -6,6 +6,7 @@ by W on the way from the head to the backbone (and by the loss scale of float16)
 wrapper needs to know.
 """
 
+import inspect
 import logging
 import os
 import shutil
@@ -27,6 +28,12 @@ from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+# Batch statistics are each rank's own. Newer releases of torch renamed the option.
+_KNOWN = inspect.signature(DistributedDataParallel).parameters
+_OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False
+}
 
 
 @contextmanager
@@ -81,9 +88,7 @@ def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks, optimizer: Opti
         network = torch.compile(backbone)  # type: ignore[assignment]
     if config.parallel == "ddp" and dist.is_initialized() and ranks.world_size > 1:
         device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(
-            network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        wrapped = DistributedDataParallel(network, device_ids=device_ids, gradient_as_bucket_view=True, **_OWN_BUFFERS)
         if config.compress_gradients:
             wrapped.register_comm_hook(None, _mean_in_bfloat16)
         return wrapped
