@@ -2,6 +2,7 @@
 # make test   formatting, lint, types and all tests: what CI runs
 # make test-fast   the same without the slow tests: under two minutes
 # make lint   the first three of them alone
+# make results   measure everything that docs/results.md shows again, and write it: some hours
 # make docs   the API reference, into build/docs
 # make package-check   build the package, install it into a clean environment, ask every command for --help
 #
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 comma := ,
 EXTRAS := dev$(comma)docs$(if $(filter Linux,$(shell uname -s)),$(comma)gpu)
 
-.PHONY: install demo test test-fast lint format docs package-check clean
+.PHONY: install demo test test-fast lint format results docs package-check clean
 
 install: .venv/installed
 
@@ -36,6 +37,9 @@ test: lint .venv/extras
 
 test-fast: lint
 	$(BIN)/python -m pytest -m "not slow"
+
+results: .venv/extras
+	$(BIN)/lce bench results --measure
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

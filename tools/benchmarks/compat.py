@@ -308,7 +308,9 @@ def _trial(lab: "Lab", name: str, weight: float) -> dict[str, Any]:
 
 
 def _final(lab: "Lab", name: str, seed: int, weight: float) -> dict[str, Any]:
-    return lab.measure(seed, "unseen", OLD, _train(lab, name, seed, weight), PARAGON)
+    trained = _train(lab, name, seed, weight)
+    figures = lab.measure(seed, "unseen", OLD, trained, PARAGON)
+    return {**figures, "step_seconds": {"median": lab.step_seconds(seed, trained)}}
 
 
 def _choose(
@@ -328,10 +330,10 @@ def _choose(
 
 
 def _spreads(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """name → metric → mean and standard deviation over the seeds, of the cells, the update gain and the cost."""
+    """name → metric → mean and standard deviation over the seeds: cells, update gain, cost and seconds per update."""
     out: dict[str, Any] = {}
     for one in runs:
-        parts = {**one["cells"], **{key: one[key] for key in ("update_gain", "cost") if key in one}}
+        parts = {**one["cells"], **{key: one[key] for key in ("update_gain", "cost", "step_seconds") if key in one}}
         for name, values in parts.items():
             for metric, value in values.items():
                 out.setdefault(name, {}).setdefault(metric, []).append(value)
@@ -375,18 +377,20 @@ def counting(total: int) -> Iterator[Callable[[], None]]:
 _COLUMNS = [
     *((cell, metric) for cell in SHOWN for metric in METRICS),
     *((what, CRITERION) for what in ("update_gain", "cost")),
+    ("step_seconds", "median"),
 ]
 
 
 def _rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and lines of the table: the old model's and the paragon's own figures, then every method's."""
     words = {"new->old": "new → old", "new->new": "new → new", "update_gain": "update gain", "cost": "cost"}
-    short = {CRITERION: "TAR", "rank-1": "rank-1"}
+    words["step_seconds"] = "seconds per update,"
+    short = {CRITERION: "TAR", "rank-1": "rank-1", "median": "median"}
     head = ["method", "weight", *(f"{words[part]} {short[metric]}" for part, metric in _COLUMNS)]
     own = {cell: [_text(values[metric]) for metric in METRICS] for cell, values in figures["base"].items()}
     lines = [
-        ["old → old", "", *own["old->old"], *[""] * 4],
-        ["paragon → paragon", "", "", "", *own["paragon->paragon"], "", ""],
+        ["old → old", "", *own["old->old"], *[""] * 5],
+        ["paragon → paragon", "", "", "", *own["paragon->paragon"], "", "", ""],
     ]
     for name, one in figures["methods"].items():
         weight = f"{one['weight']:g}" if METHODS[name].settings and one["weight"] else ""

@@ -6,6 +6,7 @@ benchmark continues where it was. Trainings are processes of the real trainer, o
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -235,7 +236,8 @@ class Lab:
             log = self.folder(seed) / "output" / f"{name}.txt"
             status = self.children.run([sys.executable, "-m", "trainer", str(config), *words], log)
             if status:
-                raise TrainingFailed(f"{name}, seed {seed}: {_last_line(log)} (exit status {status}; all of it: {log})")
+                where = f"exit status {status}; all of it: {log.relative_to(self.out)} in --out"
+                raise TrainingFailed(f"{name}, seed {seed}: {_last_line(log)} ({where})")
 
         Steps(self.folder(seed) / "stamps" / name, _silent).run("train", "", key, [run], action, continues=True)
         return run
@@ -303,6 +305,11 @@ class Lab:
                 figures.setdefault("update_gain", {})[metric] = found.update_gain.value
                 figures.setdefault("cost", {})[metric] = found.cost.value
         return dict(plain(figures))
+
+    def step_seconds(self, seed: int, name: str) -> float:
+        """The median duration of a training's updates, as it logged them."""
+        lines = (self.folder(seed) / name / "log.jsonl").read_text().splitlines()
+        return statistics.median(json.loads(line)["step_seconds"] for line in lines)
 
     def _hash(self, model: Path) -> str:
         from trainer.export import load_model

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.output import write_json
+from tools.benchmarks.measuring import origin, write_json
 
 if TYPE_CHECKING:
     from trainer.config import AugmentConfig
@@ -61,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run, as the JSON holds them. Raises :class:`trainer.errors.ConfigError` without DALI."""
-    import torch
 
     from trainer.config import AugmentConfig
     from trainer.data import choose_loader, open_dataset
@@ -100,7 +99,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "threads": args.threads,
             "augment": args.augment,
             "device": args.device,
-            "torch_version": torch.__version__,
+            **origin(),
             **figures,
             "ratio": statistics.median(
                 reference / ours for reference, ours in zip(seconds["reference"], seconds["ours"], strict=True)

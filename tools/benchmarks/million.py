@@ -134,6 +134,10 @@ def _story(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 pack = ["pack", str(folder / "pictures"), str(folder / "packed"), "--processes", "1"]
                 onnx = ["export", str(run_dir), str(folder / "new.onnx"), "--dataset", str(folder / "packed")]
                 _ = stage("pictures for the check", pack) and stage("export to ONNX", onnx)
+
+    def placeless(command: str) -> str:
+        return command.replace(str(folder), "OUT").replace(str(CONFIG.parent), CONFIG.parent.name)
+
     lines = _log(run_dir)
     end = json.loads((run_dir / "summary.json").read_text()) if (run_dir / "summary.json").exists() else {}
     if not problem and end.get("step") != config.train.steps:
@@ -146,7 +150,7 @@ def _story(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "rate": config.head.sample_rate,
         "batch": config.data.batch_size,
         **origin(),
-        "stages": [asdict(s) for s in stages],
+        "stages": [asdict(s) | {"command": placeless(s.command)} for s in stages],
         "seconds": sum(s.seconds for s in stages),
         "peak_bytes": max(s.peak_bytes for s in stages),
         "steps": config.train.steps,

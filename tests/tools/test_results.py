@@ -1,0 +1,95 @@
+"""The page of results: written from figures that are there, says what is missing, measures what it shows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import cli
+from tools.benchmarks import results
+
+COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks"
+SPREAD = {"mean": 0.5, "deviation": 0.1, "seeds": 3}
+
+
+def compat_figures(classes: int) -> dict[str, object]:
+    cells = {"TAR@FAR=1e-4": SPREAD, "rank-1": SPREAD}
+    spread = dict.fromkeys(("new->old", "new->new", "update_gain", "cost"), cells)
+    trials = [
+        {"weight": w, "validation": {c: {"TAR@FAR=1e-4": w / 100, "rank-1": 0.9} for c in ("new->old", "old->old")}}
+        for w in (2.0, 20.0)
+    ]
+    lce = {
+        "title": "LCE, direct",
+        "weight": 20.0,
+        "trials": trials,
+        "problems": [],
+        "seeds": [],
+        "spread": {**spread, "step_seconds": {"median": {"mean": 0.0625, "deviation": 0.01, "seeds": 3}}},
+    }
+    sizes = {"classes": classes, "old_classes": 500, "steps": 800, "seeds": 3, "trials": 2}
+    origin = {"machine": "a machine", "commit": "abc", "chosen_by": "validation"}
+    base = {"old->old": cells, "paragon->paragon": cells}
+    return {"data": "characters", **sizes, **origin, "base": base, "methods": {"lce": lce}}
+
+
+def test_the_page_has_tables_plots_and_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, page = tmp_path / "figures", tmp_path / "docs" / "results.md"
+    figures.mkdir()
+    for name, classes in (("compat.json", 4000), ("compat-hangul.json", 9772)):
+        (figures / name).write_text(json.dumps(compat_figures(classes)))
+    assert cli.main(["bench", "results", "--figures", str(figures), "--out", str(page)]) == 0
+    assert "compat-both.json" in capsys.readouterr().out
+    text = page.read_text()
+    assert "| LCE, direct | 20 | 0.500 ± 0.100 |" in text
+    assert "0.062 ± 0.010" in text
+    assert text.count("Not measured yet.") == len(results.SECTIONS) - 2
+    assert "`lce bench compat --methods" in text
+    for plot in results.PLOTS:
+        assert f"pictures/{plot}" in text
+        assert (page.parent / "pictures" / plot).stat().st_size > 5000
+
+
+def test_the_committed_figures_can_be_shown(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    assert cli.main(["bench", "results", "--figures", str(COMMITTED), "--out", str(page)]) == 0
+    assert "1.08" in page.read_text()  # a peak over its state, in the head's table
+
+
+def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools import demo_steps
+
+    ran = []
+
+    def run_lce(words: list[str], stdout: int | None = None) -> None:
+        ran.append(words)
+        if words[1] == "criterion":
+            raise demo_steps.StepFailed("lce bench criterion", 1)
+        if words[1] == "million":
+            raise demo_steps.StepFailed("lce bench million", 70)
+
+    monkeypatch.setattr(demo_steps, "run_lce", run_lce)
+    fonts = tmp_path / "fonts"
+    words = ["bench", "results", "--measure", "--figures", str(tmp_path / "f"), "--work", str(tmp_path / "w")]
+    words += ["--fonts", str(fonts), "--out", str(tmp_path / "results.md")]
+    assert cli.main(words) == 2  # no typefaces
+    fonts.mkdir()
+    assert cli.main(words) == 70
+    assert [w[1] for w in ran if w[0] == "bench"] == [
+        "compat",
+        "compat",
+        "compat",
+        "criterion",
+        "table",
+        "head",
+        "million",
+    ]
+    assert not any("{" in word for command in ran for word in command)
+
+
+def test_every_command_is_one_that_the_program_understands() -> None:
+    parser = cli.build_parser()
+    for section in results.SECTIONS:
+        for command in section.commands:
+            words = [w.format(json="x.json", figures="f", work="w", fonts="f") for w in command.split()]
+            assert parser.parse_args(words).command == words[0]

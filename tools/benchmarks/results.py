@@ -1,0 +1,313 @@
+"""Write docs/results.md and its plots from the figures that benchmarks left as JSON.
+
+With --measure the benchmarks run first, one after the other: some hours on two cores, on a machine that does nothing
+else, with the typefaces of docs/characters.md in --fonts. What is interrupted goes on with the same command.
+
+Examples:
+  lce bench results                                       # the page, from benchmarks/*.json
+  lce bench results --measure --fonts fonts --work work   # everything again
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HELP = "write docs/results.md and its plots from the JSON of the other benchmarks"
+
+METRIC = "TAR@FAR=1e-4"
+# Okabe and Ito's palette: told apart by the colour-blind too.
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``lce bench results``."""
+    parser.add_argument(
+        "--figures", type=Path, default=Path("benchmarks"), help="folder of the JSON files (benchmarks)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="the page (docs/results.md)")
+    parser.add_argument("--measure", dest="again", action="store_true", help="run the benchmarks first")
+    parser.add_argument("--work", type=Path, default=Path("results-work"), help="their data sets and trainings")
+    parser.add_argument("--fonts", type=Path, default=Path("fonts"), help="Debian's font packages (fonts)")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        title: its headline. file: the JSON under the figures' folder.
+        commands: `lce …` that make the file; ``{json}`` stands for it, ``{figures}``, ``{work}`` and ``{fonts}`` for
+            the folders of the options.
+        text: the part's Markdown from what the file holds.
+    """
+
+    title: str
+    file: str
+    commands: tuple[str, ...]
+    text: Callable[[Any], str]
+
+
+def _compat(figures: dict[str, Any]) -> str:
+    from tools.benchmarks.compat import markdown
+
+    return markdown(figures)
+
+
+def _criterion(figures: dict[str, Any]) -> str:
+    lines = ["| mode | D1 | D2 | seed | old → old | new → old | met |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for line in figures["lines"]:
+        for one in line["seeds"]:
+            cells = [" / ".join(f"{v:.3f}" for v in one[cell].values()) for cell in ("old->old", "new->old")]
+            row = [line["mode"], line["old_dim"], line["new_dim"], one["seed"], *cells, "yes" if one["met"] else "no"]
+            lines.append(f"| {' | '.join(map(str, row))} |")
+    return (
+        f"M(new, old) > M(old, old) on unseen identities, TAR at FAR 1e-4 / rank-1; {figures['classes']:,} training "
+        f"identities, {figures['steps']} updates; “independent” is the control, which must fail. "
+        f"{figures['machine']}, commit {figures['commit']}.\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _head(rows: list[dict[str, Any]]) -> str:
+    from tools.benchmarks.table import as_markdown
+
+    return as_markdown(rows).split("\n\n", 1)[1]
+
+
+def _ladder(figures: dict[str, Any]) -> str:
+    from tools.benchmarks.ladder import as_markdown
+
+    return as_markdown(figures).split("\n\n", 1)[1]
+
+
+def _plan(figures: dict[str, Any]) -> str:
+    lines = ["| classes | rate | ranks | planned | measured | off |", "| --- | --- | --- | --- | --- | --- |"]
+    for case in figures["cases"]:
+        sizes = " | ".join(f"{case[key] / 2**30:.2f} GiB" for key in ("planned_bytes", "measured_bytes"))
+        lines.append(f"| {case['classes']:,} | {case['rate']} | {case['ranks']} | {sizes} | {case['off']:+.1%} |")
+    return f"Peak memory of a rank. {figures['machine']}, commit {figures['commit']}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _million(figures: dict[str, Any]) -> str:
+    lines = ["| stage | seconds | peak memory |", "| --- | --- | --- |"]
+    for stage in figures["stages"]:
+        lines.append(f"| {stage['name']} | {stage['seconds']:.1f} | {stage['peak_bytes'] / 2**30:.2f} GiB |")
+    return f"{figures['machine']}, commit {figures['commit']}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _input(figures: dict[str, Any]) -> str:
+    speeds = [f"{figures[side]['images_per_second']:,.0f}" for side in ("ours", "reference")]
+    return (
+        f"{speeds[0]} images/s in a global random order, {speeds[1]} of a bare DALI pipeline in file order: ratio "
+        f"{figures['ratio']:.2f}. {figures['image_size'][0]} × {figures['image_size'][1]} JPEG, augmentation: "
+        f"{figures['augment']}, {figures['threads']} threads, on {figures['device']}. {figures['machine']}, commit "
+        f"{figures['commit']}.\n"
+    )
+
+
+METHODS = "--methods independent,l2,bct,unibct,advbct,mixbct,fct,lce"
+SECTIONS = (
+    Section(
+        "Ways to stay compatible: 4,000 syllables",
+        "compat.json",
+        (f"bench compat {METHODS} --seeds 3 --out {{work}}/compat --json {{json}}",),
+        _compat,
+    ),
+    Section(
+        "The same with all Hangul syllables",
+        "compat-hangul.json",
+        (
+            "characters {work}/hangul --fonts {fonts} --script hangul --old-share 0.125",
+            f"bench compat --data {{work}}/hangul {METHODS} --weights {{figures}}/compat.json --seeds 3 --steps 1200 "
+            "--old-steps 600 --out {work}/compat-hangul --json {json}",
+        ),
+        _compat,
+    ),
+    Section(
+        "The same with Han and Hangul",
+        "compat-both.json",
+        (
+            "characters {work}/both --fonts {fonts} --script both --old-share 0.125",
+            f"bench compat --data {{work}}/both {METHODS} --weights {{figures}}/compat.json --seeds 2 --steps 1200 "
+            "--old-steps 900 --out {work}/compat-both --json {json}",
+        ),
+        _compat,
+    ),
+    Section(
+        "The criterion, mode by mode",
+        "criterion.json",
+        ("bench criterion --out {work}/criterion --json {json}",),
+        _criterion,
+    ),
+    Section("The class-sharded head", "head.json", ("bench table --out {figures}",), _head),
+    Section(
+        "The ladder",
+        "ladder.json",
+        (
+            "bench head --ladder --rungs 1e6 2e6 5.5e6 --memory 13GiB --lce direct --centers mapped --only ours "
+            "--steps 3 --warmup 1 --json {json}",
+        ),
+        _ladder,
+    ),
+    Section("A million classes end to end", "million.json", ("bench million --json {json}",), _million),
+    Section("Input", "input.json", ("bench input --no-torch --steps 80 --rounds 9 --json {json}",), _input),
+    Section("Planned against measured memory", "plan.json", ("plan --verify --json {json}",), _plan),
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page; returns the exit status."""
+    from trainer.errors import ConfigError
+    from trainer.files import replaced
+
+    if args.again and (failed := _measure(args)):
+        return failed
+    if not args.figures.is_dir():
+        raise ConfigError(f"--figures {args.figures}: no such folder")
+    known = {one.file: _read(args.figures / one.file) for one in SECTIONS}
+    pictures = args.out.parent / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    plots = [name for name, plot in PLOTS.items() if plot(known, pictures / name)]
+    with replaced(args.out, ConfigError) as partial:
+        partial.write_text(page(known, plots), encoding="utf-8")
+    missing = [one.file for one in SECTIONS if known[one.file] is None]
+    print(f"{args.out}: {len(SECTIONS) - len(missing)} of {len(SECTIONS)} parts" + _without(missing))
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    """Run each benchmark as a process of its own; the exit status of the first that failed, or 0 (a "no" is a finding).
+
+    Raises:
+        ConfigError: no folder of typefaces.
+    """
+    from tools.demo_steps import StepFailed, interruptible, run_lce
+    from trainer.errors import ConfigError
+
+    if not args.fonts.is_dir():
+        raise ConfigError(f"--fonts {args.fonts}: no such folder; docs/characters.md says which packages to put there")
+    args.figures.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    with interruptible():
+        for section in SECTIONS:
+            for command in section.commands:
+                places = {"json": args.figures / section.file, "figures": args.figures}
+                words = [w.format(**places, work=args.work, fonts=args.fonts) for w in command.split()]
+                print(f"{section.title}: lce {' '.join(words)}", file=sys.stderr, flush=True)
+                try:
+                    run_lce(words)
+                except StepFailed as failed:
+                    if failed.status != 1:
+                        return failed.status
+    return 0
+
+
+def _without(missing: Sequence[str]) -> str:
+    return f"; not measured: {', '.join(missing)}" if missing else ""
+
+
+def _read(path: Path) -> Any:
+    from trainer.errors import ConfigError
+
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+
+
+def page(known: dict[str, Any], plots: Sequence[str]) -> str:
+    """The whole page in Markdown."""
+    out = [
+        "# Results",
+        "",
+        "Written by `lce bench results` from the JSON files in [benchmarks/](../benchmarks/README.md); `make results` "
+        "measures all of them again, which takes some hours on two cores. Each part names its command, its machine and "
+        "its commit. Nothing here was measured on a GPU.",
+        "",
+    ]
+    for one in SECTIONS:
+        places = {"json": f"benchmarks/{one.file}", "figures": "benchmarks", "work": "work", "fonts": "fonts"}
+        out += [f"## {one.title}", "", *(f"`lce {command.format(**places)}`\n" for command in one.commands)]
+        out += [one.text(known[one.file]) if known[one.file] is not None else "Not measured yet.\n"]
+    captions = {name: CAPTIONS[name] for name in plots}
+    out += ["## Plots\n"] if captions else []
+    out += [f"![{text}](pictures/{name})\n\n{text}\n" for name, text in captions.items()]
+    return "\n".join(out)
+
+
+# ---- plots ----
+
+
+def _plot_weights(known: dict[str, Any], path: Path) -> bool:
+    """new→old on the validation identities over each method's weight."""
+    figures = known["compat.json"]
+    if figures is None:
+        return False
+    axes, save = _axes("weight of the compatibility loss", "new → old TAR at FAR 1e-4, validation")
+    for colour, one in zip(COLOURS, [m for m in figures["methods"].values() if m["trials"]], strict=False):
+        values = [trial["validation"]["new->old"][METRIC] for trial in one["trials"]]
+        axes.plot([trial["weight"] for trial in one["trials"]], values, "o-", color=colour, label=one["title"])
+    trial = next(m["trials"][0] for m in figures["methods"].values() if m["trials"])
+    axes.axhline(trial["validation"]["old->old"][METRIC], color="grey", ls="--", label="old → old")
+    axes.set_xscale("log")
+    save(path)
+    return True
+
+
+def _plot_classes(known: dict[str, Any], path: Path) -> bool:
+    """Update gain of each method over the number of training identities."""
+    runs = [known[name] for name in ("compat.json", "compat-hangul.json", "compat-both.json") if known[name]]
+    if len(runs) < 2:
+        return False
+    axes, save = _axes("training identities", "update gain, TAR at FAR 1e-4")
+    names = [name for name in runs[0]["methods"] if runs[0]["methods"][name]["trials"]]
+    for colour, name in zip(COLOURS, names, strict=False):
+        found = [
+            (r["classes"], r["methods"][name]["spread"]["update_gain"][METRIC]) for r in runs if name in r["methods"]
+        ]
+        means, errors = [g["mean"] for _, g in found], [g["deviation"] or 0 for _, g in found]
+        axes.errorbar(
+            [c for c, _ in found],
+            means,
+            errors,
+            fmt="o-",
+            capsize=3,
+            color=colour,
+            label=runs[0]["methods"][name]["title"],
+        )
+    axes.axhline(1.0, color="grey", ls="--", label="the paragon's own")
+    axes.set_xscale("log")
+    save(path)
+    return True
+
+
+PLOTS = {"results-weights.png": _plot_weights, "results-classes.png": _plot_classes}
+CAPTIONS = {
+    "results-weights.png": "What each method's weight does (4,000 syllables, seed 0, validation identities).",
+    "results-classes.png": "Update gain over the number of training identities. The recipes are those of the tables "
+    "above: updates, old model and characters differ between the points.",
+}
+
+
+def _axes(x: str, y: str) -> tuple[Any, Callable[[Path], None]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+
+    def save(path: Path) -> None:
+        axes.legend(fontsize="small")
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+
+    return axes, save
