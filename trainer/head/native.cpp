@@ -153,6 +153,7 @@ void first_pass(const Step& s, Sgemm gemm, int64_t thread) {
       const float inverse = 1 / std::max(std::sqrt(dot(w, w, D)), 1e-12f), shift = s.shift - offset(s, r);
       s.inverse[r] = inverse;
       float* sum = partial.get();
+      if (s.centers && s.index && r + 1 < last) prefetch(s.centers + s.index[r + 1] * D, D);
 #pragma omp simd
       for (int64_t b = 0; b < B; b++) sum[b] += exponential(z[b] * inverse - shift);
       if (s.centers) {
@@ -243,6 +244,7 @@ void second_pass(const Step& s, Sgemm gemm, int64_t thread) {
       if (s.index && r + 1 < last) {
         prefetch(s.rows + s.index[r + 1] * D, D);
         prefetch(s.momentum + s.index[r + 1] * D, D);
+        if (s.centers) prefetch(s.centers + s.index[r + 1] * D, D);
       }
       descend(s, r, w, v, radial[r - first]);
     }
