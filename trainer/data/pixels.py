@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# Pillow keeps so many buffers for the next image; given back and asked for again they take a quarter of the time.
+Image.core.set_blocks_max(8)  # type: ignore[attr-defined]
+
 
 def decode_image(
     data: bytes, size: tuple[int, int] | None, color: str = "RGB", exact: bool = False
