@@ -148,7 +148,7 @@ SECTIONS = (
         "ladder.json",
         (
             "bench head --ladder --rungs 1e6 2e6 5.5e6 --memory 13GiB --lce direct --centers mapped --only ours "
-            "--steps 3 --warmup 1 --json {json}",
+            "--steps 2 --warmup 1 --json {json}",
         ),
         _ladder,
     ),
