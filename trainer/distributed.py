@@ -6,6 +6,7 @@ Everything works without a process group too (one process, no collective), so th
 import datetime
 import os
 import resource
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,9 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
         threads: intra-op threads; 0 shares the cores among the ranks of this node.
 
     Without RANK and WORLD_SIZE in the environment it is a single process and no group is made.
+
+    Raises:
+        ConfigError: a network interface that this host has not, a master that is unknown or does not answer.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, on_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -146,12 +150,44 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
     started = world > 1 or "RANK" in os.environ
     if started:
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        _join(backend, rank, world, datetime.timedelta(seconds=timeout_seconds))
+        _check_network(where.type == "cuda")
+        try:
+            _join(backend, rank, world, datetime.timedelta(seconds=timeout_seconds))
+        except dist.DistError as error:
+            raise ConfigError(
+                f"rank {rank} on {socket.gethostname()}: no group of {world} ranks by the master {_master()} within "
+                f"{timeout_seconds:g} s ({str(error).splitlines()[0]}); is rank 0 running there, the port open, and "
+                "the address one that this host reaches?"
+            ) from None
     try:
         yield Ranks(rank, world, local, where)
     finally:
         if started and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _master() -> str:
+    return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+
+
+def _check_network(nccl: bool) -> None:
+    """Refuse at once what would otherwise be a timeout: interfaces that are not there, a master without an address."""
+    there = [name for _, name in socket.if_nameindex()]
+    for variable in ("GLOO_SOCKET_IFNAME", *(("NCCL_SOCKET_IFNAME",) if nccl else ())):
+        asked = os.environ.get(variable, "")
+        names = [] if asked.startswith("^") else [name for name in asked.lstrip("=").split(",") if name]
+        # gloo wants names, NCCL also takes the beginnings of names.
+        fits = tuple(names) if variable.startswith("NCCL") and not asked.startswith("=") else ()
+        if names and not any(name in names or (fits and name.startswith(fits)) for name in there):
+            raise ConfigError(
+                f"{variable}={asked}: {socket.gethostname()} has no such network interface; it has {', '.join(there)}. "
+                "Name one of them with lce launch --interface"
+            )
+    address = os.environ.get("MASTER_ADDR")
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR={address}: unknown on {socket.gethostname()}: {error.strerror}") from None
 
 
 def _join(backend: str, rank: int, world: int, timeout: datetime.timedelta) -> None:
