@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -24,6 +25,7 @@ def arguments(job: Job) -> list[str]:
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={job.master}",
             f"--rdzv-id={job.job_id}",
+            *_place(job.master),
             *words,
         ]
     else:
@@ -36,6 +38,20 @@ def arguments(job: Job) -> list[str]:
             *words,
         ]
     return [*words, *job.program]
+
+
+def _place(master: str) -> list[str]:
+    """Whether this machine is the master, and by which address it reaches it (torch goes by host names, which need not
+    lead to the network that the master's address is in); nothing where the master is unknown."""
+    host, _, port = master.rpartition(":")
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)  # sends nothing: only the route is looked up
+            own = probe.getsockname()[0]
+    except (OSError, ValueError):
+        return []
+    return [f"--local-addr={own}", *(["--rdzv-conf=is_host=1"] if own == place[0] else [])]
 
 
 def run(job: Job) -> int:

@@ -1,8 +1,10 @@
 """Several hosts: network namespaces with addresses of their own, joined by a bridge, train together by torchrun."""
 
+import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -63,7 +65,12 @@ def _start(host: str, number: int, count: int, path: Path, *words: str) -> "subp
     command = [sys.executable, "-m", "tools.cli", "launch", str(path), "--nproc", "1", "--nnodes", str(count)]
     command += ["--node-rank", str(number), "--master", "10.77.0.1:29500", "--interface", "eth0", *words]
     return subprocess.Popen(
-        ["ip", "netns", "exec", host, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["ip", "netns", "exec", host, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -100,3 +107,30 @@ def test_a_host_that_is_cut_off(hosts: Callable[[int], list[str]], tmp_path: Pat
             process.kill()
             process.wait()
     assert list(tmp_path.glob("run/checkpoints/step-*"))
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_the_host_that_is_left(hosts: Callable[[int], list[str]], tmp_path: Path) -> None:
+    steps = 1500
+    settings = tree(tmp_path / "run", train__steps=steps, checkpoint__every_steps=10, **NETWORK)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    names = hosts(2)
+    words = ["--nnodes", "1:2", "--rendezvous", "c10d", "--max-restarts", "2"]
+    started = [_start(host, n, 2, tmp_path / "run.yaml", *words) for n, host in enumerate(names)]
+    try:
+        end = time.time() + 120
+        while not list(tmp_path.glob("run/checkpoints/step-*")) and time.time() < end:
+            time.sleep(0.2)
+        inside = subprocess.run(["ip", "netns", "pids", names[1]], capture_output=True, text=True, check=True)
+        for pid in map(int, inside.stdout.split()):
+            os.kill(pid, signal.SIGKILL)
+        output, _ = started[0].communicate(timeout=300)
+        assert started[0].returncode == 0, output
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert "2 ranks" in output, output
+    assert "1 rank" in output.split("2 ranks", 1)[1], output
+    assert len(losses_of(tmp_path / "run")) == steps
