@@ -18,15 +18,14 @@ Exit status: 0 done (1 with --fail-unsafe unless the verdict is SAFE), 2 wrong u
 
 import argparse
 import io
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import DataError, LceError
+from tools.output import write_json
+from trainer.errors import LceError
 
 if TYPE_CHECKING:
     from trainer.data.index import Dataset
@@ -292,17 +291,10 @@ def _write(
     args: argparse.Namespace, result: dict[str, Any], datasets: dict[str, "Dataset"], runs: "list[RunRecord]"
 ) -> None:
     from trainer.evaluation.report import write_report
-    from trainer.files import replaced
 
     if args.report is not None:
         write_report(args.report, result, runs, _pictures(datasets))
-    if args.json is not None:
-        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        if args.json == "-":
-            sys.stdout.write(text)
-        else:
-            with replaced(Path(args.json), DataError) as partial:
-                partial.write_text(text, encoding="utf-8")
+    write_json(result, args.json)
 
 
 def _runs(folders: Sequence[str]) -> "list[RunRecord]":
