@@ -386,16 +386,18 @@ def _rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     words = {"new->old": "new → old", "new->new": "new → new", "update_gain": "update gain", "cost": "cost"}
     words["step_seconds"] = "seconds per update,"
     short = {CRITERION: "TAR", "rank-1": "rank-1", "median": "median"}
-    head = ["method", "weight", *(f"{words[part]} {short[metric]}" for part, metric in _COLUMNS)]
+    spreads = [one["spread"] for one in figures["methods"].values()]
+    columns = [column for column in _COLUMNS if any(column[0] in spread for spread in spreads)]
+    head = ["method", "weight", *(f"{words[part]} {short[metric]}" for part, metric in columns)]
     own = {cell: [_text(values[metric]) for metric in METRICS] for cell, values in figures["base"].items()}
     lines = [
-        ["old → old", "", *own["old->old"], *[""] * 5],
-        ["paragon → paragon", "", "", "", *own["paragon->paragon"], "", "", ""],
+        ["old → old", "", *own["old->old"], *[""] * (len(columns) - 2)],
+        ["paragon → paragon", "", "", "", *own["paragon->paragon"], *[""] * (len(columns) - 4)],
     ]
     for name, one in figures["methods"].items():
         weight = f"{one['weight']:g}" if METHODS[name].settings and one["weight"] else ""
         spread = one["spread"]
-        cells = [_text(spread[part][metric]) if spread else "failed" for part, metric in _COLUMNS]
+        cells = [_text(spread[part][metric]) if spread else "failed" for part, metric in columns]
         lines.append([one["title"], weight, *cells])
     return head, lines
 
