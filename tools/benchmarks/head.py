@@ -32,6 +32,7 @@ STEPS_A_TURN = 2
 """Of which the last counts: the first finds memory that the other side's turn has made cold, as no training does."""
 REST_SECONDS = 0.4
 """Before each turn, until the other side's worker threads, which spin for a while after a step, have gone to sleep."""
+MAPPED = ("backward", "forward", "both")
 HELP = "time and memory of a step of the class-sharded head"
 
 
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="of the rows (sgd)")
     parser.add_argument("--rows", choices=("float32", "bfloat16"), default="float32", help="dtype of rows and state")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="dtype of the products")
-    parser.add_argument("--lce", choices=("none", "direct"), default="none", help="with LCE's direct losses")
+    parser.add_argument(
+        "--lce", choices=("none", "direct", *MAPPED), default="none", help="with LCE's losses, maps included (rbt)"
+    )
     parser.add_argument(
         "--centers",
         choices=("float32", "bfloat16", "mapped"),
@@ -205,6 +208,10 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=args.world_size)
     ranks = Ranks(rank, args.world_size, rank, device)
     head = _head(name, args, ranks)
+    if args.lce in MAPPED and name == "ours":
+        companion, optimizer = _companion(args, ranks)
+    else:
+        companion = optimizer = None
     generator = torch.Generator().manual_seed(rank)
     local = args.batch // args.world_size
     bounds: list[float] = []  # the machine's speed changes while it works: measured after every step
@@ -220,7 +227,7 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
         else:
             x = torch.randn(local, args.dim, generator=generator).to(device).requires_grad_()
             y = torch.randint(0, args.classes, (local,), generator=generator).to(device)
-            pipe.send(_timed_step(head, x, y, request))
+            pipe.send(_timed_step(head, x, y, request, companion, optimizer))
             if name == "ours":  # while the other side rests before its step
                 rows = len(head.rows) if args.rate == 1 else round(args.rate * len(head.rows))
                 bounds.append(bound_seconds(rows, args, device))
@@ -269,13 +276,36 @@ def _bank(args: argparse.Namespace, ranks: Any) -> Any:
     return DirectCompat(centers, boundaries, mask, 0.4, 1.0)
 
 
-def _timed_step(head: Any, x: Any, y: Any, number: int) -> float:
+def _companion(args: argparse.Namespace, ranks: Any) -> tuple[Any, Any]:
+    """LCE through trained maps, as the head takes it, and the maps' optimizer."""
+    import torch
+
+    from trainer.compat.center_bank import BankRows
+    from trainer.compat.transformed import TransformedCompat, gather_pairs
+    from trainer.config import CompatConfig
+
+    made_up = _bank(args, ranks)
+    unknown = torch.zeros(len(made_up.mask), dtype=torch.int64)
+    bank = BankRows(made_up.centers, made_up.boundaries, made_up.mask, unknown, unknown)
+    compat = TransformedCompat(CompatConfig(method="lce", mode=args.lce, bank=Path("made-up")), args.dim, args.dim)
+    compat.to(ranks.device)
+
+    def loss(embeddings: Any, labels: Any, rows: Any) -> Any:
+        return compat(gather_pairs(labels, rows, bank, args.classes, ranks), embeddings)
+
+    return loss, torch.optim.SGD(compat.parameters(), 0.01, momentum=0.9)
+
+
+def _timed_step(head: Any, x: Any, y: Any, number: int, companion: Any = None, optimizer: Any = None) -> float:
     import torch
 
     if x.is_cuda:
         torch.cuda.synchronize()
     began = time.perf_counter()
-    head(x, y, number).loss.backward()
+    head(x, y, number, companion).loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
     if x.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - began
