@@ -86,3 +86,11 @@ def test_a_small_ladder_really_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (rung,) = json.loads(capsys.readouterr().out)["rungs"]
     assert rung["measured"]["ours"]["seconds"] > 0
     assert rung["measured"]["ours"]["peak_bytes"] == pytest.approx(rung["planned_bytes"], rel=0.25)
+
+
+@pytest.mark.parametrize("lce", ["direct", "both"])
+def test_lce_against_no_lce(lce: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--classes", "300", "--dim", "16", "--batch", "8", "--steps", "1", "--warmup", "1", "--rate", "0.5"]
+    assert main(["bench", "head", *sizes, "--lce", lce, "--against-no-lce", "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["ratio"] == pytest.approx(figures["reference"]["seconds"] / figures["ours"]["seconds"])
