@@ -266,23 +266,21 @@ def _plot_classes(known: dict[str, Any], path: Path) -> bool:
     axes, save = _axes("training identities", "update gain, TAR at FAR 1e-4")
     names = [name for name in runs[0]["methods"] if runs[0]["methods"][name]["trials"]]
     for colour, name in zip(COLOURS, names, strict=False):
-        found = [
-            (r["classes"], r["methods"][name]["spread"]["update_gain"][METRIC]) for r in runs if name in r["methods"]
-        ]
-        means, errors = [g["mean"] for _, g in found], [g["deviation"] or 0 for _, g in found]
-        axes.errorbar(
-            [c for c, _ in found],
-            means,
-            errors,
-            fmt="o-",
-            capsize=3,
-            color=colour,
-            label=runs[0]["methods"][name]["title"],
-        )
+        gains = {r["classes"]: _gain(r["methods"][name]) for r in runs if name in r["methods"]}
+        found = {classes: gain for classes, gain in gains.items() if gain is not None}
+        means, errors = [g["mean"] for g in found.values()], [g["deviation"] or 0 for g in found.values()]
+        title = runs[0]["methods"][name]["title"]
+        axes.errorbar(list(found), means, errors, fmt="o-", capsize=3, color=colour, label=title)
     axes.axhline(1.0, color="grey", ls="--", label="the paragon's own")
     axes.set_xscale("log")
     save(path)
     return True
+
+
+def _gain(method: dict[str, Any]) -> dict[str, Any] | None:
+    """A method's update gain over the seeds; None where the paragon is no better than the old model."""
+    gain: dict[str, Any] | None = method["spread"].get("update_gain", {}).get(METRIC)
+    return gain
 
 
 PLOTS = {"results-weights.png": _plot_weights, "results-classes.png": _plot_classes}
