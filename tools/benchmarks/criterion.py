@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
             shown = [" / ".join(f"{value:.3f}" for value in one[cell].values()) for cell in ("old->old", "new->old")]
             met = "yes" if one["met"] else "no, as it must" if line["mode"] == CONTROL else "NO"
             table.add_row(line["mode"], str(line["old_dim"]), str(line["new_dim"]), str(one["seed"]), *shown, met)
-    Console(stderr=args.json == "-", highlight=False).print(table)
+    console = Console(stderr=args.json == "-", highlight=False)
+    console.print(table, width=None if console.is_terminal else 120)
     return 0 if fine else 1
 
 
