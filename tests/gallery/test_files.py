@@ -1,8 +1,11 @@
 """Upgrade of gallery files: same rows, same ids, killed at random moments, rolled back, refused."""
 
+import errno
 import multiprocessing
 import os
+import pathlib
 import random
+import shutil
 import signal
 import time
 
@@ -165,6 +168,135 @@ def test_killed_at_random_moments_no_row_is_lost(tmp_path, name):
     assert np.array_equal(after.ids(slice(0, 300)), before.ids(slice(0, 300)))
     converted = [int(line) for line in log.read_text().split()]
     assert len(converted) <= 300 + 4 * killed  # at most the batch under way is done again
+
+
+@pytest.mark.parametrize("name", ["a.npy", "shards"])
+def test_rollback_and_finish_cut_off_go_on(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+
+    def cut_at(number, action):
+        """Run it until its rename of that number, as a kill would end it; whether it got so far."""
+        count, rename = 0, pathlib.Path.rename
+
+        def counted(self, target):
+            nonlocal count
+            count += 1
+            if count == number:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "rename", counted)
+            try:
+                action(path)
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    for action, wanted in ((rollback, 16), (finish, 24)):
+        for number in range(1, 6):
+            MAKERS[name](path)
+            upgrade(path, Rotation())
+            if cut_at(number, action):
+                assert status(path).phase == ("rolling back" if number > 1 and action is rollback else "swapped")
+                if status(path).phase == "rolling back":
+                    with pytest.raises(DataError, match="run the rollback again"):
+                        upgrade(path, Rotation())
+                action(path)
+            assert open_gallery(path).dim == wanted
+            assert [p.name for p in tmp_path.iterdir()] == [name]
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_without_the_old_file_there_is_no_way_back(tmp_path):
+    path = tmp_path / "a.npy"
+    MAKERS["a.npy"](path)
+    upgrade(path, Rotation())
+    (work_folder(path) / "before.npy").unlink()
+    with pytest.raises(DataError, match=r"before\.npy: the old gallery is gone"):
+        rollback(path)
+    assert open_gallery(path).dim == 24
+
+
+def test_an_old_gallery_without_its_state_is_kept(tmp_path):
+    path = tmp_path / "a.npy"
+    MAKERS["a.npy"](path)
+    upgrade(path, Rotation())
+    (work_folder(path) / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"move .*before\.npy, the old gallery, to safety"):
+        status(path)
+    (work_folder(path) / "state.json").unlink()
+    np.save(path, VECTORS)
+    with pytest.raises(DataError, match="an upgrade without its state; move it away first"):
+        upgrade(path, Rotation())
+
+
+def test_a_link_stands_for_the_gallery_that_it_names(tmp_path):
+    store, link = tmp_path / "store", tmp_path / "current.npy"
+    store.mkdir()
+    MAKERS["a.npy"](store / "v1.npy")
+    link.symlink_to("store/v1.npy")
+    upgrade(link, Rotation())
+    assert (open_gallery(link).dim, link.is_symlink()) == (24, True)
+    assert verify(link, Rotation()).smallest_cosine > 0.9999
+    rollback(link)
+    assert (open_gallery(link).dim, link.is_symlink()) == (16, True)
+    assert [p.name for p in store.iterdir()] == ["v1.npy"]
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0, np.inf])
+def test_verify_sees_vectors_that_are_spoiled(tmp_path, value):
+    path = tmp_path / "a.npy"
+    MAKERS["a.npy"](path)
+    upgrade(path, Rotation())
+    array = np.load(path, mmap_mode="r+")
+    array[17] = value
+    array.flush()
+    assert verify(path, Rotation()).smallest_cosine == -1
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint64, np.int64])
+def test_ids_of_every_integer_type_are_kept(tmp_path, dtype):
+    path = tmp_path / "a.safetensors"
+    save_file({"vectors": VECTORS, "person": IDS.astype(dtype)}, path)
+    assert np.array_equal(open_gallery(path).ids(slice(0, 300)), IDS)
+    upgrade(path, Rotation())
+    assert load_file(path)["person"].dtype == dtype
+
+
+def test_vectors_in_bfloat16_are_refused(tmp_path):
+    import torch
+    from safetensors.torch import save_file as save_tensors
+
+    save_tensors({"vectors": torch.ones(3, 16, dtype=torch.bfloat16)}, tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match="store the vectors as float16 or float32"):
+        open_gallery(tmp_path / "a.safetensors")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
+    path = tmp_path / "a.npy"
+    MAKERS["a.npy"](path)
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(DataError, match="Permission denied; the gallery is whole"):
+            upgrade(path, Rotation())
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_a_disk_that_is_full_is_one_clear_error(tmp_path, monkeypatch):
+    path = tmp_path / "a.npy"
+    MAKERS["a.npy"](path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DataError, match="No space left on device; the gallery is whole"):
+            upgrade(path, Rotation())
+    assert upgrade(path, Rotation()).phase == "swapped"
 
 
 def test_a_pace_is_kept(tmp_path):

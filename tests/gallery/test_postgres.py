@@ -139,8 +139,110 @@ def test_a_row_that_changes_during_the_upgrade_is_converted_again(dsn):
     assert gallery.work(Rotation()) == 1
     gallery.swap()
     assert stored(dsn)[1][3] == pytest.approx(Rotation()(None, VECTORS)[9], abs=1e-5)
-    with psycopg.connect(dsn, autocommit=True) as connection:  # the trigger is gone with the swap
+    with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("UPDATE faces SET embedding = %s WHERE id = 50", (str([1.0] * 24),))
+
+
+def swapped(dsn):
+    gallery = PostgresGallery(dsn, "faces")
+    gallery.begin(Rotation())
+    gallery.work(Rotation())
+    gallery.swap()
+    return gallery
+
+
+def execute(dsn, text, *values):
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        cursor = connection.execute(text, values or None)
+        return cursor.fetchall() if cursor.description else []
+
+
+def test_what_is_enrolled_after_the_swap_is_not_lost_by_a_rollback(dsn):
+    execute(dsn, "DELETE FROM faces WHERE embedding IS NULL")
+    execute(dsn, "ALTER TABLE faces ALTER embedding SET NOT NULL")
+    gallery = swapped(dsn)
+    execute(dsn, "INSERT INTO faces (id, embedding) VALUES (7, %s)", str([1.0] * 24))
+    execute(dsn, "UPDATE faces SET embedding = %s WHERE id = 50", str([2.0] * 24))
+    with pytest.raises(psycopg.errors.NotNullViolation):
+        execute(dsn, "INSERT INTO faces (id, embedding) VALUES (8, NULL)")
+    assert gallery.verify(Rotation()).rows == 399  # whose old vector is known
+    assert gallery.verify(Rotation()).smallest_cosine > 0.999
+    with pytest.raises(DataError, match="2 rows were enrolled or changed after the swap"):
+        gallery.rollback()
+    assert len(stored(dsn)[0]) == 401
+    execute(dsn, "DELETE FROM faces WHERE id = 7")
+    execute(dsn, "UPDATE faces SET embedding_old = %s WHERE id = 50", str([3.0] * 16))
+    gallery.rollback()
+    assert stored(dsn)[1][5] == pytest.approx([3.0] * 16)
+    assert stored(dsn)[1][6] == pytest.approx(VECTORS[6], abs=1e-6)
+    with pytest.raises(psycopg.errors.NotNullViolation):
+        execute(dsn, "INSERT INTO faces (id, embedding) VALUES (8, NULL)")
+    swapped(dsn).finish()
+    execute(dsn, "UPDATE faces SET embedding = %s WHERE id = 50", str([2.0] * 24))
+
+
+def test_verify_sees_vectors_that_are_spoiled(dsn):
+    gallery = swapped(dsn)
+    execute(dsn, "ALTER TABLE faces DISABLE TRIGGER USER")
+    execute(dsn, "UPDATE faces SET embedding = %s WHERE id = 50", str([0.0] * 24))
+    assert gallery.verify(Rotation()).smallest_cosine == -1
+
+
+def test_an_index_whose_building_was_cut_off_is_built_anew(dsn):
+    gallery = PostgresGallery(dsn, "faces")
+    gallery.begin(Rotation())
+    gallery.work(Rotation())
+    gallery.index()
+    spoil = "UPDATE pg_index SET indisvalid = false WHERE indexrelid = %s::regclass"
+    [name] = [name for (name,) in execute(dsn, "SELECT indexname FROM pg_indexes WHERE indexdef LIKE '%hnsw%'")]
+    execute(dsn, spoil, name)
+    assert gallery.verify(Rotation()).recall is None
+    with pytest.raises(DataError, match="index is not whole; run the upgrade again"):
+        gallery.swap()
+    gallery.index()
+    gallery.swap()
+    assert gallery.verify(Rotation()).recall > 0.9
+
+
+def _finish_work(dsn):
+    gallery = PostgresGallery(dsn, "faces")
+    gallery.index()
+    gallery.swap()
+
+
+def test_workers_that_end_together_build_one_index_and_swap_once(dsn):
+    gallery = PostgresGallery(dsn, "faces")
+    gallery.begin(Rotation())
+    gallery.work(Rotation())
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_finish_work, args=(dsn,)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert gallery.status().phase == "swapped"
+    assert gallery.verify(Rotation()).recall > 0.9
+
+
+def test_tables_that_cannot_be_swapped_are_refused(dsn):
+    execute(dsn, "CREATE VIEW shown AS SELECT id, embedding FROM faces")
+    with pytest.raises(DataError, match="the view shown would go on showing the old vectors"):
+        PostgresGallery(dsn, "faces").begin(Rotation())
+    execute(dsn, "DROP VIEW shown")
+    execute(dsn, "DROP TABLE IF EXISTS parts, loose")
+    execute(dsn, "CREATE TABLE parts (id bigint PRIMARY KEY, embedding vector(16)) PARTITION BY RANGE (id)")
+    with pytest.raises(DataError, match="a partitioned table"):
+        PostgresGallery(dsn, "parts")
+    execute(dsn, "CREATE TABLE loose (id bigint PRIMARY KEY, embedding vector)")
+    with pytest.raises(DataError, match="has no dimension and holds no vector"):
+        PostgresGallery(dsn, "loose")
+    execute(dsn, "INSERT INTO loose VALUES (1, %s), (2, %s)", str([1.0] * 16), str([1.0] * 8))
+    gallery = PostgresGallery(dsn, "loose")
+    gallery.begin(Rotation())
+    with pytest.raises(DataError, match="the vector of id 2 has dimension 8, others 16"):
+        gallery.work(Rotation())
+    execute(dsn, "DROP TABLE parts, loose")
 
 
 def test_a_table_in_another_schema_and_with_capitals(dsn):

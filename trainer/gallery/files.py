@@ -3,14 +3,16 @@
 Beside ``NAME`` lies ``NAME.upgrade/`` with ``state.json``, ``vectors.npy`` (what is converted so far), ``order.npy``
 (which row comes when, where an order was asked for) and, after the swap, ``before``: the old file. Rows are written and
 flushed before the state counts them, and each row's place is its own, so a process killed at any moment loses no row
-and does none twice. While rows are converted :func:`search` compares each in the space that it is in.
+and does none twice; so are rollback and finish. While rows are converted :func:`search` compares each in the space that
+it is in. A link stands for the gallery that it names.
 """
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +25,7 @@ from trainer.evaluation.identification import search as search_exactly
 from trainer.gallery.convert import Converter, usable
 from trainer.gallery.formats import FaissGallery, Format, batches, open_gallery
 
-Phase = Literal["converting", "swapping", "swapped"]
+Phase = Literal["converting", "swapping", "swapped", "rolling back"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Check:
 
 def work_folder(path: Path) -> Path:
     """The folder beside a gallery file in which its upgrade lives."""
+    path = path.resolve()
     return path.with_name(f"{path.name}.upgrade")
 
 
@@ -81,7 +84,8 @@ def status(path: Path) -> State | None:
         tree = json.loads(file.read_text(encoding="utf-8"))
         return State(**{**tree, "source": tuple(tree["source"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file}: damaged ({error}); remove {file.parent} to begin anew") from None
+        kept = f"; move {_before(path)}, the old gallery, to safety, and" if _before(path).exists() else ";"
+        raise DataError(f"{file}: damaged ({error}){kept} remove {file.parent} to begin anew") from None
 
 
 def plan(path: Path, converter: Converter, sample: int = 1000) -> Plan:
@@ -93,9 +97,13 @@ def plan(path: Path, converter: Converter, sample: int = 1000) -> Plan:
     start = time.perf_counter()
     converter(gallery.ids(slice(0, count)), gallery.read(slice(0, count)))
     seconds = (time.perf_counter() - start) / count * gallery.rows
+    return Plan(gallery.rows, gallery.dim, converter.dim_out, *_room(path, gallery, converter), seconds)
+
+
+def _room(path: Path, gallery: Format, converter: Converter) -> tuple[int, int]:
+    """Bytes needed beside a gallery, of the vectors and of the new file, and bytes free there."""
     needed = gallery.rows * converter.dim_out * 4 + int(_stamp(path)[0] * converter.dim_out / gallery.dim)
-    free = shutil.disk_usage(path.absolute().parent).free
-    return Plan(gallery.rows, gallery.dim, converter.dim_out, needed, free, seconds)
+    return needed, shutil.disk_usage(path.resolve().parent).free
 
 
 def upgrade(
@@ -115,11 +123,14 @@ def upgrade(
         rows_per_second: an upper limit of the pace.
 
     Raises:
-        DataError: an upgrade to another version is under way or done, the file changed meanwhile, no room, wrong
-        dimension.
+        DataError: an upgrade to another version is under way or done, the file changed meanwhile, no room, a folder
+            that cannot be written, wrong dimension.
         ModelError: the converter gives vectors that cannot be used.
     """
+    path = path.resolve()
     state = status(path)
+    if state is not None and state.phase == "rolling back":
+        raise DataError(f"{path}: is being rolled back; run the rollback again")
     if state is not None and state.version != converter.version:
         raise DataError(
             f"{path}: an upgrade to {state.version} is {state.phase}; finish it or roll it back before one to "
@@ -127,9 +138,22 @@ def upgrade(
         )
     if state is not None and state.phase == "swapped":
         return state
-    if state is None or state.phase == "converting":
-        state = _convert(path, converter, state, order, batch, rows_per_second, progress)
-    return _swap(path, state)
+    with _written(path):
+        if state is None or state.phase == "converting":
+            state = _convert(path, converter, state, order, batch, rows_per_second, progress)
+        return _swap(path, state)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """What the file system refuses is one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or work_folder(path)}: {error.strerror or error}; the gallery is whole, and the same "
+            "command goes on once that is mended"
+        ) from None
 
 
 def _convert(
@@ -174,7 +198,9 @@ def _convert(
 def _prepare(path: Path, gallery: Format, converter: Converter, order: IntArray | None) -> State:
     """Room for the new vectors, the order, and the first state."""
     work = work_folder(path)
-    needed, free = gallery.rows * converter.dim_out * 4, shutil.disk_usage(path.absolute().parent).free
+    needed, free = _room(path, gallery, converter)
+    if _before(path).exists():
+        raise DataError(f"{_before(path)}: the old gallery of an upgrade without its state; move it away first")
     if needed > free:
         raise DataError(f"{path}: needs {needed:,} bytes beside it, {free:,} are free")
     if order is not None and not np.array_equal(np.sort(order), np.arange(gallery.rows)):
@@ -215,27 +241,45 @@ def _swap(path: Path, state: State) -> State:
 
 
 def rollback(path: Path) -> None:
-    """Put the old file back and remove what was converted. Raises :class:`DataError` if there is no upgrade."""
-    if status(path) is None:
+    """Put the old file back and remove what was converted; what was interrupted goes on with the next call.
+
+    Raises:
+        DataError: there is no upgrade, the old file is gone, or the folder cannot be written.
+    """
+    path = path.resolve()
+    state, work = status(path), work_folder(path)
+    if state is None:
         raise DataError(f"{path}: has no upgrade to roll back")
-    work = work_folder(path)
-    if _before(path).exists():
-        if path.is_dir():
-            path.rename(work / "after")
-        _before(path).rename(path)
-    shutil.rmtree(work)
+    if state.phase == "swapped" and not _before(path).exists():
+        raise DataError(f"{_before(path)}: the old gallery is gone; there is no way back")
+    with _written(path):
+        _save(work, replace(state, phase="rolling back"))
+        if _before(path).exists():
+            if path.is_dir():
+                path.rename(work / "after")
+            _before(path).rename(path)
+        _remove(work)
 
 
 def finish(path: Path) -> None:
     """Remove the old file that a rollback would need: the upgrade is final, and the next one may begin.
 
     Raises:
-        DataError: not upgraded.
+        DataError: not upgraded, or the folder cannot be written.
     """
     state = status(path)
     if state is None or state.phase != "swapped":
         raise DataError(f"{path}: is not upgraded; there is nothing to finish")
-    shutil.rmtree(work_folder(path))
+    with _written(path):
+        _remove(work_folder(path))
+
+
+def _remove(work: Path) -> None:
+    """Remove the folder, in one step as far as anybody can see."""
+    gone = work.with_name(f"{work.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)  # of a call that was killed
+    work.rename(gone)
+    shutil.rmtree(gone)
 
 
 def search(path: Path, as_old: FloatArray | None, as_new: FloatArray, k: int) -> list[tuple[int, float]]:
@@ -290,9 +334,16 @@ def verify(path: Path, converter: Converter, sample: int = 1000, seed: int = 0) 
     stored, smallest = new.read(rows), 2.0
     for start, stop in batches(len(rows), 0, 256):
         made: FloatArray = converter(old.ids(rows[start:stop]), old.read(rows[start:stop]))
-        cosines = np.einsum("nd,nd->n", made, stored[start:stop]) / np.linalg.norm(stored[start:stop], axis=1)
-        smallest = min(smallest, float(cosines.min()))
+        smallest = min(smallest, smallest_cosine(made, stored[start:stop]))
     return Check(len(rows), smallest, _recall(new, rows), _recall(old, rows))
+
+
+def smallest_cosine(made: FloatArray, stored: FloatArray) -> float:
+    """The smallest cosine of re-computed unit vectors (n, D) to the stored ones; −1 if one of these is zero or not
+    finite."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        cosines = np.einsum("nd,nd->n", made, stored) / np.linalg.norm(stored, axis=1)
+    return float(np.nan_to_num(cosines, nan=-1.0, posinf=-1.0, neginf=-1.0).min())
 
 
 def _recall(gallery: Format, rows: IntArray, k: int = 10) -> float | None:

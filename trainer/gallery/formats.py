@@ -76,7 +76,7 @@ class NpyGallery:
 
 
 class SafetensorsGallery:
-    """A .safetensors with one float matrix (n, D) and, where there is one, an int64 vector of ids (n,)."""
+    """A .safetensors with one float matrix (n, D) and, where there is one, an integer vector of ids (n,)."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -87,16 +87,21 @@ class SafetensorsGallery:
                 self._metadata = file.metadata()
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: is no .safetensors file: {error}") from None
+        except TypeError as error:  # bfloat16, which numpy does not know
+            raise DataError(f"{path}: {error}; store the vectors as float16 or float32") from None
         matrices = [key for key, value in self._tensors.items() if value.ndim == 2 and value.dtype.kind == "f"]
-        numbers = [key for key, value in self._tensors.items() if value.ndim == 1 and value.dtype == np.int64]
+        numbers = [key for key, value in self._tensors.items() if value.ndim == 1 and value.dtype.kind in "iu"]
         if len(matrices) != 1 or len(numbers) > 1:
             raise DataError(
-                f"{path}: expected one float matrix and at most one int64 vector, found {list(self._tensors)}"
+                f"{path}: expected one float matrix and at most one integer vector, of ids; found {list(self._tensors)}"
             )
         self._name = matrices[0]
         self.rows, self.dim = _shape(self._tensors[self._name], path)
         self.has_ids = bool(numbers)
-        self._ids = self._tensors[numbers[0]] if numbers else np.arange(self.rows)
+        ids = self._tensors[numbers[0]] if numbers else np.arange(self.rows)
+        if ids.dtype == np.uint64 and len(ids) and ids.max() > np.iinfo(np.int64).max:
+            raise DataError(f"{path}: id {ids.max()} is beyond 2⁶³ − 1")
+        self._ids = ids.astype(np.int64)
         _check_ids(self._ids, self.rows, path)
 
     def ids(self, rows: Rows) -> IntArray:

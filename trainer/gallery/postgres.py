@@ -7,6 +7,8 @@ changed, so that it is converted again. A worker takes a batch of rows that have
 LOCKED``, converts them and commits: what a killed worker held is free again, no row is lost or done twice, and workers
 on any number of machines share the table without a scheduler. The swap renames V to V_old and V_new to V in one
 transaction, in which it also checks that no row is left; a rollback renames them back, and finishing drops V_old.
+Between swap and finish the trigger empties V_old of rows whose V is changed: a rollback, which would lose the vectors
+of rows without V_old, is refused while there are such.
 """
 
 import hashlib
@@ -21,7 +23,7 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.evaluation.arrays import FloatArray
 from trainer.gallery.convert import Converter, usable
-from trainer.gallery.files import Check
+from trainer.gallery.files import Check, smallest_cosine
 from trainer.gallery.orders import parse_order
 
 _STATE = """CREATE TABLE IF NOT EXISTS lce_gallery (
@@ -31,9 +33,12 @@ _STATE = """CREATE TABLE IF NOT EXISTS lce_gallery (
 _UNIQUE_INTEGER = """SELECT 1 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
     WHERE i.indrelid = to_regclass(%s) AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1 AND i.indpred IS NULL
     AND a.attname = %s AND a.atttypid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype)"""
-# A changed old vector makes its new one stale: it is emptied, so that a worker takes the row again.
+_DEPENDENT_VIEW = """SELECT r.ev_class::regclass FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
+    JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+    WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%s) AND a.attname = %s LIMIT 1"""
+# A changed vector makes its counterpart stale: that is emptied, so that before the swap a worker takes the row again.
 _STALE = """CREATE OR REPLACE FUNCTION {stale}() RETURNS trigger LANGUAGE plpgsql AS
-    $$ BEGIN NEW.{new} := NULL; RETURN NEW; END $$"""
+    $$ BEGIN NEW.{counterpart} := NULL; RETURN NEW; END $$"""
 _ON_CHANGE = """CREATE OR REPLACE TRIGGER {todo} BEFORE UPDATE OF {v} ON {t} FOR EACH ROW
     WHEN (NEW.{v} IS DISTINCT FROM OLD.{v}) EXECUTE FUNCTION {stale}()"""
 
@@ -59,7 +64,8 @@ class PostgresGallery:
         lowest:COLUMN (rows without a value last).
 
     Raises:
-        DataError: no such database, table or column, a key that is no unique integer, or no pgvector.
+        DataError: no such database, table or column, a partitioned table, a column without a dimension and without a
+            vector, a key that is no unique integer, or no pgvector.
     """
 
     def __init__(self, dsn: str, table: str, column: str = "embedding", key: str = "id", order: str = "stored") -> None:
@@ -80,19 +86,18 @@ class PostgresGallery:
         todo = f"{bare}_{column}_lce_todo"
         self._names |= {"t": sql.Identifier(*schema, bare), "todo": sql.Identifier(todo)}
         self._names |= {name: sql.Identifier(*schema, todo) for name in ("old_todo", "stale")}
+        self._schema = tuple(schema)
         self._texts = {
             **texts,
+            "todo": todo,
             "t": ".".join('"' + part.replace('"', '""') + '"' for part in (*schema, bare)),
             "b": bare,
         }
         self._names["order"] = self._order(*parse_order(order))
         with self._connect() as connection:
-            dim = self._column_dim(connection, column)
-            if dim is None:
-                raise DataError(f"{self.name}: no such vector column in the database")
+            self.dim = self._column_dim(connection)
             if connection.execute(_UNIQUE_INTEGER, (self._texts["t"], key)).fetchone() is None:
                 raise DataError(f"{self.name}: {key} is no unique integer column; name the key with --key")
-        self.dim = dim
 
     def _order(self, kind: str, column: str) -> Any:
         """What rows are sorted by; an index over it makes taking a batch cheap."""
@@ -107,28 +112,53 @@ class PostgresGallery:
 
     @contextmanager
     def _connect(self) -> Iterator[Any]:
-        """A connection whose loss is one clear error."""
+        """A connection whose loss, and whatever else the database says, is one clear error."""
         try:
             with self._psycopg.connect(self._dsn, autocommit=True) as connection:
                 self._register(connection)
                 yield connection
         except self._psycopg.OperationalError as error:
-            raise DataError(
-                f"{self.name}: the database cannot be reached: {_line(error)}; run again to continue"
-            ) from None
-        except self._psycopg.ProgrammingError as error:
+            lost = (error.sqlstate or "08").startswith(("08", "57P"))  # classes of connections and of shutdowns
+            what = "the database cannot be reached: " if lost else ""
+            raise DataError(f"{self.name}: {what}{_line(error)}; run again to continue") from None
+        except self._psycopg.Error as error:
             raise DataError(f"{self.name}: {_line(error)}") from None
+
+    @contextmanager
+    def _alone(self) -> Iterator[Any]:
+        """A connection while which no other worker is in such a section."""
+        with self._connect() as connection:
+            # Polled, because building an index concurrently waits for who waits in a lock.
+            while not connection.execute("SELECT pg_try_advisory_lock(hashtext('lce_gallery'))").fetchone()[0]:
+                time.sleep(0.05)
+            yield connection  # closing it releases the lock
 
     def _query(self, text: str) -> Any:
         return self._sql.SQL(text).format(**self._names)
 
-    def _column_dim(self, connection: Any, column: str) -> int | None:
+    def _column_dim(self, connection: Any) -> int:
         row = connection.execute(
-            "SELECT a.atttypmod FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid "
+            "SELECT a.atttypmod, c.relkind FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid "
+            "JOIN pg_class c ON c.oid = a.attrelid "
             "WHERE a.attrelid = to_regclass(%s) AND a.attname = %s AND t.typname = 'vector' AND NOT a.attisdropped",
-            (self._texts["t"], column),
+            (self._texts["t"], self._texts["v"]),
         ).fetchone()
-        return None if row is None else int(row[0])
+        if row is None:
+            raise DataError(f"{self.name}: no such vector column in the database")
+        if row[1] == "p":
+            raise DataError(
+                f"{self.name}: a partitioned table, whose index cannot be built while it is used; detach the "
+                "partitions and upgrade each as a table of its own"
+            )
+        if row[0] > 0:
+            return int(row[0])
+        row = connection.execute(self._query("SELECT vector_dims({v}) FROM {t} WHERE {v} IS NOT NULL LIMIT 1"))
+        found = row.fetchone()
+        if found is None:
+            raise DataError(
+                f"{self.name}: the column has no dimension and holds no vector; there is nothing to upgrade"
+            )
+        return int(found[0])
 
     def status(self) -> TableState:
         """Where the upgrade stands."""
@@ -177,12 +207,10 @@ class PostgresGallery:
         """Make the new column and note what it will hold; nothing happens when that is done already.
 
         Raises:
-            DataError: vectors of another dimension, or an upgrade to another version is under way or done.
+            DataError: vectors of another dimension, a view of the column, or an upgrade to another version is under
+                way or done.
         """
-        with self._connect() as connection:
-            # One worker at a time; polled, because building an index concurrently waits for who waits in a lock.
-            while not connection.execute("SELECT pg_try_advisory_lock(hashtext('lce_gallery'))").fetchone()[0]:
-                time.sleep(0.05)
+        with self._alone() as connection:
             phase, version = self._state(connection)
             if phase != "none" and version != converter.version:
                 raise DataError(f"{self.name}: an upgrade to {version} is {phase}; finish it or roll it back first")
@@ -192,21 +220,50 @@ class PostgresGallery:
                 raise DataError(
                     f"{self.name}: vectors of dimension {self.dim}, the conversion takes {converter.dim_in}"
                 )
+            view = connection.execute(_DEPENDENT_VIEW, (self._texts["t"], self._texts["v"])).fetchone()
+            if view is not None:
+                raise DataError(
+                    f"{self.name}: the view {view[0]} would go on showing the old vectors; drop it, and make it again "
+                    "after the swap"
+                )
             with connection.transaction():
                 connection.execute(_STATE)
                 columns = self._sql.SQL(
                     "ALTER TABLE {t} ADD COLUMN IF NOT EXISTS {new} vector({dim}), ADD COLUMN IF NOT EXISTS {vnew} text"
                 )
                 connection.execute(columns.format(**self._names, dim=self._sql.Literal(converter.dim_out)))
-                connection.execute(self._query(_STALE))
-                connection.execute(self._query(_ON_CHANGE))
+                self._watch(connection, "new")
                 connection.execute(
                     "INSERT INTO lce_gallery VALUES (%s, %s, %s, %s, 'converting') ON CONFLICT DO NOTHING",
                     (self.name, converter.version, converter.dim_in, converter.dim_out),
                 )
             # So that taking a batch does not walk over all the rows that are done.
-            todo = "CREATE INDEX CONCURRENTLY IF NOT EXISTS {todo} ON {t} ({order}) "
-            connection.execute(self._query(todo + "WHERE {new} IS NULL AND {v} IS NOT NULL"))
+            todo = "ON {t} ({order}) WHERE {new} IS NULL AND {v} IS NOT NULL"
+            self._build(connection, self._texts["todo"], todo)
+
+    def _watch(self, connection: Any, counterpart: str) -> None:
+        """From now on a change of V empties the named column of the row."""
+        names = {**self._names, "counterpart": self._names[counterpart]}
+        for text in (_STALE, _ON_CHANGE):
+            connection.execute(self._sql.SQL(text).format(**names))
+
+    def _build(self, connection: Any, name: str, what: str) -> None:
+        """Make an index without blocking readers or writers, unless there is a whole one of that name.
+
+        Building that was interrupted leaves an index that is never used: it is dropped.
+        """
+        state = (
+            "SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+            "WHERE i.indrelid = to_regclass(%s) AND c.relname = %s"
+        )
+        found = connection.execute(state, (self._texts["t"], name)).fetchone()
+        if found is not None and found[0]:
+            return
+        if found is not None:
+            left = self._sql.Identifier(*self._schema, name)
+            connection.execute(self._sql.SQL("DROP INDEX CONCURRENTLY {left}").format(left=left))
+        text = self._sql.SQL("CREATE INDEX CONCURRENTLY {name} " + what)
+        connection.execute(text.format(**self._names, name=self._sql.Identifier(name)))
 
     def work(
         self,
@@ -249,16 +306,22 @@ class PostgresGallery:
         """Build a cosine index on the new column without blocking readers or writers."""
         if method not in ("hnsw", "ivfflat"):
             raise DataError(f"index method {method}: known are hnsw and ivfflat")
-        text = f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {{name}} ON {{t}} USING {method} ({{new}} vector_cosine_ops)"
-        with self._connect() as connection:
+        with self._alone() as connection:
+            phase, version = self._state(connection)
+            if phase == "swapped":  # by another worker, with its index
+                return
             # Without the version in it the name would be taken when the next upgrade comes.
-            version = hashlib.sha256(str(self._state(connection)[1]).encode()).hexdigest()[:8]
-            name = self._sql.Identifier(f"{self._texts['b']}_{self._texts['v']}_{method}_{version}")
-            connection.execute(self._sql.SQL(text).format(**self._names, name=name))
+            mark = hashlib.sha256(str(version).encode()).hexdigest()[:8]
+            name = f"{self._texts['b']}_{self._texts['v']}_{method}_{mark}"
+            self._build(connection, name, f"ON {{t}} USING {method} ({{new}} vector_cosine_ops)")
 
     def swap(self) -> None:
-        """Put the new column in the old one's place, in one transaction; :class:`DataError` while rows are left."""
-        with self._connect() as connection:
+        """Put the new column in the old one's place, in one transaction.
+
+        Raises:
+            DataError: rows are left, or building an index of the new column was interrupted.
+        """
+        with self._alone() as connection:
             phase, _ = self._state(connection)
             if phase == "swapped":
                 return
@@ -270,21 +333,43 @@ class PostgresGallery:
                 left = connection.execute(missing).fetchone()[0]
                 if left:
                     raise DataError(f"{self.name}: {left:,} rows have no new vector yet; run the upgrade again")
+                if False in self._indexes(connection, "new"):
+                    raise DataError(f"{self.name}: the new column's index is not whole; run the upgrade again")
                 self._drop_todo(connection)
+                required = self._required(connection)
                 connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {v} TO {old}"))
                 connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {new} TO {v}"))
+                if required:  # who enrols a face gives the new vector alone
+                    change = "ALTER TABLE {t} ALTER {old} DROP NOT NULL, ALTER {v} SET NOT NULL"
+                    connection.execute(self._query(change))
+                self._watch(connection, "old")
                 if self._exists(connection, "vv"):  # of the upgrade before this one
                     connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {vv} TO {vold}"))
                 connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {vnew} TO {vv}"))
                 connection.execute("UPDATE lce_gallery SET phase = 'swapped' WHERE gallery = %s", (self.name,))
 
     def rollback(self) -> None:
-        """Undo an upgrade, swapped or not, in one transaction; the old vectors were never touched."""
-        with self._connect() as connection, connection.transaction():
+        """Undo an upgrade, swapped or not, in one transaction; the old vectors were never touched.
+
+        Raises:
+            DataError: no upgrade, or rows that got their vector after the swap and have no old one.
+        """
+        with self._alone() as connection, connection.transaction():
             phase, _ = self._state(connection)
             if phase == "none":
                 raise DataError(f"{self.name}: has no upgrade to roll back")
+            required = False
             if phase == "swapped":
+                connection.execute(self._query("LOCK TABLE {t} IN ACCESS EXCLUSIVE MODE"))
+                missing = self._query("SELECT count(*) FROM {t} WHERE {old} IS NULL AND {v} IS NOT NULL")
+                if left := connection.execute(missing).fetchone()[0]:
+                    column, kept = self._texts["v"], self._texts["old"]
+                    raise DataError(
+                        f"{self.name}: {left:,} rows were enrolled or changed after the swap and have no old vector, "
+                        f"which a rollback would leave empty; give them one in {kept}, or remove them (WHERE {kept} IS "
+                        f"NULL AND {column} IS NOT NULL)"
+                    )
+                required = self._required(connection)
                 connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {v} TO {new}"))
                 connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {old} TO {v}"))
                 connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {vv} TO {vnew}"))
@@ -292,14 +377,17 @@ class PostgresGallery:
                     connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {vold} TO {vv}"))
             self._drop_todo(connection)
             connection.execute(self._query("ALTER TABLE {t} DROP COLUMN {new}, DROP COLUMN {vnew}"))
+            if required:
+                connection.execute(self._query("ALTER TABLE {t} ALTER {v} SET NOT NULL"))
             connection.execute("DELETE FROM lce_gallery WHERE gallery = %s", (self.name,))
 
     def finish(self) -> None:
         """Drop the old vectors, which a rollback would need: the upgrade is final, and the next one may begin."""
-        with self._connect() as connection, connection.transaction():
+        with self._alone() as connection, connection.transaction():
             phase, _ = self._state(connection)
             if phase != "swapped":
                 raise DataError(f"{self.name}: is not upgraded ({phase}); there is nothing to finish")
+            self._drop_todo(connection)
             connection.execute(self._query("ALTER TABLE {t} DROP COLUMN {old}, DROP COLUMN IF EXISTS {vold}"))
             connection.execute("DELETE FROM lce_gallery WHERE gallery = %s", (self.name,))
 
@@ -312,6 +400,20 @@ class PostgresGallery:
         text = "SELECT 1 FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s AND NOT attisdropped"
         return connection.execute(text, (self._texts["t"], self._texts[short])).fetchone() is not None
 
+    def _required(self, connection: Any) -> bool:
+        """Whether V is NOT NULL."""
+        text = "SELECT attnotnull FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s"
+        return bool(connection.execute(text, (self._texts["t"], self._texts["v"])).fetchone()[0])
+
+    def _indexes(self, connection: Any, column: str) -> list[bool]:
+        """Of each index for search on a column: whether it is whole."""
+        text = (
+            "SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+            "JOIN pg_am m ON m.oid = c.relam JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] "
+            "WHERE i.indrelid = to_regclass(%s) AND a.attname = %s AND m.amname IN ('hnsw', 'ivfflat')"
+        )
+        return [row[0] for row in connection.execute(text, (self._texts["t"], self._texts[column]))]
+
     def verify(self, converter: Converter, sample: int = 1000) -> Check:
         """Re-compute a random sample of converted rows, and measure the recall of both columns' indexes."""
         with self._connect() as connection:
@@ -319,7 +421,8 @@ class PostgresGallery:
             if phase == "none" or version != converter.version:
                 raise DataError(f"{self.name}: is not upgraded to {converter.version} ({phase})")
             old, new = ("{old}", "{v}") if phase == "swapped" else ("{v}", "{new}")
-            text = f"SELECT {{k}}, {old}, {new} FROM {{t}} WHERE {new} IS NOT NULL ORDER BY random() LIMIT %s"
+            text = f"SELECT {{k}}, {old}, {new} FROM {{t}} WHERE {new} IS NOT NULL AND {old} IS NOT NULL "
+            text += "ORDER BY random() LIMIT %s"  # rows enrolled after the swap have nothing to be computed from
             rows = connection.execute(self._query(text), (sample,)).fetchall()
             if not rows:
                 raise DataError(f"{self.name}: no row is converted yet")
@@ -329,17 +432,11 @@ class PostgresGallery:
             ]
         made = converter(np.array([row[0] for row in rows], np.int64), _unit(rows, self.name))
         stored = np.stack([_array(row[2]) for row in rows])
-        cosines = np.einsum("nd,nd->n", made, stored) / np.linalg.norm(stored, axis=1)
-        return Check(len(rows), float(cosines.min()), *recalls)
+        return Check(len(rows), smallest_cosine(made, stored), *recalls)
 
     def _recall(self, connection: Any, column: str, queries: list[FloatArray], k: int = 10) -> float | None:
         """The share of the ``k`` exact neighbours of stored vectors that the column's index finds; None without one."""
-        text = (
-            "SELECT 1 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam "
-            "JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] "
-            "WHERE i.indrelid = to_regclass(%s) AND a.attname = %s AND m.amname IN ('hnsw', 'ivfflat')"
-        )
-        if connection.execute(text, (self._texts["t"], self._texts[column.strip("{}")])).fetchone() is None:
+        if True not in self._indexes(connection, column.strip("{}")):
             return None
         ask = self._query(f"SELECT {{k}} FROM {{t}} WHERE {column} IS NOT NULL ORDER BY {column} <=> %s LIMIT %s")
         found: list[list[set[int]]] = []
@@ -382,7 +479,11 @@ def _array(value: Any) -> FloatArray:
 
 def _unit(rows: list[Any], name: str) -> FloatArray:
     ids = np.array([row[0] for row in rows], np.int64)
-    vectors = usable(np.stack([_array(row[1]) for row in rows]), ids, name)
+    found = [_array(row[1]) for row in rows]
+    for row, vector in zip(rows, found, strict=True):
+        if vector.shape != found[0].shape:  # a column without a dimension takes them all
+            raise DataError(f"{name}: the vector of id {row[0]} has dimension {len(vector)}, others {len(found[0])}")
+    vectors = usable(np.stack(found), ids, name)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
