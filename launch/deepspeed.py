@@ -1,10 +1,10 @@
 """Start by DeepSpeed's launcher: one node, or the hosts of a hostfile (``host slots=N``) over ssh."""
 
-import os
 import shutil
-import subprocess
+import tempfile
 from pathlib import Path
 
+from launch.child import run_launcher
 from launch.job import Job, python
 from trainer.errors import ConfigError
 
@@ -24,11 +24,19 @@ def command(job: Job) -> list[str]:
 
 
 def run(job: Job) -> int:
-    """Start all ranks and wait; returns the launcher's exit status. Raises :class:`ConfigError` without DeepSpeed."""
+    """Start all ranks and wait; returns the exit status (see :func:`launch.child.run_launcher`).
+
+    Raises:
+        ConfigError: no DeepSpeed.
+    """
     words = command(job)
     program = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(python()).parent))
     if program is None:
         raise ConfigError("deepspeed is not installed: pip install torch, then DS_BUILD_OPS=0 pip install deepspeed")
-    return subprocess.run(
-        [program, *words[1:]], env=os.environ | job.environment | {"LOCAL_WORLD_SIZE": str(job.nproc)}, check=False
-    ).returncode
+    environment = job.environment | {"LOCAL_WORLD_SIZE": str(job.nproc)}
+    with tempfile.TemporaryDirectory(prefix="lce-launch-") as folder:
+        carried = Path(
+            folder, "environment"
+        )  # to the other hosts DeepSpeed takes what this file names, and little else
+        carried.write_text("".join(f"{key}={value}\n" for key, value in environment.items()))
+        return run_launcher([program, *words[1:]], {**environment, "DS_ENV_FILE": str(carried)}, job.run_dir)

@@ -21,6 +21,8 @@ class Job:
         interface: network interface for gloo and NCCL; empty: chosen by them.
         hostfile: lines ``host slots=N``, for mpirun and DeepSpeed.
         extra: words handed to the launcher as they are.
+        run_dir: the run folder, where the ranks say how they are; None: they are not looked at.
+        join_seconds: how long the machines wait for each other.
     """
 
     config: Path
@@ -35,6 +37,8 @@ class Job:
     interface: str = ""
     hostfile: Path | None = None
     extra: tuple[str, ...] = field(default=())
+    run_dir: Path | None = None
+    join_seconds: float = 900.0
 
     @property
     def program(self) -> list[str]:
@@ -51,6 +55,8 @@ class Job:
         """Variables that every rank needs."""
         names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
         out = dict.fromkeys(names, self.interface) if self.interface else {}
+        # How long ranks that were told to stop may take to save; torchrun kills them after 30 s by itself.
+        out["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
         out["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restarted group finds the addresses of dead ranks
         if "OMP_NUM_THREADS" not in os.environ:  # the trainer sets its own threads; this silences torchrun's warning
             out["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.nproc))

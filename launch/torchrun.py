@@ -4,11 +4,17 @@ import logging
 import os
 import signal
 import socket
+import sys
+import time
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
+from launch.child import stopped_status
 from launch.job import Job
+from trainer.errors import ConfigError
 from trainer.watch import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, EXIT_PEER, EXIT_TERMINATED, EXIT_USAGE
 
 _TOLD = (EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_CRASH)
@@ -17,6 +23,7 @@ _TOLD = (EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_CRASH)
 def arguments(job: Job) -> list[str]:
     """The words behind ``torchrun`` for this job."""
     words = [f"--nproc-per-node={job.nproc}", f"--max-restarts={job.max_restarts}", *job.extra]
+    wait = f"timeout={job.join_seconds:.0f}"
     if not job.many_nodes:
         words = ["--standalone", *words]
     elif job.rendezvous == "c10d":
@@ -25,7 +32,7 @@ def arguments(job: Job) -> list[str]:
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={job.master}",
             f"--rdzv-id={job.job_id}",
-            *_place(job.master),
+            *_place(job.master, f"{wait},join_{wait}"),
             *words,
         ]
     else:
@@ -35,14 +42,16 @@ def arguments(job: Job) -> list[str]:
             f"--node-rank={job.node_rank}",
             f"--master-addr={host}",
             f"--master-port={port}",
+            f"--rdzv-conf={wait}",
             *words,
         ]
     return [*words, *job.program]
 
 
-def _place(master: str) -> list[str]:
-    """Whether this machine is the master, and by which address it reaches it (torch goes by host names, which need not
-    lead to the network that the master's address is in); nothing where the master is unknown."""
+def _place(master: str, settings: str) -> list[str]:
+    """The rendezvous' settings, with whether this machine is the master, and by which address it reaches it (torch goes
+    by host names, which need not lead to the network that the master's address is in); these not where the master is
+    unknown."""
     host, _, port = master.rpartition(":")
     try:
         family, _, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
@@ -50,8 +59,8 @@ def _place(master: str) -> list[str]:
             probe.connect(place)  # sends nothing: only the route is looked up
             own = probe.getsockname()[0]
     except (OSError, ValueError):
-        return []
-    return [f"--local-addr={own}", *(["--rdzv-conf=is_host=1"] if own == place[0] else [])]
+        return [f"--rdzv-conf={settings}"]
+    return [f"--local-addr={own}", f"--rdzv-conf={settings}{',is_host=1' if own == place[0] else ''}"]
 
 
 def run(job: Job) -> int:
@@ -60,6 +69,9 @@ def run(job: Job) -> int:
     Returns:
         The exit status: that of the rank that failed first, where the ranks agree on what it means (2, 70, 75, 130); 70
         when a rank was killed.
+
+    Raises:
+        ConfigError: the machines did not find each other in time.
     """
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as run_torchrun
@@ -68,12 +80,22 @@ def run(job: Job) -> int:
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks say themselves what is wrong
     os.environ.update(job.environment)
+    began = time.time()
+    if job.many_nodes:
+        print(f"lce launch: meeting {job.nnodes} machines at {job.master} …", file=sys.stderr, flush=True)
     try:
         run_torchrun(parse_args(arguments(job)))
     except ChildFailedError as error:
         return _status({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as stop:
-        return EXIT_INTERRUPTED if stop.sigval == signal.SIGINT else EXIT_TERMINATED
+        return stopped_status(signal.SIGINT if stop.sigval == signal.SIGINT else signal.SIGTERM, job.run_dir, began)
+    except (dist.DistError, RendezvousError) as error:
+        detail = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+        raise ConfigError(
+            f"--master {job.master}: not all of {job.nnodes} machines met there within {job.join_seconds:.0f} s "
+            f"({detail}). Is the address the first machine's, is the port open, and does the same command run on every "
+            "machine?"
+        ) from None
     return EXIT_DONE
 
 

@@ -63,10 +63,14 @@ def _rank() -> int:
 
 
 def _launch() -> int:
+    import tests.runs  # noqa: F401
     from launch import torchrun
+    from trainer.config import load_config
 
     path, ranks, restarts, *overrides = sys.argv[1:]
-    return torchrun.run(FaultyJob(Path(path), tuple(overrides), nproc=int(ranks), max_restarts=int(restarts)))
+    run_dir = load_config(path, overrides).run.dir
+    job = FaultyJob(Path(path), tuple(overrides), nproc=int(ranks), max_restarts=int(restarts), run_dir=run_dir)
+    return torchrun.run(job)
 
 
 if __name__ == "__main__":

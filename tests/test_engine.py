@@ -1,6 +1,8 @@
 """The loop: one rank and many give the same run; a continued run is the uninterrupted one; bad steps change nothing."""
 
+import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -10,18 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import trainer.engine
 import trainer.task
 from tests.ranks import run_ranks
-from tests.runs import config, log_of, losses_of, train_rank
-from trainer.checkpoint import Checkpoint, list_checkpoints, load_tensors, read_index, read_seal
+from tests.runs import config, log_of, losses_of, train_rank, tree
+from trainer.__main__ import main
+from trainer.checkpoint import Checkpoint, Checkpoints, list_checkpoints, load_tensors, read_index, read_seal
 from trainer.data import Batch
 from trainer.distributed import Ranks
 from trainer.engine import train
 from trainer.errors import CheckpointError, ConfigError, TrainingError
 from trainer.export import load_model
+from trainer.monitor import Monitor
 
 SAMPLED = {"head__sample_rate": 0.5}
 BATCH_NORM = {
@@ -179,6 +184,83 @@ def test_a_trace_and_changed_settings(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert "changed since the last start: train.steps: 8 → 9" in said
     assert "optimizer" not in said
+
+
+@pytest.mark.parametrize("updates", [(1, 2), (7, 20)])
+def test_a_trace_from_the_first_and_beyond_the_last_update(tmp_path: Path, updates: tuple[int, int]) -> None:
+    train(config(tmp_path / "run", log__profile=updates), Ranks())
+    trace = json.loads((tmp_path / "run/profile/rank-00000.json").read_text())
+    products = sum(event.get("name") == "aten::addmm" for event in trace["traceEvents"])
+    assert products == 2 * 2  # two updates of a network with two layers
+
+
+def test_an_update_that_is_no_update_is_not_traced(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1 ≤ first ≤ last"):
+        config(tmp_path / "run", log__profile=(5, 3))
+
+
+def test_a_last_checkpoint_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, failures = Checkpoints.save, [None]
+
+    def save(self: Checkpoints, state: Any, seal: Any) -> None:
+        if failures:
+            failures.pop()
+            self._failed(int(seal["step"]), "OSError: no room, for the test")
+        else:
+            whole(self, state, seal)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert train(config(tmp_path / "run"), Ranks()).status == "finished"
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000008"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/checkpoints").write_text("in the way")
+    with pytest.raises(CheckpointError, match="failed too"):
+        train(config(tmp_path / "other"), Ranks())
+    assert not (tmp_path / "other/summary.json").exists()
+
+
+def test_a_full_disk_at_the_log_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Disk:
+        """Takes 30 bytes at a time; from the fifth on it is full for a while."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.calls = file, 0
+
+        def write(self, data: bytes) -> int:
+            self.calls += 1
+            if 5 <= self.calls < 9:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return int(self.file.write(data[:30]))
+
+        def close(self) -> None:
+            self.file.close()
+
+    enter = Monitor.__enter__
+
+    def with_disk(self: Monitor) -> Monitor:
+        self._log = Disk(self._log)  # type: ignore[assignment]
+        return enter(self)
+
+    monkeypatch.setattr(Monitor, "__enter__", with_disk)
+    train(config(tmp_path / "run"), Ranks())
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 9))
+    assert capsys.readouterr().err.count("log.jsonl cannot be written: No space left on device") == 1
+
+
+def test_a_deterministic_run_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tree(tmp_path / "run", run__deterministic=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings).replace("test_linear", "small"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # what the user has set stays
+    try:
+        assert main([str(tmp_path / "run.yaml"), "data.synthetic_size=16", "train.steps=2"]) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    changes = {"backbone__name": "small", "data__synthetic_size": 16, "train__steps": 2}
+    train(config(tmp_path / "plain", **changes), Ranks())
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "plain")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is left when ranks are interrupted, killed, fail or hang: a checkpoint, the first reason, the same run."""
 
+import json
 import multiprocessing as mp
 import os
 import random
@@ -66,6 +67,71 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path: Path, number: s
     assert "Traceback" not in output
     train(config(tmp_path / "run", train__steps=done + 4), Ranks())
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, done + 5))
+
+
+def test_ranks_killed_before_they_saved_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    started = _start(tmp_path, "hang:1:4")
+    _wait_for_step(tmp_path, 4)
+    started.send_signal(signal.SIGTERM)
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode == 70, output
+    assert "ended before the checkpoint was complete; the same command continues from the one before" in output
+
+
+def _waiting(folder: Path, asked: bool) -> None:
+    """A rank whose main thread waits for the device, as it does on CUDA behind a broken collective."""
+    from trainer import watch
+
+    watch.BEAT_SECONDS, watch.STUCK_SECONDS, watch.SILENT_SECONDS = 0.2, 0.5, 1.5
+    with watch.Watch(folder, Ranks(0, 2), 600) as mine:
+        mine.at(4, "forward")
+        if asked:
+            watch.ask_to_stop(folder.parent, signal.SIGTERM)
+        time.sleep(30)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_rank_that_waits_for_its_device_leaves_when_another_has_gone(
+    tmp_path: Path, asked: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another one failed, and says so; or it was killed, and we are told to stop."""
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    reason = None if asked else "ValueError: a defect"
+    note = {"rank": 1, "step": 4, "phase": "data", "host": "h", "pid": 1, "time": time.time(), "echo": False}
+    (folder / "rank-00001.json").write_text(json.dumps(note | {"reason": reason}))
+    if not asked:
+        (folder / "failed").touch()
+    process = mp.get_context("fork").Process(target=_waiting, args=(folder, asked))
+    process.start()
+    process.join(20)
+    assert process.exitcode == 71
+    words = "rank 1 went away without a word" if asked else "stopped because rank 1 failed in step 4, data: ValueError"
+    assert words in capfd.readouterr().err
+
+
+def _interrupted(folder: Path) -> None:
+    from trainer import watch
+
+    watch.AGAIN_SECONDS = 0.2
+    with watch.Watch(folder, Ranks(0, 1), 600) as mine:
+        for step in range(2):  # an update takes 4 s: Ctrl-C leaves 12
+            mine.at(step, "data")
+            mine._since -= 4
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+        time.sleep(30)
+
+
+def test_a_second_interruption_ends_a_rank_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    process, began = mp.get_context("fork").Process(target=_interrupted, args=(tmp_path / "ranks",)), time.time()
+    process.start()
+    process.join(20)
+    assert process.exitcode == 130
+    assert time.time() - began < 8
+    assert "interrupted twice" in capfd.readouterr().err
 
 
 def test_a_killed_rank_is_started_again_from_the_checkpoint(tmp_path: Path) -> None:

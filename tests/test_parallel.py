@@ -50,6 +50,14 @@ def test_ways_to_compute_do_not_change_the_run(tmp_path: Path, setting: dict[str
     np.testing.assert_allclose(losses_of(tmp_path / "other"), losses_of(tmp_path / "plain"), rtol=1e-9)
 
 
+def test_channels_last_under_fsdp(tmp_path: Path) -> None:
+    changes = {"backbone__name": "iresnet18", "backbone__width": 8, "data__synthetic_size": 16, "train__steps": 2}
+    changes["train__channels_last"] = True
+    for mode in ("ddp", "fsdp"):
+        run_ranks(train_rank, 2, tmp_path / mode, changes | {"train__parallel": mode})
+    np.testing.assert_allclose(losses_of(tmp_path / "fsdp"), losses_of(tmp_path / "ddp"), rtol=1e-6)
+
+
 def test_compressed_gradients_change_little(tmp_path: Path) -> None:
     run_ranks(train_rank, 2, tmp_path / "plain", {})
     run_ranks(train_rank, 2, tmp_path / "compressed", {"train__compress_gradients": True})

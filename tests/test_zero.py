@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "data__synthetic_size": 16,
         "train__steps": 3,
         "train__activation_checkpointing": True,
+        "train__channels_last": True,
     },
 }
 

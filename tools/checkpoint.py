@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it; 1 when ``verify`` finds damage."""
+    """Do it; 1 when there is damage."""
     from trainer.checkpoint import SEAL, list_checkpoints
     from trainer.errors import CheckpointError
 
@@ -39,9 +39,18 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{args.path}: no checkpoints in it")
     if args.action == "extract":
         return _extract(folders[-1], args.out, args.average)
-    results = [_verify(f) if args.action == "verify" else _info(f) for f in folders]
+    results = [_verify(f) if args.action == "verify" else _whole_info(f) for f in folders]
     _report(results, args.json)
     return 1 if any(result.get("damage") for result in results) else 0
+
+
+def _whole_info(folder: Path) -> dict[str, Any]:
+    from trainer.errors import CheckpointError
+
+    try:
+        return _info(folder)
+    except CheckpointError as error:
+        return {"folder": str(folder), "damage": str(error)}
 
 
 def _report(results: list[dict[str, Any]], path: Path | None) -> None:
@@ -108,7 +117,7 @@ def _extract(folder: Path, out: Path | None, average: bool) -> int:
     from safetensors.torch import save_file
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from trainer.checkpoint import Checkpoint, load_tensors, read_index, read_seal
+    from trainer.checkpoint import Checkpoint, find_damage, load_tensors, read_index, read_seal
     from trainer.errors import CheckpointError, ConfigError
 
     if out is None or out.suffix != ".safetensors":
@@ -122,6 +131,11 @@ def _extract(folder: Path, out: Path | None, average: bool) -> int:
     }
     if not state:
         raise CheckpointError(f"{folder}: holds no {prefix.rstrip('.')}")
+    damage = find_damage(folder, checkpoint.seal["files"])
+    if damage is not None:
+        raise CheckpointError(damage)
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"{out}: the folder {out.absolute().parent} does not exist")
     load_tensors(checkpoint, state)
     partial = out.with_name(f".{out.name}.partial")
     save_file({name.removeprefix(prefix): tensor for name, tensor in state.items()}, partial)

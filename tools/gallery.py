@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     """Run ``lce gallery``; returns the exit status."""
     if args.batch < 1 or (args.rate is not None and args.rate <= 0):
         raise LceError("--batch and --rate must be positive")
+    if args.sample < 1:
+        raise LceError(f"--sample {args.sample}: at least 1")
     in_database = args.store.startswith(("postgresql://", "postgres://"))
     outcome = _database(args) if in_database else _file(args)
     write_json({"action": args.action, **outcome}, args.json)

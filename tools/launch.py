@@ -58,10 +58,12 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     cuda = config.run.device != "cpu" and torch.cuda.is_available()
+    present = torch.cuda.device_count() if cuda else 1
+    _check_nodes(args)
     job = Job(
         config=args.config,
         overrides=tuple(args.overrides),
-        nproc=args.nproc or (torch.cuda.device_count() if cuda else 1),
+        nproc=args.nproc or (args.gpus or 1 if args.launcher == "slurm" else present),
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         master=args.master,
@@ -70,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         max_restarts=args.max_restarts,
         interface=args.interface,
         hostfile=args.hostfile,
+        run_dir=config.run.dir,
+        join_seconds=config.run.timeout_seconds,
     )
     if job.nproc < 1:
         raise ConfigError(f"--nproc {job.nproc}: at least 1")
@@ -80,6 +84,16 @@ def run(args: argparse.Namespace) -> int:
     if args.launcher == "slurm":
         return _slurm(args, job)
     return _start(args.launcher, job, args.dry_run)
+
+
+def _check_nodes(args: argparse.Namespace) -> None:
+    from trainer.errors import ConfigError
+
+    numbers = args.nnodes.split(":")
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers) or len(numbers) > 2:
+        raise ConfigError(f"--nnodes {args.nnodes}: a number of machines, or MIN:MAX with --rendezvous c10d")
+    if len(numbers) == 2 and (args.launcher != "torchrun" or args.rendezvous != "c10d"):
+        raise ConfigError(f"--nnodes {args.nnodes}: machines come and go with torchrun and --rendezvous c10d alone")
 
 
 def _start(launcher: str, job: "Job", dry_run: bool) -> int:  # type: ignore[name-defined]  # noqa: F821

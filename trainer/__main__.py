@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(config: Config) -> int:
     from trainer.engine import train
 
+    if config.run.deterministic:
+        _be_deterministic()
     timeout = config.run.timeout_seconds + TIMEOUT_SLACK_SECONDS
     with process_group(config.run.device, timeout, config.run.threads) as ranks:
         try:
@@ -62,6 +64,15 @@ def _run(config: Config) -> int:
     if summary.signal == signal.SIGINT:
         return EXIT_INTERRUPTED
     return EXIT_TERMINATED if summary.signal else EXIT_DONE
+
+
+def _be_deterministic() -> None:
+    """Before CUDA is used: the sums of ``index_add_``, cuBLAS and cuDNN in an order that does not change."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
 
 
 def _refuse(error: LceError, everywhere: bool) -> int:

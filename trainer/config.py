@@ -10,13 +10,15 @@ import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trainer.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -33,6 +35,9 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA when there is one")
     threads: int = Field(0, ge=0, description="intra-op threads per rank; 0: the machine's cores / ranks on this node")
     timeout_seconds: float = Field(600.0, gt=0, description="a collective that takes longer ends the run")
+    deterministic: bool = Field(
+        False, description="cuda: only algorithms that repeat to the last bit, slower; a CPU's always do"
+    )
 
 
 class AugmentConfig(Section):
@@ -221,7 +226,7 @@ class OptimizerConfig(Section):
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     clip_norm: float = Field(0.0, ge=0, description="largest norm of the backbone's gradient; 0 is off")
     start_momentum: bool = Field(
         False, description="sgd: also take the momentum that backbone.weights and head.weights hold (arcface_torch)"
@@ -294,6 +299,13 @@ class LogConfig(Section):
     )
     progress: bool = True
     profile: tuple[int, int] | None = Field(None, description="trace these updates (first, last) into <run>/profile")
+
+    @field_validator("profile")
+    @classmethod
+    def _in_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 1 <= value[0] <= value[1]:
+            raise ValueError("expected [first, last] with 1 ≤ first ≤ last")
+        return value
 
 
 class Config(Section):
@@ -409,7 +421,10 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected sections such as `run:` and `data:`, found {type(tree).__name__}")
     base: dict[str, Any] = {}
     parents = tree.pop("extends", [])
-    for parent in [parents] if isinstance(parents, str) else parents:
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: extends = {parents!r}: expected a file or a list of files")
+    for parent in parents:
         _merge(base, _read_yaml(path.parent / Path(parent).expanduser(), (*seen, path.resolve())))
     _check_keys(Config, tree, "", str(path))
     _merge(base, tree)

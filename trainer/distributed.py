@@ -142,7 +142,8 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
         ConfigError: a network interface that this host has not, a master that is unknown or does not answer.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, on_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # DeepSpeed says the latter
     where = choose_device(device, local)
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // on_node))
     if where.type == "cuda":

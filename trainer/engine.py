@@ -2,8 +2,9 @@
 
 The order of data, augmentations and drawn classes follow from the seed and the position alone, and torch's generators
 are seeded anew for every step, so that a checkpoint needs to keep no generator: a run continued at the same world size
-repeats the uninterrupted one to the last bit. The device is waited for only where a line is logged (and in float16 or
-with accumulated batches, once an update).
+repeats the uninterrupted one to the last bit (on CUDA with ``run.deterministic``). The loop waits for the device only
+where a line is logged, and in float16 or with accumulated batches once an update; the head does a few times a step,
+where the number of drawn rows decides the shape of what follows.
 """
 
 import json
@@ -218,6 +219,10 @@ class Engine:
         watch.at(state.step, "save")
         self.save(checkpoints)
         checkpoints.settle()
+        if checkpoints.failures:  # no next one will make up for it
+            self._saved_step = -1
+            self.save(checkpoints)
+            checkpoints.settle()
         return answer[0] if answer and state.step < self.steps else 0
 
     def evaluate(self, monitor: Monitor, watch: Watch) -> dict[str, float]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import (
@@ -72,14 +72,15 @@ class Monitor:
         COMMUNICATION.reset()
         self.folder = folder
         self._profile: profile | None = None
-        self._log: TextIO | None = None
+        self._log: BinaryIO | None = None
+        self._unwritten, self._refused = b"", False
         self._writers: dict[str, Writer] = {}
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
         if not ranks.is_main:
             return
         truncate_log(folder / "log.jsonl", start)
-        self._log = (folder / "log.jsonl").open("a")
+        self._log = (folder / "log.jsonl").open("ab", buffering=0)
         self._writers = dict(open_writers(config, folder, start))
         if config.progress:
             self._progress = _progress_bar()
@@ -88,6 +89,8 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         if self._progress is not None:
             self._progress.start()
+        if self.config.profile is not None:
+            self._trace(self._mark_step, *self.config.profile)
         return self
 
     def __exit__(
@@ -95,7 +98,10 @@ class Monitor:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
+        if self._profile is not None:  # the training ended before the last update that was to be traced
+            self._export_trace(self._profile)
         if self._log is not None:
+            self._write_log("")
             self._log.close()
         for name in list(self._writers):
             self._try(name, lambda writer: writer.close())
@@ -146,15 +152,21 @@ class Monitor:
             self._progress.update(self._bar, completed=step)
 
     def _trace(self, step: int, first: int, last: int) -> None:
-        if step + 1 == first:
+        if self._profile is None and first <= step + 1 <= last:
             self._profile = profile(record_shapes=True)
             self._profile.start()
-        elif step == last and self._profile is not None:
-            self._profile.stop()
-            folder = self.folder / "profile"
-            folder.mkdir(exist_ok=True)
-            self._profile.export_chrome_trace(str(folder / f"rank-{self.ranks.rank:05d}.json"))
-            self._profile = None
+        elif self._profile is not None and step >= last:
+            self._export_trace(self._profile)
+
+    def _export_trace(self, trace: profile) -> None:
+        self._profile = None
+        trace.stop()
+        place = self.folder / "profile" / f"rank-{self.ranks.rank:05d}.json"
+        try:
+            place.parent.mkdir(exist_ok=True)
+            trace.export_chrome_trace(str(place))
+        except (OSError, RuntimeError) as error:
+            self.say(f"log.profile: {place} cannot be written: {error}")
 
     def log(self, step: int, values: dict[str, float | Tensor]) -> dict[str, Any]:
         """Write one line; the tensors among ``values`` are read here, which waits for the device.
@@ -177,15 +189,27 @@ class Monitor:
         }
         self._mark, self._mark_step, self._samples, self._waited = now, step, 0, 0.0
         self.last = line
-        if self._log is not None:
-            self._log.write(json.dumps(line) + "\n")
-            self._log.flush()
+        self._write_log(json.dumps(line) + "\n")
         figures = {key: value for key, value in line.items() if key not in ("step", "seconds")}
         for name in list(self._writers):
             self._try(name, lambda writer: writer.write(step, figures))
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, figures=_figures(line))
         return line
+
+    def _write_log(self, text: str) -> None:
+        """Append to ``log.jsonl``; what a full disk refuses is kept and written with the next line."""
+        if self._log is None:
+            return
+        self._unwritten += text.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._log.write(self._unwritten) :]
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                self.say(f"log.jsonl cannot be written: {error.strerror}; its lines are kept and tried again")
+            self._refused = True
 
 
 def truncate_log(path: Path, last_step: int) -> None:

@@ -113,7 +113,8 @@ class TrainTask:
         if config.backbone.weights is not None:
             load_backbone_weights(backbone, config.backbone.weights)
         backbone = backbone.to(ranks.device, dtype)
-        if config.train.channels_last:
+        if config.train.channels_last and config.train.parallel == "ddp":
+            # FSDP and ZeRO flatten the weights, which must be contiguous; the images' layout alone does most of it.
             backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = backbone
         self.network = wrap(backbone, config.train, ranks, config.optimizer)

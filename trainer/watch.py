@@ -6,15 +6,20 @@ they are how the surviving ranks learn who stopped first: a collective only says
 
 Exit status of a rank: 0 finished; 2 wrong use; 70 crash; 71 another rank failed or hangs; 75 stopped by SIGTERM and 130
 by Ctrl-C, both with a checkpoint, so that the same command continues.
+
+A file ``<run>/ranks/stop`` that holds a signal's number asks the ranks to stop as that signal does, from any machine
+that sees the run folder (:func:`ask_to_stop`).
 """
 
 import json
+import math
 import os
 import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -27,7 +32,30 @@ from trainer.distributed import Ranks
 EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED = 0, 2, 70, 71, 75, 130
 PHASES = ("data", "forward", "backward", "update", "evaluate", "log", "save")
 BEAT_SECONDS = 2.0
-GRACE_SECONDS = 8.0  # after Ctrl-C: a rank that does not come to the end of its step by then is ended
+GRACE_SECONDS = 8.0  # after Ctrl-C: a rank whose step takes longer (and thrice as long as any before) is ended
+AGAIN_SECONDS = 3.0  # a Ctrl-C so long after the first is a second one, and not what the launcher sends on
+STUCK_SECONDS = 10.0  # in one phase: look whether another rank has failed
+SILENT_SECONDS = 15.0  # without a word while we are told to stop: that rank is gone
+_UPDATE = ("data", "forward", "backward", "update")
+_STOP, _FAILED = "stop", "failed"
+
+
+def ask_to_stop(run_dir: Path, number: int) -> None:
+    """Ask the ranks of a run to save and end, as the signal ``number`` would; they look every two seconds."""
+    (run_dir / "ranks" / _STOP).write_text(str(int(number)))
+
+
+def ranks_left(run_dir: Path, since: float) -> list[int]:
+    """The ranks that have been in the loop after ``since`` (seconds of the epoch) and have not come to its end."""
+    found = []
+    for path in sorted((run_dir / "ranks").glob("rank-*.json")):
+        try:
+            note = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if note["time"] >= since:
+            found.append(int(note["rank"]))
+    return found
 
 
 class Vote:
@@ -59,7 +87,7 @@ class Watch:
     """Keeps an eye on this rank and, when something fails, on the others.
 
     Use as a context manager around the loop, on the main thread. While it is open, SIGINT and SIGTERM only set
-    :attr:`stop_signal`; a second Ctrl-C is as the first.
+    :attr:`stop_signal`; a second Ctrl-C ends the process at once.
 
     Args:
         folder: ``<run>/ranks``.
@@ -72,6 +100,9 @@ class Watch:
         self.stop_signal = 0
         self._step, self._phase, self._since = -1, "start", time.time()
         self._stopped_at = 0.0
+        self._twice = False
+        self._updating, self._update_seconds, self._longest_update = -1, 0.0, 0.0
+        self._heard: dict[int, tuple[float, float]] = {}  # rank → (the time in its note, when we first read that)
         self._reason: str | None = None
         self._echo = False
         self._handlers: dict[int, Any] = {}
@@ -98,29 +129,73 @@ class Watch:
 
     def at(self, step: int, phase: str) -> None:
         """Say where the main thread is."""
-        self._step, self._phase, self._since = step, phase, time.time()
+        now = time.time()
+        if self._phase in _UPDATE:
+            self._update_seconds += now - self._since
+        if phase == "data" and step != self._updating:
+            self._longest_update = max(self._longest_update, self._update_seconds)
+            self._updating, self._update_seconds = step, 0.0
+        self._step, self._phase, self._since = step, phase, now
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.stop_signal:
             self._stopped_at = time.time()
+        elif number == signal.SIGINT and time.time() - self._stopped_at > AGAIN_SECONDS:
+            self._twice = True
         self.stop_signal = max(self.stop_signal, number)
 
     def _run(self) -> None:
         while not self._end.wait(BEAT_SECONDS if not self.stop_signal else 0.25):
             self._write()
+            if not self.stop_signal:
+                self._look_for_request()
             now = time.time()
             if now - self._since > self.timeout_seconds:
-                self._leave(f"no progress for {now - self._since:.0f} s", EXIT_PEER)
-            late = self.stop_signal == signal.SIGINT and now - self._stopped_at > GRACE_SECONDS
-            if late and self._phase != "save":
-                self._leave(f"interrupted; the step did not end within {GRACE_SECONDS:.0f} s", EXIT_INTERRUPTED)
+                self._leave(f"no progress for {now - self._since:.0f} s", EXIT_PEER, hanging=True)
+            if now - self._since > STUCK_SECONDS and (gone := self._gone()):
+                self._leave(gone, EXIT_PEER)
+            if self._twice:
+                self._leave("interrupted twice", EXIT_INTERRUPTED)
+            grace = max(GRACE_SECONDS, 3 * self._longest_update)
+            late = self.stop_signal == signal.SIGINT and now - self._stopped_at > grace
+            if late and self._phase not in ("evaluate", "save"):
+                self._leave(f"interrupted; the step did not end within {grace:.0f} s", EXIT_INTERRUPTED)
 
-    def _leave(self, reason: str, status: int) -> None:
+    def _look_for_request(self) -> None:
+        try:
+            number = int((self.folder / _STOP).read_text())
+        except (OSError, ValueError):
+            return
+        self._on_signal(number, None)
+
+    def _gone(self) -> str | None:
+        """Why waiting is in vain: a rank has failed, or, where we are told to stop, says nothing any more.
+
+        On CUDA a broken collective raises nothing: the main thread waits for the device.
+        """
+        if (self.folder / _FAILED).exists():
+            first = self._first_failure()
+            return None if first is None or first["rank"] == self.ranks.rank else _stopped_because(first)
+        if not self.stop_signal:
+            return None
+        now, notes = time.monotonic(), {int(n["rank"]): float(n["time"]) for n in self._notes()}
+        for rank in range(self.ranks.world_size):
+            said, since = self._heard.get(rank, (math.nan, now))
+            if notes.get(rank, 0.0) != said:
+                self._heard[rank] = notes.get(rank, 0.0), now
+            elif now - since > SILENT_SECONDS:
+                return f"rank {rank} went away without a word (killed, or its machine is gone); stopped"
+        return None
+
+    def _leave(self, reason: str, status: int, hanging: bool = False) -> None:
         """End the process from the background thread: the main one is stuck in a call that cannot be interrupted."""
         self._reason = f"{reason} in step {self._step}, {self._phase}"
+        self._echo = status == EXIT_PEER and not hanging
         self._write()
-        time.sleep(2 * BEAT_SECONDS if status == EXIT_PEER else 0)
-        blame = self._missing() if status == EXIT_PEER else None
+        blame = None
+        if hanging:
+            time.sleep(2 * BEAT_SECONDS)
+            blame = self._missing()
         print(f"rank {self.ranks.rank}: {self._reason}" + (f"; {blame}" if blame else ""), file=sys.stderr, flush=True)
         os._exit(status)
 
@@ -136,14 +211,13 @@ class Watch:
         self._write()
         here = f"rank {self.ranks.rank}, step {self._step}, {self._phase}"
         if not self._echo:
+            with suppress(OSError):  # so that the others need not read all notes to learn that there is a failure
+                (self.folder / _FAILED).touch()
             return f"{here}: {self._reason}"
         for _ in range(int(2 * BEAT_SECONDS / 0.25)):
             first = self._first_failure()
             if first is not None:
-                return (
-                    f"{here}: stopped because rank {first['rank']} failed in step {first['step']}, {first['phase']}: "
-                    + str(first["reason"])
-                )
+                return f"{here}: {_stopped_because(first)}"
             time.sleep(0.25)
         return f"{here}: {self._missing() or self._reason}"
 
@@ -196,6 +270,10 @@ class Watch:
             except (OSError, ValueError):
                 continue
         return notes
+
+
+def _stopped_because(first: dict[str, Any]) -> str:
+    return f"stopped because rank {first['rank']} failed in step {first['step']}, {first['phase']}: {first['reason']}"
 
 
 def is_echo(error: BaseException) -> bool:

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ def test_dry_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "--interface",
         "eth0",
     )
-    assert "--nnodes=2 --node-rank=1 --master-addr=h0 --master-port=29500 --nproc-per-node=4" in many
+    assert "--nnodes=2 --node-rank=1 --master-addr=h0 --master-port=29500 --rdzv-conf=timeout=600 " in many
     assert "GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0" in many
     elastic = _shown(
         capsys, config, "--nnodes", "1:4", "--rendezvous", "c10d", "--master", "h0:1", "--max-restarts", "3"
@@ -69,6 +71,10 @@ def test_dry_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--nnodes", "2"], "--master HOST:PORT"),
         (["--nproc", "-1"], "at least 1"),
+        (["--nnodes", "two", "--master", "h:1"], "--nnodes two: a number of machines"),
+        (["--nnodes", "0"], "--nnodes 0: a number of machines"),
+        (["--nnodes", "2:4", "--with", "mpirun"], "with torchrun and --rendezvous c10d alone"),
+        (["--nnodes", "2:4", "--with", "slurm"], "with torchrun and --rendezvous c10d alone"),
         (["trian.steps=3"], "did you mean train"),
     ],
 )
@@ -124,12 +130,82 @@ def test_sbatch_file_runs(path: Path, tmp_path: Path) -> None:
     assert "requeue" not in words
 
 
+def test_sbatch_file_is_queued_again_after_a_save(path: Path, tmp_path: Path) -> None:
+    """Told to stop, the script passes it to the step once, waits for the save and queues the job again."""
+    body = {
+        "scancel": 'echo "scancel $*" >> "$FAKE_LOG"; pkill -TERM -f "$FAKE_STEP"; [ "$2" != --full ] || kill $PPID',
+        "srun": 'exec -a "$FAKE_STEP" bash -c \'trap "sleep 1; echo saved >> $FAKE_LOG; exit 75" TERM; '
+        'touch "$FAKE_LOG"; while true; do sleep 0.1; done\'',
+    }
+    for name, text in (FAKES | body).items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "job.sh").write_text(slurm.script(Job(path, nproc=2, nnodes="2"), slurm.Allocation(cpus=4)))
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FAKE_LOG": str(tmp_path / "log"),
+        "FAKE_STEP": f"step-{tmp_path.name}-{os.getpid()}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "4",
+    }
+    started = subprocess.Popen(["bash", str(tmp_path / "job.sh")], env=environment)
+    end = time.time() + 20
+    while not (tmp_path / "log").exists() and time.time() < end:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(20) == 75
+    assert (tmp_path / "log").read_text().splitlines() == ["scancel --signal=TERM 7", "saved", "requeue 7"]
+
+
+def test_a_queue_starts_a_process_for_each_gpu(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = _shown(capsys, str(path), "--with", "slurm", "--nnodes", "4", "--gpus", "8")
+    assert "--nproc-per-node=8" in text
+    assert "export OMP_NUM_THREADS=1\n" in text
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_a_master_that_does_not_answer_is_said_by_name(
+    path: Path, rendezvous: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    words = ["--nnodes", "2", "--node-rank", "1", "--master", place, "--rendezvous", rendezvous]
+    began = time.time()
+    assert main(["launch", str(path), *words, "run.timeout_seconds=2"]) == 2
+    assert time.time() - began < 60
+    said = capsys.readouterr().err
+    assert f"meeting 2 machines at {place}" in said
+    assert f"--master {place}: not all of 2 machines met there within 2 s" in said
+
+
 def test_status_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
     assert _status({0: 71, 1: 2}) == 2
     assert _status({0: 71, 1: 70}) == 70
     assert _status({0: 75, 1: 75}) == 75
     assert _status({0: 71, 1: -9}) == 70
     assert "rank 1 by SIGKILL" in capsys.readouterr().out
+
+
+def _stop(path: Path, launcher: str, number: signal.Signals, status: int, *options: str) -> None:
+    """A signal to `lce launch` makes the ranks save, and the same command continue."""
+    words = [sys.executable, "-m", "tools.cli", "launch", str(path), "--nproc", "2", "--with", launcher]
+    words += ["--interface", "lo", *options, "train.steps=100000", "checkpoint.every_steps=0", "log.every_steps=1"]
+    with (path.parent / "output").open("w") as output:
+        started = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    log, end = path.parent / "run/log.jsonl", time.time() + 150
+    while not (log.exists() and len(log.read_bytes().splitlines()) > 3) and time.time() < end:
+        time.sleep(0.1)
+    started.send_signal(number)
+    assert started.wait(100) == status, (path.parent / "output").read_text()
+    [checkpoint] = (path.parent / "run/checkpoints").iterdir()
+    assert not list((path.parent / "run/ranks").glob("rank-*"))
+    assert int(checkpoint.name.removeprefix("step-")) > 3
+    lines = log.read_bytes()
+    time.sleep(1)
+    assert log.read_bytes() == lines  # nobody trains on
 
 
 def _train(path: Path, launcher: str, *options: str) -> None:
@@ -156,6 +232,14 @@ def test_deepspeed(path: Path) -> None:
     _train(path, "deepspeed", "--master", f"127.0.0.1:{port}")
 
 
+def test_deepspeed_is_stopped(path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    _stop(path, "deepspeed", signal.SIGTERM, 75, "--master", f"127.0.0.1:{port}")
+
+
 @pytest.mark.skipif(
     not (Path(sys.executable).parent / "mpirun").exists() and not shutil.which("mpirun"), reason="no mpirun"
 )
@@ -163,3 +247,11 @@ def test_mpirun(path: Path) -> None:
     """Two ranks under a real mpirun: mpi4py tells them who they are, gloo joins them."""
     pytest.importorskip("mpi4py")
     _train(path, "mpirun")
+
+
+@pytest.mark.skipif(
+    not (Path(sys.executable).parent / "mpirun").exists() and not shutil.which("mpirun"), reason="no mpirun"
+)
+def test_mpirun_is_stopped(path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    _stop(path, "mpirun", signal.SIGINT, 130)

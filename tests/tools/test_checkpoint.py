@@ -1,6 +1,7 @@
 """`lce checkpoint`: what is in it, damage as status 1, weights taken out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,27 @@ def test_verify(run: Path, tmp_path: Path) -> None:
     four, eight = json.loads((tmp_path / "damage.json").read_text())
     assert "content changed" in four["damage"]
     assert eight["damage"] is None
+
+
+def test_info_names_what_is_not_whole_and_lists_the_rest(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-00000004/state.json").unlink()
+    assert main(["checkpoint", "info", str(tmp_path / "run"), "--json", str(tmp_path / "info.json")]) == 1
+    four, eight = json.loads((tmp_path / "info.json").read_text())
+    assert "step-00000004" in four["damage"]
+    assert eight["step"] == 8
+
+
+def test_extract_takes_nothing_damaged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    file = next((tmp_path / "run/checkpoints/step-00000008").glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(data)
+    assert main(["checkpoint", "extract", str(tmp_path / "run"), str(tmp_path / "b.safetensors")]) == 2
+    assert "content changed" in capsys.readouterr().err
+    assert main(["checkpoint", "extract", str(run), str(tmp_path / "nowhere/b.safetensors")]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
 
 
 def test_no_run(tmp_path: Path) -> None:

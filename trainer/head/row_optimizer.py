@@ -291,7 +291,7 @@ class SgdRows(RowOptimizer):
         w = selection.rows(start, stop)
         (v,) = selection.state(start, stop, w)
         mu, decay = self.config.momentum, self.config.weight_decay
-        step = torch.as_tensor(self.lr, dtype=w.dtype, device=w.device)
+        step = torch.full((), self.lr, dtype=w.dtype, device=w.device)  # as_tensor would wait for the device
         if gate is not None:
             gate = gate.to(w.dtype)
             step = step * gate

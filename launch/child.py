@@ -1,0 +1,61 @@
+"""Launchers that are programs of their own (mpirun, deepspeed): started, and stopped without losing a step.
+
+They end their ranks when they are told to stop themselves. So they do not hear of it: the ranks are asked through the
+run folder (:func:`trainer.watch.ask_to_stop`), save, and end, and the launcher with them.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from trainer.watch import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ask_to_stop, ranks_left
+
+
+def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: Path | None) -> int:
+    """Run a launcher and wait for it.
+
+    Ctrl-C and SIGTERM (or a closed terminal) make the ranks save and end; a second one ends them at once, and so does
+    the first while no rank is training yet.
+
+    Args:
+        environment: beside this process's own.
+        run_dir: the run folder; None: the launcher is ended at the first signal.
+
+    Returns:
+        The launcher's exit status; after a signal that of :func:`stopped_status`.
+    """
+    began, asked = time.time(), 0
+    child = subprocess.Popen(words, env=os.environ | dict(environment), start_new_session=True)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        first, asked = not asked, asked or (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        if first and run_dir is not None and ranks_left(run_dir, began):
+            ask_to_stop(run_dir, asked)
+        elif child.poll() is None:
+            os.killpg(child.pid, signal.SIGTERM)
+
+    kept = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    return stopped_status(asked, run_dir, began) if asked else status
+
+
+def stopped_status(asked: int, run_dir: Path | None, began: float) -> int:
+    """The exit status of a job that was asked to stop: 130 or 75; 70, and why, where ranks ended before they saved."""
+    left = ranks_left(run_dir, began) if run_dir is not None else []
+    if left:
+        print(
+            f"lce launch: rank {', '.join(map(str, left))} ended before the checkpoint was complete; the same command "
+            "continues from the one before",
+            flush=True,
+        )
+        return EXIT_CRASH
+    return EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_TERMINATED
