@@ -79,6 +79,6 @@ def test_a_chain_of_three_is_trained_and_evaluated(place: Path, tmp_path: Path) 
     assert agreement(place, "third", "first") > agreement(place, "free", "first") + 0.1
     words = ["evaluate", "--old", str(place / "first"), "--between", f"second={place / 'second'}"]
     words += ["--new", str(place / "third"), "--data", f"all={place / 'packed'}", "--fars", "0.1", "--cache", "none"]
-    assert cli.main([*words, "--replicates", "20", "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 0
+    assert cli.main([*words, "--replicates", "100", "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 0
     cells = json.loads((tmp_path / "out.json").read_text())["sets"]["all"]["cells"]
     assert {"old->old", "second->old", "new->old", "new->second", "second->second"} <= set(cells)

@@ -170,7 +170,7 @@ class Story:
         words += ["--report", self._path("report.html"), "--json", self._path("evaluation.json")]
         products = ["embeddings", "report.html", "evaluation.json"]
         self._command("evaluate", "evaluation and report", [*common, *sets, *words], products)
-        words = ["--new", self._path("new.onnx"), "--replicates", "20", "--json", self._path("onnx.json")]
+        words = ["--new", self._path("new.onnx"), "--replicates", "100", "--json", self._path("onnx.json")]
         self._command("onnx", "the old gallery searched by the ONNX model", [*common, sets[0], *words], ["onnx.json"])
 
     def _command(

@@ -9,7 +9,8 @@ In a chain of upgrades --between names the models that came between, and the new
 
 Models are run folders, export folders or ONNX files; data sets are what `lce pack` makes, or a folder of identity
 folders. Give identities that no setting was chosen on. The verdict on each set is by rank-1 and by the TAR at the
-smallest of the FARs that its pairs can resolve. Several ranks share the embedding:
+smallest of the FARs that its pairs can resolve. Pair lists (--pairs) and template sets (--templates) name no
+identities: they give figures, no verdict. Several ranks share the embedding:
 
     torchrun --nproc-per-node 2 -m tools.cli evaluate …
 
@@ -24,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.arguments import at_least_zero, whole_number
+from tools.evaluate_tables import print_tables
 from tools.output import write_json
 from trainer.errors import LceError
 
@@ -80,13 +83,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for standard output")
     parser.add_argument("--fail-unsafe", action="store_true", help="exit status 1 unless the verdict is SAFE")
     parser.add_argument(
-        "--tolerance", type=float, default=0.0, help="a loss of at most this much counts as level (default: 0)"
+        "--tolerance", type=at_least_zero, default=0.0, help="a loss of at most this much counts as level (default: 0)"
     )
-    parser.add_argument("--min-identities", type=int, default=20, help="fewer never make SAFE (default: %(default)s)")
     parser.add_argument(
-        "--replicates", type=int, default=500, help="bootstrap draws of identities (default: %(default)s)"
+        "--min-identities", type=whole_number(0), default=20, help="fewer never make SAFE (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of random orders (default: 0)")
+    parser.add_argument(
+        "--replicates",
+        type=whole_number(100),
+        default=500,
+        help="bootstrap draws of identities, at least 100 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="seed of the bootstrap and of random orders (default: 0)"
+    )
     parser.add_argument(
         "--no-colour-check",
         action="store_true",
@@ -114,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         _write(args, result, study.datasets, runs)
         if args.json != "-":
-            _print(result)
+            print_tables(result)
         return 1 if args.fail_unsafe and result["verdict"]["answer"] != "SAFE" else 0
 
 
@@ -141,6 +151,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
     for option, place in (("--report", args.report), ("--json", None if args.json in (None, "-") else Path(args.json))):
         if place is not None and not place.absolute().parent.is_dir():
             raise LceError(f"{option} {place}: the folder {place.absolute().parent} does not exist; make it first")
+        if place is not None and place.is_dir():
+            raise LceError(f"{option} {place}: is a folder; name a file in it")
 
 
 class _Study:
@@ -174,7 +186,8 @@ class _Study:
                 read_list(Path(file), open_dataset(folder)) if separator else read_bin(Path(file), self.size)
             )
         self.templates = {
-            name: read_templates(Path(path)) for name, path in _named("--templates", args.templates).items()
+            name: read_templates(Path(path), args.score_weights)
+            for name, path in _named("--templates", args.templates).items()
         }
 
     def check(self) -> None:
@@ -324,25 +337,3 @@ def _pictures(datasets: dict[str, "Dataset"]) -> Callable[[str, int], bytes | No
         return buffer.getvalue()
 
     return picture
-
-
-def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from trainer.evaluation.compatibility import rate_text
-
-    console = Console()
-    for name, one in result["sets"].items():
-        fars = [entry["far"] for entry in one["cells"]["old->old"]["tar"]]
-        table = Table(
-            "query → gallery",
-            *(f"TAR@FAR {rate_text(far)}" for far in fars),
-            "rank-1",
-            title=f"{name}: {one['identities']:,} identities, {one['images']:,} images",
-        )
-        for cell, value in one["cells"].items():
-            tars = [f"{entry['value']:.3f}" + ("" if entry["resolved"] else " *") for entry in value["tar"]]
-            table.add_row(cell.replace("->", " → "), *tars, f"{value['rank']['1']['value']:.3f}")
-        console.print(table)
-    console.print(result["verdict"]["paragraph"], highlight=False)

@@ -73,7 +73,7 @@ def this_command_alone(monkeypatch):
 
 def evaluate(place, *extra, old="old", new="other", data=("unseen",)):
     sets = [f"{name}={place / name}" for name in data]
-    fixed = ["--fars", "1e-2,1e-1", "--replicates", "60", "--cache", str(place / "cache"), "--device", "cpu"]
+    fixed = ["--fars", "1e-2,1e-1", "--replicates", "100", "--cache", str(place / "cache"), "--device", "cpu"]
     models = ["--old", str(place / old), "--new", str(place / new)]
     return cli.main(["evaluate", *models, *(["--data", *sets] if sets else []), *fixed, *extra])
 
@@ -135,7 +135,7 @@ def test_a_transformation_is_applied_where_it_belongs(place, capsys):
     assert cells["old->new"]["how"] == "backward"  # T₁₂ carries old queries into the new space
 
 
-def test_pair_lists_and_templates_stand_beside_the_labelled_sets(place, capsys):
+def test_pair_lists_and_templates_stand_beside_the_labelled_sets(place, capsys, monkeypatch):
     files = sorted((place / "unseen").glob("*/*.png"))
     pairs = [(a, b) for a in files[:40] for b in files[:40] if a < b]
     same = [a.parent == b.parent for a, b in pairs]
@@ -162,6 +162,18 @@ def test_pair_lists_and_templates_stand_beside_the_labelled_sets(place, capsys):
     page = (place / "more.html").read_text()
     assert "Pair lists" in page
     assert "Template sets" in page
+    assert page.count('class="plot"') == 3  # a ROC each
+    assert sorted(p.name for p in (place / "more-plots").iterdir()) == [
+        "pairs_lfw-roc.png", "pairs_listed-roc.png", "templates_ijb-roc.png",
+    ]  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "200")
+    assert evaluate(place, *more, new="mapped", data=()) == 0
+    printed = capsys.readouterr().out
+    assert f"{lfw['accuracy']['mean']:.4f} ± {lfw['accuracy']['std']:.4f}" in printed
+    assert f"{lfw['tar'][0]['value']:.3f}" in printed
+    assert "48 templates of 96 images" in printed
+    for name in ("accuracy, 10 folds", "1:1", "1:N", "TPIR@FPIR 1e-2", "new → old", "NOT ENOUGH DATA"):
+        assert name in printed
     only = more[3:]
     assert evaluate(place, *only, "--norm-weights", "--json", "-", new="mapped", data=()) == 0
     weighed = json.loads(capsys.readouterr().out)
@@ -177,7 +189,7 @@ def test_pair_lists_and_templates_stand_beside_the_labelled_sets(place, capsys):
 
 
 def test_several_ranks_share_the_work_and_find_the_same(place, capsys):
-    words = ["--fars", "1e-2", "--replicates", "20", "--cache", "none", "--fail-unsafe", "--json"]
+    words = ["--fars", "1e-2", "--replicates", "100", "--cache", "none", "--fail-unsafe", "--json"]
     assert evaluate(place, *words, str(place / "one.json"), new="mapped") == 1  # not safe
     alone = capsys.readouterr().out
     models = ["--old", str(place / "old"), "--new", str(place / "mapped"), "--data", f"unseen={place / 'unseen'}"]
@@ -287,6 +299,8 @@ def test_wrong_use_is_one_line_and_status_2(place, capsys):
     assert "expected numbers" in refused("--fars", "a,b")
     assert "between 0 and 1" in refused("--fars", "2")
     assert "does not exist" in refused("--report", str(place / "no" / "such" / "report.html"))
+    assert "is a folder" in refused("--report", str(place))
+    assert "is a folder" in refused("--json", str(place))
     assert "log.jsonl" in refused("--runs", str(place / "old"), "--report", str(place / "r.html"))
     assert "expected NAME=PATH" in refused("--data", "unseen")
     pictures(place / "large", 2, 2, seed=3, size=40)
@@ -295,3 +309,24 @@ def test_wrong_use_is_one_line_and_status_2(place, capsys):
     assert "one identity" in refused(data=("one",))
     pictures(place / "single", 4, 1, seed=3)
     assert "single image" in refused(data=("single",))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--replicates", "99", "at least 100"),
+        ("--replicates", "1e2.5", "not a number"),
+        ("--seed", "-1", "at least 0"),
+        ("--seed", "0.5", "whole number"),
+        ("--tolerance", "nan", "at least 0"),
+        ("--tolerance", "-1", "at least 0"),
+        ("--min-identities", "-1", "at least 0"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused(place, capsys, option, value, expected):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(place, option, value)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"argument {option}: {value}: " in error
+    assert expected in error

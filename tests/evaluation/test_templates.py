@@ -170,6 +170,52 @@ def test_damaged_protocols_are_refused(folder, file, text, message):
         read_templates(folder)
 
 
+@pytest.mark.parametrize(
+    ("column", "text", "weighted", "message"),
+    [
+        (11, "nan", True, "it must be finite and above 0"),
+        (11, "0", True, "it must be finite and above 0"),
+        (11, "-0.5", True, "it must be finite and above 0"),
+        (11, "-0.5", False, None),  # not asked for
+        (11, "high", False, "is no number"),
+        (3, "inf", False, "five points are not all finite"),
+    ],
+)
+def test_points_and_scores_that_are_no_use_are_named(folder, column, text, weighted, message):
+    path = folder / "meta" / "ijbt_name_5pts_score.txt"
+    lines = path.read_text().splitlines()
+    words = lines[4].split()
+    words[column] = text
+    lines[4] = "\n" + " ".join(words)  # an empty line before it counts
+    path.write_text("\n".join(lines))
+    if message is None:
+        assert read_templates(folder, weighted).score.min() < 0
+        return
+    with pytest.raises(DataError, match=rf"ijbt_name_5pts_score\.txt: line 6: {words[0]}: .*{message}"):
+        read_templates(folder, weighted)
+
+
+def test_a_protocol_in_another_encoding_is_refused(folder):
+    for file in ("ijbt_face_tid_mid.txt", "ijbt_template_pair_label.txt", "ijbt_1N_gallery_G1.csv"):
+        path = folder / "meta" / file
+        whole = path.read_bytes()
+        path.write_bytes(b"\xff\xfe" + whole)
+        with pytest.raises(DataError, match=file):
+            read_templates(folder)
+        path.write_bytes(whole)
+
+
+def test_templates_are_unit_or_refused():
+    x = unit(np.array([[1, 0], [-1, 0], [0, 1]]))
+    template, media = np.array([4, 4, 7]), np.array([0, 1, 0])
+    with pytest.raises(DataError, match=r"template 4: .* no direction"):
+        pool(x, template, media)
+    assert pool(x, template, media, np.array([0.5, 1, 1]))[1][0] == pytest.approx([-1, 0])
+    for weight in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(DataError, match=r"template 4: image 1 weighs .*; weights must be finite and above 0"):
+            pool(x, template, media, np.array([1, weight, 1]))
+
+
 def test_a_template_without_images_is_named(folder):
     (folder / "meta" / "ijbt_template_pair_label.txt").write_text("100 999 0\n100 101 1\n")
     protocol = read_templates(folder)

@@ -10,6 +10,7 @@ from tests.evaluation.samples import identities, unit
 from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import class_index
 from trainer.evaluation.compatibility import Spaces, class_centres
+from trainer.evaluation.report import write_report
 from trainer.evaluation.study import NamedSet, Options, study
 
 OPTIONS = Options(fars=(1e-3, 1e-2), replicates=200, backfill_images=0)
@@ -116,6 +117,16 @@ def test_the_result_is_plain_and_complete():
     assert {curve["order"] for curve in one["backfill"]} == {"random", "confidence", "class"}
     assert one["operating_point"]["new->old"]["far"] == one["far"] == 1e-3
     assert {"accepted", "missed"} <= {e["kind"] for e in one["examples"]}
+
+
+def test_sets_whose_names_differ_in_signs_alone_keep_their_own_plots(tmp_path):
+    case = upgrade(0.5, classes=30)
+    result = study(
+        [dataclasses.replace(case, name=name) for name in ("ä", "ö")], Options(replicates=20, backfill_images=0)
+    )
+    written = write_report(tmp_path / "report.html", result)
+    assert len({path.name.lower() for path in written}) == len(written) == 2 + 2 * 2
+    assert {"_-roc.png", "_-roc-2.png"} <= {path.name for path in written}
 
 
 def test_unusable_embeddings_are_refused():

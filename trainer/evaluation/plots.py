@@ -56,7 +56,8 @@ def figures(
     """Every figure of a report: name → (figure, description for those who cannot see it).
 
     Args:
-        result: what :func:`trainer.evaluation.study.study` returned. runs: run → series → [(step, value), …].
+        result: what :func:`trainer.evaluation.study.study` returned, with ``pair_sets`` and ``template_sets`` where
+            there are any. runs: run → series → [(step, value), …].
     """
     with mpl.rc_context(_STYLE):
         out: dict[str, tuple[Figure, str]] = {}
@@ -70,6 +71,12 @@ def figures(
             out[f"{name}-scores"] = (_scores(one), f"Scores of genuine and impostor pairs, new → old, on {name}")
             if one["backfill"]:
                 out[f"{name}-backfill"] = (_backfill(one), f"Backfill curves on {name}")
+        for name, one in result.get("pair_sets", {}).items():
+            out[f"pairs/{name}-roc"] = (_roc(one["cells"]), f"ROC curves on the pairs of {name}")
+        for name, one in result.get("template_sets", {}).items():
+            cells = {cell: entry["verification"] for cell, entry in one["cells"].items() if "verification" in entry}
+            if cells:
+                out[f"templates/{name}-roc"] = (_roc(cells), f"ROC curves on the templates of {name}")
         for key in dict.fromkeys(key for series in runs.values() for key in series):
             out[f"training-{key}"] = (_training(key, runs), f"Training curves: {key}")
         return out

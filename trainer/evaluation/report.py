@@ -5,7 +5,7 @@ Everything in it comes from the result of :func:`trainer.evaluation.study.study`
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -100,17 +100,32 @@ def write_report(
     with replaced(path, DataError) as partial:
         folder = path.parent / f"{path.stem}-plots"
         folder.mkdir(exist_ok=True)
-        for name, (plot, _) in drawn.items():
-            written.append(folder / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}.png")
+        for name, (plot, _) in zip(_file_names(drawn), drawn.values(), strict=True):
+            written.append(folder / f"{name}.png")
             written[-1].write_bytes(png(plot))
         partial.write_text(page, encoding="utf-8")
     return written
 
 
+def _file_names(plots: Iterable[str]) -> list[str]:
+    """Names of files for plots: ASCII; those that would be one file, on any system, are numbered."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for plot in plots:
+        stem = name = re.sub(r"[^A-Za-z0-9_-]+", "_", plot)
+        number = 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
 def _page(result: Result, runs: Sequence[RunRecord], plots: Plots, album: Album, title: str) -> str:
     body = [verdict(result["verdict"]), figure(plots, "criterion", "The pairwise criterion: right of zero is better.")]
     body += [data_set(name, one, plots, album) for name, one in result["sets"].items()]
-    body += [pair_sets(result.get("pair_sets", {})), template_sets(result.get("template_sets", {}))]
+    body += [pair_sets(result.get("pair_sets", {}), plots), template_sets(result.get("template_sets", {}), plots)]
     curves = [figure(plots, name, "") for name in plots if name.startswith("training-")]
     if curves:
         body.append(f'<h2>Training</h2><div class="figures">{"".join(curves)}</div>')

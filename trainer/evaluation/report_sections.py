@@ -23,6 +23,7 @@ _KINDS = {
     "near": ("Right, but close: impostors just rejected", "Two identities, just below the threshold."),
 }
 _UNRESOLVED = '<p class="soft">* too few impostor pairs to resolve this FAR: shown, but not used for the verdict.</p>'
+_ROC = "ROC: the share of genuine pairs that pass, by the share of impostors that pass."
 _GAIN = (
     '<h3>Update gain and cost</h3><p class="soft">Gain: the share of the way from the old model to the paragon (a new '
     "model trained without compatibility) that users get before anything is re-encoded. Cost: what compatibility takes "
@@ -104,7 +105,7 @@ def models(value: Result) -> str:
 def data_set(name: str, one: Result, plots: Plots, album: Album) -> str:
     """Everything that was measured on one labelled set."""
     captions = {
-        "roc": "ROC: the share of genuine pairs that pass, by the share of impostors that pass.",
+        "roc": _ROC,
         "scores": "New queries against the old gallery: scores, and what becomes of the threshold.",
         "backfill": "Search with new queries while the gallery is re-encoded, by order of re-encoding.",
     }
@@ -143,8 +144,13 @@ def _matrix(one: Result) -> str:
         rank = [_interval(cell["rank"]["1"]), _number(cell["rank"]["5"])]
         tars = [_tar(value) for value in cell["tar"]]
         rows.append([escape(arrow(name)), cell["how"], *tars, *rank, _number(cell["eer"]), pairs])
-    unresolved = any(not value["resolved"] for cell in one["cells"].values() for value in cell["tar"])
-    return _table(head, rows) + (_UNRESOLVED if unresolved else "")
+    return _table(head, rows) + _unresolved(one["cells"])
+
+
+def _unresolved(cells: Mapping[str, Result]) -> str:
+    """The note on the starred figures, where there are any."""
+    starred = any(not value["resolved"] for cell in cells.values() for value in cell["tar"])
+    return _UNRESOLVED if starred else ""
 
 
 def _gain(one: Result) -> str:
@@ -281,7 +287,7 @@ def _examples(name: str, one: Result, album: Album) -> str:
     return lead + "".join(parts)
 
 
-def pair_sets(value: Result) -> str:
+def pair_sets(value: Result, plots: Plots) -> str:
     """Verification sets that are lists of pairs."""
     parts = []
     for name, one in value.items():
@@ -298,10 +304,11 @@ def pair_sets(value: Result) -> str:
         ]
         count = f"{one['genuine']:,} genuine and {one['impostor']:,} impostor pairs"
         parts.append(f"<h3>{escape(name)}</h3><p>{count}; intervals by resampling pairs.</p>{_table(head, rows)}")
+        parts.append(_unresolved(one["cells"]) + figure(plots, f"pairs/{name}-roc", _ROC))
     return "<h2>Pair lists</h2>" + "".join(parts) if parts else ""
 
 
-def template_sets(value: Result) -> str:
+def template_sets(value: Result, plots: Plots) -> str:
     """Template protocols: 1:1 and 1:N."""
     parts = []
     for name, one in value.items():
@@ -310,13 +317,14 @@ def template_sets(value: Result) -> str:
             cells = {cell: entry[kind] for cell, entry in one["cells"].items() if entry.get(kind)}
             if cells:
                 parts.append(_templates_1_1(cells) if kind == "verification" else _templates_1_n(cells))
+        parts.append(figure(plots, f"templates/{name}-roc", _ROC))
     return "<h2>Template sets</h2>" + "".join(parts) if parts else ""
 
 
 def _templates_1_1(cells: Mapping[str, Result]) -> str:
     fars = [entry["far"] for entry in next(iter(cells.values()))["tar"]]
     rows = [[escape(arrow(name)), *(_tar(entry) for entry in cell["tar"])] for name, cell in cells.items()]
-    return _table(["1:1", *(f"TAR at FAR {rate_text(far)}" for far in fars)], rows)
+    return _table(["1:1", *(f"TAR at FAR {rate_text(far)}" for far in fars)], rows) + _unresolved(cells)
 
 
 def _templates_1_n(cells: Mapping[str, Result]) -> str:

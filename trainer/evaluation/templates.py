@@ -10,7 +10,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,22 +59,30 @@ class TemplateSet:
     probes: Gallery | None
 
 
-def read_templates(folder: Path) -> TemplateSet:
-    """Read a protocol's files. Raises :class:`DataError` naming the file that is missing or of another form."""
+def read_templates(folder: Path, weighted: bool = False) -> TemplateSet:
+    """Read a protocol's files.
+
+    Args:
+        weighted: images are to be weighed by their detection scores, which must then be finite and above 0.
+
+    Raises:
+        DataError: naming the file that is missing or of another form, with the line where one can be named.
+    """
     meta = folder / "meta"
     faces = _rows(_one(meta, "*_face_tid_mid.txt"), 3)
-    marks = _rows(_one(meta, "*_name_5pts_score.txt"), 12)
-    names = [row[0] for row in faces]
-    by_name = {row[0]: row for row in marks}
+    marks_file = _one(meta, "*_name_5pts_score.txt")
+    by_name = {row.words[0]: row for row in _rows(marks_file, 12)}
+    names = [row.words[0] for row in faces]
     missing = next((name for name in names if name not in by_name), None)
     if missing is not None:
         raise DataError(f"{meta}: {missing} is in the template list but has no points and score")
-    try:
-        template = np.array([row[1] for row in faces], np.int64)
-        media = np.array([row[2] for row in faces], np.int64)
-        numbers = np.array([by_name[name][1:] for name in names], np.float64)
-    except ValueError as error:
-        raise DataError(f"{meta}: a template, media, point or score is no number: {error}") from None
+    numbered = _numbers(faces, np.int64)
+    marks = [by_name[name] for name in names]
+    numbers = _numbers(marks, np.float64)
+    _refuse(~np.isfinite(numbers[:, :10]).all(1), marks, "its five points are not all finite numbers")
+    if weighted:
+        usable = np.isfinite(numbers[:, 10]) & (numbers[:, 10] > 0)
+        _refuse(~usable, marks, "its detection score, the last column, cannot weigh it: it must be finite and above 0")
     pair_file = _one(meta, "*_template_pair_label.txt", needed=False)
     pairs = None if pair_file is None else _integers(pair_file)
     probe_file = _one(meta, "*_1N_probe_mixed.csv", needed=False)
@@ -82,7 +90,7 @@ def read_templates(folder: Path) -> TemplateSet:
     if pairs is None and not galleries:
         raise DataError(f"{meta}: holds neither *_template_pair_label.txt (1:1) nor gallery and probe files (1:N)")
     return TemplateSet(
-        folder, names, template, media, numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10],
+        folder, names, numbered[:, 0], numbered[:, 1], numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10],
         None if pairs is None else pairs[:, :2], None if pairs is None else pairs[:, 2] == 1,
         galleries, None if probe_file is None else _gallery(probe_file),
     )  # fmt: skip
@@ -95,19 +103,55 @@ def _one(meta: Path, pattern: str, needed: bool = True) -> Path | None:
     return found[0] if found else None
 
 
-def _rows(path: Path | None, width: int) -> list[list[str]]:
+class _Row(NamedTuple):
+    """A line of a file: its words, the first of which is an image."""
+
+    path: Path
+    line: int
+    words: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.path}: line {self.line}: {self.words[0]}"
+
+
+def _rows(path: Path | None, width: int) -> list[_Row]:
     assert path is not None
-    rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    wrong = next((i for i, row in enumerate(rows, 1) if len(row) != width), None)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    rows = [_Row(path, number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
+    wrong = next((row for row in rows if len(row.words) != width), None)
     if wrong is not None or not rows:
-        raise DataError(f"{path}: line {wrong or 1}: expected {width} columns")
+        raise DataError(f"{path}: line {wrong.line if wrong else 1}: expected {width} columns")
     return rows
+
+
+def _numbers(rows: Sequence[_Row], dtype: type[Any]) -> NDArray[Any]:
+    """What stands behind the images' names: (n, columns)."""
+    try:
+        return np.array([row.words[1:] for row in rows], dtype)
+    except (ValueError, OverflowError):
+        for row in rows:
+            try:
+                np.array(row.words[1:], dtype)
+            except (ValueError, OverflowError) as error:
+                raise DataError(f"{row}: a template, media, point or score is no number: {error}") from None
+        raise
+
+
+def _refuse(wrong: BoolArray, rows: Sequence[_Row], why: str) -> None:
+    """Raise :class:`DataError` at the first of the ``wrong`` rows."""
+    if wrong.any():
+        raise DataError(
+            f"{rows[int(wrong.argmax())]}: {why}; mend the line, or leave the image out of the template list"
+        )
 
 
 def _integers(path: Path) -> IntArray:
     try:
         table = np.loadtxt(path, dtype=np.int64, ndmin=2)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: {error}") from None
     if table.shape[1:] != (3,):
         raise DataError(f"{path}: expected three columns, gallery template, probe template, 1 or 0")
@@ -117,7 +161,7 @@ def _integers(path: Path) -> IntArray:
 def _gallery(path: Path) -> Gallery:
     try:
         table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
-    except (ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{path}: expected template and subject in the first two columns: {error}") from None
     # A template has a row for each of its images.
     templates, first = np.unique(table[:, 0], return_index=True)
@@ -167,8 +211,17 @@ def pool(
 
     Returns:
         Template numbers (t,) ascending and unit embeddings (t, D) float32.
+
+    Raises:
+        DataError: a weight that is not finite and above 0, or a template whose embeddings sum to nothing.
     """
     weights = np.ones(len(embeddings)) if weights is None else np.asarray(weights, np.float64)
+    wrong = ~(np.isfinite(weights) & (weights > 0))
+    if wrong.any():
+        at = int(wrong.argmax())
+        raise DataError(
+            f"template {template[at]}: image {at} weighs {weights[at]:g}; weights must be finite and above 0"
+        )
     order = np.lexsort((media, template))
     t, m = template[order], media[order]
     starts = np.flatnonzero(np.r_[True, (t[1:] != t[:-1]) | (m[1:] != m[:-1])])
@@ -181,7 +234,14 @@ def pool(
         part = slice(a, a + (1 << 14))
         weighed = np.asarray(embeddings[part] * share[part, None], np.float32)
         sums.index_add_(0, torch.from_numpy(place[part]), torch.from_numpy(weighed))
-    return numbers, torch.nn.functional.normalize(sums).numpy()
+    pooled = torch.nn.functional.normalize(sums).numpy()
+    lost = ~(np.abs(np.linalg.norm(pooled, axis=1) - 1) < 1e-3)
+    if lost.any():
+        raise DataError(
+            f"template {numbers[lost.argmax()]}: the weighed embeddings of its images sum to no direction; "
+            "leave it out of the protocol, or weigh its images otherwise"
+        )
+    return numbers, pooled
 
 
 def measure_templates(

@@ -1,0 +1,80 @@
+"""What `lce evaluate` shows on the terminal: a table for each set of each kind, then the verdict."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def print_tables(result: Mapping[str, Any]) -> None:
+    """Print the tables of a result and its verdict on standard output."""
+    from rich.console import Console
+
+    console = Console()
+    for table in tables(result):
+        console.print(table)
+    console.print(result["verdict"]["paragraph"], highlight=False, markup=False)
+
+
+def tables(result: Mapping[str, Any]) -> "Iterator[Table]":
+    """Labelled sets, pair lists, and template sets (1:1 and 1:N apart) of what ``lce evaluate`` measured."""
+    for name, one in result["sets"].items():
+        rows = {cell: [*_tars(of), _number(of["rank"]["1"]["value"])] for cell, of in one["cells"].items()}
+        title = f"{name}: {one['identities']:,} identities, {one['images']:,} images"
+        yield _table(title, "query → gallery", [*_far_names(one["cells"]), "rank-1"], rows)
+    for name, one in result["pair_sets"].items():
+        rows = {
+            cell: [f"{of['accuracy']['mean']:.4f} ± {of['accuracy']['std']:.4f}", *_tars(of), _number(of["eer"], ".4f")]
+            for cell, of in one["cells"].items()
+        }
+        title = f"{name}: {one['genuine']:,} genuine and {one['impostor']:,} impostor pairs"
+        yield _table(title, "query → gallery", ["accuracy, 10 folds", *_far_names(one["cells"]), "EER"], rows)
+    for name, one in result["template_sets"].items():
+        title = f"{name}: {one['templates']:,} templates of {one['images']:,} images"
+        pairs, searches = (
+            {cell: of[kind] for cell, of in one["cells"].items() if kind in of}
+            for kind in ("verification", "identification")
+        )
+        if pairs:
+            rows = {cell: [*_tars(of), _number(of["eer"], ".4f")] for cell, of in pairs.items()}
+            yield _table(title, "1:1", [*_far_names(pairs), "EER"], rows)
+        if searches:
+            yield _table(title, "1:N", _search_names(searches), {c: _search(of) for c, of in searches.items()})
+
+
+def _table(title: str, corner: str, head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    starred = any(value.endswith("*") for row in rows.values() for value in row)
+    caption = "* too few impostor pairs to resolve this FAR" if starred else None
+    table = Table(corner, *head, title=escape(title), caption=caption)
+    for cell, values in rows.items():
+        table.add_row(escape(cell.replace("->", " → ")), *values)
+    return table
+
+
+def _far_names(cells: Mapping[str, Any]) -> list[str]:
+    from trainer.evaluation.compatibility import rate_text
+
+    return [f"TAR@FAR {rate_text(entry['far'])}" for entry in next(iter(cells.values()))["tar"]]
+
+
+def _tars(cell: Mapping[str, Any]) -> list[str]:
+    return [_number(entry["value"]) + ("" if entry["resolved"] else " *") for entry in cell["tar"]]
+
+
+def _search_names(cells: Mapping[str, Any]) -> list[str]:
+    from trainer.evaluation.compatibility import rate_text
+
+    first = next(iter(cells.values()))
+    return [*(f"rank-{k}" for k in first["rank"]), *(f"TPIR@FPIR {rate_text(float(f))}" for f in first["tpir"])]
+
+
+def _search(cell: Mapping[str, Any]) -> list[str]:
+    return [_number(value) for value in (*cell["rank"].values(), *cell["tpir"].values())]
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form)
