@@ -29,6 +29,7 @@ from trainer.export import (
     embed_dataset,
     load_exported,
     load_model,
+    read_card,
     save_model,
 )
 from trainer.onnx_export import export_onnx, export_transform
@@ -212,6 +213,20 @@ def test_folders_with_another_card_hold_the_same_model(tmp_path: Path) -> None:
     assert (again.hash, again.card.licence, again.card.figures) == (model.hash, "Apache-2.0", {"tar": 0.5})
     vectors = normalize(torch.randn(3, 24)).numpy()
     assert np.array_equal(again.transform("t12", vectors), model.transform("t12", vectors))
+
+
+@pytest.mark.parametrize("direction", [None, "t21"])
+def test_a_graphs_card_says_what_comes_out_of_it(tmp_path: Path, direction: Direction | None) -> None:
+    model = saved(tmp_path / "model", "linear", licence="MIT", mode="backward", compatible_with_hash="abc")
+    export_onnx(model, tmp_path / "m.onnx", images(), direction=direction)
+    export_program(model, tmp_path / "m.pt2", images(), direction=direction)
+    extra = {"model.json": ""}
+    torch.export.load(tmp_path / "m.pt2", extra_files=extra)
+    for card in (load_exported(tmp_path / "m.onnx").card, read_card(extra["model.json"], "m.pt2")):
+        assert card.transforms == {}
+        assert (card.dim, card.left_out) == ((DIM, ("t21",)) if direction is None else (24, ()))
+        assert (card.licence, card.mode, card.compatible_with_hash) == ("MIT", "backward", "abc")
+    assert load_exported(tmp_path / "model").card.left_out == ()
 
 
 def test_a_failed_check_leaves_no_file_and_keeps_the_earlier_one(tmp_path: Path) -> None:

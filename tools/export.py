@@ -7,14 +7,18 @@
   lce export runs/new new.pt2 --dataset data/train                    # a torch.export program
   lce export runs/new handover --dataset data/train --licence Apache-2.0 --figures evaluation.json     # a folder
 
-The form follows from the name. A file that differs by more than is allowed is not kept (exit status 2).
+The form follows from the name. ONNX files and programs hold one graph: without --transform the network alone, whose
+embeddings search galleries of the new model. Every form carries the model card. A file that differs by more than is
+allowed is not kept (exit status 2).
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.arguments import whole_number
 from tools.output import write_json
 
 if TYPE_CHECKING:
@@ -31,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="run folder or export folder")
     parser.add_argument("out", type=Path, help="NAME.onnx, NAME.pt2 or a folder")
     parser.add_argument("--dataset", type=Path, required=True, help="real images for the check")
-    parser.add_argument("--images", type=int, default=64, help="how many of them")
+    parser.add_argument("--images", type=whole_number(1), default=64, help="how many of them")
     parser.add_argument("--bound", type=float, default=1e-4, help="largest difference allowed in a component (float32)")
     parser.add_argument(
         "--normalisation", choices=("inside", "outside"), default="inside", help="inside: the file takes pixels 0 … 255"
@@ -44,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--transform", choices=("t21",), help="append this transformation to the network")
     which.add_argument("--only", choices=("t21", "t12"), help="this transformation alone, vectors in, vectors out")
     parser.add_argument("--old", type=Path, help="with --only t12: the old model, whose embeddings are compared on")
-    card = parser.add_argument_group("the model card of a folder")
+    card = parser.add_argument_group("the model card, which every form carries")
     card.add_argument("--licence", help="of the weights")
     card.add_argument("--notes")
     card.add_argument("--compatible-with", help="the old model, in the users' words")
@@ -76,11 +80,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace, model: "TorchModel", images: "np.ndarray") -> "Parity":
-    """Write ``args.out`` in the form that its name asks for."""
+    """Write ``args.out`` in the form that its name asks for, with the card that the arguments describe."""
     from trainer.errors import ModelError
     from trainer.onnx_export import export_onnx, export_transform
     from trainer.program_export import export_folder, export_program
 
+    model.card = model.card.model_copy(update=_card_changes(args))
     suffix = args.out.suffix
     if suffix != ".onnx" and (args.only or args.precision != "float32"):
         raise ModelError(f"{args.out}: --only and --precision are for .onnx files")
@@ -96,7 +101,7 @@ def _write(args: argparse.Namespace, model: "TorchModel", images: "np.ndarray") 
     if suffix != ".onnx":
         if suffix or args.transform:
             raise ModelError(f"{args.out}: known forms are .onnx, .pt2, and a folder (which keeps its transformations)")
-        return export_folder(model, args.out, images, model.card.model_copy(update=_card_changes(args)))
+        return export_folder(model, args.out, images, model.card)
     if args.only is not None:
         source = model if args.only == "t21" else _old_model(args)
         return export_transform(model, args.only, args.out, source.embed(images), bound=args.bound)
@@ -129,15 +134,15 @@ def _card_changes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _figures(tree: dict[str, Any]) -> dict[str, float]:
-    """The top-level numbers; of a result of ``lce evaluate`` rank-1 and TAR of each set and cell."""
-    figures = {k: float(v) for k, v in tree.items() if isinstance(v, int | float)}
+    """The top-level numbers; of a result of ``lce evaluate`` rank-1 and TAR of each set and cell; finite ones."""
+    figures = {k: v for k, v in tree.items() if isinstance(v, int | float)}
     for name, one in tree.get("sets", {}).items():
         for cell, value in one["cells"].items():
-            figures[f"{name} {cell} rank-1"] = float(value["rank"]["1"]["value"])
+            figures[f"{name} {cell} rank-1"] = value["rank"]["1"]["value"]
             for row in value["tar"]:
                 if row["resolved"]:
-                    figures[f"{name} {cell} TAR@FAR={row['far']:g}"] = float(row["value"])
-    return figures
+                    figures[f"{name} {cell} TAR@FAR={row['far']:g}"] = row["value"]
+    return {k: float(v) for k, v in figures.items() if v is not None and math.isfinite(v)}
 
 
 def _old_model(args: argparse.Namespace) -> Any:

@@ -61,6 +61,9 @@ class ModelCard(BaseModel):
     mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="of pixel / 255, in the order of color")
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     transforms: dict[Direction, TransformCard] = Field(default_factory=dict)
+    left_out: tuple[Direction, ...] = Field(
+        (), description="transformations that the model has beside this graph, which holds none of them"
+    )
     mode: str = Field(
         "", description="how it was made compatible: direct, backward, forward, both, cross-model or nothing"
     )

@@ -95,6 +95,14 @@ class _VectorGraph(nn.Module):
         return normalize(self.transform(normalize(vectors)))
 
 
+def graph_card(card: ModelCard, direction: Direction | None) -> ModelCard:
+    """The card of a graph from images to embeddings, through ``direction`` where given: of what comes out of it, and
+    without transformations, of which such a graph has none to call."""
+    if direction is not None:
+        return card.model_copy(update={"dim": card.transforms[direction].dim_out, "transforms": {}})
+    return card.model_copy(update={"transforms": {}, "left_out": tuple(card.transforms)})
+
+
 def plain_copy(module: nn.Module) -> nn.Module:
     """A copy on the CPU for inference, the orthogonal map as an ordinary linear layer."""
     module = module.plain() if isinstance(module, Orthogonal) else copy.deepcopy(module)
@@ -131,10 +139,9 @@ def export_onnx(
     if not len(images):
         raise ModelError(f"{path}: an export is compared on real images; none were given")
     expected = model.embed(images)
-    card = model.card
     if direction is not None:
         expected = model.transform(direction, expected)
-        card = card.model_copy(update={"dim": card.transforms[direction].dim_out, "transforms": {}})
+    card = graph_card(model.card, direction)
     graph = ImageGraph(model, normalisation, direction)
     metadata = {
         CARD_KEY: card.model_dump_json(),
@@ -307,8 +314,10 @@ def pick_images(card: ModelCard, dataset: Any, count: int) -> np.ndarray:
     """``count`` images spread evenly over a data set, (n, H, W, 3) uint8 RGB.
 
     Raises:
-        ModelError: the data set's images are not of the model's size.
+        ModelError: the data set's images are not of the model's size, or none are asked for.
     """
+    if count < 1:
+        raise ModelError(f"{count} images: an export is compared on real images, at least one")
     if tuple(dataset.info.image_size) != tuple(card.image_size):
         raise ModelError(f"the data set's images are {dataset.info.image_size}, the model takes {card.image_size}")
     chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))

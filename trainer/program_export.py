@@ -10,7 +10,7 @@ import torch
 from trainer.errors import ModelError
 from trainer.export import Direction, ModelCard, TorchModel, load_model, refuse_foreign, save_model
 from trainer.files import replaced
-from trainer.onnx_export import ImageGraph, Normalisation, Parity, compare
+from trainer.onnx_export import ImageGraph, Normalisation, Parity, compare, graph_card
 
 
 def export_folder(model: TorchModel, folder: str | Path, images: np.ndarray, card: ModelCard) -> Parity:
@@ -54,7 +54,9 @@ def export_program(
     with replaced(path, ModelError) as partial:
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         with partial.open("wb") as out:
-            torch.export.save(program, out, extra_files={"model.json": model.card.model_dump_json()})
+            torch.export.save(
+                program, out, extra_files={"model.json": graph_card(model.card, direction).model_dump_json()}
+            )
         with partial.open("rb") as back:
             loaded: Any = torch.export.load(back).module()
 

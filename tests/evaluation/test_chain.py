@@ -21,10 +21,10 @@ TURNS = {k: np.linalg.qr(GENERATOR.normal(size=(32, 32)))[0].astype(np.float32) 
 class Model:
     """Stands for a model with maps by rotation: ``into`` its anchor's space (T₂₁) and out ``of`` it (T₁₂)."""
 
-    def __init__(self, name, turn=None, maps=(), anchor=None, dim=32):
+    def __init__(self, name, turn=None, maps=(), anchor=None, dim=32, left_out=()):
         self.path, self.hash, self.dim, self._turn = name, name, dim, turn
         parts = {m: SimpleNamespace(dim_in=32, dim_out=32) for m in maps}
-        self.card = SimpleNamespace(transforms=parts, compatible_with_hash=anchor)
+        self.card = SimpleNamespace(transforms=parts, compatible_with_hash=anchor, left_out=left_out)
 
     def transform(self, direction, vectors):
         assert direction in self.card.transforms
@@ -93,6 +93,19 @@ def test_a_model_is_held_to_the_one_that_its_card_names():
         check_links(models)
     models["v2"] = Model("2", maps=("t21",), dim=16)
     with pytest.raises(ModelError, match="t21 maps dimension 32 to 32, needed is 16 to 32"):
+        check_links(models)
+
+
+def test_a_graph_without_the_map_to_its_anchor_is_not_compared_with_it():
+    models = {"old": Model("1"), "new": Model("2.onnx", anchor="1", left_out=("t21",))}
+    with pytest.raises(
+        ModelError, match=r"2\.onnx: .* of 1 through t21, which this file does not hold; .*--transform t21"
+    ):
+        check_links(models)
+    models["old"] = Model("2-int8.onnx", anchor="1", left_out=("t21",))  # another form of the same model
+    check_links(models)
+    models["new"] = Model("2.onnx", left_out=("t12",), dim=16)
+    with pytest.raises(ModelError, match="through t12, which this file does not hold; give the model folder"):
         check_links(models)
 
 

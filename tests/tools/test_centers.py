@@ -26,7 +26,7 @@ from trainer.data.packing import PackOptions, pack
 from trainer.data.sources import list_source
 from trainer.distributed import Ranks
 from trainer.errors import DataError
-from trainer.export import load_model
+from trainer.export import load_exported, load_model, read_card
 
 PEOPLE, IMAGES = 13, 60
 
@@ -253,3 +253,37 @@ def test_export_on_the_command_line(stage: Path, tmp_path: Path, capsys: pytest.
     assert main([*words[:2], str(tmp_path / "m.h5"), *words[3:]]) == 2
     assert "known forms are .onnx, .pt2" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "folder", "m.onnx"]
+    for images_asked in ("0", "-3"):
+        with pytest.raises(SystemExit):
+            main([*words[:5], "--images", images_asked])
+        assert "at least 1" in capsys.readouterr().err
+
+
+def test_every_form_of_export_carries_the_card_that_was_asked_for(stage: Path, tmp_path: Path) -> None:
+    (tmp_path / "figures.json").write_text('{"tar": 0.5, "nothing": NaN}')
+    asked = [
+        "--licence",
+        "MIT",
+        "--notes",
+        "hi",
+        "--compatible-with",
+        "v1",
+        "--figures",
+        str(tmp_path / "figures.json"),
+    ]
+    for name in ("m.onnx", "m.pt2", "folder"):
+        words = [
+            "export",
+            str(stage / "model"),
+            str(tmp_path / name),
+            "--dataset",
+            str(stage / "data"),
+            "--images",
+            "3",
+        ]
+        assert main([*words, *asked]) == 0
+    program = {"model.json": ""}
+    torch.export.load(tmp_path / "m.pt2", extra_files=program)
+    cards = [load_exported(tmp_path / name).card for name in ("m.onnx", "folder")]
+    for card in (*cards, read_card(program["model.json"], "m.pt2")):
+        assert (card.licence, card.notes, card.compatible_with, card.figures) == ("MIT", "hi", "v1", {"tar": 0.5})

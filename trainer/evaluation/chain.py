@@ -27,6 +27,12 @@ def check_links(models: Models) -> None:
     """Refuse a model whose embeddings cannot meet those of its anchor. Raises :class:`ModelError`."""
     for role, anchor in anchors(models).items():
         new, old = models[role], models[anchor]
+        if new.card.left_out and (old.dim != new.dim or new.card.compatible_with_hash == old.hash):
+            inside = ", or one that --transform t21 wrote" if "t21" in new.card.left_out else ""
+            raise ModelError(
+                f"{new.path}: its embeddings meet those of {old.path} through {' and '.join(new.card.left_out)}, which "
+                f"this file does not hold; give the model folder that it was exported from{inside}"
+            )
         if old.dim != new.dim and not new.card.transforms:
             raise ModelError(
                 f"{new.path}: dimension {new.dim} against {old.dim} of {old.path}, and no transformation between them "
