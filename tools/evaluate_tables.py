@@ -25,11 +25,11 @@ def tables(result: Mapping[str, Any]) -> "Iterator[Table]":
         yield _table(title, "query → gallery", [*_far_names(one["cells"]), "rank-1"], rows)
     for name, one in result["pair_sets"].items():
         rows = {
-            cell: [f"{of['accuracy']['mean']:.4f} ± {of['accuracy']['std']:.4f}", *_tars(of), _number(of["eer"], ".4f")]
+            cell: [_number(of["accuracy"]["mean"], ".4f"), *_tars(of), _number(of["eer"], ".4f")]
             for cell, of in one["cells"].items()
         }
         title = f"{name}: {one['genuine']:,} genuine and {one['impostor']:,} impostor pairs"
-        yield _table(title, "query → gallery", ["accuracy, 10 folds", *_far_names(one["cells"]), "EER"], rows)
+        yield _table(title, "query → gallery", ["accuracy", *_far_names(one["cells"]), "EER"], rows)
     for name, one in result["template_sets"].items():
         title = f"{name}: {one['templates']:,} templates of {one['images']:,} images"
         pairs, searches = (

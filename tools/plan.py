@@ -13,8 +13,11 @@ does not fit --memory, the simulation found a problem, or --verify one that is o
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
+
+from tools.arguments import above_zero, whole_number
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from trainer.planning.setting import Setting
     from trainer.planning.simulation import Simulated
 
+Case = tuple[int, float, int]
+"""Classes, sample rate and ranks of what --verify measures."""
 HELP = "memory, traffic and time of a run before it is queued"
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -32,25 +37,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="YAML file (default: a run of the sizes below)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example head.sample_rate=0.1")
     sizes = parser.add_argument_group("sizes, where the configuration does not say or is to be overruled")
-    sizes.add_argument("--classes", type=_count, metavar="C", help="all classes")
-    sizes.add_argument("--dim", type=int, help="D, the embedding's dimension")
+    sizes.add_argument("--classes", type=whole_number(1), metavar="C", help="all classes")
+    sizes.add_argument("--dim", type=whole_number(1), help="D, the embedding's dimension")
     sizes.add_argument("--backbone", help="its name, such as iresnet50 (r50 for short)")
-    sizes.add_argument("--gpus", "--ranks", dest="ranks", type=int, default=1, help="ranks, one a device (1)")
-    sizes.add_argument("--batch", type=int, metavar="b", help="samples per rank")
+    sizes.add_argument(
+        "--gpus", "--ranks", dest="ranks", type=whole_number(1), default=1, help="ranks, one a device (1)"
+    )
+    sizes.add_argument("--batch", type=whole_number(1), metavar="b", help="samples per rank")
     sizes.add_argument("--rate", type=float, help="sample rate of the head")
     sizes.add_argument("--rows", choices=("float32", "bfloat16"), help="dtype of the rows and their state")
     sizes.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="of the backbone")
-    sizes.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images")
-    sizes.add_argument("--records", type=_count, metavar="N", help="images of an epoch")
-    sizes.add_argument("--lce", type=int, metavar="D1", help="LCE against centres of this dimension")
+    sizes.add_argument("--image-size", type=whole_number(1), metavar="PIXELS", help="side of the images")
+    sizes.add_argument("--records", type=whole_number(1), metavar="N", help="images of an epoch")
+    sizes.add_argument("--lce", type=whole_number(1), metavar="D1", help="LCE against centres of this dimension")
     sizes.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, unless run.device is cpu")
     more = parser.add_argument_group("what else is asked")
     more.add_argument(
         "--memory", type=parse_bytes, metavar="SIZE", help="of a device, such as 80GiB: does it fit, what would"
     )
-    more.add_argument("--link-gbps", type=float, metavar="G", help="10⁹ bits per second of a rank's link: time to send")
-    more.add_argument("--samples-per-second", type=float, metavar="S", help="measured, all ranks together: hours")
-    more.add_argument("--simulate", type=int, metavar="N", help="check the configuration for N ranks without devices")
+    more.add_argument(
+        "--link-gbps", type=above_zero, metavar="G", help="10⁹ bits per second of a rank's link: time to send"
+    )
+    more.add_argument("--samples-per-second", type=above_zero, metavar="S", help="measured, all ranks together: hours")
+    more.add_argument(
+        "--simulate", type=whole_number(1), metavar="N", help="check the configuration for N ranks without devices"
+    )
     more.add_argument("--verify", action="store_true", help="measure planned runs here, in processes of their own")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
 
@@ -67,19 +78,40 @@ def _verify(args: argparse.Namespace) -> int:
     from tools.output import write_json
     from tools.plan_verify import CASES, as_text, case_setting, verify
     from tools.progress import progress_bar
+    from trainer.planning.setting import check_sizes
 
-    cases = CASES if args.classes is None else ((args.classes, args.rate or 1.0, args.ranks),)
+    device = args.device or "cpu"
+    cases = CASES if args.classes is None else ((args.classes, 1.0 if args.rate is None else args.rate, args.ranks),)
+    if device == "cuda":
+        cases = _within_gpus(cases)
+    settings = [case_setting(classes, rate, ranks, device, args.overrides) for classes, rate, ranks in cases]
+    for setting in settings:
+        check_sizes(setting)
     rows: list[dict[str, Any]] = []
     with progress_bar("measuring") as progress:
-        for number, (classes, rate, ranks) in enumerate(cases):
+        for number, setting in enumerate(settings):
             if progress is not None:
-                progress(number, len(cases))
-            rows += verify([case_setting(classes, rate, ranks, args.device or "cpu", args.overrides)])
+                progress(number, len(settings))
+            rows += verify([setting])
     good = all(row["ok"] for row in rows)
     write_json({"plan": "verify", **origin(), "ok": good, "cases": rows}, args.json)
     if args.json != "-":
         print(as_text(rows))
     return 0 if good else 1
+
+
+def _within_gpus(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """The cases whose ranks have a GPU each. Raises :class:`trainer.errors.ConfigError` where none has."""
+    import torch
+
+    from trainer.errors import ConfigError
+
+    there, needed = torch.cuda.device_count(), min(ranks for _, _, ranks in cases)
+    if there < needed:
+        raise ConfigError(
+            f"--verify --device cuda: needs {needed} GPU(s), torch sees {there}; take --device cpu or fewer --gpus"
+        )
+    return tuple(case for case in cases if case[2] <= there)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -104,15 +136,13 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     """The setting that the command line and the configuration describe.
 
     Raises:
-        ConfigError: a wrong configuration, or sizes that nothing says.
+        ConfigError: a wrong configuration, sizes that nothing says, or that training would refuse.
     """
     from trainer.compat.center_bank import CenterBank
     from trainer.data.index import open_dataset
     from trainer.errors import ConfigError
-    from trainer.planning.setting import Setting
+    from trainer.planning.setting import Setting, check_sizes
 
-    if args.ranks < 1 or (args.simulate is not None and args.simulate < 1):
-        raise ConfigError("--gpus, --simulate: at least 1")
     config = _config(args)
     data = config.data
     classes, records, side = args.classes, args.records, args.image_size
@@ -133,11 +163,13 @@ def make_setting(args: argparse.Namespace) -> "Setting":
         there = config.compat.bank is not None and config.compat.bank.exists()
         bank_dim = CenterBank.open(str(config.compat.bank)).dim if there else config.backbone.dim
     device: Literal["cpu", "cuda"] = args.device or ("cpu" if config.run.device == "cpu" else "cuda")
-    return Setting(config, classes, size or (112, 112), args.ranks, device, bank_dim, records)
+    setting = Setting(config, classes, size or (112, 112), args.ranks, device, bank_dim, records)
+    check_sizes(setting)
+    return setting
 
 
 def _config(args: argparse.Namespace) -> "Config":
-    from trainer.config import load_config, parse_config
+    from trainer.config import apply_override, load_config, parse_config
     from trainer.errors import ConfigError
 
     name = None if args.backbone is None else re.sub(r"^r(\d+)$", r"iresnet\1", args.backbone)
@@ -164,18 +196,8 @@ def _config(args: argparse.Namespace) -> "Config":
     if args.batch is None:
         tree["data"]["batch_size"] = 128 * args.ranks
     for setting in [*args.overrides, *settings]:
-        _set(tree, setting)
+        apply_override(tree, setting)
     return parse_config(tree, "lce plan")
-
-
-def _set(tree: dict[str, Any], setting: str) -> None:
-    import yaml
-
-    key, _, text = setting.partition("=")
-    *sections, last = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-    tree[last] = yaml.safe_load(text)
 
 
 def as_figures(plan: "Plan", args: argparse.Namespace) -> dict[str, Any]:
@@ -300,19 +322,12 @@ def _size(size: float) -> str:
     raise AssertionError("unreachable")
 
 
-def _count(text: str) -> int:
-    try:
-        value = int(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: not a number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return value
-
-
 def parse_bytes(text: str) -> int:
     """A size such as ``80GiB`` or ``80GB`` in bytes. Raises :class:`argparse.ArgumentTypeError`."""
     found = re.fullmatch(r"([\d.]+)\s*(|K|M|G|T|Ki|Mi|Gi|Ti)B?", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text}: expected a size such as 80GiB or 80GB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    size = float(found[1]) * _UNITS[found[2]]
+    if not 1 <= size < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}: at least a byte, and less than 8 EiB")
+    return int(size)

@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from trainer.config import parse_config
+from trainer.config import apply_override, parse_config
 from trainer.planning.memory import peak_bytes
 from trainer.planning.plan import make_plan
 from trainer.planning.setting import Setting
@@ -22,8 +22,6 @@ def case_setting(classes: int, rate: float, ranks: int, device: str, changes: Se
 
     ``changes`` are ``section.key=value`` strings on top.
     """
-    import yaml
-
     tree: dict[str, Any] = {
         "run": {"dir": "unused", "device": device},
         "data": {
@@ -39,9 +37,7 @@ def case_setting(classes: int, rate: float, ranks: int, device: str, changes: Se
         "checkpoint": {"asynchronous": False},  # there is none here, and so no copy for it
     }
     for change in changes:
-        key, _, text = change.partition("=")
-        section, _, name = key.partition(".")
-        tree.setdefault(section, {})[name] = yaml.safe_load(text)
+        apply_override(tree, change)
     config = parse_config(tree, "lce plan --verify")
     data = config.data
     kind: Any = device

@@ -384,14 +384,20 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         if is_layer(override):
             _merge(tree, _read_yaml(Path(override), ()))
             continue
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {override!r}: expected section.key=value, for example optimizer.lr=0.05")
-        try:
-            _merge(tree, _nest(key.split("."), yaml.safe_load(text)))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+        apply_override(tree, override)
     return parse_config(tree, str(path))
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Put ``section.key=value``, the value read as YAML, into a tree of plain values. Raises :class:`ConfigError`."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value, for example optimizer.lr=0.05")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
+        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+    _merge(tree, _nest(key.split("."), value))
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:

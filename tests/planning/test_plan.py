@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tools.cli import main
-from tools.plan_verify import case_setting, verify
+from tools.plan import _within_gpus
+from tools.plan_verify import CASES, case_setting, verify
 from trainer.config import parse_config
 from trainer.errors import ConfigError
 from trainer.planning.activations import backbone_sizes
@@ -186,6 +187,74 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "head.sample_rate=2", "--classes", "100"]) == 2
     assert "head.sample_rate" in capsys.readouterr().err
     assert main(["plan"]) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--classes inf",
+        "--classes nan",
+        "--classes 2.5",
+        "--classes 1e30",
+        "--link-gbps 0",
+        "--link-gbps -4",
+        "--link-gbps inf",
+        "--samples-per-second 0",
+        "--samples-per-second -1",
+        "--lce 0",
+        "--lce -2",
+        "--image-size 0",
+        "--gpus 0",
+        "--verify --gpus 0",
+        "--simulate 0",
+        "--batch 0",
+        "--dim 0",
+        "--records 0",
+        "--memory 0GiB",
+    ],
+)
+def test_sizes_that_cannot_be_meant_are_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *([] if "--classes" in words else ["--classes", "100"]), *words.split()])
+    assert stopped.value.code == 2
+    assert f": {words.split()[-1]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["head.sample_rate=["], "the value is not YAML"),
+        (["head.sample_rate=2026-13-45"], "the value is not YAML"),
+        (["--verify", "head.sample_rate=["], "the value is not YAML"),
+        (["--gpus", "101"], "101 ranks for 100 classes"),
+        (["--verify", "--gpus", "101"], "101 ranks for 100 classes"),
+        (["--lce", "256", "--dim", "512"], "use backbone.dim=256"),
+        (["--verify", "--rate", "0"], "sample_rate"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--classes", "100", "--backbone", "small", "--image-size", "32", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert reason in error
+    assert len(error.splitlines()) == 1
+
+
+def test_centres_of_another_dimension_are_planned_through_maps(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--classes", "100", "--backbone", "small", "--image-size", "32", "--dim", "512", "--lce", "256"]
+    assert main([*words, "compat.mode=backward"]) == 0
+    assert "old centres" in capsys.readouterr().out
+
+
+def test_verifying_on_gpus_needs_as_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["plan", "--verify", "--device", "cuda"]) == 2
+    assert "needs 1 GPU(s), torch sees 0" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["plan", "--verify", "--device", "cuda", "--classes", "100", "--gpus", "2"]) == 2
+    assert "needs 2 GPU(s), torch sees 1" in capsys.readouterr().err
+    assert _within_gpus(CASES) == tuple(case for case in CASES if case[2] == 1)
 
 
 def test_a_recipe_without_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

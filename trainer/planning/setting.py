@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.config import Config
+from trainer.errors import ConfigError
 from trainer.head.partition import class_range
 from trainer.head.sampling import stratum_count
 
@@ -76,3 +77,18 @@ class Setting:
     def work_bytes(self) -> int:
         """Bytes of a number in the head's arithmetic."""
         return 8 if self.config.head.rows == "float64" else 4
+
+
+def check_sizes(setting: Setting) -> None:
+    """Refuse sizes that training would refuse. Raises :class:`trainer.errors.ConfigError`."""
+    if setting.world_size > setting.num_classes:
+        raise ConfigError(
+            f"{setting.world_size} ranks for {setting.num_classes} classes: a rank would own none; start at most "
+            f"{setting.num_classes}"
+        )
+    compat, dim, old = setting.config.compat, setting.config.backbone.dim, setting.bank_dim
+    if old is not None and old != dim and compat.mode == "direct" and compat.method != "fct":
+        raise ConfigError(
+            f"compat.method = {compat.method}: the old centres have dimension {old}, backbone.dim is {dim}; use "
+            f"backbone.dim={old}, or lce with compat.mode=backward, forward or both, which map between the two"
+        )
