@@ -50,6 +50,18 @@ def test_the_page_has_tables_plots_and_what_is_missing(tmp_path: Path, capsys: p
         assert (page.parent / "pictures" / plot).stat().st_size > 5000
 
 
+@pytest.mark.parametrize("section", results.SECTIONS, ids=lambda section: section.file)
+def test_json_of_another_shape_is_named(
+    section: results.Section, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("{}", "[1]", '"x"'):
+        (tmp_path / section.file).write_text(text)
+        assert cli.main(["bench", "results", "--figures", str(tmp_path), "--out", str(tmp_path / "results.md")]) == 2
+        error = capsys.readouterr().err
+        assert f"{section.file}: not what its benchmark writes" in error
+        assert len(error.strip().splitlines()) == 1
+
+
 def test_the_committed_figures_can_be_shown(tmp_path: Path) -> None:
     page = tmp_path / "results.md"
     assert cli.main(["bench", "results", "--figures", str(COMMITTED), "--out", str(page)]) == 0

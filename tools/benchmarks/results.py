@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
         return failed
     if not args.figures.is_dir():
         raise ConfigError(f"--figures {args.figures}: no such folder")
-    known = {one.file: _read(args.figures / one.file) for one in SECTIONS}
+    known = {one.file: _read(args.figures / one.file, one.text) for one in SECTIONS}
     pictures = args.out.parent / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     plots = [name for name, plot in PLOTS.items() if plot(known, pictures / name)]
@@ -208,15 +208,22 @@ def _without(missing: Sequence[str]) -> str:
     return f"; not measured: {', '.join(missing)}" if missing else ""
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, text: Callable[[Any], str]) -> Any:
     from trainer.errors import ConfigError
 
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        figures = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
+    try:
+        text(figures)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: not what its benchmark writes ({error!r}); remove the file, or measure again with --measure"
+        ) from None
+    return figures
 
 
 def page(known: dict[str, Any], plots: Sequence[str]) -> str:
