@@ -7,10 +7,13 @@ In a chain of upgrades --between names the models that came between, and the new
 
     lce evaluate --old runs/v1 --between v2=runs/v2 --new runs/v3 --data unseen=data/unseen
 
+Pair lists and template sets name no identities: they give figures, no verdict.
+
+    lce evaluate --old runs/old --new runs/new --pairs lfw=data/lfw.bin --templates ijbc=data/IJBC
+
 Models are run folders, export folders or ONNX files; data sets are what `lce pack` makes, or a folder of identity
 folders. Give identities that no setting was chosen on. The verdict on each set is by rank-1 and by the TAR at the
-smallest of the FARs that its pairs can resolve. Pair lists (--pairs) and template sets (--templates) name no
-identities: they give figures, no verdict. Several ranks share the embedding:
+smallest of the FARs that its pairs can resolve. Several ranks share the embedding:
 
     torchrun --nproc-per-node 2 -m tools.cli evaluate …
 

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--old", type=Path, help="with --only t12: the old model, whose embeddings are compared on")
     card = parser.add_argument_group("the model card, which every form carries")
     card.add_argument("--licence", help="of the weights")
-    card.add_argument("--notes")
+    card.add_argument("--notes", help="anything that users should know")
     card.add_argument("--compatible-with", help="the old model, in the users' words")
     card.add_argument("--figures", type=Path, help="what lce evaluate --json wrote, or any JSON of numbers")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")

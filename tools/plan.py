@@ -1,14 +1,15 @@
 """What a run will need, before it is queued: memory of a rank by part, bytes per update, size on disk, hours.
 
-  lce plan configs/FILE.yaml --gpus 8                            # a recipe; key=value overrides behind it
+  lce plan configs/data/ms1mv3.yaml configs/network/r50.yaml --classes 93431 --gpus 8 head.sample_rate=0.1
   lce plan --classes 29e6 --dim 512 --backbone iresnet50 --gpus 8 --batch 128 --memory 32GiB
   lce plan --classes 2e6 --gpus 8 --link-gbps 100 --samples-per-second 5000 --records 42e6 --json -
-  lce plan configs/FILE.yaml --classes 2e6 --gpus 64 --simulate 512     # take a step as ranks of 512 that are not there
+  lce plan --classes 2e6 --gpus 64 --batch 128 --simulate 512    # take a step as ranks of 512 that are not there
   lce plan --verify                                              # planned beside measured on this machine, 3 minutes
 
-Tables and bytes sent are exact; what a step of the head needs besides is a model of the code, within a tenth of the
-measured peak on the CPU (--verify, small networks). What was not measured on such a device is marked. Exit status 1: it
-does not fit --memory, the simulation found a problem, or --verify one that is off by more than a tenth.
+Files are a recipe's layers; --classes is needed only where the data set is not there. Tables and bytes sent are exact;
+what a step of the head needs besides is a model of the code, within a tenth of the measured peak on the CPU (--verify,
+small networks). What was not measured on such a device is marked. Exit status 1: it does not fit --memory, the
+simulation found a problem, or --verify one that is off by more than a tenth.
 """
 
 import argparse
