@@ -78,6 +78,8 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
     assert "| LCE, direct |" in (tmp_path / "table.md").read_text()
     assert "| failed |" in (tmp_path / "table.md").read_text()
 
+    run = compat_lab.Children.run
+
     def refuse(*_: object) -> int:
         raise AssertionError("trained again")
 
@@ -85,6 +87,19 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
     status, again = bench(tmp_path, "--methods", "independent,lce", "--seeds", "1")
     assert status == 0
     assert again["methods"]["lce"] == methods["lce"]
+
+    trained: list[str] = []
+
+    def note(self: compat_lab.Children, command: Sequence[str], log: Path) -> int:
+        trained.append(log.stem.split("-")[0])
+        return run(self, command, log)
+
+    monkeypatch.setattr(compat_lab.Children, "run", note)  # another old model: the paragon knows nothing of it
+    weights = tmp_path / "weights.json"
+    weights.write_text(json.dumps({"methods": {"lce": {"weight": 60.0}}}))
+    words = ["--methods", "independent,lce", "--seeds", "1", "--weights", str(weights)]
+    assert bench(tmp_path, *words, sizes=(*SIZES, "--old-steps", "7"))[0] == 0
+    assert trained == ["old", "lce"]
 
 
 def test_a_folder_of_data_sets_with_weights_chosen_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,6 +231,10 @@ class Lab:
         words += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
         words = [*words, *QUIET, *self.settings, *overrides]
         key = [dump_config(load_config(config, words)).replace(str(self.out), "lab"), *self._pictures_key(seed)]
+        for word in overrides:
+            made = Path(word.partition("=")[2])
+            if made.parent == self.folder(seed):  # the centres or embeddings of an old model
+                key.append(self._hash(made.with_name(made.name.removesuffix("-bank").removesuffix(".npy"))))
 
         def action() -> None:
             log = self.folder(seed) / "output" / f"{name}.txt"
