@@ -178,11 +178,12 @@ class Watch:
             return None if first is None or first["rank"] == self.ranks.rank else _stopped_because(first)
         if not self.stop_signal:
             return None
-        now, notes = time.monotonic(), {int(n["rank"]): float(n["time"]) for n in self._notes()}
-        for rank in range(self.ranks.world_size):
-            said, since = self._heard.get(rank, (math.nan, now))
-            if notes.get(rank, 0.0) != said:
-                self._heard[rank] = notes.get(rank, 0.0), now
+        now = time.monotonic()
+        for note in self._notes():  # of ranks that came to the end there is none
+            rank, said = int(note["rank"]), float(note["time"])
+            before, since = self._heard.get(rank, (math.nan, now))
+            if said != before:
+                self._heard[rank] = said, now
             elif now - since > SILENT_SECONDS:
                 return f"rank {rank} went away without a word (killed, or its machine is gone); stopped"
         return None
