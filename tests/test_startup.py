@@ -14,7 +14,10 @@ import yaml
 from tests.data.samples import packed
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, tree
-from trainer.compat.center_bank import BankInfo, write_bank
+from trainer.compat.center_bank import BankInfo, CenterBank, write_bank
+from trainer.compat.convert import check_centers
+from trainer.data import open_dataset
+from trainer.data.splitting import SplitOptions, save_tables, split
 from trainer.distributed import Ranks
 from trainer.engine import train
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError, ModelError
@@ -24,7 +27,7 @@ from trainer.startup import check_agreement, check_writable
 ROOT = Path(__file__).parent.parent
 
 
-def _bank(folder: Path, classes: int, dim: int) -> Path:
+def _bank(folder: Path, classes: int, dim: int, info: BankInfo | None = None) -> Path:
     centers = torch.nn.functional.normalize(
         torch.randn(classes, dim, generator=torch.Generator().manual_seed(0)), dim=1
     )
@@ -34,7 +37,7 @@ def _bank(folder: Path, classes: int, dim: int) -> Path:
         boundaries=torch.full((classes,), 0.5),
         counts=torch.ones(classes, dtype=torch.int64),
         mask=torch.ones(classes, dtype=torch.bool),
-        info=BankInfo(),
+        info=info or BankInfo(),
     )
     return folder
 
@@ -102,6 +105,25 @@ def test_bad_input_is_refused_and_leaves_nothing(dataset: Path, tmp_path: Path, 
         train(_real(tmp_path / "run", dataset, **changes), Ranks())
     assert "\n" not in str(caught.value)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_bank_of_other_identities_is_refused(tmp_path: Path) -> None:
+    """An open-class split into halves: the class counts are equal, the people are not."""
+    folder = packed(tmp_path, 4, 4)
+    save_tables(split(open_dataset(folder), SplitOptions("open-class", share=0.5)), tmp_path, "")
+    old, new = (open_dataset(folder, tmp_path / f"{name}.npy") for name in ("old", "new"))
+    given = {"compat__method": "lce", "train__steps": 1, "data__labels": str(tmp_path / "new.npy")}
+    wrong = _bank(tmp_path / "wrong", 2, 6, BankInfo(dataset=old.named, numbering=old.numbering))
+    with pytest.raises(CenterBankError, match=r"wrong: made for .*old\.npy, .*new\.npy; make the bank from this"):
+        train(_real(tmp_path / "run", folder, compat__bank=str(wrong), **given), Ranks())
+    with pytest.raises(CenterBankError, match="other identities"):
+        check_centers(CenterBank.open(wrong), 2, 6, BankInfo(dataset=new.named, numbering=new.numbering))
+    cleaned = np.array(new.labels)
+    cleaned[np.flatnonzero(cleaned >= 0)[0]] = -1
+    np.save(tmp_path / "new.npy", cleaned)
+    for name, numbering in (("right", new.numbering), ("unknown", None)):
+        bank = _bank(tmp_path / name, 2, 6, BankInfo(numbering=numbering))
+        train(_real(tmp_path / f"run-{name}", folder, compat__bank=str(bank), **given), Ranks())
 
 
 def test_a_good_run_on_the_same_data_set(dataset: Path, tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.arguments import whole_number
 from tools.output import write_json
 
 if TYPE_CHECKING:
     from trainer.compat.boundary import BoundaryRule
     from trainer.compat.center_bank import CenterBank
     from trainer.compat.class_map import ClassMap
+    from trainer.data.index import Dataset
 
 HELP = "make the centre bank of an old model, or look into one"
 
@@ -33,18 +35,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("dataset", type=Path, help="data set folder")
     model.add_argument("out", type=Path, help="the bank's folder")
     model.add_argument("--labels", type=Path, help="int64 .npy that replaces the data set's labels")
-    model.add_argument("--nproc", type=int, default=1, help="processes on this machine (torchrun is started for you)")
-    model.add_argument("--batch-size", type=int, default=256)
+    model.add_argument(
+        "--nproc", type=whole_number(1), default=1, help="processes on this machine (torchrun is started for you)"
+    )
+    model.add_argument("--batch-size", type=whole_number(1), default=256)
     model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     model.add_argument("--flip", action="store_true", help="embed as the sum of the image and its mirror image")
-    model.add_argument("--embeddings", type=Path, help="keep the embeddings by record in this .npy file")
+    model.add_argument("--embeddings", type=Path, help="keep the embeddings by record in this new .npy file")
     _add_rule(model)
     embeddings = commands.add_parser("from-embeddings", help="mean and boundary of old embeddings per class")
     embeddings.add_argument("embeddings", type=Path, nargs="+", help=".npy, .npz, .safetensors or .pt files, in order")
     embeddings.add_argument("out", type=Path, help="the bank's folder")
-    embeddings.add_argument("--labels", type=Path, help="int64 .npy, the new class of each embedding (−1: leave out)")
+    embeddings.add_argument(
+        "--labels",
+        type=Path,
+        help="whole numbers (.npy), the new class of each embedding (−1: leave out); the .yaml beside it counts",
+    )
     embeddings.add_argument("--dataset", type=Path, help="take labels and class count from this data set")
-    embeddings.add_argument("--classes", type=int, help="class count, where it is more than the largest label + 1")
+    embeddings.add_argument(
+        "--classes", type=whole_number(1), help="class count, where neither the data set nor the labels' .yaml says it"
+    )
     embeddings.add_argument("--key", help="the array's name inside the files")
     _add_rule(embeddings)
     classifier = commands.add_parser("from-classifier", help="the rows of the old model's classifier")
@@ -52,17 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     classifier.add_argument("out", type=Path, help="the bank's folder")
     classifier.add_argument("--key", help="the weight's name inside the file (default: guessed and shown)")
     classifier.add_argument("--layout", choices=("auto", "rows", "columns"), default="auto", help="rows: classes × dim")
-    classifier.add_argument("--old-classes", type=int, help="the old class count: settles guesses, finds lost ranks")
+    classifier.add_argument(
+        "--old-classes", type=whole_number(1), help="the old class count: settles guesses, finds lost ranks"
+    )
     classifier.add_argument(
         "--map", type=Path, help="which old class each new class is: .npy (−1: none) or .csv new,old"
     )
-    classifier.add_argument("--new-dataset", type=Path, help="the new training set, for class names")
+    classifier.add_argument("--new-dataset", type=Path, help="the new training set, for class names and count")
     classifier.add_argument("--old-dataset", type=Path, help="the old training set, for class names")
     for sub in (model, embeddings, classifier):
         _add_output(sub)
     info = commands.add_parser("info", help="counts, boundaries, and likely duplicates in a bank")
     info.add_argument("bank", type=Path)
-    info.add_argument("--pairs", type=int, default=10, help="how many nearest pairs of centres to show")
+    info.add_argument("--pairs", type=whole_number(0), default=10, help="how many nearest pairs of centres to show")
     info.add_argument("--verify", action="store_true", help="read everything and compare the checksums first")
     info.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
 
@@ -78,7 +90,7 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--storage", choices=("float32", "bfloat16", "int8"), default="float32")
-    parser.add_argument("--force", action="store_true", help="replace an existing bank")
+    parser.add_argument("--force", action="store_true", help="replace what exists")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
 
 
@@ -141,22 +153,24 @@ def _from_embeddings(args: argparse.Namespace) -> int:
     from trainer.compat.center_bank import BankInfo, CenterBank
     from trainer.compat.convert import bank_from_embeddings
     from trainer.compat.sources import open_rows, read_labels
-    from trainer.data.index import open_dataset
+    from trainer.data.index import open_dataset, table_info
     from trainer.errors import LceError
 
     if (args.labels is None) == (args.dataset is None):
         raise LceError("give the classes of the embeddings: --labels FILE or --dataset FOLDER, one of them")
-    rule, classes = _rule(args), args.classes
+    rule, dataset = _rule(args), None
     if args.dataset is not None:
         dataset = open_dataset(args.dataset)
-        labels, classes = dataset.labels, classes or dataset.num_classes
+        labels, classes = dataset.sound_labels, args.classes or dataset.num_classes
     else:
-        labels = read_labels(args.labels)
+        labels, described = read_labels(args.labels), table_info(args.labels)
+        classes = args.classes or (described.num_classes if described else int(labels.max(initial=-1)) + 1)
     info = BankInfo(
         made_from="embeddings",
         source=" ".join(str(path) for path in args.embeddings),
-        dataset=None if args.dataset is None else str(args.dataset),
-        dataset_fingerprint=None if args.dataset is None else dataset.fingerprint,
+        dataset=None if dataset is None else dataset.named,
+        dataset_fingerprint=None if dataset is None else dataset.fingerprint,
+        numbering=None if dataset is None or classes != dataset.num_classes else dataset.numbering,
         boundary=rule.words(),
     )
     started = time.perf_counter()
@@ -164,7 +178,7 @@ def _from_embeddings(args: argparse.Namespace) -> int:
         bank = bank_from_embeddings(
             open_rows(args.embeddings, args.key),
             labels,
-            classes or int(labels.max()) + 1,
+            classes,
             args.out,
             info,
             rule=rule,
@@ -182,16 +196,19 @@ def _from_classifier(args: argparse.Namespace) -> int:
     from trainer.compat.center_bank import BankInfo
     from trainer.compat.classifiers import open_classifier
     from trainer.compat.convert import bank_from_rows
+    from trainer.data.index import open_dataset
 
+    new, old = (None if path is None else open_dataset(path) for path in (args.new_dataset, args.old_dataset))
     classifier = open_classifier(args.source, args.key, args.layout, args.old_classes)
-    class_map = _class_map(args)
+    class_map = _class_map(args.map, new, old)
     print(classifier.found, file=sys.stderr)
     if class_map is not None:
         print(class_map.summary, file=sys.stderr)
     info = BankInfo(
         made_from="classifier",
         source=" ".join(str(path) for path in args.source),
-        dataset=None if args.new_dataset is None else str(args.new_dataset),
+        dataset=None if new is None else new.named,
+        numbering=None if new is None else new.numbering,
         boundary="none (a classifier says nothing of the spread of its images)",
     )
     started = time.perf_counter()
@@ -209,25 +226,22 @@ def _from_classifier(args: argparse.Namespace) -> int:
     return 0
 
 
-def _class_map(args: argparse.Namespace) -> "ClassMap | None":
+def _class_map(file: Path | None, new: "Dataset | None", old: "Dataset | None") -> "ClassMap | None":
+    """From a file (its names are those of the data sets, where they have some), else from equal names, else None."""
     from trainer.compat.class_map import ClassMap
-    from trainer.data.index import open_dataset
     from trainer.errors import CenterBankError
 
-    names: list[list[str] | None] = []
-    for path in (args.new_dataset, args.old_dataset):
-        dataset = None if path is None else open_dataset(path)
-        names.append(None if dataset is None else dataset.class_names)
-        if dataset is not None and names[-1] is None:
-            raise CenterBankError(f"{path}: its classes have no names; give numbers in --map instead")
-    new, old = names
-    if args.map is not None:
-        return ClassMap.from_file(args.map, new, old)
-    if new is not None and old is not None:
-        return ClassMap.from_names(new, old, f"{args.new_dataset} and {args.old_dataset}")
-    if new is not None or old is not None:
+    new_names, old_names = (None if dataset is None else dataset.class_names for dataset in (new, old))
+    if file is not None:
+        return ClassMap.from_file(file, new_names, old_names, None if new is None else new.num_classes)
+    for dataset, names in ((new, new_names), (old, old_names)):
+        if dataset is not None and names is None:
+            raise CenterBankError(f"{dataset.path}: its classes have no names; give numbers in --map instead")
+    if new is None and old is None:
+        return None
+    if new is None or old is None or new_names is None or old_names is None:
         raise CenterBankError("identical names need both --new-dataset and --old-dataset")
-    return None
+    return ClassMap.from_names(new_names, old_names, f"{new.path} and {old.path}")
 
 
 def _info(args: argparse.Namespace) -> int:

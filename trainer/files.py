@@ -36,6 +36,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def why_unwritable(folder: Path) -> str | None:
+    """Why no file can be made in ``folder`` (which need not exist yet), or None; leaves nothing behind."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is a file, not a folder"
+    probe = existing / f".writable-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return f"cannot be written ({error.strerror})"
+    return None
+
+
 @contextlib.contextmanager
 def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
     """A path beside ``target`` (a file or a folder to be) that takes its place when the block ends well, else is

@@ -1,7 +1,6 @@
 """What is checked before anything is written: the inputs, the run folder, and that all ranks agree."""
 
 import hashlib
-import os
 import platform
 import socket
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from trainer.config import Config, dump_config
 from trainer.data import Dataset, DatasetInfo, open_dataset
 from trainer.distributed import Ranks, agree, gather_objects
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
+from trainer.files import why_unwritable
 from trainer.weights import matching_weights
 from trainer.writers import check_writers
 
@@ -99,7 +99,9 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
         if ranks.is_main:
             check_writable(config.run.dir)
         return Inputs(dataset, classes, size, None, None, cross)
-    bank = None if config.compat.method == "none" or config.compat.bank is None else _open_bank(config, classes)
+    bank = (
+        None if config.compat.method == "none" or config.compat.bank is None else _open_bank(config, classes, dataset)
+    )
     old = _open_old(config, dataset, size, ranks)
     if config.compat.method not in ("none", "lce"):
         _check_rival(config, bank, old)
@@ -119,7 +121,7 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
     return Inputs(dataset, classes, size, bank, old)
 
 
-def _open_bank(config: Config, classes: int) -> CenterBank:
+def _open_bank(config: Config, classes: int, dataset: Dataset | None) -> CenterBank:
     if config.compat.mode != "direct" and config.head.sub_centers > 1:
         raise ConfigError(
             f"compat.mode = {config.compat.mode} with head.sub_centers = {config.head.sub_centers}: an old centre has "
@@ -127,11 +129,7 @@ def _open_bank(config: Config, classes: int) -> CenterBank:
         )
     assert config.compat.bank is not None
     bank = CenterBank.open(config.compat.bank)
-    if bank.num_classes != classes:
-        raise CenterBankError(
-            f"{config.compat.bank}: {bank.num_classes} classes, the data set has {classes}; "
-            "make the bank from this data set (lce centers)"
-        )
+    bank.check_classes(classes, dataset, "compat.bank")
     if config.compat.method == "lce" and config.compat.mode == "direct" and bank.dim != config.backbone.dim:
         raise CenterBankError(
             f"{config.compat.bank}: dimension {bank.dim}, backbone.dim is {config.backbone.dim}; "
@@ -185,17 +183,9 @@ def _check_sync(config: Config, ranks: Ranks) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise :class:`ConfigError` unless files can be made in ``folder`` (or it can be made); leaves nothing behind."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ConfigError(f"run.dir = {folder}: {existing} is a file, not a folder")
-    probe = existing / f".writable-{os.getpid()}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"run.dir = {folder}: cannot be written ({error.strerror}); choose another run.dir") from None
+    reason = why_unwritable(folder)
+    if reason is not None:
+        raise ConfigError(f"run.dir = {folder}: {reason}; choose another run.dir")
 
 
 def identity(config: Config, inputs: Inputs) -> dict[str, str]:

@@ -146,6 +146,16 @@ def test_class_maps_by_names_and_their_errors(tmp_path: Path) -> None:
     path.write_text("bo,ann\ndee,cy\n")
     with pytest.raises(CenterBankError, match=r"line 2: no class is called 'dee'"):
         ClassMap.from_file(path, ["ann", "bo"], ["cy", "ann"])
+    path.write_text("0,1\nbo,cy\n")
+    by_both = ClassMap.from_file(path, ["ann", "bo", "cy"], ["cy", "ann"])
+    assert by_both.first.tolist() == [1, 0, -1], "no name is a number, so numbers are meant; the last has no old class"
+    with pytest.raises(CenterBankError, match=r"line 1: no class is called '0'"):
+        ClassMap.from_file(path, ["1", "bo"], None)
+    path.write_text("0,1\n")
+    assert ClassMap.from_file(path, None, None, 3).first.tolist() == [1, -1, -1]
+    np.save(tmp_path / "map.npy", np.array([0, 1]))
+    with pytest.raises(CenterBankError, match="maps 2 classes, the new data set has 3"):
+        ClassMap.from_file(tmp_path / "map.npy", None, None, 3)
     with pytest.raises(CenterBankError, match="no class name is in both"):
         ClassMap.from_names(["a"], ["b"])
     with pytest.raises(CenterBankError, match="entry 1 is -3"):

@@ -11,7 +11,8 @@ import pytest
 
 from tests.data.samples import MXNET, encoded, identity_folders, mxnet_copy, packed
 from trainer.data import open_dataset, recordio, store
-from trainer.data.index import DatasetInfo, PartInfo, save_description
+from trainer.data.index import DatasetInfo, PartInfo, renumbered, save_description
+from trainer.data.splitting import SplitOptions, save_tables, split
 from trainer.errors import DataError
 
 EXPECTED = json.loads((MXNET / "expected.json").read_text())
@@ -111,6 +112,56 @@ def test_a_table_relabels_and_drops_without_rewriting(tmp_path: Path) -> None:
     assert dataset.fingerprint != open_dataset(folder).fingerprint
     (tmp_path / "mine.yaml").write_text("num_classes: 50\nrecords: 45\n")
     assert open_dataset(folder, tmp_path / "mine.npy").num_classes == 50
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_numbering_is_that_of_identities(tmp_path: Path, named: bool) -> None:
+    folder = packed(tmp_path, 4, 4)
+    description = folder / "dataset.yaml"
+    if not named:
+        description.write_text(description.read_text().replace("class_names: classes.txt\n", ""))
+    dataset = open_dataset(folder)
+    save_tables(split(dataset, SplitOptions("open-class", share=0.5)), tmp_path, "")
+    save_tables(split(dataset, SplitOptions("extended-class", share=0.5)), tmp_path / "extended", "")
+    old, new = (open_dataset(folder, tmp_path / f"{name}.npy") for name in ("old", "new"))
+    assert renumbered(old.numbering, new.numbering)
+    assert renumbered(old.numbering, dataset.numbering)
+    assert not renumbered(open_dataset(folder, tmp_path / "extended" / "new.npy").numbering, dataset.numbering)
+    before = dataset.fingerprint
+    np.save(folder / "labels.npy", np.where(np.arange(16) == 5, -1, dataset.labels))
+    assert open_dataset(folder).fingerprint != before
+    assert open_dataset(folder).numbering == dataset.numbering
+    (tmp_path / "new.yaml").unlink()
+    assert open_dataset(folder, tmp_path / "new.npy").numbering is None
+    assert not renumbered(None, dataset.numbering)
+    np.save(tmp_path / "old.classes.npy", np.arange(3))
+    with pytest.raises(DataError, match=r"old\.classes\.npy: expected"):
+        open_dataset(folder, tmp_path / "old.npy").numbering  # noqa: B018
+
+
+def test_a_tables_classes_have_their_own_names(tmp_path: Path) -> None:
+    folder = packed(tmp_path, 4, 4)
+    save_tables(split(open_dataset(folder), SplitOptions("open-class", share=0.5)), tmp_path, "")
+    for name in ("old", "new"):
+        classes = np.load(tmp_path / f"{name}.classes.npy").tolist()
+        assert open_dataset(folder, tmp_path / f"{name}.npy").class_names == [f"person{c:02d}" for c in classes]
+    np.save(tmp_path / "new.classes.npy", np.array([1, 9]))
+    with pytest.raises(DataError, match="belongs to another data set"):
+        open_dataset(folder, tmp_path / "new.npy").class_names  # noqa: B018
+
+
+def test_folders_and_their_packed_copy_are_numbered_alike(tmp_path: Path) -> None:
+    folder = packed(tmp_path, 3, 2)
+    files = open_dataset(tmp_path / "source")
+    assert files.class_names == ["person00", "person01", "person02"]
+    assert files.numbering == open_dataset(folder).numbering
+
+
+def test_labels_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
+    folder = packed(tmp_path, 2, 2)
+    np.save(tmp_path / "far.npy", np.array([0, 1, 0, 999_999_999_999]))
+    with pytest.raises(DataError, match=r"far\.npy: 1000000000000 classes"):
+        open_dataset(folder, tmp_path / "far.npy")
 
 
 def test_image_folders_open_as_they_are(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ line."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from trainer.data.index import open_dataset
 from trainer.data.packing import PackOptions, pack
 from trainer.data.sources import list_source
 from trainer.distributed import Ranks
-from trainer.errors import DataError
+from trainer.errors import CenterBankError, ConfigError, DataError
 from trainer.export import load_exported, load_model, read_card
 
 PEOPLE, IMAGES = 13, 60
@@ -124,6 +125,61 @@ def test_a_broken_off_run_continues_and_another_job_is_refused(
     assert torch.equal(again.rows(0, PEOPLE).centers, first.rows(0, PEOPLE).centers)
 
 
+def test_a_batch_size_that_is_none_leaves_no_work(stage: Path, tmp_path: Path) -> None:
+    model, dataset = load_model(stage / "model"), open_dataset(stage / "data")
+    for size in (0, -3):
+        with pytest.raises(ConfigError, match=f"--batch-size {size}: at least 1"):
+            bank_from_model(model, dataset, tmp_path / "bank", batch_size=size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_without_all_its_rows_is_not_done(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(from_model, "embed_batches", lambda *given: iter(()))
+    with pytest.raises(RuntimeError, match="0 of its 60 records"):
+        bank_from_model(load_model(stage / "model"), open_dataset(stage / "data"), tmp_path / "bank")
+    assert (tmp_path / ".bank.work" / "done.bin").read_bytes() == b"\0"
+
+
+def test_kept_embeddings_are_refused_a_bad_place_at_once(stage: Path, tmp_path: Path) -> None:
+    model, dataset = load_model(stage / "model"), open_dataset(stage / "data")
+    (tmp_path / "mine.npy").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for name, reason in (("mine.npy", "exists already"), ("folder", "is a folder"), ("mine.npy/e.npy", "is a file")):
+        with pytest.raises(CenterBankError, match=reason):
+            bank_from_model(model, dataset, tmp_path / "bank", keep_embeddings=tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "mine.npy"]
+    bank_from_model(model, dataset, tmp_path / "bank", keep_embeddings=tmp_path / "mine.npy", overwrite=True)
+    assert np.load(tmp_path / "mine.npy").shape == (IMAGES, model.dim)
+
+
+def test_the_products_own_embeddings_fit_a_set_with_bad_records(stage: Path, tmp_path: Path) -> None:
+    data, kept = Path(shutil.copytree(stage / "data", tmp_path / "data")), tmp_path / "e.npy"
+    np.save(data / "bad_records.npy", np.array([3, 10]))
+    first = bank_from_model(load_model(stage / "model"), open_dataset(data), tmp_path / "first", keep_embeddings=kept)
+    assert not np.load(kept)[[3, 10]].any()
+    assert main(["centers", "from-embeddings", str(kept), str(tmp_path / "again"), "--dataset", str(data)]) == 0
+    again = CenterBank.open(tmp_path / "again")
+    assert torch.equal(again.rows(0, PEOPLE).boundaries, first.rows(0, PEOPLE).boundaries)
+    assert again.info.numbering == first.info.numbering == open_dataset(stage / "data").numbering
+
+
+def test_class_counts_come_from_what_describes_them(stage: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "e.npy", np.eye(4, 16, dtype=np.float32))
+    np.save(tmp_path / "tab.npy", np.array([0, 1, 2, -1]))
+    (tmp_path / "tab.yaml").write_text("num_classes: 7\nrecords: 4\n")
+    words = ["centers", "from-embeddings", str(tmp_path / "e.npy"), str(tmp_path / "bank"), "--force"]
+    words += ["--labels", str(tmp_path / "tab.npy")]
+    for more, classes in (([], 7), (["--classes", "9"], 9)):
+        assert main([*words, *more]) == 0
+        assert CenterBank.open(tmp_path / "bank").num_classes == classes
+    (tmp_path / "map.csv").write_text("0,3\n1,2\n")
+    words = ["centers", "from-classifier", str(tmp_path / "e.npy"), str(tmp_path / "mapped"), "--layout", "rows"]
+    assert main([*words, "--map", str(tmp_path / "map.csv"), "--new-dataset", str(stage / "data")]) == 0
+    mapped = CenterBank.open(tmp_path / "mapped")
+    assert mapped.rows(0, PEOPLE).mask.tolist() == [True] * 2 + [False] * (PEOPLE - 2)
+    assert mapped.info.numbering == open_dataset(stage / "data").numbering
+
+
 def test_the_command_on_two_processes(stage: Path, tmp_path: Path) -> None:
     words = ["centers", "from-model", str(stage / "model"), str(stage / "data"), str(tmp_path / "bank")]
     run = subprocess.run(
@@ -206,6 +262,9 @@ def test_classifiers_maps_and_info_on_the_command_line(
         (["from-classifier", "E", "OUT", "--old-classes", "9"], "9 classes"),
         (["from-classifier", "E", "OUT", "--map", "absent.csv"], "absent.csv"),
         (["from-classifier", "E", "OUT", "--new-dataset", "DATA"], "both --new-dataset and --old-dataset"),
+        (["from-classifier", "E", "OUT", "--layout", "rows", "--map", "L", "--new-dataset", "DATA"], "maps 3 classes"),
+        (["from-embeddings", "E", "OUT", "--labels", "Z"], "an archive of several arrays"),
+        (["from-embeddings", "E", "OUT", "--labels", "L"], "1000000000000 classes; more than"),
         (["info", "MODEL"], "no centre bank"),
     ],
 )
@@ -213,12 +272,29 @@ def test_wrong_use_is_one_line_and_status_2(
     stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], reason: str
 ) -> None:
     np.save(tmp_path / "e.npy", np.ones((3, 64), np.float32))
+    np.savez(tmp_path / "l.npz", np.zeros(3, np.int64))
+    np.save(tmp_path / "l.npy", np.array([0, 1, 999_999_999_999]))
     places = {"MODEL": stage / "model", "DATA": stage / "data", "OUT": tmp_path / "out", "E": tmp_path / "e.npy"}
+    places |= {"L": tmp_path / "l.npy", "Z": tmp_path / "l.npz"}
     assert main(["centers", *(str(places.get(word, word)) for word in words)]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lce centers:")]
     assert len(said) == 1
     assert reason in said[0]
-    assert [p.name for p in tmp_path.iterdir()] == ["e.npy"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.npy", "l.npy", "l.npz"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["info", "bank", "--pairs", "-1"],
+        ["from-embeddings", "e.npy", "bank", "--classes", "0"],
+        ["from-model", "model", "data", "bank", "--batch-size", "0"],
+    ],
+)
+def test_numbers_out_of_range_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["centers", *words])
+    assert "expected a whole number of at least" in capsys.readouterr().err
 
 
 def test_export_on_the_command_line(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

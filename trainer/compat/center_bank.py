@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer import __version__
+from trainer.data.index import Dataset, renumbered
 from trainer.errors import CenterBankError
 from trainer.files import TensorStream, partial_of, save_tensors
 
@@ -46,6 +47,9 @@ class BankInfo(pydantic.BaseModel):
     model_hash: str | None = None
     dataset: str | None = None
     dataset_fingerprint: str | None = None
+    numbering: str | None = pydantic.Field(
+        default=None, description="which identity each class is, where known: trainer.data.index.Dataset.numbering"
+    )
     boundary: str = pydantic.Field(default="none", description="the rule of the boundaries, in words")
     version: str = pydantic.Field(default=__version__, description="the lce-trainer that wrote it")
 
@@ -139,6 +143,26 @@ class CenterBank:
             bank._check_file(part)
         bank._verify(bank._manifest.classes)
         return bank
+
+    def check_classes(self, num_classes: int, dataset: Dataset | None, key: str) -> None:
+        """Refuse a bank whose classes are not those of a training's data.
+
+        Args:
+            num_classes: of the training. dataset: its data; None for synthetic data. key: of the configuration.
+
+        Raises:
+            CenterBankError: another class count, or (where both are known) another identity behind a class number.
+        """
+        if self.num_classes != num_classes:
+            raise CenterBankError(
+                f"{key} = {self.folder}: {self.num_classes} classes, the data set has {num_classes}; "
+                "make the bank from this data set (lce centers)"
+            )
+        if dataset is not None and self.info.numbering and renumbered(self.info.numbering, dataset.numbering):
+            raise CenterBankError(
+                f"{key} = {self.folder}: made for {self.info.dataset}, whose classes are other identities than those "
+                f"of {dataset.named}; make the bank from this data set (lce centers) with the same label table"
+            )
 
     @property
     def fingerprint(self) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.compat.sources import read_labels
+from trainer.data.index import MOST_CLASSES
 from trainer.errors import CenterBankError
 
 
@@ -46,27 +48,42 @@ class ClassMap:
         return ClassMap(known, index[known], len(index), source)
 
     @staticmethod
-    def from_file(path: str | Path, new_names: Sequence[str] | None, old_names: Sequence[str] | None) -> "ClassMap":
+    def from_file(
+        path: str | Path,
+        new_names: Sequence[str] | None,
+        old_names: Sequence[str] | None,
+        num_classes: int | None = None,
+    ) -> "ClassMap":
         """Read a map: ``.npy`` as for :meth:`from_index`, or ``.csv`` with lines ``new,old`` (a header of these words
         may lead).
 
-        The CSV's entries are class names where name lists are given, else class numbers; the new class count is then
-        the largest number plus one. One new class on several lines merges the old ones.
+        The CSV's entries are class names where name lists are given, else class numbers, which may also stand for names
+        where no name of the list is a number. One new class on several lines merges the old ones.
+
+        Args:
+            path: the file.
+            new_names, old_names: the classes' names, where they have some.
+            num_classes: the new class count; None: that of ``new_names`` or of the file (``.csv``: the largest number
+                plus one).
 
         Raises:
-            CenterBankError: unreadable, another kind of file, or a name that is not in its list (file and line are
-            named).
+            CenterBankError: unreadable, another kind of file, a name that is not in its list (file and line are
+            named), or another class count.
         """
         path = Path(path)
         if path.suffix == ".npy":
-            try:
-                return ClassMap.from_index(np.load(path, allow_pickle=False), str(path))
-            except (OSError, ValueError, EOFError) as error:
-                raise CenterBankError(f"{path}: no readable .npy file ({error})") from None
+            index = read_labels(path, "old class numbers")
+            if num_classes is not None and len(index) != num_classes:
+                raise CenterBankError(
+                    f"{path}: maps {len(index)} classes, the new data set has {num_classes}; give one entry for each, "
+                    "−1 for none"
+                )
+            return ClassMap.from_index(index, str(path))
         if path.suffix != ".csv":
             raise CenterBankError(f"{path}: a class map is a .npy array or a .csv file of new,old")
         new, old = _read_csv(path, new_names, old_names)
-        num_classes = len(new_names) if new_names is not None else int(new.max(initial=-1)) + 1
+        if num_classes is None:
+            num_classes = len(new_names) if new_names is not None else int(new.max()) + 1
         return ClassMap(new, old, num_classes, str(path))
 
     @staticmethod
@@ -106,7 +123,7 @@ def _read_csv(
     path: Path, new_names: Sequence[str] | None, old_names: Sequence[str] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     numbers: list[tuple[int, int]] = []
-    lookups = [None if names is None else {n: i for i, n in enumerate(names)} for names in (new_names, old_names)]
+    columns = [_Column(names) for names in (new_names, old_names)]
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for line, row in enumerate(csv.reader(file), 1):
@@ -114,8 +131,8 @@ def _read_csv(
                     continue
                 if len(row) != 2:
                     raise CenterBankError(f"{path}, line {line}: {len(row)} columns; needed are two: new,old")
-                cells = zip(row, lookups, strict=True)
-                new, old = (_class_number(cell.strip(), lookup, f"{path}, line {line}") for cell, lookup in cells)
+                cells = zip(row, columns, strict=True)
+                new, old = (column.number_of(cell.strip(), f"{path}, line {line}") for cell, column in cells)
                 numbers.append((new, old))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CenterBankError(f"{path}: cannot be read: {error}") from None
@@ -125,12 +142,24 @@ def _read_csv(
     return array[:, 0], array[:, 1]
 
 
-def _class_number(cell: str, lookup: dict[str, int] | None, where: str) -> int:
-    if lookup is not None:
-        if cell not in lookup:
+class _Column:
+    """What the cells of one column may be: names of a list, or numbers where no name is one."""
+
+    def __init__(self, names: Sequence[str] | None) -> None:
+        self._lookup = {name: number for number, name in enumerate(names or ())}
+        self._takes_numbers = not any(_is_number(name) for name in self._lookup)
+        self._named = names is not None
+
+    def number_of(self, cell: str, where: str) -> int:
+        """The class number of a cell. Raises :class:`CenterBankError`."""
+        if cell in self._lookup:
+            return self._lookup[cell]
+        if self._takes_numbers and _is_number(cell) and int(cell) < MOST_CLASSES:
+            return int(cell)
+        if self._named:
             raise CenterBankError(f"{where}: no class is called {cell!r}")
-        return lookup[cell]
-    try:
-        return int(cell)
-    except ValueError:
-        raise CenterBankError(f"{where}: {cell!r} is no class number; names need the data sets' class_names") from None
+        raise CenterBankError(f"{where}: {cell!r} is no class number; names need the data sets' class_names")
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()

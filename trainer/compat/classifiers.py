@@ -119,7 +119,7 @@ def _oriented(weight: Tensor, layout: Layout, num_classes: int | None, path: Pat
             layout = "rows" if first > second else "columns"
         else:
             raise CenterBankError(
-                f"{path}: is {name} {first} × {second} classes × dimension? give --layout or --classes"
+                f"{path}: is {name} {first} × {second} classes × dimension? give --layout or --old-classes"
             )
     if layout == "rows":
         return weight, "read as classes × dimension"

@@ -17,6 +17,7 @@ from trainer.compat.boundary import MINIMUM, UNRESTRAINED, BoundaryRule
 from trainer.compat.center_bank import BankInfo, BankWriter, CenterBank
 from trainer.compat.class_map import ClassMap
 from trainer.compat.sources import Rows
+from trainer.data.index import MOST_CLASSES, renumbered
 from trainer.errors import CenterBankError
 
 CHUNK_BYTES = 2 * 2**20  # stays in the processor's caches from reading to writing
@@ -108,9 +109,11 @@ def bank_from_embeddings(
 
     Raises:
         CenterBankError: lengths differ, a label outside [−1, C), an embedding that is zero or not finite, or
-            ``centers`` of another shape.
+            ``centers`` of another shape or of other identities.
     """
-    _check_embeddings(embeddings, labels, num_classes, centers)
+    _check_embeddings(embeddings, labels, num_classes)
+    if centers is not None:
+        check_centers(centers, num_classes, embeddings.dim, info)
     order = np.argsort(labels, kind="stable")
     order = order[np.searchsorted(labels, 0, sorter=order) :]
     counts = np.bincount(labels[order], minlength=num_classes)
@@ -151,19 +154,30 @@ def bank_from_embeddings(
     return CenterBank.open(path)
 
 
-def _check_embeddings(embeddings: Rows, labels: np.ndarray, num_classes: int, centers: CenterBank | None) -> None:
+def check_centers(centers: CenterBank, num_classes: int, dim: int, info: BankInfo) -> None:
+    """Raises :class:`CenterBankError` unless the bank of :func:`bank_from_embeddings` can take these centres."""
+    if (centers.num_classes, centers.dim) != (num_classes, dim):
+        raise CenterBankError(
+            f"{centers.folder}: {centers.num_classes} classes × {centers.dim}, the embeddings need {num_classes} × "
+            f"{dim}"
+        )
+    if renumbered(centers.info.numbering, info.numbering):
+        raise CenterBankError(
+            f"{centers.folder}: made for {centers.info.dataset}, whose classes are other identities than those of "
+            f"{info.dataset}; take centres of this data set"
+        )
+
+
+def _check_embeddings(embeddings: Rows, labels: np.ndarray, num_classes: int) -> None:
     if len(embeddings) != len(labels):
         raise CenterBankError(f"{len(embeddings)} embeddings but {len(labels)} labels; each embedding needs its label")
     if not len(labels) or labels.max() < 0:
         raise CenterBankError("there is no labelled embedding")
+    if num_classes > MOST_CLASSES:
+        raise CenterBankError(f"{num_classes} classes; more than {MOST_CLASSES} are not supported")
     wrong = np.flatnonzero((labels < -1) | (labels >= num_classes))
     if len(wrong):
         raise CenterBankError(f"label {labels[wrong[0]]} of record {wrong[0]} is outside [-1, {num_classes})")
-    if centers is not None and (centers.num_classes, centers.dim) != (num_classes, embeddings.dim):
-        raise CenterBankError(
-            f"{centers.folder}: {centers.num_classes} classes × {centers.dim}, the embeddings need {num_classes} × "
-            f"{embeddings.dim}"
-        )
 
 
 def _class_blocks(starts: np.ndarray, step: int) -> Iterator[tuple[int, int]]:

@@ -99,11 +99,7 @@ def _embeddings(
 
 def _bank(key: str, path: Path, dataset: Dataset) -> CenterBank:
     bank = CenterBank.open(path)
-    if bank.num_classes != dataset.num_classes:
-        raise CenterBankError(
-            f"{key} = {path}: {bank.num_classes} classes, the data set has {dataset.num_classes}; make the bank from "
-            "this data set (lce centers)"
-        )
+    bank.check_classes(dataset.num_classes, dataset, key)
     return bank
 
 

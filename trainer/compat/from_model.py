@@ -17,12 +17,13 @@ import numpy as np
 
 from trainer.compat.boundary import MINIMUM, BoundaryRule
 from trainer.compat.center_bank import BankInfo, CenterBank
-from trainer.compat.convert import Progress, bank_from_embeddings
+from trainer.compat.convert import Progress, bank_from_embeddings, check_centers
 from trainer.compat.sources import open_rows
 from trainer.data.index import Dataset
 from trainer.distributed import Ranks, agree, barrier, on_main
-from trainer.errors import CenterBankError, LceError
+from trainer.errors import CenterBankError, ConfigError, LceError
 from trainer.export import EmbeddingModel, embed_batches
+from trainer.files import why_unwritable
 
 BLOCK_RECORDS = 2048
 
@@ -106,9 +107,12 @@ def embed_by_record(
         The .npy file (N, D1) float32 in record order.
 
     Raises:
+        ConfigError: ``batch_size`` < 1.
         LceError: on every rank, the first problem of any: a damaged record, another image size, unfinished work of
         another job.
     """
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size {batch_size}: at least 1")
     job = {
         "model": model.hash,
         "dataset": dataset.fingerprint,
@@ -149,10 +153,14 @@ def _embed_blocks(
             stop = min(start + BLOCK_RECORDS, work.records)
             out = np.zeros((stop - start, work.dim), np.float32)
             wanted = start + np.flatnonzero(labels[start:stop] >= 0)
+            embedded = 0
             for batch, unit in embed_batches(model, dataset, wanted, batch_size, flip):
                 out[batch - start] = unit
+                embedded += len(batch)
                 if progress is not None:
                     progress(finished + int(batch[-1]) + 1 - start, total)
+            if embedded != len(wanted):
+                raise RuntimeError(f"block {block}: {embedded} of its {len(wanted)} records were embedded")
             data = out.tobytes()
             at = offset + start * row_bytes
             while data:
@@ -183,28 +191,35 @@ def bank_from_model(
         path: the bank's folder; the working folder is ``.NAME.work`` beside it.
         centers: keep the centres of this bank (old classifier rows) and measure boundaries only.
         flip: embed as the sum of the image and its mirror image.
-        keep_embeddings: put the embeddings by record there (.npy), for the methods that need them per image.
+        keep_embeddings: put the embeddings by record there (.npy), for the methods that need them per image; a file
+            that exists is refused like an existing bank.
         options: of :class:`trainer.compat.center_bank.BankWriter` (storage, overwrite).
 
     Raises:
         LceError: on every rank.
     """
     path = Path(path)
-    labels = np.array(dataset.labels)
-    labels[dataset.known_bad] = -1
+    labels = dataset.sound_labels
     work = path.with_name(f".{path.name}.work")
-    on_main(lambda: _refuse_existing(path, options), ranks)
-    file = embed_by_record(
-        model, dataset, labels, work, flip=flip, batch_size=batch_size, ranks=ranks, progress=embed_progress
-    )
     info = BankInfo(
         made_from="model",
         source=str(dataset.path),
         model=str(model.path),
         model_hash=model.hash,
-        dataset=str(dataset.path),
+        dataset=dataset.named,
         dataset_fingerprint=dataset.fingerprint,
+        numbering=on_main(lambda: dataset.numbering, ranks),
         boundary=rule.words() + (", flip-sum" if flip else ""),
+    )
+
+    def check() -> None:
+        _check_targets(path, keep_embeddings, bool(options.get("overwrite")))
+        if centers is not None:
+            check_centers(centers, dataset.num_classes, model.dim, info)
+
+    on_main(check, ranks)
+    file = embed_by_record(
+        model, dataset, labels, work, flip=flip, batch_size=batch_size, ranks=ranks, progress=embed_progress
     )
 
     def convert() -> None:
@@ -229,6 +244,13 @@ def bank_from_model(
     return CenterBank.open(path)
 
 
-def _refuse_existing(path: Path, options: dict[str, Any]) -> None:
-    if path.exists() and not options.get("overwrite"):
-        raise CenterBankError(f"{path}: exists already; remove it or choose another place (--force replaces it)")
+def _check_targets(path: Path, embeddings: Path | None, overwrite: bool) -> None:
+    """Raise :class:`CenterBankError` unless the bank and the kept embeddings can be put where they are to go."""
+    if embeddings is not None and (embeddings.is_dir() or embeddings == path):
+        raise CenterBankError(f"{embeddings}: is a folder; name the .npy file that is to keep the embeddings")
+    for target in (path, embeddings):
+        if target is not None and target.exists() and not overwrite:
+            raise CenterBankError(f"{target}: exists already; remove it or choose another place (--force replaces it)")
+    reason = None if embeddings is None else why_unwritable(embeddings.parent)
+    if reason is not None:
+        raise CenterBankError(f"{embeddings}: {reason}; choose another place for the embeddings")

@@ -142,15 +142,19 @@ def load_torch(path: Path) -> Any:
         ) from None
 
 
-def read_labels(path: str | Path) -> np.ndarray:
-    """Labels (N,) int64 from a .npy file, memory-mapped. Raises :class:`CenterBankError`."""
+def read_labels(path: str | Path, what: str = "labels") -> np.ndarray:
+    """Labels (N,) int64 from a .npy file, memory-mapped. Raises :class:`CenterBankError`, which says ``what`` they
+    are."""
     path = Path(path)
     try:
         labels = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CenterBankError(f"{path}: no readable .npy file of labels ({error})") from None
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CenterBankError(f"{path}: no readable .npy file of {what} ({reason})") from None
+    if not isinstance(labels, np.ndarray):
+        raise CenterBankError(f"{path}: an archive of several arrays; {what}: one .npy file")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise CenterBankError(f"{path}: labels are one row of integers, not {labels.dtype} of shape {labels.shape}")
+        raise CenterBankError(f"{path}: {what} are one row of integers, not {labels.dtype} of shape {labels.shape}")
     return labels.astype(np.int64, copy=False)
 
 

@@ -2,15 +2,14 @@
 
 A data set folder holds ``dataset.yaml`` (:class:`DatasetInfo` and the list of parts), the parts (``*.rec`` with
 ``*.idx`` and ``*.offsets.npy``), ``labels.npy`` (int64, one entry a record, −1 drops it) and, where classes have names,
-``classes.txt``. Opened as
-well: a folder with .rec files of other tools (InsightFace's layout too) and a folder of identity folders with image
-    files.
+``classes.txt`` (UTF-8, one line a class). Opened as well: a folder with .rec files of other tools (InsightFace's layout
+too) and a folder of identity folders with image files.
 """
 
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -24,6 +23,8 @@ from trainer.errors import DataError
 
 DESCRIPTION = "dataset.yaml"
 BAD_RECORDS = "bad_records.npy"
+MOST_CLASSES = 1_000_000_000
+"""More is refused: such a label is a mistake, and tables with an entry for each class would fill the memory."""
 _CHUNK = 1 << 22
 
 
@@ -40,6 +41,10 @@ class PartInfo(BaseModel):
     label_map: str | None = None
 
 
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class DatasetInfo(BaseModel):
     """What dataset.yaml says: how images are to be read, and what the set consists of."""
 
@@ -49,8 +54,8 @@ class DatasetInfo(BaseModel):
     image_size: tuple[int, int] = (112, 112)
     uniform: bool = False
     color: Literal["RGB", "BGR"] = "RGB"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[_Finite, _Finite, _Finite] = (0.5, 0.5, 0.5)
+    std: tuple[_Spread, _Spread, _Spread] = (0.5, 0.5, 0.5)
     num_classes: int | None = Field(None, ge=1)
     labels: str | None = None
     class_names: str | None = None
@@ -92,6 +97,8 @@ class Dataset:
     ) -> None:
         self.path, self.info, self.store, self.labels, self.num_classes = path, info, images, labels, num_classes
         self._labels_source, self._own_labels = source, own_labels
+        if num_classes > MOST_CLASSES:
+            raise DataError(f"{source}: {num_classes} classes; more than {MOST_CLASSES} are not supported")
         if len(labels) != len(images):
             raise DataError(f"{source}: has {len(labels)} labels for the {len(images)} records of {path}")
         self._check_labels()
@@ -115,6 +122,11 @@ class Dataset:
         """N, with the records that are not used."""
         return len(self.labels)
 
+    @property
+    def named(self) -> str:
+        """The folder and, where there is one, the label table, for messages."""
+        return str(self.path) if self._own_labels is None else f"{self.path} with the labels {self._own_labels}"
+
     @cached_property
     def kept(self) -> NDArray[np.int64]:
         """The record numbers whose label is not −1, ascending (n,) int64."""
@@ -122,17 +134,83 @@ class Dataset:
 
     @cached_property
     def class_names(self) -> list[str] | None:
-        """The classes' names by class number, where the data set has them. Raises :class:`DataError`: too few."""
+        """The classes' names by class number, where the data set has them (folders have their own).
+
+        A label table that says which classes its own are gets their names; any other one is taken to keep the data
+        set's numbers.
+
+        Raises:
+            DataError: the file of names cannot be read, or names another number of classes.
+        """
+        return self._names()
+
+    @cached_property
+    def numbering(self) -> str | None:
+        """Which identity each class number stands for, as a short text to compare with :func:`renumbered`.
+
+        It comes from the classes' names, else from the table's classes of these very records. Labels that are −1 do not
+        change it. None: not known, as for a label table that does not say which classes its own are.
+
+        Raises:
+            DataError: as :attr:`class_names`, or the table's classes are damaged.
+        """
+        classes = self._table_classes
+        if self._own_labels is not None and classes is None:
+            return None
+        names = self._names()
+        if names is not None:
+            return f"names:{_digest(chr(10).join(names).encode('utf-8', 'surrogateescape'))}"
+        numbers = np.arange(self.num_classes) if classes is None else classes
+        return f"records {_digest(repr(self.store.sizes()).encode())}:{_digest(numbers.astype('<i8').tobytes())}"
+
+    def _names(self) -> list[str] | None:
+        names = self._own_names()
+        if names is None or self._table_classes is None:
+            return names
+        if int(self._table_classes.max()) >= len(names):
+            raise DataError(
+                f"{self._labels_source}: its classes go up to {self._table_classes.max()}, but {self.path} names "
+                f"{len(names)}; the table belongs to another data set"
+            )
+        return [names[number] for number in self._table_classes.tolist()]
+
+    def _own_names(self) -> list[str] | None:
+        """The names of the data set's own classes, whatever the label table."""
+        if isinstance(self.store, store.FileStore):
+            return list(dict.fromkeys(path.relative_to(self.path).parts[0] for path in self.store.paths))
         if self.info.class_names is None:
             return None
         file = self.path / self.info.class_names
         try:
-            names = file.read_text().splitlines()
-        except OSError as error:
-            raise DataError(f"{file}: {error.strerror}") from None
-        if self.info.num_classes is not None and len(names) < self.info.num_classes:
-            raise DataError(f"{file}: names {len(names)} classes of {self.info.num_classes}")
+            names = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: cannot be read: {error}") from None
+        if self.info.num_classes is not None and len(names) != self.info.num_classes:
+            raise DataError(
+                f"{file}: names {len(names)} classes of {self.info.num_classes}; it needs one line for each class"
+            )
         return names
+
+    @cached_property
+    def _table_classes(self) -> NDArray[np.int64] | None:
+        """The data set's class of each class of the label table (C,), where the table says so."""
+        described = None if self._own_labels is None else table_info(self._own_labels)
+        if self._own_labels is None or described is None or described.classes is None:
+            return None
+        file = self._own_labels.parent / described.classes
+        if not file.exists():  # the table was copied without it
+            return None
+        classes = np.asarray(store.load_array(file, 1))
+        if len(classes) != self.num_classes or int(classes.min(initial=0)) < 0:
+            raise DataError(f"{file}: expected the data set's class of each of the table's {self.num_classes} classes")
+        return classes
+
+    @property
+    def sound_labels(self) -> NDArray[np.int64]:
+        """A copy of the labels (N,) int64 in which the records that ``lce check`` found damaged have −1."""
+        labels = np.array(self.labels)
+        labels[np.isin(np.arange(len(labels)), self.known_bad)] = -1
+        return labels
 
     @cached_property
     def known_bad(self) -> NDArray[np.int64]:
@@ -193,7 +271,8 @@ def open_dataset(path: str | Path, labels: str | Path | None = None) -> Dataset:
     classes = info.num_classes
     if labels is not None:
         source = Path(labels)
-        found, classes = store.load_array(source, 1), _classes_of(source)
+        described = table_info(source)
+        found, classes = store.load_array(source, 1), None if described is None else described.num_classes
     if classes is None:
         classes = max(int(found[start : start + _CHUNK].max()) for start in range(0, max(1, len(found)), _CHUNK)) + 1
         if classes < 1:
@@ -220,13 +299,25 @@ def save_description(folder: Path, info: DatasetInfo) -> None:
     store.write_text(folder / DESCRIPTION, text)
 
 
-def _classes_of(table: Path) -> int | None:
+def renumbered(one: str | None, other: str | None) -> bool:
+    """Whether two :attr:`Dataset.numbering` certainly number other identities; what is not known is not held against
+    them."""
+    (kind, _, classes), (other_kind, _, other_classes) = ((text or "").partition(":") for text in (one, other))
+    return bool(kind) and kind == other_kind and classes != other_classes
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def table_info(table: Path) -> LabelsInfo | None:
+    """What stands beside a label table, or None. Raises :class:`DataError`: it cannot be read."""
     file = table.with_suffix(".yaml")
     if not file.exists():
         return None
     try:
-        return LabelsInfo.model_validate(yaml.safe_load(file.read_text())).num_classes
-    except (OSError, yaml.YAMLError, pydantic.ValidationError) as error:
+        return LabelsInfo.model_validate(yaml.safe_load(file.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, pydantic.ValidationError) as error:
         raise DataError(f"{file}: does not describe a label table: {error}") from None
 
 
