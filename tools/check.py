@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tools.arguments import whole_number
 from tools.output import write_json
 from trainer.errors import DataError
 
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write-bad", action="store_true", help="write DATASET/bad_records.npy for training to pass over"
     )
-    parser.add_argument("--processes", type=int, default=0, metavar="N", help="reading processes (one per core)")
+    parser.add_argument(
+        "--processes", type=whole_number(0), default=0, metavar="N", help="reading processes (one per core)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the findings as JSON (- for standard output)")
 
 
@@ -49,10 +52,15 @@ def run(args: argparse.Namespace) -> int:
 
     from trainer.data import open_dataset, store
     from trainer.data.checking import check
-    from trainer.data.index import BAD_RECORDS
+    from trainer.data.index import BAD_RECORDS, DESCRIPTION
 
     if not args.dataset.is_dir():
         raise DataError(f"{args.dataset}: no such data set folder")
+    described = (args.dataset / DESCRIPTION).exists() or any(args.dataset.glob("*.rec"))
+    if not described and not any(store.image_files(args.dataset)):
+        raise DataError(f"{args.dataset}: holds neither {DESCRIPTION}, nor .rec files, nor identity folders")
+    if args.labels is not None and not args.labels.is_file():
+        raise DataError(f"--labels {args.labels}: no such file")
     try:
         dataset = open_dataset(args.dataset, args.labels)
     except DataError as error:

@@ -7,7 +7,8 @@ SOURCE is one of
 
 OUT gets train.rec, train.idx (train-00000.rec … for more than 4,096 images), labels.npy, classes.txt and dataset.yaml.
 The images are shuffled once by --seed. JPEG and PNG bytes are kept as they are unless --size or --encode asks for more;
-other formats become PNG. A second run of the same command continues where the first was stopped.
+other formats and PNGs of 16 bits become PNGs of 8. A second run of the same command continues where the first was
+stopped, and writes parts again that are missing or not as long as they were.
 
 Example:
   lce pack faces/ packed/ --size 112
@@ -19,6 +20,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from tools.arguments import whole_number
 from tools.output import write_json
 
 HELP = "folders of identities, a list or tar files → a RecordIO data set"
@@ -30,24 +32,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the data set's folder; made if missing")
     parser.add_argument("--size", type=_size, metavar="HxW", help="resize images of another size (one number: square)")
     parser.add_argument("--encode", choices=("keep", "jpeg", "png"), default="keep", help="re-encode every image")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEG where it is encoded (95)")
+    parser.add_argument("--quality", type=whole_number(1), default=95, help="of JPEG where it is encoded (95)")
     parser.add_argument(
         "--color", choices=("RGB", "BGR"), default="RGB", help="channel order that models are trained on"
     )
     parser.add_argument("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="of pixel/255, per channel")
     parser.add_argument("--std", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="of pixel/255, per channel")
-    parser.add_argument("--seed", type=int, default=0, help="of the one shuffle (0)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the one shuffle (0)")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the source's order")
     parser.add_argument("--keep-labels", action="store_true", help="identities are numbers and stay what they are")
     parser.add_argument("--root", type=Path, help="folder that a list's relative paths start from (the list's own)")
     parser.add_argument(
         "--layout", choices=("plain", "insightface"), default="plain", help="insightface: header records"
     )
-    parser.add_argument("--part-records", type=int, default=0, metavar="N", help="records per .rec (4,096 or n/512)")
+    parser.add_argument(
+        "--part-records", type=whole_number(0), default=0, metavar="N", help="records per .rec (4,096 or n/512)"
+    )
     parser.add_argument(
         "--skip-damaged", action="store_true", help="leave out images that do not decode, and list them"
     )
-    parser.add_argument("--processes", type=int, default=0, metavar="N", help="writing processes (one per core)")
+    parser.add_argument(
+        "--processes", type=whole_number(0), default=0, metavar="N", help="writing processes (one per core)"
+    )
     parser.add_argument(
         "--part", type=_job, default=(0, 1), metavar="I/N", help="write every N-th .rec, from the I-th (1…N)"
     )
@@ -62,9 +68,6 @@ def run(args: argparse.Namespace) -> int:
     from trainer.data.packing import PackOptions, pack
     from trainer.data.sources import list_source
 
-    console = Console(stderr=True)
-    with console.status(f"listing {args.source}"):
-        listing = list_source(args.source, args.keep_labels, args.root)
     options = PackOptions(
         size=args.size,
         encode=args.encode,
@@ -77,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
         mean=tuple(args.mean),
         std=tuple(args.std),
     )
+    console = Console(stderr=True)
+    with console.status(f"listing {args.source}"):
+        listing = list_source(args.source, args.keep_labels, args.root)
     processes = args.processes or len(os.sched_getaffinity(0))
     with Progress("packing", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=len(listing))

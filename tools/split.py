@@ -21,6 +21,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tools.arguments import whole_number
 from tools.output import write_json
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", type=_share, default=0.3, help="the old model's share (0.3)")
     parser.add_argument("--unseen", type=_share, default=0.0, help="share of the classes held out for the report")
     parser.add_argument("--tune", type=_share, default=0.0, help="share of the classes held out for choosing settings")
-    parser.add_argument("--seen", type=int, default=0, metavar="N", help="images of each other class held out")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seen", type=whole_number(0), default=0, metavar="N", help="images of each other class held out"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument("--json", metavar="FILE", help="write the counts as JSON (- for standard output)")
 
 
@@ -66,15 +69,13 @@ def run(args: argparse.Namespace) -> int:
 def _groups(path: Path) -> "NDArray[np.int64]":
     import numpy as np
 
+    from trainer.data.store import load_array
     from trainer.errors import DataError
 
     try:
-        groups = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"--groups {path}: cannot be read as .npy: {error}") from None
-    if groups.dtype.kind not in "iu":
-        raise DataError(f"--groups {path}: holds {groups.dtype}; expected a whole number per record")
-    return groups.astype(np.int64)
+        return load_array(path, 1, None).astype(np.int64)
+    except DataError as error:
+        raise DataError(f"--groups {error}; expected a whole number per record") from None
 
 
 def _share(text: str) -> float:

@@ -90,6 +90,9 @@ def test_cut_files_and_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["check", str(folder)]) == 1
     assert "it was cut short" in capsys.readouterr().out
     assert cli.main(["check", str(tmp_path / "none")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["check", str(tmp_path / "empty")]) == 2
+    assert cli.main(["check", str(folder), "--labels", str(tmp_path / "none.npy")]) == 2
     assert not list(MXNET.rglob("*.npy"))  # looking at the fixture leaves no table beside it
 
 

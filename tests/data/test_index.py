@@ -150,6 +150,16 @@ def test_a_tables_classes_have_their_own_names(tmp_path: Path) -> None:
         open_dataset(folder, tmp_path / "new.npy").class_names  # noqa: B018
 
 
+def test_class_names_are_one_line_for_each_class(tmp_path: Path) -> None:
+    folder = packed(tmp_path, 3, 2)
+    (folder / "classes.txt").write_bytes("a\u2028b\r\nc\u0085\r\nd".encode())
+    assert open_dataset(folder).class_names == ["a\u2028b", "c\u0085", "d"]
+    for text in ("a\nb\n", "a\nb\nc\nd\n"):
+        (folder / "classes.txt").write_text(text)
+        with pytest.raises(DataError, match="classes of 3; it needs one line for each class"):
+            open_dataset(folder).class_names  # noqa: B018
+
+
 def test_folders_and_their_packed_copy_are_numbered_alike(tmp_path: Path) -> None:
     folder = packed(tmp_path, 3, 2)
     files = open_dataset(tmp_path / "source")

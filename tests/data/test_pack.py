@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from trainer.data import open_dataset, packing, recordio
 from trainer.data.packing import PackOptions, pack
 from trainer.data.pixels import decode_image
 from trainer.data.sources import Listing, list_source
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -104,6 +105,30 @@ def test_an_interrupted_run_is_continued(people: Path, tmp_path: Path, monkeypat
     assert contents(out) == contents(tmp_path / "straight")
 
 
+def test_parts_that_were_cut_or_lost_are_written_again(people: Path, tmp_path: Path) -> None:
+    listing, options, out = list_source(people), PackOptions(part_records=5), tmp_path / "out"
+    pack(listing, out, options)
+    sound = contents(out)
+    with (out / "train-00001.rec").open("r+b") as file:
+        file.truncate(3000)
+    for name in ("train-00003.rec", "train-00004.idx", "classes.txt"):
+        (out / name).unlink()
+    first = pack(listing, out, options, job=(0, 2))
+    assert (first.written_parts, first.complete) == (1, False)
+    again = pack(listing, out, options)
+    assert (again.written_parts, again.records, again.complete) == (2, 28, True)
+    assert contents(out) == sound
+    assert not (out / ".pack").exists()
+    (out / "train-00000.rec").unlink()
+    for image in people.rglob("*.jpeg"):
+        image.write_bytes(encoded(78, (40, 40)))
+    with pytest.raises(DataError, match=r"not those that were packed; remove .*out and pack again"):
+        pack(listing, out, options)
+    (out / "labels.npy").unlink()
+    with pytest.raises(DataError, match=r"labels\.npy: no such file; remove"):
+        pack(listing, out, options)
+
+
 def test_another_packing_or_a_used_folder_is_refused(people: Path, tmp_path: Path) -> None:
     pack(list_source(people), tmp_path / "out", PackOptions())
     with pytest.raises(DataError, match="holds another packing"):
@@ -131,6 +156,38 @@ def test_lists(name: str, text: str, tmp_path: Path) -> None:
     assert (listing.names, listing.labels.tolist()) == (["anna", "bob"], [0, 1, 0])
     pack(listing, tmp_path / "out", PackOptions())
     assert images_by_class(tmp_path / "out") == {"anna": {encoded(0), encoded(2)}, "bob": {encoded(1)}}
+
+
+def test_lists_of_other_programs(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes(b"\xef\xbb\xbfpath,label\r\na.jpg,anna\r\n")
+    assert list_source(tmp_path / "list.csv").files == [str(tmp_path / "a.jpg")]
+    (tmp_path / "list.csv").write_text("file,identity\na.jpg,anna\n")
+    with pytest.raises(DataError, match=r"line 1: no image is called 'file'; a header has the words path and label"):
+        list_source(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text("a.jpg,0\nb.jpg,-1\n")
+    with pytest.raises(DataError, match="called -1, which means not used"):
+        list_source(tmp_path / "list.csv")
+    for label in ("99999999999999999999", "999999999999"):
+        (tmp_path / "list.csv").write_text(f"a.jpg,{label}\n")
+        with pytest.raises(DataError, match=f"the label {label} is no class number"):
+            list_source(tmp_path / "list.csv", keep_labels=True)
+
+
+@pytest.mark.parametrize("name", [b"a\xe2\x80\xa8b", b"a\xc2\x85b", b"a\rb", b"a\nb", b"caf\xe9"])
+def test_names_that_fit_no_line_of_text_are_refused(people: Path, name: bytes) -> None:
+    (people / "person00").rename(people / os.fsdecode(name))
+    with pytest.raises(DataError, match=r"people: the identity '.*(line break in its name|is not UTF-8); rename it"):
+        list_source(people)
+
+
+def test_images_that_would_be_left_out_are_refused(people: Path) -> None:
+    (people / "loose.jpg").write_bytes(encoded(1))
+    with pytest.raises(DataError, match=r"loose\.jpg: lies beside the identity folders"):
+        list_source(people)
+    (people / "loose.jpg").unlink()
+    write_tar(people / "x.tar", {"k1.jpg": encoded(1), "k1.cls": b"7"})
+    with pytest.raises(DataError, match=r"holds tar files \(x\.tar\) and other images .*person00"):
+        list_source(people)
 
 
 def test_mxnets_lists_and_numbered_classes(tmp_path: Path) -> None:
@@ -190,6 +247,53 @@ def test_resizing_and_encoding(tmp_path: Path) -> None:
     assert dataset.info.uniform
     pack(list_source(people), jpeg, PackOptions(encode="jpeg", quality=50))
     assert all(open_dataset(jpeg).read(record)[:2] == b"\xff\xd8" for record in range(7))
+
+
+def test_16_bits_are_scaled_and_both_loaders_agree(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    folder = tmp_path / "people" / "one"
+    folder.mkdir(parents=True)
+    for name in ("a.png", "b.tif"):
+        Image.fromarray(grey).save(folder / name)
+    (folder / "c.pgm").write_bytes(b"P5 32 32 65535\n" + grey.astype(">u2").tobytes())
+    expected = np.rint(grey / 257).astype(np.uint8)
+    raw = (folder / "a.png").read_bytes()
+    assert (decode_image(raw, None) == expected[:, :, None]).all()
+    pack(list_source(tmp_path / "people"), tmp_path / "out", PackOptions())
+    dataset = open_dataset(tmp_path / "out")
+    for record in range(3):
+        assert dataset.read(record)[24] == 8
+        assert (dataset.decode(record) == expected[:, :, None]).all()
+    (batch,) = take(loader_of(open_dataset(tmp_path / "people"), "dali", workers=0, batch_size=3), 1)
+    at = batch.records.tolist().index(0)
+    np.testing.assert_allclose((batch.images[at, 0].numpy() * 0.5 + 0.5) * 255, expected, atol=0.01)
+    Image.fromarray(grey.astype(np.float32)).save(folder / "a.tif")
+    listing = Listing([str(folder / "a.tif")], np.array([[0, -1]]), np.array([0]), ["one"], 1)
+    with pytest.raises(DataError, match="32-bit numbers"):
+        pack(listing, tmp_path / "bad", PackOptions())
+
+
+@pytest.mark.parametrize(
+    "words", [["--part-records", "-5"], ["--seed", "-1"], ["--processes", "-1"], ["--quality", "0"]]
+)
+def test_numbers_out_of_range_are_refused(people: Path, tmp_path: Path, words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["pack", str(people), str(tmp_path / "out"), *words])
+
+
+def test_a_deviation_of_zero_and_an_unknown_quality_are_refused(people: Path, tmp_path: Path) -> None:
+    assert cli.main(["pack", str(people), str(tmp_path / "out"), "--std", "0", "0", "0"]) == 2
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="--quality 1000: from 1 to 100"):
+        PackOptions(quality=1000)
+    for wrong in ({"std": (0.5, -1.0, 0.5)}, {"mean": (0.5, float("nan"), 0.5)}):
+        with pytest.raises(ConfigError, match="deviations above 0"):
+            PackOptions(**wrong)
+    pack(list_source(people), tmp_path / "out", PackOptions())
+    described = tmp_path / "out" / "dataset.yaml"
+    described.write_text(described.read_text().replace("std: [0.5,", "std: [0.0,"))
+    with pytest.raises(DataError, match=r"dataset\.yaml: std\.0"):
+        open_dataset(tmp_path / "out")
 
 
 def test_mixed_sizes_are_described_as_such(tmp_path: Path) -> None:

@@ -44,7 +44,12 @@ def test_groups_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.Captu
     words = ["split", str(folder), str(tmp_path / "out"), "--kind", "open-group", "--groups"]
     assert cli.main([*words, str(tmp_path / "real.npy")]) == cli.EXIT_USAGE
     assert "expected a whole number per record" in capsys.readouterr().err
-    assert cli.main([*words, str(tmp_path / "missing.npy")]) == cli.EXIT_USAGE
+    (tmp_path / "empty.npy").touch()
+    np.savez(tmp_path / "x.npz", np.zeros(len(dataset), np.int64))
+    for name in ("missing.npy", "empty.npy", "x.npz"):
+        assert cli.main([*words, str(tmp_path / name)]) == cli.EXIT_USAGE
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["split", str(folder), str(tmp_path / "out"), "--seed", "-1"])
     assert not (tmp_path / "out").exists()
     assert cli.main([*words, str(tmp_path / "groups.npy")]) == 0
     assert (tmp_path / "out" / "old.npy").is_file()

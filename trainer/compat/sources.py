@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.errors import CenterBankError
+from trainer.data.store import load_array
+from trainer.errors import CenterBankError, DataError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -145,17 +146,10 @@ def load_torch(path: Path) -> Any:
 def read_labels(path: str | Path, what: str = "labels") -> np.ndarray:
     """Labels (N,) int64 from a .npy file, memory-mapped. Raises :class:`CenterBankError`, which says ``what`` they
     are."""
-    path = Path(path)
     try:
-        labels = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CenterBankError(f"{path}: no readable .npy file of {what} ({reason})") from None
-    if not isinstance(labels, np.ndarray):
-        raise CenterBankError(f"{path}: an archive of several arrays; {what}: one .npy file")
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise CenterBankError(f"{path}: {what} are one row of integers, not {labels.dtype} of shape {labels.shape}")
-    return labels.astype(np.int64, copy=False)
+        return load_array(Path(path), 1, None).astype(np.int64, copy=False)
+    except DataError as error:
+        raise CenterBankError(f"{error}; needed are {what}") from None
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:

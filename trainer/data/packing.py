@@ -2,12 +2,13 @@
 
 The parts depend on the listing, the seed and the options alone: not on how many processes or machines write them. A
 part is complete when its note in ``.pack/`` exists; a second run writes only what is missing, and ``dataset.yaml``
-appears when nothing is.
+appears when nothing is. After that, a run writes the parts again whose files are missing or of another length.
 """
 
 import hashlib
 import io
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -23,15 +24,16 @@ from PIL import Image
 
 from trainer.data import recordio, store
 from trainer.data.index import DESCRIPTION, DatasetInfo, PartInfo, load_description, save_description
-from trainer.data.pixels import decode_image, image_problem, upright_size
+from trainer.data.pixels import decode_image, image_problem, is_deep_png, upright_size
 from trainer.data.processes import worker_context
 from trainer.data.sources import Listing
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 _SMALLEST_PART, _MOST_PARTS = 4096, 512
 _COUNTED = 32  # images between two reports of progress
 _NOTES = ".pack"
 _PLAN = "pack.json"
+_LABELS, _NAMES = "labels.npy", "classes.txt"
 _KEPT_FORMATS = ("JPEG", "PNG")
 
 
@@ -41,8 +43,8 @@ class PackOptions:
 
     Attributes:
         size: (H, W) that images of another size are resized to (and re-encoded); None: sizes stay.
-        encode: ``keep``: JPEG and PNG bytes stay as they are where nothing has to be changed, other formats become PNG;
-            ``jpeg``, ``png``: every image is re-encoded.
+        encode: ``keep``: JPEG and PNG bytes stay as they are where nothing has to be changed, other formats and 16-bit
+            PNGs become PNG; ``jpeg``, ``png``: every image is re-encoded.
         quality: of JPEG where it is encoded.
         seed: of the one shuffle; None keeps the listing's order.
         part_records: records per part; 0: at least 4,096, at most 512 parts.
@@ -61,6 +63,14 @@ class PackOptions:
     color: str = "RGB"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        """Raises :class:`ConfigError` for a quality that JPEG has not, a mean or deviation that makes no finite
+        pixels."""
+        if not 1 <= self.quality <= 100:
+            raise ConfigError(f"--quality {self.quality}: from 1 to 100")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ConfigError(f"--mean {self.mean}, --std {self.std}: finite numbers, and deviations above 0")
 
 
 @dataclass(frozen=True)
@@ -118,8 +128,9 @@ def pack(
     began = time.monotonic()
     parts = _plan(listing, out, options)
     _claim(out, parts[0].plan, listing, options)
-    missing: list[_Part] = []
-    if not (out / DESCRIPTION).exists():
+    if (out / DESCRIPTION).exists():
+        written, complete = _mend(out, parts, listing, job, processes, progress)
+    else:
         (out / _NOTES).mkdir(exist_ok=True)
         missing = [part for part in parts[job[0] :: job[1]] if not _note(part).exists()]
         _write_parts(missing, processes, progress)
@@ -131,14 +142,64 @@ def pack(
                 done, listing.num_classes, size, len(parts), len(missing), left_out, time.monotonic() - began, False
             )
         _finish(out, parts, notes, listing, options)
+        written, complete = len(missing), True
         if job[1] == 1:
             _clean(out)
     described = load_description(out).parts
     records, size = sum(part.records or 0 for part in described), sum(part.bytes or 0 for part in described)
     left_out = len(listing) - records
     return PackResult(
-        records, listing.num_classes, size, len(parts), len(missing), left_out, time.monotonic() - began, True
+        records, listing.num_classes, size, len(parts), written, left_out, time.monotonic() - began, complete
     )
+
+
+def _mend(
+    out: Path,
+    parts: list[_Part],
+    listing: Listing,
+    job: tuple[int, int],
+    processes: int,
+    progress: Callable[[int, int], None],
+) -> tuple[int, bool]:
+    """Write this job's parts of a finished data set again whose files are not as its description says.
+
+    Returns:
+        How many were written, and whether all parts are sound now.
+
+    Raises:
+        DataError: a part comes out other than it was, or the tables over all parts are damaged.
+    """
+    described = load_description(out).parts
+    again = f"remove {out} and pack again"
+    try:
+        labels = store.load_array(out / _LABELS, 1)
+    except DataError as error:
+        raise DataError(f"{error}; {again}") from None
+    ends = np.cumsum([part.records or 0 for part in described])
+    if [part.rec for part in described] != [f"{part.name}.rec" for part in parts] or len(labels) != ends[-1]:
+        raise DataError(f"{out}: {DESCRIPTION} or {_LABELS} is not what was packed; {again}")
+    _write_names(out, listing)
+    broken = [part for part in parts if not _is_whole(part, described[part.number])]
+    mine = [part for part in broken if part.number % job[1] == job[0]]
+    if mine:
+        (out / _NOTES).mkdir(exist_ok=True)
+        _write_parts(mine, processes, progress)
+    for part in mine:
+        known, stop = described[part.number], ends[part.number]
+        kept = labels[stop - (known.records or 0) : stop]
+        given = np.load(_note_labels(part))
+        if len(given) != len(kept) or ((kept != given) & (kept >= 0)).any() or not _is_whole(part, known):
+            raise DataError(f"{out / known.rec}: its images are not those that were packed; {again}")
+    if mine and job[1] == 1:
+        _clean(out)
+    return len(mine), len(mine) == len(broken)
+
+
+def _is_whole(part: _Part, known: PartInfo) -> bool:
+    """Whether a written part's files are there, the .rec as long as it was."""
+    rec = part.out / known.rec
+    beside = (rec.with_suffix(".idx"), store.offsets_path(rec))
+    return all(path.is_file() for path in (rec, *beside)) and rec.stat().st_size == known.bytes
 
 
 def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
@@ -307,8 +368,8 @@ def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[byt
     with Image.open(io.BytesIO(data)) as opened:
         kind, shape = opened.format, upright_size(opened)
         opened.load()
-    wanted = options.size or shape
-    if options.encode == "keep" and shape == wanted and kind in _KEPT_FORMATS and image_problem(data) is None:
+    as_wanted = shape == (options.size or shape) and kind in _KEPT_FORMATS and not is_deep_png(data)
+    if options.encode == "keep" and as_wanted and image_problem(data) is None:
         return data, shape
     image = Image.fromarray(decode_image(data, options.size))
     out = io.BytesIO()
@@ -321,9 +382,8 @@ def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[byt
 
 def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing: Listing, options: PackOptions) -> None:
     """All parts are there: labels, class names and, last, the description."""
-    store.save_array(out / "labels.npy", np.concatenate([np.load(_note_labels(part)) for part in parts]))
-    if listing.names is not None:
-        store.write_text(out / "classes.txt", "".join(f"{name}\n" for name in listing.names))
+    store.save_array(out / _LABELS, np.concatenate([np.load(_note_labels(part)) for part in parts]))
+    _write_names(out, listing)
     skipped = [line for note in notes for line in note["skipped"]]
     if skipped:
         store.write_text(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
@@ -338,14 +398,23 @@ def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing:
         mean=options.mean,
         std=options.std,
         num_classes=listing.num_classes,
-        labels="labels.npy",
-        class_names="classes.txt" if listing.names is not None else None,
+        labels=_LABELS,
+        class_names=_NAMES if listing.names is not None else None,
         parts=tuple(
             PartInfo(rec=f"{part.name}.rec", records=note["records"], bytes=note["bytes"], first_id=note["first_id"])
             for part, note in zip(parts, notes, strict=True)
         ),
     )
     save_description(out, info)
+
+
+def _write_names(out: Path, listing: Listing) -> None:
+    """classes.txt, unless it is there as it should be."""
+    if listing.names is None:
+        return
+    text = "".join(f"{name}\n" for name in listing.names)
+    if not (out / _NAMES).is_file() or (out / _NAMES).read_bytes() != text.encode():
+        store.write_text(out / _NAMES, text)
 
 
 def _clean(out: Path) -> None:

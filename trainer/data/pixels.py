@@ -16,25 +16,40 @@ def decode_image(
     data: bytes, size: tuple[int, int] | None, color: str = "RGB", exact: bool = False
 ) -> NDArray[np.uint8]:
     """Decode with Pillow: (H, W, 3) uint8, upright by its EXIF orientation, resized to ``size`` (antialiased bilinear)
-    if it differs.
+    if it differs. 16-bit grey is scaled to 8 bits, as DALI does it.
 
     Raises:
-        ValueError: the bytes are no complete image, or (``exact``) one of another size.
+        ValueError: the bytes are no complete image, their values have no known range, or (``exact``) one of another
+            size.
     """
     problem = image_problem(data)
     if problem:
         raise ValueError(problem)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _eight_bits(ImageOps.exif_transpose(image), image.format)
+            pixels = None if upright is None else np.asarray(upright.convert("RGB"))
     except Exception as error:  # Pillow raises whatever the format's reader stumbles over
         raise ValueError(_reason(error)) from None
-    pixels = np.asarray(upright)
+    if pixels is None:
+        raise ValueError("its pixels are 32-bit numbers, which may mean anything; convert it to 8 or 16 bits")
     if size is not None and pixels.shape[:2] != tuple(size):
         if exact:
             raise ValueError(f"it is {pixels.shape[0]}x{pixels.shape[1]}, not {size[0]}x{size[1]} as all others")
         pixels = resize(pixels, size)
     return np.ascontiguousarray(pixels[:, :, ::-1]) if color == "BGR" else pixels
+
+
+def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image | None:
+    """Grey values 0 … 65535 as 0 … 255, which Pillow would clip; other images as they are; None: no known range."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    return None if image.mode in ("I", "F") else image
+
+
+def is_deep_png(data: bytes) -> bool:
+    """Whether it is a PNG of 16 bits a channel, of which decoders make different 8-bit values."""
+    return data[:8] == _PNG_SIGNATURE and data[24:25] == b"\x10"
 
 
 def image_size(data: bytes) -> tuple[int, int]:

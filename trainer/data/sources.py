@@ -2,15 +2,17 @@
 
 import csv
 import hashlib
+import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.index import MOST_CLASSES
 from trainer.data.store import IMAGE_SUFFIXES, image_files
 from trainer.errors import DataError
 
@@ -58,8 +60,8 @@ def list_source(source: Path, keep_labels: bool = False, root: Path | None = Non
         root: the folder that a list's relative paths start from; the list's own folder by default.
 
     Raises:
-        DataError: nothing there, nothing in it, a line that cannot be read, an identity that is no number
-            (keep_labels).
+        DataError: nothing there, nothing in it, images that no identity or tar file holds, a line that cannot be read,
+            an identity that is −1 or whose name does not fit a line of UTF-8, or that is no number (keep_labels).
     """
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
@@ -78,6 +80,7 @@ def list_source(source: Path, keep_labels: bool = False, root: Path | None = Non
 def _entries(source: Path, root: Path | None) -> Iterator[Entry]:
     if source.is_dir():
         tars = sorted(source.glob("*.tar"))
+        _refuse_strays(source, tars)
         if tars:
             for tar in tars:
                 yield from _tar(tar)
@@ -88,8 +91,21 @@ def _entries(source: Path, root: Path | None) -> Iterator[Entry]:
         yield from _tar(source)
     else:
         folder = root or source.parent
-        for identity, name in _lines(source):
+        for identity, name in _lines(source, folder):
             yield identity, str(folder / name), 0, -1
+
+
+def _refuse_strays(source: Path, tars: list[Path]) -> None:
+    """Raise :class:`DataError` when a folder holds images that are left out: loose ones, or some beside tar files."""
+    loose = (p for p in sorted(source.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    stray = next((path for path in loose if path.is_file()), None)
+    foldered = next((file for _, file in image_files(source)), None)
+    if tars and (stray or foldered):
+        raise DataError(
+            f"{source}: holds tar files ({tars[0].name}) and other images ({stray or foldered}); move one kind away"
+        )
+    if stray and foldered:
+        raise DataError(f"{stray}: lies beside the identity folders; move it into the folder of its identity, or away")
 
 
 def _number(identities: list[str], keep: bool, source: Path) -> tuple[list[str] | None, NDArray[np.int64]]:
@@ -97,39 +113,59 @@ def _number(identities: list[str], keep: bool, source: Path) -> tuple[list[str] 
         wrong = next((name for name in identities if not _is_number(name)), None)
         if wrong is not None:
             raise DataError(f"{source}: --keep-labels needs whole numbers from 0 on, found the label {wrong!r}")
+        large = next((name for name in identities if len(name) > 18 or int(name) >= MOST_CLASSES), None)
+        if large is not None:
+            raise DataError(f"{source}: the label {large[:20]} is no class number; they are below {MOST_CLASSES}")
         return None, np.array([int(name) for name in identities], np.int64)
     distinct = set(identities)
     names = sorted(distinct, key=lambda name: (int(name), name)) if all(map(_is_number, distinct)) else sorted(distinct)
-    if any("\n" in name for name in names):
-        raise DataError(f"{source}: an identity's name holds a line break; rename it")
+    for name in names:
+        _check_name(name, source)
     number = {name: index for index, name in enumerate(names)}
     return names, np.array([number[name] for name in identities], np.int64)
+
+
+def _check_name(name: str, source: Path) -> None:
+    """Raise :class:`DataError` unless an identity can stand on a line of classes.txt."""
+    if name == "-1":
+        raise DataError(f"{source}: an identity is called -1, which means not used; leave its images out or rename it")
+    if name.splitlines() != [name]:
+        raise DataError(f"{source}: the identity {name!r} has a line break in its name; rename it")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{source}: the identity {name!r} has a name that is not UTF-8; rename it") from None
 
 
 def _is_number(name: str) -> bool:
     return name.isascii() and name.isdigit()
 
 
-def _lines(source: Path) -> Iterator[tuple[str, str]]:
+def _lines(source: Path, folder: Path) -> Iterator[tuple[str, str]]:
     """(identity, path) of each line: MXNet's .lst (index, label, path); else path and label, by header or in order."""
     try:
-        text = source.read_text()
+        text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source}: cannot be read as a list: {error}") from None
     delimiter = "\t" if source.suffix == ".lst" or "\t" in text else ("," if "," in text else " ")
-    rows: Iterable[list[str]] = csv.reader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+    rows = enumerate(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True), 1)
     path_column, label_column = (2, 1) if source.suffix == ".lst" else (0, 1)
-    for number, row in enumerate(rows, 1):
-        if not row:
-            continue
-        lower = [cell.strip().lower() for cell in row]
-        if number == 1 and "path" in lower and "label" in lower:
-            path_column, label_column = lower.index("path"), lower.index("label")
-            continue
-        if len(row) <= max(path_column, label_column) or not row[path_column] or not row[label_column].strip():
-            raise DataError(f"{source}: line {number}: expected a path and a label, found {delimiter.join(row)!r}")
-        label = row[label_column].strip()
-        yield _whole(label) if source.suffix == ".lst" else label, row[path_column]
+    try:
+        for number, row in rows:
+            if not row:
+                continue
+            lower = [cell.strip().lower() for cell in row]
+            if number == 1 and "path" in lower and "label" in lower:
+                path_column, label_column = lower.index("path"), lower.index("label")
+                continue
+            if len(row) <= max(path_column, label_column) or not row[path_column] or not row[label_column].strip():
+                raise DataError(f"{source}: line {number}: expected a path and a label, found {delimiter.join(row)!r}")
+            name, label = row[path_column], row[label_column].strip()
+            if number == 1 and Path(name).suffix.lower() not in IMAGE_SUFFIXES and not (folder / name).is_file():
+                raise DataError(f"{source}: line 1: no image is called {name!r}; a header has the words path and label")
+            yield _whole(label) if source.suffix == ".lst" else label, name
+    except csv.Error as error:
+        raise DataError(f"{source}: cannot be read as a list: {error}") from None
 
 
 def _whole(label: str) -> str:

@@ -217,8 +217,9 @@ def file_size(path: Path) -> int:
     return status.st_size
 
 
-def load_array(path: Path, dimensions: int, dtype: type[np.generic] = np.int64) -> NDArray[Any]:
-    """A .npy, memory-mapped read-only. Raises :class:`DataError` unless it has that dtype and number of dimensions."""
+def load_array(path: Path, dimensions: int, dtype: type[np.generic] | None = np.int64) -> NDArray[Any]:
+    """A .npy, memory-mapped read-only. Raises :class:`DataError` unless it has that dtype (None: any whole numbers) and
+    number of dimensions."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -227,9 +228,12 @@ def load_array(path: Path, dimensions: int, dtype: type[np.generic] = np.int64) 
         raise DataError(
             f"{path}: is no readable .npy file: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from None
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != dimensions:
-        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise DataError(f"{path}: expected {np.dtype(dtype)} with {dimensions} dimension(s), found {found}")
+    known = isinstance(array, np.ndarray)
+    fits = known and (array.dtype.kind in "iu" if dtype is None else array.dtype == dtype)
+    if not fits or array.ndim != dimensions:
+        found = f"{array.dtype} {array.shape}" if known else "an archive of arrays"
+        wanted = "whole numbers" if dtype is None else str(np.dtype(dtype))
+        raise DataError(f"{path}: expected {wanted} with {dimensions} dimension(s), found {found}")
     return array
 
 
@@ -364,10 +368,10 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file beside and rename it."""
+    """Write a text file beside and rename it: UTF-8, and the bytes of file names that are not."""
     beside = temporary(path)
     try:
-        with beside.open("w") as file:
+        with beside.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
