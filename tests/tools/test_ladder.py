@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tools.benchmarks import head, ladder
 from tools.cli import main
@@ -94,3 +96,32 @@ def test_lce_against_no_lce(lce: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["bench", "head", *sizes, "--lce", lce, "--against-no-lce", "--json", "-"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["ratio"] == pytest.approx(figures["reference"]["seconds"] / figures["ours"]["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rate", "0"], "sample_rate = 0.0"),
+        (["--rate", "2"], "sample_rate = 2.0"),
+        (["--margin", "cosine"], "MarginConfig.name = cosine"),
+        (["--ladder", "--rungs", "1e5", "0"], "0 classes for 1 rank"),
+        (["--batch", "1", "--world-size", "2"], "--batch 1: at least 2"),
+        (["--steps", "0"], "--steps 0: at least 1"),
+        pytest.param(
+            ["--device", "cuda"],
+            "0 usable CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA"),
+        ),
+    ],
+)
+def test_what_no_head_can_have_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "head", "--classes", "300", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_rank_that_ended_is_named() -> None:
+    side, (ours, theirs) = head.Side.__new__(head.Side), multiprocessing.Pipe()
+    side.pipes = [ours]
+    theirs.close()
+    with pytest.raises(RuntimeError, match="rank 0 ended without an answer"):
+        side._ask("ready")

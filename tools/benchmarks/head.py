@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tools.arguments import whole_number
 from tools.benchmarks import ladder
 from tools.benchmarks.measuring import origin, write_json
 
@@ -38,7 +39,7 @@ HELP = "time and memory of a step of the class-sharded head"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lce bench head`."""
-    parser.add_argument("--classes", type=lambda t: int(float(t)), default=100_000, help="C, all classes (100000)")
+    parser.add_argument("--classes", type=whole_number(1), default=100_000, help="C, all classes (100000)")
     parser.add_argument("--rate", type=float, default=1.0, help="sample rate (1.0)")
     parser.add_argument("--batch", type=int, default=128, help="B, the global batch (128)")
     parser.add_argument("--dim", type=int, default=512, help="D, the embedding dimension (512)")
@@ -67,7 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; returns the exit status."""
+    """Measure and print; returns the exit status.
+
+    Raises:
+        ConfigError: sizes, a rate, a margin or a device that no head can have.
+    """
+    _check(args)
     if args.ladder:
         ladder.climb(args, measure)
         return 0
@@ -76,6 +82,30 @@ def run(args: argparse.Namespace) -> int:
     if args.json != "-":
         print(summary(figures))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise :class:`ConfigError` for what would end a process of ours with a traceback."""
+    import pydantic
+    import torch
+
+    from trainer.errors import ConfigError
+
+    for name, least in (("batch", args.world_size), ("dim", 1), ("world_size", 1), ("steps", 1), ("warmup", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    classes = min(args.rungs) if args.ladder else args.classes
+    if classes < args.world_size:
+        raise ConfigError(f"{classes} classes for {args.world_size} rank(s): each needs one")
+    if args.device == "cuda" and torch.cuda.device_count() < args.world_size:
+        raise ConfigError(f"--device cuda: {torch.cuda.device_count()} usable CUDA device(s), {args.world_size} needed")
+    try:
+        _config(args, plain=False)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(
+            f"{error.title}.{'.'.join(map(str, problem['loc']))} = {problem['input']}: {problem['msg']}"
+        ) from None
 
 
 def summary(figures: dict[str, Any]) -> str:
@@ -181,14 +211,16 @@ class Side:
         self.folder.cleanup()
 
     def _ask(self, what: int | str) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send(what)
         answers = []
-        for rank, pipe in enumerate(self.pipes):
-            try:
-                answers.append(pipe.recv())
-            except EOFError:
-                raise RuntimeError(f"rank {rank} ended without an answer (out of memory?)") from None
+        for send in (True, False):
+            for rank, pipe in enumerate(self.pipes):
+                try:
+                    if send:
+                        pipe.send(what)
+                    else:
+                        answers.append(pipe.recv())
+                except (EOFError, OSError):
+                    raise RuntimeError(f"rank {rank} ended without an answer (out of memory?)") from None
         return answers
 
 
@@ -233,12 +265,10 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
                 bounds.append(bound_seconds(rows, args, device))
 
 
-def _head(name: str, args: argparse.Namespace, ranks: Any) -> Any:
+def _config(args: argparse.Namespace, plain: bool) -> Any:
     from trainer.config import HeadConfig, MarginConfig, RowOptimizerConfig
-    from trainer.head.partial_fc import PartialFC
 
-    plain = name == "reference" and not args.against_no_lce
-    config = HeadConfig(
+    return HeadConfig(
         impl="reference" if plain else "fused",
         margin=MarginConfig(name=args.margin, scale=64.0, m=0.4),
         sample_rate=args.rate,
@@ -246,6 +276,12 @@ def _head(name: str, args: argparse.Namespace, ranks: Any) -> Any:
         rows="float32" if plain else args.rows,
         compute="float32" if plain else args.compute,
     )
+
+
+def _head(name: str, args: argparse.Namespace, ranks: Any) -> Any:
+    from trainer.head.partial_fc import PartialFC
+
+    config = _config(args, plain=name == "reference" and not args.against_no_lce)
     compat = None
     if args.lce == "direct" and not (name == "reference" and args.against_no_lce):
         compat = _bank(args, ranks)
