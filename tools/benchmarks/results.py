@@ -109,7 +109,7 @@ def _input(figures: dict[str, Any]) -> str:
 
 
 METHODS = "--methods independent,l2,bct,unibct,advbct,mixbct,fct,lce"
-ALL = f"{METHODS} --weights {{figures}}/compat.json --seeds 3 --steps 1500"
+ALL = f"{METHODS} --weights {{figures}}/compat.json --seeds 1 --steps 1500"
 LONG = "--methods independent,lce --weights {figures}/compat.json --seeds 1 --steps 9000"
 SECTIONS = (
     Section(
@@ -123,14 +123,17 @@ SECTIONS = (
         "compat-hangul.json",
         (
             "characters {work}/hangul --fonts {fonts} --script hangul --old-share 0.125",
-            f"bench compat --data {{work}}/hangul {ALL} --out {{work}}/compat-hangul --json {{json}}",
+            f"bench compat --data {{work}}/hangul {ALL} --old-steps 3000 --out {{work}}/compat-hangul --json {{json}}",
         ),
         _compat,
     ),
     Section(
         "All Hangul syllables, until the paragon has learned",
         "compat-hangul-long.json",
-        (f"bench compat --data {{work}}/hangul {LONG} --out {{work}}/compat-hangul-long --json {{json}}",),
+        (
+            f"bench compat --data {{work}}/hangul {LONG} --old-steps 3000 --out {{work}}/compat-hangul-long "
+            "--json {json}",
+        ),
         _compat,
     ),
     Section(
@@ -138,14 +141,14 @@ SECTIONS = (
         "compat-both.json",
         (
             "characters {work}/both --fonts {fonts} --script both --old-share 0.125",
-            f"bench compat --data {{work}}/both {ALL} --old-steps 900 --out {{work}}/compat-both --json {{json}}",
+            f"bench compat --data {{work}}/both {ALL} --old-steps 4000 --out {{work}}/compat-both --json {{json}}",
         ),
         _compat,
     ),
     Section(
         "Han and Hangul, until the paragon has learned",
         "compat-both-long.json",
-        (f"bench compat --data {{work}}/both {LONG} --old-steps 900 --out {{work}}/compat-both-long --json {{json}}",),
+        (f"bench compat --data {{work}}/both {LONG} --old-steps 4000 --out {{work}}/compat-both-long --json {{json}}",),
         _compat,
     ),
     Section(
