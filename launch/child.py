@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from trainer.watch import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ask_to_stop, ranks_left
+from trainer.watch import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ask_to_stop, ranks_left, ranks_lost
 
 
 def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: Path | None) -> int:
@@ -35,11 +35,17 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
         nonlocal asked
         first, asked = not asked, asked or (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
         if first and run_dir is not None and ranks_left(run_dir, began):
-            ask_to_stop(run_dir, asked)
-        elif child.poll() is None:
+            try:
+                ask_to_stop(run_dir, asked)
+                return
+            except OSError as error:
+                print(f"lce launch: the ranks cannot be asked to save ({error}); they are ended", flush=True)
+        if child.poll() is None:
             os.killpg(child.pid, signal.SIGTERM)
 
-    kept = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores the last
+    kept = {number: signal.signal(number, stop) for number in heeded}
     try:
         status = child.wait()
     finally:
@@ -50,7 +56,7 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
 
 def stopped_status(asked: int, run_dir: Path | None, began: float) -> int:
     """The exit status of a job that was asked to stop: 130 or 75; 70, and why, where ranks ended before they saved."""
-    left = ranks_left(run_dir, began) if run_dir is not None else []
+    left = ranks_lost(run_dir, began) if run_dir is not None else []
     if left:
         print(
             f"lce launch: rank {', '.join(map(str, left))} ended before the checkpoint was complete; the same command "

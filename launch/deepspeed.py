@@ -1,5 +1,6 @@
 """Start by DeepSpeed's launcher: one node, or the hosts of a hostfile (``host slots=N``) over ssh."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -38,5 +39,12 @@ def run(job: Job) -> int:
         carried = Path(
             folder, "environment"
         )  # to the other hosts DeepSpeed takes what this file names, and little else
-        carried.write_text("".join(f"{key}={value}\n" for key, value in environment.items()))
+        carried.write_text(_users_file() + "".join(f"{key}={value}\n" for key, value in environment.items()))
         return run_launcher([program, *words[1:]], {**environment, "DS_ENV_FILE": str(carried)}, job.run_dir)
+
+
+def _users_file() -> str:
+    """What DeepSpeed would read instead: ``.deepspeed_env``, or as DS_ENV_FILE names it, at home and here."""
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    files = [folder / name for folder in (Path.home(), Path())]
+    return "".join(file.read_text().rstrip("\n") + "\n" for file in dict.fromkeys(files) if file.is_file())

@@ -15,7 +15,15 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from launch.child import stopped_status
 from launch.job import Job
 from trainer.errors import ConfigError
-from trainer.watch import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, EXIT_PEER, EXIT_TERMINATED, EXIT_USAGE
+from trainer.watch import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_PEER,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    ranks_left,
+)
 
 _TOLD = (EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_CRASH)
 
@@ -91,10 +99,15 @@ def run(job: Job) -> int:
         return stopped_status(signal.SIGINT if stop.sigval == signal.SIGINT else signal.SIGTERM, job.run_dir, began)
     except (dist.DistError, RendezvousError) as error:
         detail = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+        if job.run_dir is not None and ranks_left(job.run_dir, began):
+            print(
+                f"lce launch: the machine at {job.master}, which keeps the list of all, is gone ({detail})", flush=True
+            )
+            return EXIT_CRASH
         raise ConfigError(
-            f"--master {job.master}: not all of {job.nnodes} machines met there within {job.join_seconds:.0f} s "
-            f"({detail}). Is the address the first machine's, is the port open, and does the same command run on every "
-            "machine?"
+            f"--master {job.master}: not all of {job.nnodes} machines met there, given up after "
+            f"{time.time() - began:.0f} s ({detail}). Is the address the first machine's, is the port open and "
+            "free, and does the same command run on every machine?"
         ) from None
     return EXIT_DONE
 

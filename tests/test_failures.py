@@ -19,6 +19,7 @@ from tests.runs import config, log_of, losses_of, train_rank, tree
 from trainer.checkpoint import list_checkpoints
 from trainer.distributed import Ranks
 from trainer.engine import train
+from trainer.watch import Watch
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,7 +112,23 @@ def test_a_rank_that_waits_for_its_device_leaves_when_another_has_gone(
     assert words in capfd.readouterr().err
 
 
-def _interrupted(folder: Path) -> None:
+def test_a_rank_does_not_take_itself_or_a_stalled_file_system_for_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.watch.SILENT_SECONDS", 0.0)
+    alone = Watch(tmp_path, Ranks(0, 2), 600)
+    alone.stop_signal = signal.SIGTERM
+    alone._write()
+    assert [alone._gone() for _ in range(3)] == [None] * 3
+    other = Watch(tmp_path, Ranks(1, 2), 600)
+    other._write()
+    assert alone._gone() is None
+    alone._looked -= 60  # it was itself kept from looking
+    assert alone._gone() is None
+    assert "rank 1 went away" in (alone._gone() or "")
+
+
+def _interrupted(folder: Path, second: signal.Signals) -> None:
     from trainer import watch
 
     watch.AGAIN_SECONDS = 0.2
@@ -119,14 +136,18 @@ def _interrupted(folder: Path) -> None:
         for step in range(2):  # an update takes 4 s: Ctrl-C leaves 12
             mine.at(step, "data")
             mine._since -= 4
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGINT, second):
+            os.kill(os.getpid(), number)
             time.sleep(0.5)
         time.sleep(30)
 
 
-def test_a_second_interruption_ends_a_rank_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    process, began = mp.get_context("fork").Process(target=_interrupted, args=(tmp_path / "ranks",)), time.time()
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # the latter is what torchrun makes of it
+def test_a_second_interruption_ends_a_rank_at_once(
+    tmp_path: Path, second: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    process = mp.get_context("fork").Process(target=_interrupted, args=(tmp_path / "ranks", second))
+    began = time.time()
     process.start()
     process.join(20)
     assert process.exitcode == 130

@@ -121,8 +121,11 @@ def test_a_bank_of_other_identities_is_refused(tmp_path: Path) -> None:
     cleaned = np.array(new.labels)
     cleaned[np.flatnonzero(cleaned >= 0)[0]] = -1
     np.save(tmp_path / "new.npy", cleaned)
-    for name, numbering in (("right", new.numbering), ("unknown", None)):
-        bank = _bank(tmp_path / name, 2, 6, BankInfo(numbering=numbering))
+    same = open_dataset(folder, tmp_path / "new.npy").fingerprint  # the very data, whatever its classes are called now
+    infos = {"right": BankInfo(numbering=new.numbering), "unknown": BankInfo()}
+    infos["renamed"] = BankInfo(numbering="names:others", dataset_fingerprint=same)
+    for name, info in infos.items():
+        bank = _bank(tmp_path / name, 2, 6, info)
         train(_real(tmp_path / f"run-{name}", folder, compat__bank=str(bank), **given), Ranks())
 
 

@@ -33,7 +33,7 @@ EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED 
 PHASES = ("data", "forward", "backward", "update", "evaluate", "log", "save")
 BEAT_SECONDS = 2.0
 GRACE_SECONDS = 8.0  # after Ctrl-C: a rank whose step takes longer (and thrice as long as any before) is ended
-AGAIN_SECONDS = 3.0  # a Ctrl-C so long after the first is a second one, and not what the launcher sends on
+AGAIN_SECONDS = 3.0  # a signal so long after a Ctrl-C is a second one, and not the first that the launcher sends on
 STUCK_SECONDS = 10.0  # in one phase: look whether another rank has failed
 SILENT_SECONDS = 15.0  # without a word while we are told to stop: that rank is gone
 _UPDATE = ("data", "forward", "backward", "update")
@@ -45,17 +45,44 @@ def ask_to_stop(run_dir: Path, number: int) -> None:
     (run_dir / "ranks" / _STOP).write_text(str(int(number)))
 
 
-def ranks_left(run_dir: Path, since: float) -> list[int]:
-    """The ranks that have been in the loop after ``since`` (seconds of the epoch) and have not come to its end."""
+def ranks_left(run_dir: Path, since: float) -> list[dict[str, Any]]:
+    """The notes of ranks that have been in the loop after ``since`` (seconds of the epoch) and have not come to its
+    end."""
     found = []
     for path in sorted((run_dir / "ranks").glob("rank-*.json")):
-        try:
+        with suppress(OSError, ValueError):
             note = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        if note["time"] >= since:
-            found.append(int(note["rank"]))
+            if note["time"] >= since:
+                found.append(note)
     return found
+
+
+def ranks_lost(run_dir: Path, since: float) -> list[int]:
+    """The ranks among :func:`ranks_left` that will not come to the end: waits for those that still live, here by their
+    process, elsewhere by notes that are renewed."""
+    heard: dict[int, tuple[float, float]] = {}
+    while left := ranks_left(run_dir, since):
+        now, living = time.monotonic(), 0
+        for note in left:
+            said, at = heard.get(note["rank"], (math.nan, now))
+            if said != note["time"]:
+                heard[note["rank"]] = note["time"], now
+            here = note["host"] == socket.gethostname()
+            living += _is_running(note["pid"]) if here else now - at < SILENT_SECONDS
+        if not living:
+            break
+        time.sleep(0.2)
+    return [int(note["rank"]) for note in left]
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 class Vote:
@@ -87,7 +114,7 @@ class Watch:
     """Keeps an eye on this rank and, when something fails, on the others.
 
     Use as a context manager around the loop, on the main thread. While it is open, SIGINT and SIGTERM only set
-    :attr:`stop_signal`; a second Ctrl-C ends the process at once.
+    :attr:`stop_signal`; a second Ctrl-C (which torchrun turns into SIGTERM) ends the process at once.
 
     Args:
         folder: ``<run>/ranks``.
@@ -103,6 +130,7 @@ class Watch:
         self._twice = False
         self._updating, self._update_seconds, self._longest_update = -1, 0.0, 0.0
         self._heard: dict[int, tuple[float, float]] = {}  # rank → (the time in its note, when we first read that)
+        self._looked, self._mute = 0.0, False
         self._reason: str | None = None
         self._echo = False
         self._handlers: dict[int, Any] = {}
@@ -140,7 +168,7 @@ class Watch:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.stop_signal:
             self._stopped_at = time.time()
-        elif number == signal.SIGINT and time.time() - self._stopped_at > AGAIN_SECONDS:
+        elif signal.SIGINT in (number, self.stop_signal) and time.time() - self._stopped_at > AGAIN_SECONDS:
             self._twice = True
         self.stop_signal = max(self.stop_signal, number)
 
@@ -178,11 +206,16 @@ class Watch:
             return None if first is None or first["rank"] == self.ranks.rank else _stopped_because(first)
         if not self.stop_signal:
             return None
-        now = time.monotonic()
+        now, before = time.monotonic(), self._looked
+        self._looked = now
+        if self._mute or now - before > 2 * BEAT_SECONDS:  # the file system stalls: old notes say nothing of the others
+            self._heard.clear()
         for note in self._notes():  # of ranks that came to the end there is none
             rank, said = int(note["rank"]), float(note["time"])
-            before, since = self._heard.get(rank, (math.nan, now))
-            if said != before:
+            if rank == self.ranks.rank:
+                continue
+            known, since = self._heard.get(rank, (math.nan, now))
+            if said != known:
                 self._heard[rank] = said, now
             elif now - since > SILENT_SECONDS:
                 return f"rank {rank} went away without a word (killed, or its machine is gone); stopped"
@@ -260,8 +293,9 @@ class Watch:
             beside = path.with_suffix(f".{threading.get_ident()}")
             beside.write_text(json.dumps(note))
             beside.replace(path)
+            self._mute = False
         except OSError:
-            pass  # a full disk must not end training; the note is only an aid
+            self._mute = True  # a full disk must not end training; the note is only an aid
 
     def _notes(self) -> list[dict[str, Any]]:
         notes = []

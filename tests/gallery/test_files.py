@@ -236,6 +236,13 @@ def test_a_link_stands_for_the_gallery_that_it_names(tmp_path):
     store.mkdir()
     MAKERS["a.npy"](store / "v1.npy")
     link.symlink_to("store/v1.npy")
+    MAKERS["a.npy"](store / "b.npy")
+    (store / "b.npy").rename(store / "sha256-ab")
+    (tmp_path / "b.npy").symlink_to("store/sha256-ab")
+    assert upgrade(tmp_path / "b.npy", Rotation()).phase == "swapped"
+    assert verify(tmp_path / "b.npy", Rotation()).smallest_cosine > 0.9999
+    rollback(tmp_path / "b.npy")
+    (store / "sha256-ab").unlink()
     upgrade(link, Rotation())
     assert (open_gallery(link).dim, link.is_symlink()) == (24, True)
     assert verify(link, Rotation()).smallest_cosine > 0.9999

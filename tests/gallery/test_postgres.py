@@ -204,6 +204,22 @@ def test_an_index_whose_building_was_cut_off_is_built_anew(dsn):
     assert gallery.verify(Rotation()).recall > 0.9
 
 
+def test_names_that_postgresql_would_cut(dsn):
+    table, column = "faces_of_everybody_who_ever_was_in_the_gallery", "embedding_of_the_first_model"
+    execute(dsn, f"DROP TABLE IF EXISTS {table}")
+    execute(dsn, f"CREATE TABLE {table} (id bigint PRIMARY KEY, {column} vector(16))")
+    execute(dsn, f"INSERT INTO {table} SELECT id, embedding FROM faces")
+    gallery = PostgresGallery(dsn, table, column)
+    gallery.begin(Rotation())
+    gallery.work(Rotation())
+    gallery.index()
+    gallery.swap()
+    assert gallery.verify(Rotation()).recall > 0.9
+    execute(dsn, f"DROP TABLE {table}")
+    with pytest.raises(DataError, match="name is too long"):
+        PostgresGallery(dsn, "faces", "e" * 60)
+
+
 def _finish_work(dsn):
     gallery = PostgresGallery(dsn, "faces")
     gallery.index()

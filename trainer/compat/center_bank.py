@@ -158,7 +158,9 @@ class CenterBank:
                 f"{key} = {self.folder}: {self.num_classes} classes, the data set has {num_classes}; "
                 "make the bank from this data set (lce centers)"
             )
-        if dataset is not None and self.info.numbering and renumbered(self.info.numbering, dataset.numbering):
+        if dataset is None or not self.info.numbering or self.info.dataset_fingerprint == dataset.fingerprint:
+            return
+        if renumbered(self.info.numbering, dataset.numbering):
             raise CenterBankError(
                 f"{key} = {self.folder}: made for {self.info.dataset}, whose classes are other identities than those "
                 f"of {dataset.named}; make the bank from this data set (lce centers) with the same label table"

@@ -209,7 +209,8 @@ class Dataset:
     def sound_labels(self) -> NDArray[np.int64]:
         """A copy of the labels (N,) int64 in which the records that ``lce check`` found damaged have −1."""
         labels = np.array(self.labels)
-        labels[np.isin(np.arange(len(labels)), self.known_bad)] = -1
+        bad = self.known_bad
+        labels[bad[(bad >= 0) & (bad < len(labels))]] = -1
         return labels
 
     @cached_property

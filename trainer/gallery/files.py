@@ -357,11 +357,11 @@ def _recall(gallery: Format, rows: IntArray, k: int = 10) -> float | None:
 
 
 def _before(path: Path) -> Path:
-    return work_folder(path) / f"before{path.suffix}"
+    return work_folder(path) / f"before{path.resolve().suffix}"
 
 
 def _new(path: Path) -> Path:
-    return work_folder(path) / f"new{path.suffix}"
+    return work_folder(path) / f"new{path.resolve().suffix}"
 
 
 def _check_dimension(path: Path, dim: int, converter: Converter) -> None:

@@ -33,7 +33,7 @@ class Format(Protocol):
 
 
 def open_gallery(path: Path) -> Format:
-    """Open a gallery by its ending: .npy, .safetensors, otherwise FAISS; a folder holds .safetensors shards.
+    """Open a gallery: a folder holds .safetensors shards; a file tells by its first bytes what it is, else FAISS.
 
     Raises:
         DataError: missing, damaged, of another kind, empty, or with an id that occurs twice.
@@ -42,9 +42,11 @@ def open_gallery(path: Path) -> Format:
         return ShardsGallery(path)
     if not path.is_file():
         raise DataError(f"{path}: no such gallery file")
-    if path.suffix == ".npy":
+    with path.open("rb") as file:
+        first = file.read(9)
+    if path.suffix == ".npy" or first.startswith(b"\x93NUMPY"):
         return NpyGallery(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or first[8:] == b"{":  # behind the length of its JSON
         return SafetensorsGallery(path)
     return FaissGallery(path)
 

@@ -30,6 +30,7 @@ _STATE = """CREATE TABLE IF NOT EXISTS lce_gallery (
     gallery text PRIMARY KEY, version text NOT NULL, dim_in int NOT NULL, dim_out int NOT NULL, phase text NOT NULL)"""
 
 
+_LONGEST = 63  # bytes of a name
 _UNIQUE_INTEGER = """SELECT 1 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
     WHERE i.indrelid = to_regclass(%s) AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1 AND i.indpred IS NULL
     AND a.attname = %s AND a.atttypid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype)"""
@@ -83,7 +84,13 @@ class PostgresGallery:
         versions = {"vv": f"{column}_version", "vnew": f"{column}_new_version", "vold": f"{column}_old_version"}
         texts = {"v": column, "new": f"{column}_new", "old": f"{column}_old", "k": key, **versions}
         self._names = {short: sql.Identifier(name) for short, name in texts.items()}
-        todo = f"{bare}_{column}_lce_todo"
+        if len(column.encode()) > _LONGEST - len("_old_version"):
+            raise DataError(f"{self.name}: the column's name is too long for those that are made beside it")
+        self._stem = f"{bare}_{column}"
+        if len(self._stem.encode()) > _LONGEST - len("_ivfflat_12345678"):  # PostgreSQL would cut what tells them apart
+            mark = hashlib.sha256(self._stem.encode()).hexdigest()[:8]
+            self._stem = f"{bare.encode()[:32].decode(errors='ignore')}_{mark}"
+        todo = f"{self._stem}_lce_todo"
         self._names |= {"t": sql.Identifier(*schema, bare), "todo": sql.Identifier(todo)}
         self._names |= {name: sql.Identifier(*schema, todo) for name in ("old_todo", "stale")}
         self._schema = tuple(schema)
@@ -91,7 +98,6 @@ class PostgresGallery:
             **texts,
             "todo": todo,
             "t": ".".join('"' + part.replace('"', '""') + '"' for part in (*schema, bare)),
-            "b": bare,
         }
         self._names["order"] = self._order(*parse_order(order))
         with self._connect() as connection:
@@ -312,7 +318,7 @@ class PostgresGallery:
                 return
             # Without the version in it the name would be taken when the next upgrade comes.
             mark = hashlib.sha256(str(version).encode()).hexdigest()[:8]
-            name = f"{self._texts['b']}_{self._texts['v']}_{method}_{mark}"
+            name = f"{self._stem}_{method}_{mark}"
             self._build(connection, name, f"ON {{t}} USING {method} ({{new}} vector_cosine_ops)")
 
     def swap(self) -> None:

@@ -1,0 +1,81 @@
+"""Launchers that are programs of their own: what signals do to them, and what is said of their ranks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.child import run_launcher
+from launch.deepspeed import _users_file
+from trainer.watch import ranks_lost
+
+
+def _note(run: Path, rank: int, pid: int, host: str = "") -> Path:
+    path = run / "ranks" / f"rank-{rank:05d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    note = {"rank": rank, "pid": pid, "host": host or socket.gethostname(), "time": time.time()}
+    path.write_text(json.dumps(note))
+    return path
+
+
+def _dead() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def _soon(number: signal.Signals) -> None:
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+
+
+def test_ranks_that_still_save_are_waited_for(tmp_path: Path) -> None:
+    began = time.time() - 1
+    assert ranks_lost(tmp_path, began) == []
+    _note(tmp_path, 1, _dead())
+    assert ranks_lost(tmp_path, began) == [1]
+    mine, other = _note(tmp_path, 0, os.getpid()), _note(tmp_path, 2, 1, "elsewhere")
+    for path in (mine, other, tmp_path / "ranks/rank-00001.json"):
+        threading.Timer(0.6, path.unlink).start()
+    assert ranks_lost(tmp_path, began) == []
+    assert ranks_lost(tmp_path, time.time() + 60) == []
+
+
+def test_without_a_rank_in_the_loop_the_launcher_is_ended(tmp_path: Path) -> None:
+    _soon(signal.SIGTERM)
+    assert run_launcher(["sleep", "60"], {}, tmp_path) == 75
+
+
+def test_ranks_that_cannot_be_asked_are_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    began = threading.Timer(0.2, _note, (tmp_path, 0, _dead()))
+    began.start()
+    (tmp_path / "ranks/stop").mkdir(parents=True)
+    _soon(signal.SIGTERM)
+    assert run_launcher(["sleep", "60"], {}, tmp_path) == 70
+    said = capsys.readouterr().out
+    assert "the ranks cannot be asked to save" in said
+    assert "rank 0 ended before the checkpoint was complete" in said
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        _soon(signal.SIGHUP)
+        assert run_launcher(["sleep", "1"], {}, tmp_path) == 0
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+
+
+def test_the_users_environment_for_deepspeed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    assert _users_file() == ""
+    (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO")
+    assert "NCCL_DEBUG=INFO\n" in _users_file()
