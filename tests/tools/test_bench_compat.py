@@ -77,6 +77,7 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
     assert methods["independent"]["seeds"][0]["cost"] == {"TAR@FAR=1e-4": 0.0, "rank-1": 0.0}
     assert "| LCE, direct |" in (tmp_path / "table.md").read_text()
     assert "| failed |" in (tmp_path / "table.md").read_text()
+    assert "broken: broken-1, seed 0: " in (tmp_path / "table.md").read_text()
 
     run = compat_lab.Children.run
 

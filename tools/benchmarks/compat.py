@@ -427,6 +427,7 @@ def markdown(figures: dict[str, Any]) -> str:
         f"deviation of {figures['seeds']} seed(s); {figures['machine']}, commit {figures['commit']}.",
         "",
         *_markdown_rows(head, lines),
+        *(f"\n{one['title']}: {problem}" for one in figures["methods"].values() for problem in one["problems"]),
     ]
     if figures["chosen_by"] == "an earlier run":
         return "\n".join([*text, "", "Weights: as an earlier run chose them, on other identities."]) + "\n"
