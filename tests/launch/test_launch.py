@@ -189,17 +189,34 @@ def test_status_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rank 1 by SIGKILL" in capsys.readouterr().out
 
 
+def _heed_interrupts() -> None:
+    """A test run in the background has SIGINT ignored, and its children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _stop(path: Path, launcher: str, number: signal.Signals, status: int, *options: str) -> None:
     """A signal to `lce launch` makes the ranks save, and the same command continue."""
     words = [sys.executable, "-m", "tools.cli", "launch", str(path), "--nproc", "2", "--with", launcher]
     words += ["--interface", "lo", *options, "train.steps=100000", "checkpoint.every_steps=0", "log.every_steps=1"]
     with (path.parent / "output").open("w") as output:
-        started = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    log, end = path.parent / "run/log.jsonl", time.time() + 150
-    while not (log.exists() and len(log.read_bytes().splitlines()) > 3) and time.time() < end:
-        time.sleep(0.1)
-    started.send_signal(number)
-    assert started.wait(100) == status, (path.parent / "output").read_text()
+        started = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_heed_interrupts,
+        )
+    try:
+        log, end = path.parent / "run/log.jsonl", time.time() + 150
+        while not (log.exists() and len(log.read_bytes().splitlines()) > 3) and time.time() < end:
+            time.sleep(0.1)
+        started.send_signal(number)
+        assert started.wait(100) == status, (path.parent / "output").read_text()
+    finally:
+        if started.poll() is None:
+            started.terminate()
+            started.wait(60)
     [checkpoint] = (path.parent / "run/checkpoints").iterdir()
     assert not list((path.parent / "run/ranks").glob("rank-*"))
     assert int(checkpoint.name.removeprefix("step-")) > 3
