@@ -77,6 +77,9 @@ class NpyGallery:
         out.flush()
 
 
+_NUMPY_KINDS = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+
+
 class SafetensorsGallery:
     """A .safetensors with one float matrix (n, D) and, where there is one, an integer vector of ids (n,)."""
 
@@ -85,12 +88,16 @@ class SafetensorsGallery:
 
         try:
             with safe_open(path, framework="numpy") as file:
+                kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (not a dict)
+                foreign = next((key for key, kind in kinds.items() if kind not in _NUMPY_KINDS), None)
+                if foreign is not None:
+                    raise DataError(
+                        f"{path}: {foreign} is stored as {kinds[foreign]}; store the vectors as float16 or float32"
+                    )
                 self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
                 self._metadata = file.metadata()
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: is no .safetensors file: {error}") from None
-        except TypeError as error:  # bfloat16, which numpy does not know
-            raise DataError(f"{path}: {error}; store the vectors as float16 or float32") from None
         matrices = [key for key, value in self._tensors.items() if value.ndim == 2 and value.dtype.kind == "f"]
         numbers = [key for key, value in self._tensors.items() if value.ndim == 1 and value.dtype.kind in "iu"]
         if len(matrices) != 1 or len(numbers) > 1:
