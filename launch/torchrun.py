@@ -96,7 +96,7 @@ def run(job: Job) -> int:
     except ChildFailedError as error:
         return _status({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as stop:
-        return stopped_status(signal.SIGINT if stop.sigval == signal.SIGINT else signal.SIGTERM, job.run_dir, began)
+        return stopped_status(stop.sigval, job.run_dir, began)
     except (dist.DistError, RendezvousError) as error:
         detail = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
         if job.run_dir is not None and ranks_left(job.run_dir, began):

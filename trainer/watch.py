@@ -45,34 +45,53 @@ def ask_to_stop(run_dir: Path, number: int) -> None:
     (run_dir / "ranks" / _STOP).write_text(str(int(number)))
 
 
+def read_notes(folder: Path) -> list[dict[str, Any]]:
+    """The notes of all ranks in ``<run>/ranks`` that can be read, in the order of the ranks."""
+    notes = []
+    for path in sorted(folder.glob("rank-*.json")):
+        with suppress(OSError, ValueError):
+            notes.append(json.loads(path.read_text()))
+    return notes
+
+
+class _Heard:
+    """For how long each rank's note has been the same, by our own clock."""
+
+    def __init__(self) -> None:
+        self._heard: dict[int, tuple[float, float]] = {}  # rank → (the time in its note, when we first read that)
+
+    def silent_seconds(self, note: dict[str, Any]) -> float:
+        now = time.monotonic()
+        said, since = self._heard.get(note["rank"], (math.nan, now))
+        if said != note["time"]:
+            self._heard[note["rank"]] = note["time"], now
+            return 0.0
+        return now - since
+
+    def forget(self) -> None:
+        self._heard.clear()
+
+
 def ranks_left(run_dir: Path, since: float) -> list[dict[str, Any]]:
     """The notes of ranks that have been in the loop after ``since`` (seconds of the epoch) and have not come to its
     end."""
-    found = []
-    for path in sorted((run_dir / "ranks").glob("rank-*.json")):
-        with suppress(OSError, ValueError):
-            note = json.loads(path.read_text())
-            if note["time"] >= since:
-                found.append(note)
-    return found
+    return [note for note in read_notes(run_dir / "ranks") if note["time"] >= since]
 
 
 def ranks_lost(run_dir: Path, since: float) -> list[int]:
     """The ranks among :func:`ranks_left` that will not come to the end: waits for those that still live, here by their
     process, elsewhere by notes that are renewed."""
-    heard: dict[int, tuple[float, float]] = {}
+    heard, here = _Heard(), socket.gethostname()
+
+    def lives(note: dict[str, Any]) -> bool:
+        return _is_running(note["pid"]) if note["host"] == here else heard.silent_seconds(note) < SILENT_SECONDS
+
     while left := ranks_left(run_dir, since):
-        now, living = time.monotonic(), 0
-        for note in left:
-            said, at = heard.get(note["rank"], (math.nan, now))
-            if said != note["time"]:
-                heard[note["rank"]] = note["time"], now
-            here = note["host"] == socket.gethostname()
-            living += _is_running(note["pid"]) if here else now - at < SILENT_SECONDS
+        living = [note for note in left if lives(note)]
         if not living:
             break
         time.sleep(0.2)
-    return [int(note["rank"]) for note in left]
+    return [note["rank"] for note in left]
 
 
 def _is_running(pid: int) -> bool:
@@ -80,8 +99,8 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
-        return True
+    except PermissionError:
+        pass  # somebody else's
     return True
 
 
@@ -129,7 +148,7 @@ class Watch:
         self._stopped_at = 0.0
         self._twice = False
         self._updating, self._update_seconds, self._longest_update = -1, 0.0, 0.0
-        self._heard: dict[int, tuple[float, float]] = {}  # rank → (the time in its note, when we first read that)
+        self._heard = _Heard()
         self._looked, self._mute = 0.0, False
         self._reason: str | None = None
         self._echo = False
@@ -209,16 +228,10 @@ class Watch:
         now, before = time.monotonic(), self._looked
         self._looked = now
         if self._mute or now - before > 2 * BEAT_SECONDS:  # the file system stalls: old notes say nothing of the others
-            self._heard.clear()
+            self._heard.forget()
         for note in self._notes():  # of ranks that came to the end there is none
-            rank, said = int(note["rank"]), float(note["time"])
-            if rank == self.ranks.rank:
-                continue
-            known, since = self._heard.get(rank, (math.nan, now))
-            if said != known:
-                self._heard[rank] = said, now
-            elif now - since > SILENT_SECONDS:
-                return f"rank {rank} went away without a word (killed, or its machine is gone); stopped"
+            if note["rank"] != self.ranks.rank and self._heard.silent_seconds(note) > SILENT_SECONDS:
+                return f"{_went_away(note['rank'])}; stopped"
         return None
 
     def _leave(self, reason: str, status: int, hanging: bool = False) -> None:
@@ -266,7 +279,7 @@ class Watch:
         if silent:
             last = notes.get(silent[0])
             seen = f", last seen in step {last['step']}, {last['phase']} on {last['host']}" if last else ""
-            return f"rank {silent[0]} went away without a word (killed, or its machine is gone){seen}"
+            return _went_away(silent[0]) + seen
         place = {r: (int(n["step"]), _order(n["phase"])) for r, n in notes.items()}
         behind = min(place, key=lambda r: place[r])
         if place[behind] == max(place.values()):
@@ -298,13 +311,11 @@ class Watch:
             self._mute = True  # a full disk must not end training; the note is only an aid
 
     def _notes(self) -> list[dict[str, Any]]:
-        notes = []
-        for rank in range(self.ranks.world_size):
-            try:
-                notes.append(json.loads(self._path(rank).read_text()))
-            except (OSError, ValueError):
-                continue
-        return notes
+        return [note for note in read_notes(self.folder) if note["rank"] < self.ranks.world_size]
+
+
+def _went_away(rank: int) -> str:
+    return f"rank {rank} went away without a word (killed, or its machine is gone)"
 
 
 def _stopped_because(first: dict[str, Any]) -> str:
