@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from tools.arguments import whole_number
 from tools.output import write_json
-from trainer.errors import DataError
+from trainer.errors import DataError, MissingDataError
 
 if TYPE_CHECKING:
     from trainer.data.checking import CheckReport
@@ -52,17 +52,12 @@ def run(args: argparse.Namespace) -> int:
 
     from trainer.data import open_dataset, store
     from trainer.data.checking import check
-    from trainer.data.index import BAD_RECORDS, DESCRIPTION
+    from trainer.data.index import BAD_RECORDS
 
-    if not args.dataset.is_dir():
-        raise DataError(f"{args.dataset}: no such data set folder")
-    described = (args.dataset / DESCRIPTION).exists() or any(args.dataset.glob("*.rec"))
-    if not described and not any(store.image_files(args.dataset)):
-        raise DataError(f"{args.dataset}: holds neither {DESCRIPTION}, nor .rec files, nor identity folders")
-    if args.labels is not None and not args.labels.is_file():
-        raise DataError(f"--labels {args.labels}: no such file")
     try:
         dataset = open_dataset(args.dataset, args.labels)
+    except MissingDataError:
+        raise
     except DataError as error:
         write_json({"dataset": str(args.dataset), "damage": [str(error)]}, args.json)
         print(f"damage: {error}", file=sys.stderr if args.json == "-" else sys.stdout)

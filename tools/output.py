@@ -1,9 +1,23 @@
-"""Figures of a command as JSON."""
+"""Figures of a command: as JSON, and the tables beside."""
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def table_console(target: str | Path | None, width: int) -> "Console":
+    """Where tables beside ``--json TARGET`` go: standard error if the JSON takes standard output, and ``width`` columns
+    if it is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=str(target) == "-", highlight=False)
+    if not console.is_terminal:
+        console.width = width
+    return console
 
 
 def write_json(figures: Any, target: str | Path | None) -> None:

@@ -17,6 +17,10 @@ class DataError(LceError):
     """A data set that is missing, empty, damaged or at odds with the configuration."""
 
 
+class MissingDataError(DataError):
+    """There is no data set, or no label table, of that name: nothing that could be damaged."""
+
+
 class CheckpointError(LceError):
     """A checkpoint that is incomplete, damaged or belongs to another run."""
 

@@ -114,10 +114,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, measure and report; returns the exit status."""
-    from rich.console import Console
-
     from tools.benchmarks.measuring import write_json
     from tools.demo_steps import interruptible
+    from tools.output import table_console
 
     names = _names(args.methods)
     _check(args)
@@ -128,9 +127,7 @@ def run(args: argparse.Namespace) -> int:
     write_json(figures, args.json)
     if args.markdown:
         args.markdown.write_text(markdown(figures), encoding="utf-8")
-    console = Console(stderr=args.json == "-", highlight=False)
-    if not console.is_terminal:
-        console = Console(stderr=args.json == "-", highlight=False, width=160)
+    console = table_console(args.json, 160)
     console.print(_table(figures))
     for name, one in figures["methods"].items():
         for problem in one["problems"]:
@@ -299,7 +296,7 @@ def _train(lab: "Lab", name: str, seed: int, weight: float) -> str:
     if not METHODS[name].settings:
         return PARAGON
     known = {"bank": folder / f"{OLD}-bank", "embeddings": folder / f"{OLD}.npy", "weight": weight}
-    lab.train(seed, _name(name, weight), PARAGON, [word.format(**known) for word in METHODS[name].settings])
+    lab.train(seed, _name(name, weight), PARAGON, [word.format(**known) for word in METHODS[name].settings], OLD)
     return _name(name, weight)
 
 

@@ -213,11 +213,12 @@ class Lab:
             return [open_dataset(self.source.folder / "train").fingerprint]
         return [self.source.config, str(seed), str(self.classes), str(self.old_classes)]
 
-    def train(self, seed: int, name: str, recipe: str, overrides: Sequence[str]) -> Path:
+    def train(self, seed: int, name: str, recipe: str, overrides: Sequence[str], old_model: str | None = None) -> Path:
         """Train a model in ``seed-N/NAME``, or find that it is there.
 
         Args:
             recipe: ``old`` or ``paragon``. overrides: of the recipe, after those that every run here has.
+            old_model: the training whose centres or embeddings the overrides name; with another one it is trained anew.
 
         Raises:
             TrainingFailed: the trainer ended with an error.
@@ -231,10 +232,8 @@ class Lab:
         words += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
         words = [*words, *QUIET, *self.settings, *overrides]
         key = [dump_config(load_config(config, words)).replace(str(self.out), "lab"), *self._pictures_key(seed)]
-        for word in overrides:
-            made = Path(word.partition("=")[2])
-            if made.parent == self.folder(seed):  # the centres or embeddings of an old model
-                key.append(self._hash(made.with_name(made.name.removesuffix("-bank").removesuffix(".npy"))))
+        if old_model is not None:
+            key.append(self._hash(self.folder(seed) / old_model))
 
         def action() -> None:
             log = self.folder(seed) / "output" / f"{name}.txt"

@@ -59,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, measure and report; returns the exit status."""
-    from rich.console import Console
     from rich.table import Table
 
     from tools.benchmarks.compat import make_lab, settings_of
     from tools.benchmarks.measuring import origin, write_json
     from tools.demo_steps import interruptible
+    from tools.output import table_console
     from trainer.errors import ConfigError
 
     if args.seeds < 1:
@@ -82,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
             shown = [" / ".join(f"{value:.3f}" for value in one[cell].values()) for cell in ("old->old", "new->old")]
             met = "yes" if one["met"] else "no, as it must" if line["mode"] == CONTROL else "NO"
             table.add_row(line["mode"], str(line["old_dim"]), str(line["new_dim"]), str(one["seed"]), *shown, met)
-    console = Console(stderr=args.json == "-", highlight=False)
-    console.print(table, width=None if console.is_terminal else 120)
+    table_console(args.json, 120).print(table)
     return 0 if fine else 1
 
 
@@ -133,7 +132,8 @@ def check(lab: "Lab", cases: Sequence[Case], seeds: int, weights: tuple[float, f
 
         def compatible(one: tuple[int, Case]) -> None:
             if one[1].mode != CONTROL:
-                lab.train(one[0], one[1].name, "paragon", _settings(lab.folder(one[0]), one[1], weights))
+                settings = _settings(lab.folder(one[0]), one[1], weights)
+                lab.train(one[0], one[1].name, "paragon", settings, f"old-{one[1].old}")
             lab.measure(one[0], "unseen", f"old-{one[1].old}", one[1].name)
             count()
 

@@ -21,6 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -211,17 +213,23 @@ class Side:
         self.folder.cleanup()
 
     def _ask(self, what: int | str) -> list[Any]:
+        for rank, pipe in enumerate(self.pipes):
+            with _answering(rank):
+                pipe.send(what)
         answers = []
-        for send in (True, False):
-            for rank, pipe in enumerate(self.pipes):
-                try:
-                    if send:
-                        pipe.send(what)
-                    else:
-                        answers.append(pipe.recv())
-                except (EOFError, OSError):
-                    raise RuntimeError(f"rank {rank} ended without an answer (out of memory?)") from None
+        for rank, pipe in enumerate(self.pipes):
+            with _answering(rank):
+                answers.append(pipe.recv())
         return answers
+
+
+@contextmanager
+def _answering(rank: int) -> Iterator[None]:
+    """Around the talk with a rank: its end is named."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise RuntimeError(f"rank {rank} ended without an answer (out of memory?)") from None
 
 
 def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Connection) -> None:

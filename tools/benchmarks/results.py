@@ -109,9 +109,10 @@ def _input(figures: dict[str, Any]) -> str:
 
 
 METHODS = "--methods independent,l2,bct,unibct,advbct,mixbct,fct,lce"
-ALL = f"{METHODS} --weights {{figures}}/compat.json --seeds 1 --steps 1500"
-FIVE = "--methods independent,lce,l2,bct,unibct --weights {figures}/compat.json --seeds 1 --steps 1500"
-LONG = "--methods independent,lce --weights {figures}/compat.json --seeds 1 --steps 9000"
+CHOSEN = "--weights {figures}/compat.json --seeds 1"
+ALL = f"{METHODS} {CHOSEN} --steps 1500"
+FIVE = f"--methods independent,lce,l2,bct,unibct {CHOSEN} --steps 1500"
+LONG = f"--methods independent,lce {CHOSEN} --steps 9000"
 SECTIONS = (
     Section(
         "Ways to stay compatible: 4,000 syllables",

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.data import store
 from trainer.data.pixels import decode_image, image_size
-from trainer.errors import DataError
+from trainer.errors import DataError, MissingDataError
 
 DESCRIPTION = "dataset.yaml"
 BAD_RECORDS = "bad_records.npy"
@@ -257,11 +257,14 @@ def open_dataset(path: str | Path, labels: str | Path | None = None) -> Dataset:
             the .yaml beside it (`lce split` writes one), else its largest label + 1.
 
     Raises:
-        DataError: missing, empty or damaged files, a label out of range.
+        MissingDataError: there is no such data set or label table.
+        DataError: missing parts, empty or damaged files, a label out of range.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such data set folder; make one with `lce pack SOURCE {folder}`")
+        raise MissingDataError(f"{folder}: no such data set folder; make one with `lce pack SOURCE {folder}`")
+    if labels is not None and not Path(labels).exists():
+        raise MissingDataError(f"{labels}: no such file")
     if (folder / DESCRIPTION).exists():
         info, images, found = _open_described(folder)
     elif recs := sorted(folder.glob("*.rec")):
@@ -366,7 +369,9 @@ def _open_records(folder: Path, recs: list[Path]) -> tuple[DatasetInfo, store.St
 def _open_files(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.int64]]:
     pairs = list(store.image_files(folder))
     if not pairs:
-        raise DataError(f"{folder}: holds neither dataset.yaml, nor .rec files, nor identity folders with images")
+        raise MissingDataError(
+            f"{folder}: holds neither dataset.yaml, nor .rec files, nor identity folders with images"
+        )
     number = {name: index for index, name in enumerate(dict.fromkeys(name for name, _ in pairs))}
     labels = np.array([number[name] for name, _ in pairs], np.int64)
     images = store.FileStore([file for _, file in pairs])

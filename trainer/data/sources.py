@@ -97,8 +97,10 @@ def _entries(source: Path, root: Path | None) -> Iterator[Entry]:
 
 def _refuse_strays(source: Path, tars: list[Path]) -> None:
     """Raise :class:`DataError` when a folder holds images that are left out: loose ones, or some beside tar files."""
-    loose = (p for p in sorted(source.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    stray = next((path for path in loose if path.is_file()), None)
+    loose = (p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    stray = min((path for path in loose if path.is_file()), default=None)
+    if not tars and stray is None:
+        return
     foldered = next((file for _, file in image_files(source)), None)
     if tars and (stray or foldered):
         raise DataError(

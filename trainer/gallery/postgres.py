@@ -349,7 +349,7 @@ class PostgresGallery:
                     change = "ALTER TABLE {t} ALTER {old} DROP NOT NULL, ALTER {v} SET NOT NULL"
                     connection.execute(self._query(change))
                 self._watch(connection, "old")
-                if self._exists(connection, "vv"):  # of the upgrade before this one
+                if self._required(connection, "vv") is not None:  # of the upgrade before this one
                     connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {vv} TO {vold}"))
                 connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {vnew} TO {vv}"))
                 connection.execute("UPDATE lce_gallery SET phase = 'swapped' WHERE gallery = %s", (self.name,))
@@ -364,7 +364,7 @@ class PostgresGallery:
             phase, _ = self._state(connection)
             if phase == "none":
                 raise DataError(f"{self.name}: has no upgrade to roll back")
-            required = False
+            required: bool | None = False
             if phase == "swapped":
                 connection.execute(self._query("LOCK TABLE {t} IN ACCESS EXCLUSIVE MODE"))
                 missing = self._query("SELECT count(*) FROM {t} WHERE {old} IS NULL AND {v} IS NOT NULL")
@@ -379,7 +379,7 @@ class PostgresGallery:
                 connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {v} TO {new}"))
                 connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {old} TO {v}"))
                 connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {vv} TO {vnew}"))
-                if self._exists(connection, "vold"):
+                if self._required(connection, "vold") is not None:
                     connection.execute(self._query("ALTER TABLE {t} RENAME COLUMN {vold} TO {vv}"))
             self._drop_todo(connection)
             connection.execute(self._query("ALTER TABLE {t} DROP COLUMN {new}, DROP COLUMN {vnew}"))
@@ -402,14 +402,13 @@ class PostgresGallery:
         connection.execute(self._query("DROP TRIGGER IF EXISTS {todo} ON {t}"))
         connection.execute(self._query("DROP FUNCTION IF EXISTS {stale}"))
 
-    def _exists(self, connection: Any, short: str) -> bool:
-        text = "SELECT 1 FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s AND NOT attisdropped"
-        return connection.execute(text, (self._texts["t"], self._texts[short])).fetchone() is not None
-
-    def _required(self, connection: Any) -> bool:
-        """Whether V is NOT NULL."""
-        text = "SELECT attnotnull FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s"
-        return bool(connection.execute(text, (self._texts["t"], self._texts["v"])).fetchone()[0])
+    def _required(self, connection: Any, short: str = "v") -> bool | None:
+        """Whether a column (V) is NOT NULL; None: there is none of that name."""
+        text = (
+            "SELECT attnotnull FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s AND NOT attisdropped"
+        )
+        row = connection.execute(text, (self._texts["t"], self._texts[short])).fetchone()
+        return None if row is None else row[0]
 
     def _indexes(self, connection: Any, column: str) -> list[bool]:
         """Of each index for search on a column: whether it is whole."""
