@@ -209,7 +209,7 @@ class CompatConfig(Section):
     )
     maps: Literal["both", "t21", "t12"] = Field("both", description="cross-model: which maps are trained")
     weight: float = Field(
-        1.0, ge=0, description="the weight of a rival method's loss (advbct: of its adversarial part; mixbct: none)"
+        1.0, ge=0, description="the weight of a rival method's loss (advbct: of its reversed gradient; mixbct: none)"
     )
     old_margin: float = Field(0.0, ge=0, description="bct, unibct: cosine margin before the old classifier")
     mix_share: float = Field(0.3, ge=0, le=1, description="mixbct: share of the batch that old embeddings stand in for")

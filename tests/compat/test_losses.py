@@ -186,6 +186,26 @@ def test_adversarial_trains_the_discriminator_and_reverses_for_the_embeddings() 
     assert losses.adversarial(x, e, discriminator) < got
 
 
+def test_adversarial_weight_is_of_the_embeddings_gradient_alone() -> None:
+    x, e = randn(N, D1), randn(4, D1)
+    discriminator = linear(D1, 1)
+    own = list(discriminator.parameters())
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(loss, [x, *own]))
+
+    both = torch.nn.functional.normalize(torch.cat([x, e]))
+    target = (torch.arange(N + 4) < N).double()
+    plain = torch.nn.functional.binary_cross_entropy_with_logits(discriminator(both)[:, 0], target)
+    weighted = losses.adversarial(x, e, discriminator, 7.0)
+    assert weighted.item() == pytest.approx(plain.item(), rel=1e-12)
+    into_x, *into_own = gradients(weighted)
+    expected, *expected_own = gradients(plain)
+    torch.testing.assert_close(into_x, -7.0 * expected, rtol=1e-10, atol=1e-14)
+    for got, same in zip(into_own, expected_own, strict=True):
+        torch.testing.assert_close(got, same, rtol=1e-10, atol=1e-14)
+
+
 def test_mixbct_replaces_a_share_of_credible_images() -> None:
     x, e = randn(N, D1), randn(N, D1)
     credible = torch.arange(N) != 4

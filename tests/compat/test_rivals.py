@@ -134,7 +134,7 @@ def plain(folder: Path, method: str, more: dict[str, Any]) -> dict[str, Any]:
         assert isinstance(made, AdvBct)
         modules = {"discriminator": made.discriminator.double()}
         of = LABELS[valid]
-        loss = weight * losses.adversarial(x[known], old[known], made.discriminator)
+        loss = losses.adversarial(x[known], old[known], made.discriminator, weight)
         boundary = losses.elastic_boundary(
             x[valid], rows.centers.double()[of], rows.boundaries.double()[of], rows.mask[of]
         )

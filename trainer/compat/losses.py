@@ -7,6 +7,7 @@ vectors; the paper's mean over dimensions is 2/D of it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,24 +184,27 @@ def angle(a: Tensor, b: Tensor) -> Tensor:
 
 class _Reverse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
         return x.clone()
 
     @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> Tensor:
-        return -grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return -ctx.weight * grads[0], None
 
 
-def adversarial(embeddings: Tensor, old_embeddings: Tensor, discriminator: Map) -> Tensor:
+def adversarial(embeddings: Tensor, old_embeddings: Tensor, discriminator: Map, weight: float = 1.0) -> Tensor:
     """AdvBCT's adversarial term (Pan et al., CVPR 2023): a discriminator must not tell new embeddings from old ones.
 
     The discriminator's own cross entropy, with the gradient reversed on its way into the embeddings: one minimisation
-    trains both.
+    trains both. As with gradient reversal's authors (Ganin et al., JMLR 2016, section 5.2.2) the weight is that of the
+    reversed gradient alone, so that the discriminator learns at one pace whatever the weight.
 
     Args:
-        embeddings, old_embeddings: (n, D1), (m, D1). discriminator: (k, D1) → (k, 1) logits of being new.
+        embeddings, old_embeddings: (n, D1), (m, D1). discriminator: (k, D1) → (k, 1) logits of being new. weight: of
+            the gradient into the embeddings; the value returned is without it.
     """
-    both = torch.cat([_Reverse.apply(normalize(embeddings)), normalize(old_embeddings)])
+    both = torch.cat([_Reverse.apply(normalize(embeddings), weight), normalize(old_embeddings)])
     target = torch.cat([torch.ones(len(embeddings)), torch.zeros(len(old_embeddings))]).to(both)
     return binary_cross_entropy_with_logits(discriminator(both)[:, 0], target)
 

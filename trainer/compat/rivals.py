@@ -238,8 +238,9 @@ class AdvBct(WithOld):
     """In the manner of AdvBCT (Pan et al., CVPR 2023): a discriminator that must not tell new from old, and an elastic
     boundary.
 
-    The loss is ``compat.weight`` · adversarial + ``compat.boundary_weight`` · boundary. The discriminator is Linear,
-    PReLU, Linear on unit embeddings, trained with the backbone's optimizer. One more collective, the all-gather of the
+    The loss is adversarial + ``compat.boundary_weight`` · boundary; ``compat.weight`` is that of the adversarial
+    part's gradient into the embeddings. The discriminator is Linear, PReLU, Linear on unit embeddings, trained with the
+    backbone's optimizer by its own, unweighted cross entropy. One more collective, the all-gather of the
     batch's centres and boundaries. Left out: the authors' radius from a pass over the training set each epoch, see
     :func:`trainer.compat.losses.elastic_boundary`.
     """
@@ -261,7 +262,9 @@ class AdvBct(WithOld):
         del rows, step
         adversarial = embeddings.new_zeros(())
         if bool(self.known.any()):
-            adversarial = losses.adversarial(embeddings[self.known], self.old[self.known], self.discriminator)
+            adversarial = losses.adversarial(
+                embeddings[self.known], self.old[self.known], self.discriminator, self.config.weight
+            )
         own = own_classes(labels, self.num_classes, self.ranks)
         pairs = gather_pairs(labels, embeddings.new_empty(len(own), 0), self.bank, self.num_classes, self.ranks)
         labelled = pairs.place >= 0
@@ -269,7 +272,7 @@ class AdvBct(WithOld):
         boundary = losses.elastic_boundary(
             embeddings[labelled], pairs.centers[place], pairs.boundaries[place], pairs.mask[place]
         )
-        total = self.config.weight * adversarial + self.config.boundary_weight * boundary
+        total = adversarial + self.config.boundary_weight * boundary
         return total, {"adversarial": adversarial.detach(), "boundary": boundary.detach()}
 
 
