@@ -78,7 +78,7 @@ METHODS = {
     "l2": _rival("L2 to the old embedding", "l2", "old", 3.1, 97.0),
     "bct": _rival("BCT", "bct", "bank", 0.3, 10.0),
     "unibct": _rival("UniBCT", "unibct", "old", 0.3, 10.0),
-    "advbct": _rival("AdvBCT", "advbct", "bank old", 1.0, 30.0, "weight boundary_weight"),
+    "advbct": _rival("AdvBCT", "advbct", "bank old", 3.0, 100.0, "weight boundary_weight"),
     "mixbct": _rival("MixBCT", "mixbct", "bank old", 0.2, 0.9, "mix_share"),
     "fct": _rival("FCT (no side information)", "fct", "old", 3.0, 100.0),
     "lce": _lce("LCE, direct", "direct"),
