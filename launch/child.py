@@ -37,7 +37,8 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
         run_dir: the run folder; None: the launcher is ended at the first signal.
 
     Returns:
-        The launcher's exit status; after a signal that of :func:`stopped_status`.
+        The launcher's exit status, 70 where that tells of a rank that was killed; after a signal that of
+        :func:`stopped_status`.
     """
     began, asked = time.time(), 0
     child = subprocess.Popen(words, env=os.environ | dict(environment), start_new_session=True)
@@ -62,7 +63,16 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-    return stopped_status(asked, run_dir, began) if asked else status
+    return stopped_status(asked, run_dir, began) if asked else _told(status)
+
+
+def _told(status: int) -> int:
+    """The launcher's own exit status, or 70 where it is a shell's way (128 + signal) to say that a rank was killed."""
+    number = -status if status < 0 else status - 128
+    if status == EXIT_INTERRUPTED or number not in set(signal.Signals):
+        return status
+    print(f"lce launch: killed: a rank by {signal.Signals(number).name}", flush=True)
+    return EXIT_CRASH
 
 
 def stopped_status(asked: int, run_dir: Path | None, began: float) -> int:

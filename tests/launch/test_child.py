@@ -63,6 +63,16 @@ def test_ranks_that_cannot_be_asked_are_ended(tmp_path: Path, capsys: pytest.Cap
     assert "rank 0 ended before the checkpoint was complete" in said
 
 
+@pytest.mark.parametrize(
+    ("script", "status"), [("exit 137", 70), ("kill -9 $$", 70), ("exit 130", 130), ("exit 75", 75), ("exit 1", 1)]
+)
+def test_a_rank_that_was_killed_is_70_under_every_launcher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str, status: int
+) -> None:
+    assert run_launcher(["bash", "-c", script], {}, tmp_path) == status
+    assert capsys.readouterr().out == ("lce launch: killed: a rank by SIGKILL\n" if status == 70 else "")
+
+
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
