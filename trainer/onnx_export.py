@@ -76,6 +76,7 @@ class ImageGraph(nn.Module):
         self.register_buffer("factor", 1 / (255 * std))
 
     def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, height, width) float32 of 0 … 255, or normalised already → embeddings (n, D)."""
         if self.inside:
             images = (images - self.get_buffer("shift")) * self.get_buffer("factor")
         if self.bgr:

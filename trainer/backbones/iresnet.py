@@ -34,6 +34,7 @@ class Unit(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(channels, into, 1, stride, bias=False), nn.BatchNorm2d(into))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, h, w) → (b, into, h / stride, w / stride)."""
         y = self.conv1(self.bn1(x))
         y = self.bn3(self.conv2(self.prelu(self.bn2(y))))
         return y + (x if self.downsample is None else self.downsample(x))

@@ -41,7 +41,9 @@ class Store(Protocol):
         """The sizes of the files, for the data set's fingerprint."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the files."""
+        ...
 
 
 @dataclass
