@@ -170,7 +170,13 @@ def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     capsys.readouterr()
     assert train(config(tmp_path / "run"), Ranks()) == done
-    assert "finished already" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "finished already" in said
+    assert "another setting" not in said
+    assert train(config(tmp_path / "run", optimizer__lr=0.3), Ranks()) == done
+    assert "made with another setting, optimizer.lr: 0.1 → 0.3; choose another run.dir" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"with another data set .*; choose another run\.dir"):
+        train(config(tmp_path / "run", data__synthetic_records=50), Ranks())
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
     assert train(config(tmp_path / "run", train__steps=10), Ranks()).step == 10
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 11))

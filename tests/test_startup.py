@@ -14,6 +14,7 @@ import yaml
 from tests.data.samples import packed
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, tree
+from trainer import startup
 from trainer.compat.center_bank import BankInfo, CenterBank, write_bank
 from trainer.compat.convert import check_centers
 from trainer.data import open_dataset
@@ -22,7 +23,7 @@ from trainer.distributed import Ranks
 from trainer.engine import train
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError, ModelError
 from trainer.export import load_model
-from trainer.startup import check_agreement, check_writable
+from trainer.startup import check_agreement, check_shared, check_writable
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,6 +171,28 @@ def test_a_rank_with_another_version_is_named() -> None:
     assert len(set(answers)) == 1
     assert "rank 2 on" in answers[0]
     assert "another torch version (2.12)" in answers[0]
+
+
+def _disk_rank(ranks: Ranks, folders: list[Path]) -> str:
+    startup.SHARED_SECONDS = 0.5
+    try:
+        check_shared(folders[ranks.rank] / "runs" / "one", ranks)
+    except ConfigError as error:
+        return str(error)
+    return "shared"
+
+
+def test_a_run_folder_that_ranks_do_not_share_is_refused(tmp_path: Path) -> None:
+    """A rank that looks into another folder is as one whose machine has a disk of its own."""
+    disks = [tmp_path / "one", tmp_path / "two"]
+    (disks[0] / "runs").mkdir(parents=True)
+    disks[1].mkdir()
+    answers = run_ranks(_disk_rank, 3, [disks[0], disks[0], disks[1]])
+    assert len(set(answers)) == 1
+    assert "rank 2 on " in answers[0]
+    assert "a file system that all machines share" in answers[0]
+    assert run_ranks(_disk_rank, 3, [disks[1]] * 3) == ["shared"] * 3
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["one", "runs", "two"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -1,6 +1,7 @@
 """Make the centre bank that training needs to stay compatible with an old model, and look into one.
 
   lce centers from-model runs/old data/train bank --nproc 2             # the old model, run over the new images
+  lce centers from-model runs/old data/train bank --labels splits/new.npy   # with the label table that is trained on
   lce centers from-embeddings old.npy bank --dataset data/train         # old embeddings, one row per record
   lce centers from-classifier checkpoint_gpu_*.pt bank                  # the old classifier's rows, as saved per rank
   lce centers from-classifier head.pt bank --map map.csv                # other class numbers: lines new,old
@@ -19,6 +20,8 @@ from tools.arguments import whole_number
 from tools.output import write_json
 
 if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
     from trainer.compat.boundary import BoundaryRule
     from trainer.compat.center_bank import CenterBank
     from trainer.compat.class_map import ClassMap
@@ -30,20 +33,20 @@ HELP = "make the centre bank of an old model, or look into one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce centers``."""
     commands = parser.add_subparsers(dest="how", required=True, metavar="HOW")
-    model = commands.add_parser("from-model", help="run the old model over the new training set")
-    model.add_argument("model", type=Path, help="run folder, export folder or .onnx file")
+    model = _parser(commands, "from-model", "run the old model over the new training set")
+    model.add_argument("model", type=Path, help="run folder, checkpoint, model folder or .onnx file")
     model.add_argument("dataset", type=Path, help="data set folder")
     model.add_argument("out", type=Path, help="the bank's folder")
     model.add_argument("--labels", type=Path, help="int64 .npy that replaces the data set's labels")
     model.add_argument(
         "--nproc", type=whole_number(1), default=1, help="processes on this machine (torchrun is started for you)"
     )
-    model.add_argument("--batch-size", type=whole_number(1), default=256)
+    model.add_argument("--batch-size", type=whole_number(1), default=256, help="images at a time (%(default)s)")
     model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     model.add_argument("--flip", action="store_true", help="embed as the sum of the image and its mirror image")
     model.add_argument("--embeddings", type=Path, help="keep the embeddings by record in this new .npy file")
     _add_rule(model)
-    embeddings = commands.add_parser("from-embeddings", help="mean and boundary of old embeddings per class")
+    embeddings = _parser(commands, "from-embeddings", "mean and boundary of old embeddings per class")
     embeddings.add_argument("embeddings", type=Path, nargs="+", help=".npy, .npz, .safetensors or .pt files, in order")
     embeddings.add_argument("out", type=Path, help="the bank's folder")
     embeddings.add_argument(
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     embeddings.add_argument("--key", help="the array's name inside the files")
     _add_rule(embeddings)
-    classifier = commands.add_parser("from-classifier", help="the rows of the old model's classifier")
+    classifier = _parser(commands, "from-classifier", "the rows of the old model's classifier")
     classifier.add_argument("source", type=Path, nargs="+", help="a file, the files of all ranks, or a folder")
     classifier.add_argument("out", type=Path, help="the bank's folder")
     classifier.add_argument("--key", help="the weight's name inside the file (default: guessed and shown)")
@@ -72,24 +75,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     classifier.add_argument("--old-dataset", type=Path, help="the old training set, for class names")
     for sub in (model, embeddings, classifier):
         _add_output(sub)
-    info = commands.add_parser("info", help="counts, boundaries, and likely duplicates in a bank")
+    info = _parser(commands, "info", "counts, boundaries, and likely duplicates in a bank")
     info.add_argument("bank", type=Path)
     info.add_argument("--pairs", type=whole_number(0), default=10, help="how many nearest pairs of centres to show")
     info.add_argument("--verify", action="store_true", help="read everything and compare the checksums first")
     info.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
 
 
+def _parser(commands: "Commands", name: str, what: str) -> argparse.ArgumentParser:
+    """A way to make a bank, whose help shows its lines of this module's examples."""
+    assert __doc__ is not None
+    examples = [line for line in __doc__.splitlines() if line.startswith(f"  lce centers {name} ")]
+    return commands.add_parser(
+        name,
+        help=what,
+        description="\n".join([f"{what[0].upper()}{what[1:]}.", "", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def _add_rule(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("centres and boundaries")
     group.add_argument("--centers", type=Path, metavar="BANK", help="keep this bank's centres, measure boundaries only")
     group.add_argument("--quantile", type=float, default=0.0, help="share of a class outside its boundary (0: minimum)")
-    group.add_argument("--outliers", choices=("none", "iqr", "nearest"), default="none", help="left out before that")
-    group.add_argument("--nearest-share", type=float, default=0.9, help="with --outliers nearest")
+    group.add_argument(
+        "--outliers", choices=("none", "iqr", "nearest"), default="none", help="left out before that (%(default)s)"
+    )
+    group.add_argument("--nearest-share", type=float, default=0.9, help="with --outliers nearest (%(default)s)")
     group.add_argument("--single", type=float, help="boundary of classes with one image (default: the others' median)")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--storage", choices=("float32", "bfloat16", "int8"), default="float32")
+    parser.add_argument(
+        "--storage", choices=("float32", "bfloat16", "int8"), default="float32", help="on disk (%(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="replace what exists")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
 

@@ -1,9 +1,8 @@
 """Look for damage in a data set: every record is read, and with --deep every image is decoded.
 
 Reported: records and classes, classes without images, images per class, header records, sizes, byte-identical images,
-    records whose
-header has another label than the label table, and damage: records that cannot be read or decoded, files that were cut,
-offsets that point nowhere, sizes other than described. Exit status 1 when there is damage, else 0.
+records whose header has another label than the label table, and damage: records that cannot be read or decoded, files
+that were cut, offsets that point nowhere, sizes other than described. Exit status 1 when there is damage, else 0.
 
 --write-bad puts the damaged records' numbers into DATASET/bad_records.npy; training passes over them, up to
 data.max_bad_records of them.

@@ -11,9 +11,11 @@ Pair lists and template sets name no identities: they give figures, no verdict.
 
     lce evaluate --old runs/old --new runs/new --pairs lfw=data/lfw.bin --templates ijbc=data/IJBC
 
-Models are run folders, export folders or ONNX files; data sets are what `lce pack` makes, or a folder of identity
-folders. Give identities that no setting was chosen on. The verdict on each set is by rank-1 and by the TAR at the
-smallest of the FARs that its pairs can resolve. Several ranks share the embedding:
+Models are run folders, checkpoints, model folders or ONNX files; data sets are what `lce pack` makes, RecordIO, or a
+folder of identity folders, with a label table behind an @ (unseen=data/packed@splits/unseen.npy). Give identities that
+no setting was chosen on. A set's answer is by rank-1 and by the TAR at the smallest of the FARs that its pairs can
+resolve: SAFE when one of them is better (its whole 95 % interval above zero) and the other better or level, with at
+least --min-identities; NOT SAFE when one is worse; else NOT ENOUGH DATA. Several ranks share the embedding:
 
     torchrun --nproc-per-node 2 -m tools.cli evaluate …
 
@@ -58,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--paragon", metavar="MODEL", help="a new model trained without compatibility, for the update gain"
     )
     parser.add_argument(
-        "--data", nargs="+", default=[], metavar="NAME=DATASET", help="labelled sets: the verdict is theirs"
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME=DATASET",
+        help="labelled sets: the verdict is theirs; with a label table of lce split: NAME=DATASET@LABELS.npy",
     )
     parser.add_argument(
         "--pairs",
@@ -162,7 +168,7 @@ class _Study:
     """What is evaluated. All is opened at once, so that what is wrong shows before anything is embedded."""
 
     def __init__(self, args: argparse.Namespace, fars: tuple[float, ...], ranks: "Ranks") -> None:
-        from trainer.data import open_dataset
+        from trainer.data import open_dataset, open_named
         from trainer.evaluation.pairs import read_bin, read_list
         from trainer.evaluation.study import Options
         from trainer.evaluation.templates import read_templates
@@ -181,7 +187,7 @@ class _Study:
         paths = {"old": args.old, **between, "new": args.new} | ({"paragon": args.paragon} if args.paragon else {})
         self.models = {role: load_model(path, ranks.device) for role, path in paths.items()}
         self.size = self.models["old"].card.image_size
-        self.datasets = {name: open_dataset(path) for name, path in _named("--data", args.data).items()}
+        self.datasets = {name: open_named(text) for name, text in _named("--data", args.data).items()}
         self.pairs = {}
         for name, text in _named("--pairs", args.pairs).items():
             file, separator, folder = text.partition("@")

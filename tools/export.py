@@ -32,7 +32,7 @@ HELP = "write a model as ONNX, torch.export program or folder, checked against t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce export``."""
-    parser.add_argument("model", type=Path, help="run folder or export folder")
+    parser.add_argument("model", type=Path, help="run folder or model folder")
     parser.add_argument("out", type=Path, help="NAME.onnx, NAME.pt2 or a folder")
     parser.add_argument("--dataset", type=Path, required=True, help="real images for the check")
     parser.add_argument("--images", type=whole_number(1), default=64, help="how many of them")

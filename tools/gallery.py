@@ -3,7 +3,7 @@
     lce gallery plan    faces.npy --model runs/new
     lce gallery upgrade faces.npy --model runs/new                          T₁₂ of every stored vector, without images
     lce gallery upgrade faces.npy --model runs/new --images data/gallery    the images anew; ids are record numbers
-    lce gallery verify  faces.npy --model runs/new
+    lce gallery verify  faces.npy --model runs/new                          with the same --images, if any
     lce gallery status  faces.npy
     lce gallery rollback faces.npy                                          the old vectors again
     lce gallery finish  faces.npy                                           the old vectors are dropped: no way back

@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lce split`."""
     parser.add_argument("dataset", type=Path, metavar="DATASET")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tables; made if missing")
-    parser.add_argument("--kind", choices=KINDS, default="extended-class")
+    parser.add_argument(
+        "--kind", choices=KINDS, default="extended-class", help="what the new model has more (%(default)s)"
+    )
     parser.add_argument("--groups", type=Path, metavar="FILE", help="the group of each record (.npy), to split by it")
     parser.add_argument("--share", type=_share, default=0.3, help="the old model's share (0.3)")
     parser.add_argument("--unseen", type=_share, default=0.0, help="share of the classes held out for the report")

@@ -195,7 +195,7 @@ class CompatConfig(Section):
         None, description="old embeddings by record (.npy, float32, N × D1), for l2, mixbct, advbct, fct and unibct"
     )
     old_model: Path | None = Field(
-        None, description="or the old model (export folder, run folder, .onnx), run along on the batch's images"
+        None, description="or the old model (model folder, run folder, .onnx), run along on the batch's images"
     )
     new_embeddings: Path | None = Field(
         None, description="cross-model: new embeddings by record (.npy, float32, N × D2)"
@@ -265,7 +265,8 @@ class EvaluateConfig(Section):
 
     every_steps: int = Field(0, ge=0, description="updates between evaluations, and once at the end; 0: none")
     sets: dict[str, Path] = Field(
-        default_factory=dict, description="name → verification .bin or labelled data set; never the training images"
+        default_factory=dict,
+        description="name → verification .bin, or data set (DATASET or DATASET@LABELS.npy); never the training images",
     )
     old: Path | None = Field(None, description="old model: also measure new queries against its gallery")
     far: float = Field(1e-3, gt=0, lt=1, description="labelled sets: the false accept rate of SET.tar")

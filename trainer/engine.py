@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from trainer.checkpoint import Checkpoint, Checkpoints, load_tensors
+from trainer.checkpoint import Checkpoint, Checkpoints, list_checkpoints, load_tensors, read_seal
 from trainer.compat.arcface_start import backbone_momentum
 from trainer.config import Config, dump_config
 from trainer.cross_model import CrossModelTask
@@ -279,14 +279,20 @@ class Engine:
         checkpoint = checkpoints.newest()
         if checkpoint is None:
             return "starting"
-        theirs, ours = checkpoint.seal["identity"].get("data set"), identity(self.config, self.inputs)["data set"]
-        if theirs != ours:
-            raise CheckpointError(
-                f"{checkpoint.folder}: was taken on another data set ({theirs}, now {ours}); choose another run.dir"
-            )
+        self.check_origin(checkpoint)
         self.state.load(checkpoint)
         self._saved_step = self.state.step
         return f"continuing from {checkpoint.folder} (written by {checkpoint.seal['world_size']} ranks)"
+
+    def check_origin(self, checkpoint: Checkpoint) -> None:
+        """Raise :class:`trainer.errors.CheckpointError` when a checkpoint was taken with other data."""
+        before, now = checkpoint.seal["identity"], identity(self.config, self.inputs)
+        for name in ("data set", "centre bank", "old embeddings", "models"):
+            if name in before and before[name] != now[name]:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: was taken with another {name} ({before[name]}, now {now[name]}); choose "
+                    "another run.dir"
+                )
 
 
 def train(config: Config, ranks: Ranks) -> RunSummary:
@@ -304,10 +310,8 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
         kind = TrainTask if inputs.cross is None else CrossModelTask
         task: Task = kind(config, inputs, ranks)
         engine = Engine(config, ranks, inputs, task, loader, evaluation)
-        done = on_main(lambda: _finished(config.run.dir, engine.steps), ranks)
+        done = on_main(lambda: _finished(engine), ranks)
         if done is not None:
-            if ranks.is_main:
-                print(f"{config.run.dir}: finished already, {done.step} steps; nothing to do", file=sys.stderr)
             return done
         return _train(engine, began)
     finally:
@@ -398,8 +402,31 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _finished(folder: Path, steps: int) -> RunSummary | None:
-    """The summary of a run that has made all its steps."""
+def _finished(engine: Engine) -> RunSummary | None:
+    """The summary of a run that has made all its steps, and a word to people; None: there is something to do.
+
+    Raises:
+        CheckpointError: it was made with other data.
+    """
+    folder = engine.folder
+    summary = _summary(folder, engine.steps)
+    if summary is None:
+        return None
+    for checkpoint in list_checkpoints(folder / "checkpoints")[-1:]:
+        try:
+            found = Checkpoint(checkpoint, read_seal(checkpoint))
+        except CheckpointError:
+            continue  # nothing is continued from it
+        engine.check_origin(found)
+    print(f"{folder}: finished already, {summary.step} steps; nothing to do", file=sys.stderr)
+    for change in _changes(folder / "config.yaml", engine.config):
+        print(
+            f"{folder}: it was made with another setting, {change}; choose another run.dir to use it", file=sys.stderr
+        )
+    return summary
+
+
+def _summary(folder: Path, steps: int) -> RunSummary | None:
     try:
         summary = RunSummary(**json.loads((folder / SUMMARY).read_text()))
     except FileNotFoundError:

@@ -252,7 +252,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
             return open_checkpoint(path, device)
         reason = "the run has no checkpoint yet" if (path / "checkpoints").is_dir() else f"no {CARD_FILE} in it"
         raise ModelError(
-            f"{path}: no model ({reason}); give an export folder, a run folder, a checkpoint or an .onnx file"
+            f"{path}: no model ({reason}); give a model folder, a run folder, a checkpoint or an .onnx file"
         )
     card = read_card((folder / CARD_FILE).read_bytes(), str(folder / CARD_FILE))
     if card.backbone is None and not card.transforms:

@@ -3,6 +3,8 @@
 import hashlib
 import platform
 import socket
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,16 @@ from trainer.compat.cross import CrossInputs, open_cross
 from trainer.compat.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
 from trainer.config import Config, dump_config
 from trainer.data import Dataset, DatasetInfo, open_dataset
-from trainer.distributed import Ranks, agree, gather_objects
+from trainer.distributed import Ranks, agree, gather_objects, on_main
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
 from trainer.files import why_unwritable
 from trainer.weights import matching_weights
 from trainer.writers import check_writers
 
 T = TypeVar("T")
+
+SHARED_SECONDS = 15.0
+"""How long a rank waits to see a file of rank 0's: network file systems take a moment."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,11 @@ def prepare(config: Config, ranks: Ranks) -> Inputs:
     Raises:
         LceError: the first problem of the lowest rank that has one: :class:`DataError` (missing, empty, labels out of
             range), :class:`CenterBankError` (another dimension or class count), :class:`ConfigError` (more ranks than
-            classes, unknown backbone, run folder not writable, ranks that do not agree).
+            classes, unknown backbone, run folder not writable or not shared, ranks that do not agree).
     """
     inputs = together(lambda: _open(config, ranks))
     check_agreement(identity(config, inputs))
+    check_shared(config.run.dir, ranks)
     return inputs
 
 
@@ -186,6 +192,38 @@ def check_writable(folder: Path) -> None:
     reason = why_unwritable(folder)
     if reason is not None:
         raise ConfigError(f"run.dir = {folder}: {reason}; choose another run.dir")
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise :class:`ConfigError` on every rank unless all of them see what rank 0 writes in ``folder`` (or, where it is
+    still to be made, in the folder that is there); leaves nothing behind."""
+    if ranks.world_size == 1:
+        return
+    places = [folder.absolute(), *folder.absolute().parents]
+
+    def write() -> tuple[int, str]:
+        level, name = next(i for i, place in enumerate(places) if place.is_dir()), f".shared-{uuid.uuid4().hex}"
+        (places[level] / name).touch()
+        return level, name
+
+    level, name = on_main(write, ranks)
+    mark = places[level] / name
+
+    def look() -> None:
+        end = time.monotonic() + SHARED_SECONDS
+        while not mark.exists():
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"run.dir = {folder}: rank {ranks.rank} on {socket.gethostname()} does not see what rank 0 writes "
+                    "there; choose a folder on a file system that all machines share"
+                )
+            time.sleep(0.2)
+
+    try:
+        together(look)
+    finally:
+        if ranks.is_main:
+            mark.unlink(missing_ok=True)
 
 
 def identity(config: Config, inputs: Inputs) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Start a backbone from saved weights: a safetensors file, a torch state dict, or a run or export folder."""
+"""Start a backbone from saved weights: a safetensors file, a torch state dict, or a run or model folder."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         folder = path / "model" if (path / "model").is_dir() else path
         found = sorted(folder.glob("*.safetensors"))
         if not found:
-            raise ModelError(f"{path}: no .safetensors file in it; give an export folder, a run folder or a file")
+            raise ModelError(f"{path}: no .safetensors file in it; give a model folder, a run folder or a file")
         path = next((f for f in found if "backbone" in f.name), found[0])
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)

@@ -77,7 +77,7 @@ def test_upgrade(upgrade: str, data: str, network: str, capsys: pytest.CaptureFi
     assert config.head.sample_rate == plain.head.sample_rate
     assert (config.backbone.weights is not None) == (upgrade == "fine-tune")
     assert (config.data.labels is not None) == (upgrade in ("class", "data"))
-    assert config.optimizer.lr == (0.01 if upgrade == "fine-tune" else plain.optimizer.lr)
+    assert config.optimizer == plain.optimizer
 
 
 def test_every_file_is_used_by_a_recipe_or_stands_alone() -> None:

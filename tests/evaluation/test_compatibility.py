@@ -10,6 +10,7 @@ from trainer.evaluation.backfill import backfill_curve, backfill_order
 from trainer.evaluation.bootstrap import draw_identities
 from trainer.evaluation.compatibility import (
     Spaces,
+    centre_queries,
     class_centres,
     compare,
     examples,
@@ -44,6 +45,35 @@ def test_point_to_set_by_hand():
     share = point_to_set(new, old, labels)
     assert (share.within, share.nearest, share.both, share.old_nearest) == (0.5, 0.75, 0.5, 1.0)
     assert point_to_set(old, old, labels).within == 1.0  # the sample that sets the boundary is within it
+
+
+def test_centre_queries_against_plain_loops():
+    embeddings, labels = identities(9, 5, dim=6, noise=1.2)
+    keep = np.ones(len(labels), bool)
+    keep[np.flatnonzero(labels == labels[0])[1:]] = False  # one identity has a single image, another two
+    keep[np.flatnonzero(labels == labels[-1])[2:]] = False
+    x, y = embeddings[keep].astype(np.float64), labels[keep]
+    own, other, hits = [], [], []
+    for i in range(len(y)):
+        row = []
+        for j in range(len(y)):
+            seen = [k for k in range(len(y)) if y[k] == y[i] and k != j]
+            row.append(unit(x[seen].sum(0, keepdims=True))[0] @ x[j] if i != j else -2.0)
+        row = np.array(row)
+        same = (y == y[i]) & (np.arange(len(y)) != i)
+        own += list(row[same])
+        other += list(row[y != y[i]])
+        if same.any():
+            hits.append(row[same].max() > row[y != y[i]].max())
+    other = np.sort(other)[::-1]
+    got = centre_queries(embeddings[keep], y, (0.02, 0.1))
+    assert list(got) == ["TAR@FAR=2e-2", "TAR@FAR=0.1", "rank-1"]
+    for far, value in zip((0.02, 0.1), got.values(), strict=False):
+        threshold = other[int(far * len(other))]  # as many as may pass are above it
+        assert value == pytest.approx(np.mean(np.array(own) > threshold))
+        assert 0 < value < 1
+    assert got["rank-1"] == pytest.approx(np.mean(hits))
+    assert 0 < got["rank-1"] < 1
 
 
 def test_class_centres_that_cancel_are_an_error():

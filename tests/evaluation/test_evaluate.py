@@ -91,8 +91,12 @@ def test_the_whole_command(place, capsys):
     assert found["models"]["old"]["dimension"] == 16
     assert found["provenance"]["lce-trainer"]
     assert found["sets"]["unseen"]["flips"]["worst_identities"][0]["lost"] > 0
+    centre = found["sets"]["unseen"]["centre->old"]
+    assert centre["rank-1"] > found["sets"]["unseen"]["cells"]["old->old"]["rank"]["1"]["value"]
     page = report.read_text()
     assert "NOT SAFE" in page
+    assert f"(made of the images that are not searched for) has TAR@FAR={next(iter(centre)).partition('=')[2]}" in page
+    assert f"rank-1 {centre['rank-1']:.3f}: about what compatible training can reach" in page
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is loaded from elsewhere
     assert page.count('class="plot"') == 1 + 2 * 3 + 2  # criterion; ROC, scores, backfill a set; loss and alignment
     assert "seed: 5" in page

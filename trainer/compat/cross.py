@@ -110,6 +110,6 @@ def _model(path: Path | None, device: torch.device) -> TorchModel | None:
     if not isinstance(model, TorchModel):
         raise ConfigError(
             f"compat.new_model = {path}: an ONNX graph cannot be handed over with the maps; give the model's run or "
-            "export folder, or compat.new_embeddings alone"
+            "model folder, or compat.new_embeddings alone"
         )
     return model

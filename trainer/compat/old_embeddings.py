@@ -79,7 +79,7 @@ class ModelEmbeddings:
     """The old model on the batch's own images, without gradient; every rank embeds its slice.
 
     Args:
-        path: export folder, run folder or .onnx file.
+        path: model folder, run folder or .onnx file.
         look: how the data set's images are normalised, which is undone before the old model's own normalisation.
         image_size: (H, W) of the batches.
         device: where the model runs.

@@ -6,13 +6,23 @@ import logging
 import numpy as np
 
 from trainer.config import Config
-from trainer.data.index import Dataset, DatasetInfo, open_dataset
+from trainer.data.index import Dataset, DatasetInfo, open_dataset, open_named
 from trainer.data.loader import Batch, Loader
 from trainer.data.order import Order, Schedule, slice_of
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 
-__all__ = ["Batch", "Dataset", "DatasetInfo", "Loader", "build_loader", "choose_loader", "open_dataset", "slice_of"]
+__all__ = [
+    "Batch",
+    "Dataset",
+    "DatasetInfo",
+    "Loader",
+    "build_loader",
+    "choose_loader",
+    "open_dataset",
+    "open_named",
+    "slice_of",
+]
 
 log = logging.getLogger(__name__)
 

@@ -284,6 +284,13 @@ def open_dataset(path: str | Path, labels: str | Path | None = None) -> Dataset:
     return Dataset(folder, info, images, found, classes, source, None if labels is None else source)
 
 
+def open_named(text: str | Path) -> Dataset:
+    """The data set that ``FOLDER``, or ``FOLDER@LABELS.npy`` with a label table, names. Raises: as
+    :func:`open_dataset`."""
+    folder, separator, labels = str(text).rpartition("@")
+    return open_dataset(folder, labels) if separator and labels.endswith(".npy") else open_dataset(text)
+
+
 def load_description(folder: Path) -> DatasetInfo:
     """Read dataset.yaml. Raises :class:`DataError` naming the file, the key and what is allowed."""
     file = folder / DESCRIPTION

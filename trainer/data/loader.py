@@ -143,7 +143,7 @@ class Reader:
         if len(self.bad) > self.max_bad:
             raise DataError(
                 f"{reason}; {len(self.bad)} damaged record(s), data.max_bad_records allows {self.max_bad}: "
-                f"run `lce check --deep {self.dataset.path}`"
+                f"run `lce check --deep --write-bad {self.dataset.path}`"
             )
         log.warning("passed over: %s", reason)
 

@@ -177,11 +177,61 @@ def point_to_set(new_in_old: FloatArray, old: FloatArray, labels: IntArray) -> P
     return PointToSet(*(float(share.mean()) for share in shares))
 
 
-def class_centres(embeddings: FloatArray, index: IntArray) -> FloatArray:
-    """The normalised mean (C, D) float32 of each class's unit embeddings (n, D); index: (n,) class numbers 0 … C−1."""
+def centre_queries(gallery: FloatArray, labels: IntArray, fars: Sequence[float]) -> dict[str, float]:
+    """What queries find that stand at the centre of their identity's gallery embeddings: metric → figure, as the
+    ``value`` of a :class:`Cell`.
+
+    In the old gallery it is what a new model reaches whose embeddings are where LCE pulls them (Meng et al., ICCV 2021:
+    alignment to the old class centre), so it says how much of the way to the paragon is open before anything is
+    re-encoded. It is no bound: a query that also knows how an image differs from its centre can find more.
+
+    Args:
+        gallery: (n, D) unit. labels: (n,). fars: false accept rates of interest.
+
+    A gallery image is compared with the normalised mean of the *other* images of its identity, so that it does not find
+    itself, and with the whole mean of every other identity. Pairs and ranks count as with one query an image.
+    """
+    index = class_index(labels, "queries at the centres")
+    sums, sizes = _class_sums(gallery, index), np.bincount(index)
+    centres = class_centres(gallery, index)
+    others = sums[index] - gallery
+    norms = np.linalg.norm(others, axis=1)
+    own = np.einsum("nd,nd->n", others, gallery) / np.where(norms > 0, norms, 1)
+    pairs = sizes[index] - 1  # queries for each gallery image
+    impostors = score_pairs(centres[index], labels, gallery, keep_far=max(fars))
+    thresholds = {tar_name(far): impostors.threshold_at(far) for far in fars}
+    found = {name: float(pairs[own >= t].sum() / pairs.sum()) for name, t in thresholds.items()}
+    # The best image of the own identity but the query's: its best one, for that one itself the second.
+    order = np.lexsort((-own, index))
+    first = order[np.cumsum(sizes) - sizes]
+    second = order[np.minimum(np.cumsum(sizes) - sizes + 1, len(order) - 1)]
+    best = own[first][index]
+    best[first] = own[second]
+    other = _best_impostor(centres, gallery, index)[index]
+    counted = pairs > 0
+    return found | {"rank-1": float((best > other)[counted].mean())}
+
+
+def _best_impostor(centres: FloatArray, gallery: FloatArray, index: IntArray) -> FloatArray:
+    """The highest cosine of each centre (C, D) with an image (n, D) of another class: (C,)."""
+    rows = max(1, (1 << 22) // len(gallery))
+    out = np.empty(len(centres))
+    for a in range(0, len(centres), rows):
+        block = centres[a : a + rows] @ gallery.T
+        block[index[None] == np.arange(a, a + len(block))[:, None]] = -2
+        out[a : a + rows] = block.max(1)
+    return out
+
+
+def _class_sums(embeddings: FloatArray, index: IntArray) -> FloatArray:
     order = np.argsort(index, kind="stable")
     starts = np.searchsorted(index[order], np.arange(index.max() + 1))
-    sums = np.add.reduceat(embeddings[order].astype(np.float64), starts, axis=0)
+    return np.add.reduceat(embeddings[order].astype(np.float64), starts, axis=0)
+
+
+def class_centres(embeddings: FloatArray, index: IntArray) -> FloatArray:
+    """The normalised mean (C, D) float32 of each class's unit embeddings (n, D); index: (n,) class numbers 0 … C−1."""
+    sums = _class_sums(embeddings, index)
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
     if not norms.all():
         raise ModelError("the embeddings of a class cancel out: its mean is zero and has no direction")

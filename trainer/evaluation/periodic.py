@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config import EvaluateConfig
-from trainer.data import Dataset, open_dataset
+from trainer.data import Dataset, open_named
 from trainer.distributed import Ranks, gather_objects
 from trainer.errors import ConfigError, DataError, LceError
 from trainer.evaluation.arrays import FloatArray, IntArray
@@ -54,7 +54,7 @@ class PeriodicEvaluation:
             self.datasets[name] = self.pairs[name].dataset
             self.records[name] = np.arange(len(self.datasets[name]))
             return
-        dataset = open_dataset(path)
+        dataset = open_named(path)
         if tuple(dataset.info.image_size) != tuple(image_size):
             raise DataError(f"evaluate.sets.{name} = {path}: images of {dataset.info.image_size}, not {image_size}")
         self.datasets[name] = dataset

@@ -212,7 +212,15 @@ def _point_to_set(one: Result) -> str:
     return (
         f"<h3>Point-to-set criterion</h3><p>{share['nearest']:.1%} of the new embeddings are nearest to the old centre "
         f"of their own class (of the old embeddings {share['old_nearest']:.1%}), {share['within']:.1%} lie within "
-        f"their class's old boundary, {share['both']:.1%} are both.</p>"
+        f"their class's old boundary, {share['both']:.1%} are both.</p>{_centre_queries(one)}"
+    )
+
+
+def _centre_queries(one: Result) -> str:
+    figures = [f"{escape(metric)} {value:.3f}" for metric, value in one["centre->old"].items()]
+    return (
+        "<p>A query that stands at the old centre of its identity (made of the images that are not searched for) has "
+        f"{', '.join(figures)}: about what compatible training can reach before anything is re-encoded.</p>"
     )
 
 

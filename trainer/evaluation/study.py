@@ -18,6 +18,7 @@ from trainer.evaluation.compatibility import (
     PointToSet,
     Spaces,
     cell_pairs,
+    centre_queries,
     compare,
     examples,
     flips,
@@ -184,6 +185,7 @@ def _describe(
         "gain": {metric: gain(cells, metric) for metric in metrics},
         "chain": chain(one, cells, options),
         "point_to_set": share,
+        "centre->old": None if share is None else centre_queries(one.spaces.native["old"], one.labels, options.fars),
         "operating_point": {
             "new->old": point,
             "new->new": operating_point(old.scores, cells["new", "new"].scores, far),
