@@ -19,7 +19,7 @@ def command(job: Job) -> list[str]:
     if job.master:
         host, _, port = job.master.rpartition(":")
         words += ["--master_addr", host, "--master_port", port]
-    return [*words, "--no_local_rank", *job.extra, "--module", "trainer", str(job.config), *job.overrides]
+    return [*words, "--no_local_rank", "--module", "trainer", str(job.config), *job.overrides]
 
 
 def run(job: Job) -> int:

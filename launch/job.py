@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -20,7 +20,6 @@ class Job:
         max_restarts: how often the group is started again after a failure.
         interface: network interface for gloo and NCCL; empty: chosen by them.
         hostfile: lines ``host slots=N``, for mpirun and DeepSpeed.
-        extra: words handed to the launcher as they are.
         run_dir: the run folder, where the ranks say how they are; None: they are not looked at.
         join_seconds: how long the machines wait for each other.
     """
@@ -36,7 +35,6 @@ class Job:
     max_restarts: int = 0
     interface: str = ""
     hostfile: Path | None = None
-    extra: tuple[str, ...] = field(default=())
     run_dir: Path | None = None
     join_seconds: float = 900.0
 

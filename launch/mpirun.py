@@ -21,7 +21,7 @@ def command(job: Job) -> list[str]:
         words.append("--allow-run-as-root")
     for name, value in job.environment.items():
         words += ["-x", f"{name}={value}"]
-    return [*words, *job.extra, python(), "-m", "launch.mpirun", *job.program[2:]]
+    return [*words, python(), "-m", "launch.mpirun", *job.program[2:]]
 
 
 def run(job: Job) -> int:

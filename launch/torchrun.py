@@ -30,7 +30,7 @@ _TOLD = (EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_CRASH)
 
 def arguments(job: Job) -> list[str]:
     """The words behind ``torchrun`` for this job."""
-    words = [f"--nproc-per-node={job.nproc}", f"--max-restarts={job.max_restarts}", *job.extra]
+    words = [f"--nproc-per-node={job.nproc}", f"--max-restarts={job.max_restarts}"]
     wait = f"timeout={job.join_seconds:.0f}"
     if not job.many_nodes:
         words = ["--standalone", *words]

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ def _written(folder: Path, *steps: int, **settings: Any) -> tuple[Checkpoints, l
     for step in steps:
         checkpoints.save(_state(step), {"step": step})
     return checkpoints, said
+
+
+def test_folders_of_other_names_are_a_users_own(tmp_path: Path) -> None:
+    checkpoints, _ = _written(tmp_path, 3, 7, keep_every=2)
+    for name in ("step-best", "step-00000003.bak", "step-"):
+        shutil.copytree(tmp_path / "step-00000003", tmp_path / name)
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 7
+    for step in (8, 9, 10, 123456789):
+        checkpoints.save(_state(step), {"step": step})
+    assert [p.name for p in list_checkpoints(tmp_path)] == [f"step-{s:08d}" for s in (8, 9, 10, 123456789)]
+    assert (tmp_path / "step-best").is_dir()
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

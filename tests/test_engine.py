@@ -274,6 +274,8 @@ def test_a_deterministic_run_is_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ({"data__synthetic_records": 50}, CheckpointError, "another data set"),
         ({"backbone__dim": 7}, CheckpointError, "this run needs"),
+        ({"train__steps": None, "train__epochs": 9, "data__batch_size": 14}, CheckpointError, "batch_size=7, now 14"),
+        ({"train__steps": None, "train__epochs": 9, "train__accumulate": 2}, CheckpointError, "accumulate=1, now 2"),
         ({"checkpoint__resume": "never"}, ConfigError, "resume=never"),
     ],
 )
@@ -286,6 +288,30 @@ def test_a_folder_of_another_run_is_left_alone(
     with pytest.raises(error, match=words):
         train(config(run, **RESUMED | changes), Ranks())
     assert (run / "config.yaml").read_text() == before
+
+
+def test_what_is_wrong_on_one_rank_alone_is_told_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: Any) -> Any:
+        raise CheckpointError("its part of a file is damaged")
+
+    monkeypatch.setattr(trainer.engine, "TrainTask", damaged)
+    with pytest.raises(CheckpointError) as caught:
+        train(config(tmp_path / "run"), Ranks())
+    assert caught.value.__notes__ == ["while rank 0 prepared its classes"]  # by which trainer.__main__ knows
+
+
+def test_a_log_that_cannot_be_opened_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run/log.jsonl").mkdir(parents=True)
+    answers = run_ranks(_refused_rank, 2, tmp_path / "run", {})
+    assert len(set(answers)) == 1
+    assert answers[0].endswith("log.jsonl: cannot be written: Is a directory")
+
+
+def _refused_rank(ranks: Ranks, folder: Path, changes: dict[str, Any]) -> str:
+    try:
+        return train_rank(ranks, folder, changes)
+    except ConfigError as error:
+        return str(error)
 
 
 class _Poison:

@@ -14,13 +14,16 @@ from torch.nn.functional import normalize
 
 from tests.ranks import run_ranks
 from tests.runs import config
+from tests.test_modes import bank, changes_for
 from trainer.backbones import build_backbone
+from trainer.compat.center_bank import BankInfo
 from trainer.compat.classifiers import open_classifier
 from trainer.compat.transform import build_transform
 from trainer.config import BackboneConfig, TransformConfig
 from trainer.distributed import Ranks
 from trainer.engine import train
 from trainer.errors import DataError, ModelError
+from trainer.evaluation.chain import check_links
 from trainer.export import (
     Direction,
     ModelCard,
@@ -328,6 +331,20 @@ def test_a_checkpoint_is_a_model_too_and_its_head_a_classifier(tmp_path: Path) -
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(ModelError, match="bytes"):
         load_model(run)
+
+
+def test_a_checkpoint_of_a_run_with_maps_is_not_compared_without_them(tmp_path: Path) -> None:
+    """Its backbone can be had, but to compare it with its old model needs the maps of the finished run."""
+    train(config(tmp_path / "old"), Ranks())
+    old = load_model(tmp_path / "old")
+    changes = changes_for(bank(tmp_path / "bank", 6, BankInfo(model_hash=old.hash)), "backward", "linear")
+    train(config(tmp_path / "run", **changes), Ranks())
+    check_links({"old": old, "new": load_model(tmp_path / "run")})
+    (tmp_path / "run/model").rename(tmp_path / "kept")
+    unfinished = load_model(tmp_path / "run")
+    assert (unfinished.card.mode, unfinished.card.left_out) == ("backward", ("t21",))
+    with pytest.raises(ModelError, match="through t21, which this file does not hold"):
+        check_links({"old": old, "new": unfinished})
 
 
 def test_saving_refuses_a_card_that_does_not_fit_and_foreign_folders(tmp_path: Path) -> None:

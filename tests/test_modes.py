@@ -20,7 +20,7 @@ from trainer.task import TrainTask
 CLASSES = 11
 
 
-def bank(folder: Path, dim: int) -> Path:
+def bank(folder: Path, dim: int, info: BankInfo | None = None) -> Path:
     """Random unit centres of the runs' 11 classes, two of them masked."""
     generator = torch.Generator().manual_seed(dim)
     centers = torch.nn.functional.normalize(torch.randn(CLASSES, dim, generator=generator))
@@ -28,7 +28,12 @@ def bank(folder: Path, dim: int) -> Path:
     mask[[2, 7]] = False
     counts = torch.full((CLASSES,), 4)
     write_bank(
-        folder, centers=centers, boundaries=torch.full((CLASSES,), 0.3), counts=counts, mask=mask, info=BankInfo()
+        folder,
+        centers=centers,
+        boundaries=torch.full((CLASSES,), 0.3),
+        counts=counts,
+        mask=mask,
+        info=info or BankInfo(),
     )
     return folder
 
@@ -110,11 +115,25 @@ def test_the_factor_falls_on_the_transformation_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(a * 0.25, b)
 
 
+@pytest.mark.parametrize(
+    ("rows", "precision"), [("float64", "float32"), ("float32", "float64"), ("bfloat16", "bfloat16")]
+)
+@pytest.mark.parametrize("mode", ["backward", "forward", "both"])
+def test_rows_of_another_dtype_than_the_maps(tmp_path: Path, mode: str, rows: str, precision: str) -> None:
+    changes = changes_for(bank(tmp_path / "bank", 9), mode, "linear", head__rows=rows, train__precision=precision)
+    train(config(tmp_path / "run", train__steps=2, **changes), Ranks())
+    assert np.isfinite(losses_of(tmp_path / "run")).all()
+
+
 def test_refusals(tmp_path: Path) -> None:
     path = bank(tmp_path / "bank", 9)
     with pytest.raises(CenterBankError, match=r"direct mode needs backbone\.dim=9"):
         train(config(tmp_path / "a", compat__method="lce", compat__bank=str(path)), Ranks())
     with pytest.raises(ConfigError, match=r"sub_centers"):
         train(config(tmp_path / "b", head__sub_centers=2, **changes_for(path, "backward", "linear")), Ranks())
+    with pytest.raises(ConfigError, match=r"head\.rows: bfloat16 needs stochastic rounding"):
+        config(tmp_path / "b", head__impl="reference", head__rows="bfloat16")
+    with pytest.raises(ConfigError, match=r"compress_gradients: not with train\.parallel fsdp"):
+        config(tmp_path / "b", train__compress_gradients=True, train__parallel="fsdp")
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()

@@ -15,7 +15,7 @@ from trainer.config import EvaluateConfig
 from trainer.data import open_dataset
 from trainer.distributed import Ranks
 from trainer.engine import train
-from trainer.errors import DataError, LceError
+from trainer.errors import ConfigError, DataError, LceError
 from trainer.evaluation.pairs import pair_cosines, read_bin
 from trainer.evaluation.periodic import PeriodicEvaluation, some_identities
 from trainer.evaluation.verification import fold_accuracy, score_pairs
@@ -34,6 +34,24 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def _changes(sets: dict[str, str], **more: Any) -> dict[str, Any]:
     base = {"data__synthetic_size": 32, "train__ema": 0.5, "evaluate__sets": sets, "evaluate__every_steps": 2}
     return base | {"evaluate__far": 0.05, "log__every_steps": 3, "train__steps": 5} | more
+
+
+def test_an_old_model_of_another_dimension_is_refused_before_training(sets: dict[str, str], tmp_path: Path) -> None:
+    train(config(tmp_path / "old", **_changes({}, backbone__dim=9)), Ranks())
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.old = .*: dimension 9, backbone\.dim is 6, and this run trains no"
+    ):
+        train(config(tmp_path / "new", **_changes(sets, evaluate__old=str(tmp_path / "old"))), Ranks())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_set_may_have_a_label_table(sets: dict[str, str], tmp_path: Path) -> None:
+    labels = np.load(Path(sets["unseen"]) / "labels.npy").copy()
+    labels[labels > 2] = -1
+    np.save(tmp_path / "few.npy", labels)
+    config = EvaluateConfig(every_steps=1, sets={"few": Path(f"{sets['unseen']}@{tmp_path / 'few.npy'}")})
+    evaluation = PeriodicEvaluation(config, (32, 32), Ranks())
+    assert len(evaluation.records["few"]) == (labels >= 0).sum()
 
 
 def test_figures_are_those_of_the_model(sets: dict[str, str], tmp_path: Path) -> None:

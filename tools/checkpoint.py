@@ -114,11 +114,11 @@ def _verify(folder: Path) -> dict[str, Any]:
 
 def _extract(folder: Path, out: Path | None, average: bool) -> int:
     import torch
-    from safetensors.torch import save_file
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from trainer.checkpoint import Checkpoint, find_damage, load_tensors, read_index, read_seal
     from trainer.errors import CheckpointError, ConfigError
+    from trainer.files import replaced, save_tensors
 
     if out is None or out.suffix != ".safetensors":
         raise ConfigError("lce checkpoint extract: name the .safetensors file to write behind the run folder")
@@ -137,8 +137,7 @@ def _extract(folder: Path, out: Path | None, average: bool) -> int:
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"{out}: the folder {out.absolute().parent} does not exist")
     load_tensors(checkpoint, state)
-    partial = out.with_name(f".{out.name}.partial")
-    save_file({name.removeprefix(prefix): tensor for name, tensor in state.items()}, partial)
-    partial.replace(out)
+    with replaced(out, ConfigError) as partial:
+        save_tensors({name.removeprefix(prefix): tensor for name, tensor in state.items()}, partial)
     print(f"{out}: {len(state)} tensors of step {checkpoint.step}")
     return 0

@@ -145,6 +145,8 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     from trainer.planning.setting import Setting, check_sizes
 
     config = _config(args)
+    if config.compat.mode == "cross-model":
+        raise ConfigError("compat.mode = cross-model: trains maps alone, without a head; there is nothing to plan")
     data = config.data
     classes, records, side = args.classes, args.records, args.image_size
     size = (side, side) if side else None
@@ -236,7 +238,7 @@ def _epochs(plan: "Plan") -> float | None:
     if plan.updates is None or setting.records is None:
         return None
     train, data = setting.config.train, setting.config.data
-    return plan.updates * train.accumulate * data.batch_size / (setting.records * data.repeat)
+    return plan.updates * train.accumulate * data.batch_size / setting.records
 
 
 def _describe(plan: "Plan", args: argparse.Namespace) -> list[str]:

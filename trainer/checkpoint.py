@@ -158,8 +158,10 @@ def find_damage(folder: Path, files: dict[str, list[int]]) -> str | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders in a run's ``checkpoints`` folder, oldest first, whole or not."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    """The checkpoint folders in a run's ``checkpoints`` folder, oldest first, whole or not; others (a user's copy,
+    say) are not looked at."""
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def best_checkpoint(folders: list[Path], figure: str) -> Path | None:

@@ -8,6 +8,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer.backbones import build_backbone
 from trainer.checkpoint import SEAL, Checkpoint, find_damage, list_checkpoints, load_tensors, read_index, read_seal
+from trainer.compat.center_bank import CenterBank
 from trainer.config import Config, parse_config
 from trainer.data.index import DatasetInfo, open_dataset
 from trainer.errors import LceError, ModelError
@@ -24,7 +25,7 @@ def is_checkpointed(path: Path) -> bool:
 
 def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchModel:
     """The backbone in a checkpoint (a run folder means its newest complete one), with the preprocessing of its data
-    set.
+    set. Transformations are handed over by finished runs alone: the card says that they are left out.
 
     Raises:
         ModelError: a damaged checkpoint, one without a backbone, or the data set that says how images are read is gone.
@@ -51,6 +52,7 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
         raise
     except (LceError, RuntimeError, KeyError) as error:
         raise ModelError(f"{path}: no model can be taken from it: {error}") from None
+    name, content_of_old = _anchor(config)
     card = ModelCard(
         backbone=config.backbone.model_copy(update={"weights": None}),
         dim=config.backbone.dim,
@@ -61,10 +63,25 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
         step=checkpoint.step,
         trained_on=str(config.data.path or "synthetic"),
         classes=int(checkpoint.seal["num_classes"]),
+        mode={"none": "", "lce": config.compat.mode}.get(config.compat.method, config.compat.method),
+        compatible_with=name,
+        compatible_with_hash=content_of_old,
+        left_out=tuple(d for d in ("t21", "t12") if any(n.startswith(f"module.{d}.") for n in found)),
         notes=f"from the checkpoint {path}",
     )
     content = hashlib.sha256(repr(sorted(checkpoint.seal["files"].items())).encode()).hexdigest()[:16]
     return TorchModel(card, path, content, backbone, {}, device)
+
+
+def _anchor(config: Config) -> tuple[str | None, str | None]:
+    """Name and hash of the model that a run is made compatible with, where its bank is still there."""
+    if config.compat.method == "none" or config.compat.bank is None:
+        return None, None
+    try:
+        info = CenterBank.open(config.compat.bank).info
+    except LceError:
+        return None, None
+    return info.model, info.model_hash
 
 
 def _look(config: Config) -> DatasetInfo:

@@ -251,7 +251,9 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1, description="batches per update")
     precision: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     parallel: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
-    compress_gradients: bool = Field(False, description="ddp: sum the backbone's gradients over ranks in bfloat16")
+    compress_gradients: bool = Field(
+        False, description="ddp, zero: sum the backbone's gradients over ranks in bfloat16"
+    )
     compile: bool = Field(False, description="torch.compile the backbone")
     channels_last: bool = False
     sync_batchnorm: bool = Field(False, description="CUDA: batch norm over the global batch; needs data.drop_last")
@@ -329,6 +331,10 @@ class Config(Section):
         if self.data.loader != "synthetic" and self.data.path is None:
             raise ValueError("data.path: needed unless data.loader is synthetic")
         _check_best(self.checkpoint, self.evaluate)
+        if self.head.impl == "reference" and self.head.rows == "bfloat16":
+            raise ValueError("head.rows: bfloat16 needs stochastic rounding, which impl reference has not; use fused")
+        if self.train.compress_gradients and self.train.parallel == "fsdp":
+            raise ValueError("train.compress_gradients: not with train.parallel fsdp; use ddp, or leave it out")
         method = self.compat.method
         if self.compat.mode == "cross-model":
             if method != "lce":

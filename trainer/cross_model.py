@@ -85,7 +85,7 @@ class CrossModelTask:
         if self._centers is None:
             return None
         own = own_classes(labels, self.inputs.num_classes, self.ranks)
-        rows = self._rows.to(labels.device, self._dtype)[own]
+        rows = self._rows[own.to(self._rows.device)].to(labels.device, self._dtype)
         return gather_pairs(labels, rows, self._centers, self.inputs.num_classes, self.ranks)
 
     def set_lr(self, lr: float) -> None:

@@ -225,21 +225,6 @@ def all_gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([out[r * width : r * width + n] for r, n in enumerate(sizes)])
 
 
-def reduce_scatter_rows(full: Tensor, sizes: list[int], rank: int) -> Tensor:
-    """Sum (Σ n_r, …) over the ranks and keep this rank's rows (n_r, …). One collective, no gradient."""
-    if len(sizes) == 1:
-        return full
-    width = max(sizes)
-    if min(sizes) != width:
-        padded = full.new_zeros((width * len(sizes), *full.shape[1:]))
-        for r, part in enumerate(full.split(sizes)):
-            padded[r * width : r * width + len(part)] = part
-        full = padded
-    out = full.new_empty((width, *full.shape[1:]))
-    _reduce_scatter(out, full.contiguous())
-    return out[: sizes[rank]]
-
-
 def all_reduce_sum(value: Tensor) -> Tensor:
     """Sum a tensor over the ranks in place (nothing happens in a single process)."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -27,7 +27,7 @@ from trainer.config import Config, dump_config
 from trainer.cross_model import CrossModelTask
 from trainer.data import Batch, Loader, build_loader
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
-from trainer.errors import CheckpointError, ConfigError, TrainingError
+from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
 from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
 from trainer.monitor import Monitor
 from trainer.optim import Average, LossScale, Statistics, learning_rate
@@ -149,6 +149,12 @@ class Engine:
         self.evaluation = evaluation
         if evaluation is not None and not isinstance(task, Embeds):
             raise ConfigError("evaluate: this run trains no network that embeds images; remove evaluate.sets")
+        old = None if evaluation is None else evaluation.old
+        if old is not None and old.dim != config.backbone.dim and not {"t21", "t12"} & task.modules().keys():
+            raise ConfigError(
+                f"evaluate.old = {config.evaluate.old}: dimension {old.dim}, backbone.dim is {config.backbone.dim}, "
+                "and this run trains no map between them; remove it, or use compat.mode backward, forward or both"
+            )
         self._saved_step = -1
         self._figures: dict[str, float] = {}
 
@@ -280,6 +286,7 @@ class Engine:
         if checkpoint is None:
             return "starting"
         self.check_origin(checkpoint)
+        self._check_updates(checkpoint)
         self.state.load(checkpoint)
         self._saved_step = self.state.step
         return f"continuing from {checkpoint.folder} (written by {checkpoint.seal['world_size']} ranks)"
@@ -287,11 +294,27 @@ class Engine:
     def check_origin(self, checkpoint: Checkpoint) -> None:
         """Raise :class:`trainer.errors.CheckpointError` when a checkpoint was taken with other data."""
         before, now = checkpoint.seal["identity"], identity(self.config, self.inputs)
-        for name in ("data set", "centre bank", "old embeddings", "models"):
+        for name in ("data set", "normalisation", "centre bank", "old embeddings", "models"):
             if name in before and before[name] != now[name]:
                 raise CheckpointError(
                     f"{checkpoint.folder}: was taken with another {name} ({before[name]}, now {now[name]}); choose "
                     "another run.dir"
+                )
+
+    def _check_updates(self, checkpoint: Checkpoint) -> None:
+        """Raise :class:`CheckpointError` when the updates made do not count as those to come, in a run by epochs."""
+        if self.config.train.steps is not None:
+            return
+        before, now = checkpoint.seal["config"], self.config
+        pairs = {
+            "data.batch_size": (before["data"]["batch_size"], now.data.batch_size),
+            "train.accumulate": (before["train"]["accumulate"], now.train.accumulate),
+        }
+        for key, (was, wanted) in pairs.items():
+            if was != wanted:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: was taken with {key}={was}, now {wanted}: its {checkpoint.step} updates are "
+                    f"other epochs then; use {key}={was}, or give train.steps instead of train.epochs"
                 )
 
 
@@ -308,7 +331,11 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
     loader = together(lambda: build_loader(config, inputs.dataset, ranks, images))
     try:
         kind = TrainTask if inputs.cross is None else CrossModelTask
-        task: Task = kind(config, inputs, ranks)
+        try:
+            task: Task = kind(config, inputs, ranks)
+        except LceError as error:  # each rank reads its own classes' part of the files
+            error.add_note(f"while rank {ranks.rank} prepared its classes")
+            raise
         engine = Engine(config, ranks, inputs, task, loader, evaluation)
         done = on_main(lambda: _finished(engine), ranks)
         if done is not None:
@@ -326,10 +353,8 @@ def _train(engine: Engine, began: float) -> RunSummary:
     started = engine.resume(checkpoints)
     changes = on_main(lambda: _open_folder(config), ranks)
     warnings += [f"{folder}: changed since the last start: {change}" for change in changes]
-    with (
-        Watch(folder / "ranks", ranks, config.run.timeout_seconds) as watch,
-        Monitor(folder, config.log, ranks, engine.steps, engine.state.step) as monitor,
-    ):
+    opened = together(lambda: Monitor(folder, config.log, ranks, engine.steps, engine.state.step))
+    with Watch(folder / "ranks", ranks, config.run.timeout_seconds) as watch, opened as monitor:
         checkpoints.notify = monitor.say
         for line in (
             *warnings,

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import shutil
+import socket
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,13 +20,34 @@ _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: 
 
 
 def partial_of(target: Path) -> Path:
-    """Where ``target`` is written until it is whole; what killed processes of this machine left there is removed."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        owner = left.name.split(".")[-2]
+    """Where ``target`` is written until it is whole; what killed processes of this machine left there is removed, or
+    put back where it is all that there is (see :func:`replace_folder`)."""
+    stem = f".{target.name}.{socket.gethostname()}-"
+    for left in target.parent.glob(f"{glob.escape(stem)}*"):
+        owner, ending = left.name.removeprefix(stem).partition(".")[::2]
         if owner.isdigit() and int(owner) != os.getpid() and Path(f"/proc/{owner}").exists():
             continue
-        remove(left)
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+        if ending == "old" and not target.exists():
+            left.rename(target)
+        elif ending in ("old", "partial"):
+            remove(left)
+    return target.with_name(f"{stem}{os.getpid()}.partial")
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """Give ``partial`` the name of a folder that may be there; it is gone only when that has worked."""
+    old = partial.with_suffix(".old")
+    there = target.exists()
+    if there:
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if there:
+            old.rename(target)
+        raise
+    if there:
+        remove(old)
 
 
 def remove(path: Path) -> None:
@@ -61,20 +83,19 @@ def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
         LceError: of ``error_type``, when something cannot be written.
     """
     partial = partial_of(target)
-    old = partial.with_suffix(".old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        if target.is_dir():
-            if not partial.is_dir():
-                raise error_type(f"{target}: is a folder; nothing was replaced")
-            target.rename(old)
-        partial.rename(target)
+        if partial.is_dir():
+            replace_folder(partial, target)
+        elif target.is_dir():
+            raise error_type(f"{target}: is a folder; nothing was replaced")
+        else:
+            partial.replace(target)
     except OSError as error:
         raise error_type(f"{target}: cannot be written: {error.strerror or error}") from None
     finally:
         remove(partial)
-        remove(old)
 
 
 class TensorStream:

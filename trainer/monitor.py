@@ -28,6 +28,7 @@ from torch.profiler import profile
 
 from trainer.config import LogConfig
 from trainer.distributed import COMMUNICATION, Ranks, peak_memory_bytes
+from trainer.errors import ConfigError
 from trainer.writers import Writer, open_writers
 
 FIELDS = {
@@ -62,6 +63,9 @@ class Monitor:
         ranks: who we are.
         steps: the run's updates in all.
         start: the step the run continues from; later lines of an earlier attempt are dropped.
+
+    Raises:
+        ConfigError: the log or another writer's files cannot be opened.
     """
 
     def __init__(self, folder: Path, config: LogConfig, ranks: Ranks, steps: int, start: int) -> None:
@@ -79,9 +83,12 @@ class Monitor:
         self._bar: TaskID | None = None
         if not ranks.is_main:
             return
-        truncate_log(folder / "log.jsonl", start)
-        self._log = (folder / "log.jsonl").open("ab", buffering=0)
-        self._writers = dict(open_writers(config, folder, start))
+        try:
+            truncate_log(folder / "log.jsonl", start)
+            self._log = (folder / "log.jsonl").open("ab", buffering=0)
+            self._writers = dict(open_writers(config, folder, start))
+        except OSError as error:
+            raise ConfigError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
         if config.progress:
             self._progress = _progress_bar()
             self._bar = self._progress.add_task("training", total=steps, completed=start, figures="")

@@ -131,8 +131,9 @@ def gradient_sync(network: nn.Module, last: bool) -> AbstractContextManager[Any]
     """Around forward and backward of one of several accumulated batches: only the last one reduces over ranks."""
     if isinstance(network, DistributedDataParallel):
         return nullcontext() if last else network.no_sync()
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(last)
+    plain = getattr(network, "_orig_mod", network)  # torch.compile wraps what FSDP has sharded
+    if isinstance(plain, FSDPModule):
+        plain.set_requires_gradient_sync(last)
     if zero.is_engine(network):
         network.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
     return nullcontext()

@@ -87,6 +87,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def _open(config: Config, ranks: Ranks) -> Inputs:
+    check_writers(config.log)
     if config.data.loader == "synthetic":
         dataset, classes = None, config.data.synthetic_classes
         size = (config.data.synthetic_size, config.data.synthetic_size)
@@ -114,7 +115,6 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, size)
     zero.check(config)
-    check_writers(config.log)
     _check_sync(config, ranks)
     if config.head.weights is not None:
         if config.head.sub_centers > 1:
@@ -234,6 +234,7 @@ def identity(config: Config, inputs: Inputs) -> dict[str, str]:
     return {
         "configuration": hashlib.sha256(dump_config(config).encode()).hexdigest()[:16],
         "data set": inputs.dataset.fingerprint if inputs.dataset else _synthetic(config),
+        "normalisation": repr((inputs.dataset.info.mean, inputs.dataset.info.std)) if inputs.dataset else "none",
         "centre bank": inputs.bank.fingerprint if inputs.bank else "none",
         "old embeddings": inputs.old.fingerprint if inputs.old else "none",
         "models": inputs.cross.fingerprint if inputs.cross else "none",

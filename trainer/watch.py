@@ -30,13 +30,13 @@ import torch.distributed as dist
 from trainer.distributed import Ranks
 
 EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED = 0, 2, 70, 71, 75, 130
-PHASES = ("data", "forward", "backward", "update", "evaluate", "log", "save")
+PHASES = ("data", "forward", "update", "evaluate", "log", "save")
 BEAT_SECONDS = 2.0
 GRACE_SECONDS = 8.0  # after Ctrl-C: a rank whose step takes longer (and thrice as long as any before) is ended
 AGAIN_SECONDS = 3.0  # a signal so long after a Ctrl-C is a second one, and not the first that the launcher sends on
 STUCK_SECONDS = 10.0  # in one phase: look whether another rank has failed
 SILENT_SECONDS = 15.0  # without a word while we are told to stop: that rank is gone
-_UPDATE = ("data", "forward", "backward", "update")
+_UPDATE = ("data", "forward", "update")
 _STOP, _FAILED = "stop", "failed"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,11 @@ def test_existing_banks_are_kept_unless_told_and_other_folders_always(tmp_path: 
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    gone, alive = tmp_path / ".bank.4194305.partial", tmp_path / f".bank.{os.getppid()}.partial"
-    other = tmp_path / ".bank2.4194305.partial"
-    for folder in (gone, alive, other):
+    host = socket.gethostname()
+    gone, alive = tmp_path / f".bank.{host}-4194305.partial", tmp_path / f".bank.{host}-{os.getppid()}.partial"
+    kept = [alive, tmp_path / f".bank2.{host}-4194305.partial", tmp_path / ".bank.elsewhere-4194305.partial"]
+    for folder in (gone, *kept):
         folder.mkdir()
         (folder / "centers-00000.safetensors").touch()
     written(tmp_path / "bank")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, other.name, "bank"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(p.name for p in kept), "bank"])

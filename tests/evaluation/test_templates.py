@@ -1,6 +1,7 @@
 """The template protocols on a small synthetic copy of the published file layout, against plain loops."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,6 +144,10 @@ def test_images_are_aligned_when_read(folder):
     pixels = images.decode(35)
     assert pixels.shape == (112, 112, 3)
     assert abs(int(pixels[60, 60, 0]) - 200) < 6
+    moved = read_templates(folder)
+    moved = replace(moved, points=moved.points + 30)
+    assert AlignedImages(moved, (112, 112)).fingerprint != images.fingerprint  # the same files, seen elsewhere
+    assert AlignedImages(read_templates(folder), (112, 112)).fingerprint == images.fingerprint
     (folder / "loose_crop" / "7.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"7\.jpg does not decode"):
         images.decode(7)

@@ -84,6 +84,9 @@ def content(path):
 def test_every_kind_of_file_is_upgraded_and_rolled_back(tmp_path, name):
     path = tmp_path / name
     MAKERS[name](path)
+    parts = [path, *(path.glob("*.safetensors") if path.is_dir() else ())]
+    for part in parts:
+        part.chmod(0o775 if part.is_dir() else 0o664)
     original, before = content(path), open_gallery(path)
     expected = dict(
         zip(
@@ -99,6 +102,7 @@ def test_every_kind_of_file_is_upgraded_and_rolled_back(tmp_path, name):
     state = upgrade(path, Rotation(), batch=64, progress=lambda done, total: seen.append((done, total)))
     assert (state.phase, state.done) == ("swapped", 300)
     assert seen[-1] == (300, 300)
+    assert [oct(part.stat().st_mode & 0o777) for part in parts] == [oct(0o775 if p.is_dir() else 0o664) for p in parts]
     after = open_gallery(path)
     assert (after.rows, after.dim) == (300, 24)
     for number, vector in zip(after.ids(slice(0, 300)).tolist(), after.read(slice(0, 300)), strict=True):

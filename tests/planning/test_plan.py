@@ -108,6 +108,15 @@ def test_old_centres_move_to_the_host() -> None:
     assert make_plan(replace(moved, bank_dim=512)).host_bytes == plan.host_bytes + centers
 
 
+def test_a_frozen_old_classifier_is_planned_and_repeated_images_make_no_longer_epochs() -> None:
+    bct = setting(29_000_000, compat={"method": "bct", "bank": "unused"}, head={"rows": "bfloat16"})
+    found = parts(make_plan(replace(bct, bank_dim=512)))
+    assert found["old classifier's rows"] == -(-29_000_000 // 8) * 512 * 2
+    assert "old centres" not in found
+    once, again = (make_plan(setting(train={"epochs": 2}, data={"repeat": r})).updates for r in (1, 4))
+    assert once == again == 2 * -(-1_000_000 // 1024)
+
+
 def test_time_and_checkpoint() -> None:
     plan = make_plan(setting(train={"epochs": 2}, data={"batch_size": 1000}))
     assert plan.updates == 2000
@@ -153,6 +162,26 @@ def test_a_simulation_finds_other_bytes_than_planned(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(traffic, "_softmax", lambda setting: [])
     found = simulate(setting(1000), 4)
     assert any("other bytes than planned" in problem for problem in found.problems)
+
+
+@pytest.mark.parametrize(("mode", "transform"), [("backward", "rbt"), ("both", "mlp"), ("forward", "linear")])
+def test_maps_are_simulated(mode: str, transform: str) -> None:
+    compat = {"method": "lce", "bank": "unused", "mode": mode, "transform": {"name": transform, "blocks": 1}}
+    small = setting(1000, compat=compat, backbone={"dim": 24})
+    assert simulate(replace(small, bank_dim=16), 4).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"compat": {"method": "bct", "bank": "unused"}}, "compat.method = bct"),
+        ({"train": {"parallel": "zero2"}}, "train.parallel = zero2 cannot be simulated, only ddp or fsdp"),
+        ({"train": {"sync_batchnorm": True}}, "train.sync_batchnorm = true"),
+    ],
+)
+def test_what_cannot_be_simulated_is_said(sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        simulate(setting(1000, **sections), 4)
 
 
 def test_a_simulation_within_a_job_is_refused() -> None:
@@ -230,6 +259,7 @@ def test_sizes_that_cannot_be_meant_are_refused(words: str, capsys: pytest.Captu
         (["--verify", "--gpus", "101"], "101 ranks for 100 classes"),
         (["--lce", "256", "--dim", "512"], "use backbone.dim=256"),
         (["--verify", "--rate", "0"], "sample_rate"),
+        (["compat.method=lce", "compat.mode=cross-model"], "compat.mode = cross-model: trains maps alone"),
     ],
 )
 def test_what_training_would_refuse_is_refused(

@@ -7,18 +7,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+def _norms(block: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextmanager
-def _keep_statistics(block: nn.Module) -> Iterator[None]:
-    """Let batch norms use the batch's statistics without counting the batch a second time in the running ones."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+def _as_before(block: nn.Module, training: list[bool]) -> Iterator[None]:
+    """Let each batch norm do what it did in the forward pass (``training``: whether by the batch's statistics) without
+    counting the batch a second time in the running ones."""
+    norms = _norms(block)
+    now = [(norm.momentum, norm.training) for norm in norms]
+    for norm, mode in zip(norms, training, strict=True):
+        norm.momentum, norm.training = 0.0, mode
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm, (momentum, mode) in zip(norms, now, strict=True):
+            norm.momentum, norm.training = momentum, mode
 
 
 class Recompute(nn.Module):
@@ -39,7 +44,9 @@ class Recompute(nn.Module):
         if not (self.recompute and self.training and x.requires_grad):
             return unit(x)
 
+        training = [norm.training for norm in _norms(unit)]
+
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _keep_statistics(unit)
+            return nullcontext(), _as_before(unit, training)
 
         return checkpoint(unit, x, use_reentrant=False, context_fn=contexts)

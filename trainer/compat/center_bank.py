@@ -27,7 +27,7 @@ from torch import Tensor
 from trainer import __version__
 from trainer.data.index import Dataset, renumbered
 from trainer.errors import CenterBankError
-from trainer.files import TensorStream, partial_of, save_tensors
+from trainer.files import TensorStream, partial_of, replace_folder, save_tensors
 
 SHARD_BYTES = 64 * 2**20
 NORM_TOLERANCE = 1e-3
@@ -406,14 +406,7 @@ class BankWriter:
             centers=self._parts,
         )
         (self._partial / "bank.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        self._replace()
-
-    def _replace(self) -> None:
-        old = self._partial.with_suffix(".old")
-        if self.path.exists():
-            self.path.rename(old)
-        self._partial.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(self._partial, self.path)
 
     def _write(self, stored: Tensor) -> None:
         """Append rows to the present shard, and begin the next where it is full."""

@@ -167,11 +167,12 @@ class TransformedCompat(nn.Module):
         if int(pairs.mask.sum()) < 2 or len(place) < 2:
             zero = embeddings.new_zeros(())
             return zero, {"alignment": zero, "boundary": zero}
-        w, o = normalize(pairs.rows[pairs.mask]), normalize(pairs.centers[pairs.mask])
-        ours = not self.config.authors_formula
-        x = normalize(embeddings[has_center]) if ours else embeddings[has_center]
+        dtype = next(self.parameters()).dtype  # the rows may have another
+        w, o = (normalize(of[pairs.mask].to(dtype)) for of in (pairs.rows, pairs.centers))
+        ours, x = not self.config.authors_formula, embeddings[has_center].to(dtype)
+        x = normalize(x) if ours else x
         among = torch.cumsum(pairs.mask, 0)[place] - 1
-        b, terms = pairs.boundaries[place], []
+        b, terms = pairs.boundaries[place].to(dtype), []
         if self.t21 is not None:
             mapped_w, mapped_x = self.t21(torch.cat([w, x])).split([len(w), len(x)])
             terms.append(half_distance(mapped_w, o, ours))

@@ -6,9 +6,11 @@ probe template, 1 or 0) and, for 1:N, two ``*_1N_gallery_*.csv`` and ``*_1N_prob
 Images are brought to 112 × 112 by a similarity transform of their five points, as is usual for these sets.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,6 +192,12 @@ class AlignedImages(Dataset):
         files = FileStore([templates.folder / "loose_crop" / name for name in templates.names])
         count, folder = len(templates.names), templates.folder
         super().__init__(folder, DatasetInfo(image_size=size), files, np.arange(count), count, folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A data set's, and the points: they decide what is seen of the images."""
+        points = hashlib.blake2b(np.ascontiguousarray(self._points).tobytes(), digest_size=8)
+        return f"{points.hexdigest()}{super().fingerprint}"
 
     def decode(self, record: int) -> NDArray[np.uint8]:
         """Pixels (H, W, 3) uint8 of an image, aligned. Raises :class:`DataError` naming the file."""

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -189,10 +189,20 @@ def _convert(
             time.sleep(max(0.0, (stop - first) / rows_per_second - (time.perf_counter() - began)))
     partial = work / f"partial{path.suffix}"
     gallery.build(out, partial)
+    _same_rights(path, partial)
     partial.rename(_new(path))
     state = replace(state, phase="swapping")
     _save(work, state)
     return state
+
+
+def _same_rights(old: Path, new: Path) -> None:
+    """Who may read and write the new gallery is who may the old one (the owner as far as this user may set it)."""
+    parts = [(old, new), *((old / part.name, part) for part in (new.iterdir() if new.is_dir() else ()))]
+    for before, now in parts:
+        with suppress(OSError):
+            os.chown(now, before.stat().st_uid, before.stat().st_gid)
+        shutil.copymode(before, now)
 
 
 def _prepare(path: Path, gallery: Format, converter: Converter, order: IntArray | None) -> State:

@@ -115,10 +115,13 @@ def _tables(setting: Setting) -> list[Part]:
     table = setting.rows * dim * BYTES[head.rows]
     counters = 4 * setting.rows if setting.sampled or head.optimizer.name == "adamw" else 0
     parts = [Part("rows", table), Part("rows' optimizer state", _states(setting) * table + counters)]
-    if setting.bank_dim is not None and setting.config.compat.method == "lce":
-        compat = setting.config.compat
+    compat = setting.config.compat
+    if compat.method in ("bct", "unibct"):
+        frozen = setting.classes * (setting.bank_dim or dim) * BYTES[head.rows]
+        parts.append(Part("old classifier's rows", frozen))
+    elif setting.bank_dim is not None and compat.method in ("lce", "advbct", "mixbct"):
         centers = setting.classes * (setting.bank_dim * 4 + 4 + 1)
-        elsewhere = compat.mode != "direct" or compat.centers == "host"
+        elsewhere = compat.method != "lce" or compat.mode != "direct" or compat.centers == "host"
         parts.append(Part("old centres", centers, on_host=setting.device == "cuda" and elsewhere))
     return parts
 

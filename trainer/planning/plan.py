@@ -102,8 +102,7 @@ def updates(setting: Setting) -> int | None:
         return train.steps
     if setting.records is None:
         return None
-    samples = setting.records * data.repeat
-    per_epoch = samples // data.batch_size if data.drop_last else -(-samples // data.batch_size)
+    per_epoch = setting.records // data.batch_size if data.drop_last else -(-setting.records // data.batch_size)
     return int(-(-train.epochs * per_epoch // train.accumulate))
 
 

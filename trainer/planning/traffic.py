@@ -6,6 +6,9 @@ A test counts the collectives of real updates on 2 and 3 ranks and compares them
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from trainer.compat.transformed import TransformedCompat
 from trainer.planning.activations import BackboneSizes
 from trainer.planning.setting import Setting
 
@@ -44,8 +47,9 @@ def update_traffic(setting: Setting, backbone: BackboneSizes) -> list[Collective
         return []
     number = setting.embedding_bytes
     out = [*_head(setting), *_compatibility(setting), *_backbone(setting, backbone)]
-    if backbone.buffers:
-        out.append(Collective("running statistics", "all-reduce", backbone.buffers * number))
+    buffers = backbone.buffers + _map_buffers(setting)
+    if buffers:
+        out.append(Collective("running statistics", "all-reduce", buffers * number))
     out.append(Collective("stop and checkpoint vote", "all-reduce", 16, on_host=True))
     return out
 
@@ -86,6 +90,16 @@ def _compatibility(setting: Setting) -> list[Collective]:
     count = setting.config.train.accumulate
     most = setting.world_size * setting.gathered * width
     return [Collective("rows and centres of the batch's classes", "all-gather", most, count, exact=False)]
+
+
+def _map_buffers(setting: Setting) -> int:
+    """Numbers in the running statistics of LCE's transformations."""
+    compat = setting.config.compat
+    if setting.bank_dim is None or compat.method != "lce" or compat.mode == "direct":
+        return 0
+    with torch.device("meta"):
+        maps = TransformedCompat(compat, setting.bank_dim, setting.config.backbone.dim)
+    return sum(value.numel() for value in maps.buffers() if value.is_floating_point())
 
 
 def _backbone(setting: Setting, backbone: BackboneSizes) -> list[Collective]:

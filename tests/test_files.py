@@ -1,0 +1,63 @@
+"""Files and folders that take the place of others whole, and what is left when that fails."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import DataError
+from trainer.files import replaced
+
+
+def _folder(path: Path, text: str) -> None:
+    path.mkdir()
+    (path / "content").write_text(text)
+
+
+def test_a_folder_is_kept_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    _folder(target, "old")
+    rename = Path.rename
+
+    def refuse(self: Path, to: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with (
+        pytest.raises(DataError, match="model: cannot be written: Input/output error"),
+        replaced(target, DataError) as partial,
+    ):
+        _folder(partial, "new")
+    assert (target / "content").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    monkeypatch.undo()
+    with replaced(target, DataError) as partial:
+        _folder(partial, "new")
+    assert (target / "content").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_kill_between_the_two_renames_left_is_put_back(tmp_path: Path) -> None:
+    target, host = tmp_path / "model", socket.gethostname()
+    _folder(tmp_path / f".model.{host}-4194305.old", "old")
+    with pytest.raises(RuntimeError), replaced(target, DataError):
+        raise RuntimeError("before anything was written")
+    assert (target / "content").read_text() == "old"
+    _folder(tmp_path / f".model.{host}-4194306.old", "older still")
+    _folder(tmp_path / f".model.{host}-{os.getppid()}.partial", "of a process that works on it")
+    with replaced(target, DataError) as partial:
+        _folder(partial, "new")
+    assert (target / "content").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".model.{host}-{os.getppid()}.partial", "model"]
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    _folder(tmp_path / "model", "old")
+    with pytest.raises(DataError, match="is a folder"), replaced(tmp_path / "model", DataError) as partial:
+        partial.write_text("a file")
+    assert (tmp_path / "model/content").read_text() == "old"
