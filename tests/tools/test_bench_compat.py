@@ -75,6 +75,8 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
         expected = cells["paragon->paragon"] - found["cells"]["new->new"]["rank-1"]
         assert found["cost"]["rank-1"] == pytest.approx(expected)
     assert methods["independent"]["seeds"][0]["cost"] == {"TAR@FAR=1e-4": 0.0, "rank-1": 0.0}
+    assert figures["base"]["centre->old"]["rank-1"]["mean"] >= cells["old->old"]
+    assert "| old centre → old |" in (tmp_path / "table.md").read_text()
     assert "| LCE, direct |" in (tmp_path / "table.md").read_text()
     assert "| failed |" in (tmp_path / "table.md").read_text()
     assert "broken: broken-1, seed 0: " in (tmp_path / "table.md").read_text()
@@ -98,9 +100,13 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
     monkeypatch.setattr(compat_lab.Children, "run", note)  # another old model: the paragon knows nothing of it
     weights = tmp_path / "weights.json"
     weights.write_text(json.dumps({"methods": {"lce": {"weight": 60.0}}}))
-    words = ["--methods", "independent,lce", "--seeds", "1", "--weights", str(weights)]
-    assert bench(tmp_path, *words, sizes=(*SIZES, "--old-steps", "7"))[0] == 0
-    assert trained == ["old", "lce"]
+    words = ["--methods", "independent,lce", "--seeds", "1", "--weights", str(weights), "--time"]
+    monkeypatch.setattr(compat_lab, "TIMED_ROUNDS", 1)
+    status, timed = bench(tmp_path, *words, sizes=(*SIZES, "--old-steps", "7"))
+    assert status == 0
+    assert trained == ["old", "lce", "timed", "timed", "timed"]
+    assert timed["methods"]["lce"]["update_time"] > 0
+    assert "update_time" not in methods["lce"]
 
 
 def test_a_folder_of_data_sets_with_weights_chosen_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

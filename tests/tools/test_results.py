@@ -25,11 +25,12 @@ def compat_figures(classes: int) -> dict[str, object]:
         "trials": trials,
         "problems": [],
         "seeds": [],
-        "spread": {**spread, "step_seconds": {"median": {"mean": 0.0625, "deviation": 0.01, "seeds": 3}}},
+        "spread": spread,
+        "update_time": 1.0625,
     }
     sizes = {"classes": classes, "old_classes": 500, "steps": 800, "seeds": 3, "trials": 2}
     origin = {"machine": "a machine", "commit": "abc", "chosen_by": "validation"}
-    base = {"old->old": cells, "paragon->paragon": cells}
+    base = {"old->old": cells, "centre->old": cells, "paragon->paragon": cells}
     return {"data": "characters", **sizes, **origin, "base": base, "methods": {"lce": lce}}
 
 
@@ -37,13 +38,14 @@ def test_the_page_has_tables_plots_and_what_is_missing(tmp_path: Path, capsys: p
     figures, page = tmp_path / "figures", tmp_path / "docs" / "results.md"
     figures.mkdir()
     given = {"compat.json": 4000, "compat-hangul-long.json": 9772, "compat-both-long.json": 37321}
+    given |= {f"compat-{classes}.json": classes for classes in results.FEWER_OR_MORE}
     for name, classes in given.items():
         (figures / name).write_text(json.dumps(compat_figures(classes)))
     assert cli.main(["bench", "results", "--figures", str(figures), "--out", str(page)]) == 0
     assert "compat-both.json" in capsys.readouterr().out
     text = page.read_text()
     assert "| LCE, direct | 20 | 0.500 ± 0.100 |" in text
-    assert "0.062 ± 0.010" in text
+    assert "0.500 ± 0.100 | 1.06 |" in text
     assert text.count("Not measured yet.") == len(results.SECTIONS) - len(given)
     assert "`lce bench compat --methods" in text
     for plot in results.PLOTS:
@@ -89,7 +91,7 @@ def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, mon
     fonts.mkdir()
     assert cli.main(words) == 70
     assert [w[1] for w in ran if w[0] == "bench"] == [
-        *["compat"] * 5,
+        *["compat"] * 8,
         "criterion",
         "table",
         "head",

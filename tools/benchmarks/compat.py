@@ -97,6 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="JSON", help="no trials: weights out of an earlier run's JSON")
     parser.add_argument("--steps", type=int, default=800, help="updates of a new model (800)")
     parser.add_argument("--old-steps", type=int, default=600, help="updates of an old model (600)")
+    parser.add_argument(
+        "--time", action="store_true", help="also the time of an update, one training at a time and in turns: minutes"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-compat"), help="folder of all runs (bench-compat)")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
@@ -123,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
     lab, weights = make_lab(args), _weights_of(args.weights, names)
     with interruptible():
         figures = compare(lab, names, args.seeds, args.trials, weights)
+        if args.time:
+            time_updates(lab, figures["methods"])
     figures = {"bench": "compat", **settings_of(args, lab), "trials": args.trials, **figures}
     write_json(figures, args.json)
     if args.markdown:
@@ -244,9 +249,13 @@ def compare(
         one["seeds"] = [{"seed": job[1], **_final(lab, *job)} for job in runs]
         one["problems"] += [str(failed[job]) for job in final if job[0] == name and failed[job] is not None]
         one["spread"] = _spreads(one["seeds"])
-    alone = [lab.measure(seed, "unseen", OLD, PARAGON, PARAGON) for seed in range(seeds)]
+    alone = [lab.measure(seed, "unseen", OLD, PARAGON, PARAGON)["cells"] for seed in range(seeds)]
+    centres = [lab.centre_queries(seed, "unseen", OLD) for seed in range(seeds)]
     base = _spreads(
-        [{"cells": {cell: one["cells"][cell] for cell in ("old->old", "paragon->paragon")}} for one in alone]
+        [
+            {"cells": {"centre->old": at, **{cell: cells[cell] for cell in ("old->old", "paragon->paragon")}}}
+            for cells, at in zip(alone, centres, strict=True)
+        ]
     )
     return {
         "far": 1e-4,
@@ -255,6 +264,19 @@ def compare(
         "methods": methods,
         **origin(),
     }
+
+
+def time_updates(lab: "Lab", methods: dict[str, Any]) -> None:
+    """Add ``update_time`` to each method that could be trained: how many times as long as the paragon's an update
+    takes, by medians."""
+    from tools.benchmarks.compat_lab import TIMED_ROUNDS
+
+    chosen = {name: one["weight"] for name, one in methods.items() if one["seeds"]}
+    overrides = {name: _overrides(lab, name, 0, weight) for name, weight in chosen.items()}
+    with counting(TIMED_ROUNDS * (1 + len(chosen))) as count:
+        seconds = lab.update_seconds({PARAGON: [], **overrides}, count)
+    for name in chosen:
+        methods[name]["update_time"] = seconds[name] / seconds[PARAGON]
 
 
 def prepare(lab: "Lab", seeds: int, count: Callable[[], None]) -> None:
@@ -292,12 +314,15 @@ def _name(name: str, weight: float) -> str:
 
 
 def _train(lab: "Lab", name: str, seed: int, weight: float) -> str:
-    folder = lab.folder(seed)
-    if not METHODS[name].settings:
-        return PARAGON
-    known = {"bank": folder / f"{OLD}-bank", "embeddings": folder / f"{OLD}.npy", "weight": weight}
-    lab.train(seed, _name(name, weight), PARAGON, [word.format(**known) for word in METHODS[name].settings], OLD)
+    if METHODS[name].settings:
+        lab.train(seed, _name(name, weight), PARAGON, _overrides(lab, name, seed, weight), OLD)
     return _name(name, weight)
+
+
+def _overrides(lab: "Lab", name: str, seed: int, weight: float) -> list[str]:
+    folder = lab.folder(seed)
+    known = {"bank": folder / f"{OLD}-bank", "embeddings": folder / f"{OLD}.npy", "weight": weight}
+    return [word.format(**known) for word in METHODS[name].settings]
 
 
 def _trial(lab: "Lab", name: str, weight: float) -> dict[str, Any]:
@@ -305,9 +330,7 @@ def _trial(lab: "Lab", name: str, weight: float) -> dict[str, Any]:
 
 
 def _final(lab: "Lab", name: str, seed: int, weight: float) -> dict[str, Any]:
-    trained = _train(lab, name, seed, weight)
-    figures = lab.measure(seed, "unseen", OLD, trained, PARAGON)
-    return {**figures, "step_seconds": {"median": lab.step_seconds(seed, trained)}}
+    return lab.measure(seed, "unseen", OLD, _train(lab, name, seed, weight), PARAGON)
 
 
 def _choose(
@@ -327,10 +350,10 @@ def _choose(
 
 
 def _spreads(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """name → metric → mean and standard deviation over the seeds: cells, update gain, cost and seconds per update."""
+    """name → metric → mean and standard deviation over the seeds: cells, update gain and cost."""
     out: dict[str, Any] = {}
     for one in runs:
-        parts = {**one["cells"], **{key: one[key] for key in ("update_gain", "cost", "step_seconds") if key in one}}
+        parts = {**one["cells"], **{key: one[key] for key in ("update_gain", "cost") if key in one}}
         for name, values in parts.items():
             for metric, value in values.items():
                 out.setdefault(name, {}).setdefault(metric, []).append(value)
@@ -374,28 +397,31 @@ def counting(total: int) -> Iterator[Callable[[], None]]:
 _COLUMNS = [
     *((cell, metric) for cell in SHOWN for metric in METRICS),
     *((what, CRITERION) for what in ("update_gain", "cost")),
-    ("step_seconds", "median"),
 ]
 
 
 def _rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the table: the old model's and the paragon's own figures, then every method's."""
+    """Head and lines of the table: the old model's, its centres' and the paragon's own figures, then every method's."""
     words = {"new->old": "new → old", "new->new": "new → new", "update_gain": "update gain", "cost": "cost"}
-    words["step_seconds"] = "seconds per update,"
-    short = {CRITERION: "TAR", "rank-1": "rank-1", "median": "median"}
+    short = {CRITERION: "TAR", "rank-1": "rank-1"}
     spreads = [one["spread"] for one in figures["methods"].values()]
     columns = [column for column in _COLUMNS if any(column[0] in spread for spread in spreads)]
     head = ["method", "weight", *(f"{words[part]} {short[metric]}" for part, metric in columns)]
     own = {cell: [_text(values[metric]) for metric in METRICS] for cell, values in figures["base"].items()}
     lines = [
         ["old → old", "", *own["old->old"], *[""] * (len(columns) - 2)],
+        ["old centre → old", "", *own["centre->old"], *[""] * (len(columns) - 2)],
         ["paragon → paragon", "", "", "", *own["paragon->paragon"], *[""] * (len(columns) - 4)],
     ]
+    timed = any("update_time" in one for one in figures["methods"].values())
+    if timed:
+        head, lines = [*head, "time of an update ÷ paragon's"], [[*line, ""] for line in lines]
     for name, one in figures["methods"].items():
         weight = f"{one['weight']:g}" if METHODS[name].settings and one["weight"] else ""
         spread = one["spread"]
         cells = [_text(spread[part][metric]) if spread else "failed" for part, metric in columns]
-        lines.append([one["title"], weight, *cells])
+        time = [f"{one['update_time']:.2f}" if "update_time" in one else "–"] if timed else []
+        lines.append([one["title"], weight, *cells, *time])
     return head, lines
 
 
@@ -424,6 +450,8 @@ def markdown(figures: dict[str, Any]) -> str:
         f"deviation of {figures['seeds']} seed(s); {figures['machine']}, commit {figures['commit']}.",
         "",
         *_markdown_rows(head, lines),
+        "",
+        "Old centre → old: queries at the mean of an identity's other old embeddings, where LCE pulls the new ones.",
         *(f"\n{one['title']}: {problem}" for one in figures["methods"].values() for problem in one["problems"]),
     ]
     if figures["chosen_by"] == "an earlier run":

@@ -11,15 +11,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tools.demo_steps import Steps, end_group
 from tools.demo_story import CONFIGS
 from trainer.errors import ConfigError, LceError
+
+if TYPE_CHECKING:
+    from trainer.evaluation.study import NamedSet
 
 T = TypeVar("T")
 
@@ -27,6 +30,7 @@ FAR = 1e-4
 QUIET = ("run.threads=1", "data.workers=1", "log.progress=false", "log.tensorboard=false")
 SETS = ("old", "train", "validation", "unseen")
 OLD_LABELS = Path("splits", "extended-class", "old.npy")
+TIMED_ROUNDS, TIMED_STEPS = 3, 60
 
 
 class TrainingFailed(LceError):
@@ -225,25 +229,33 @@ class Lab:
         """
         from trainer.config import dump_config, load_config
 
-        config, run = CONFIGS / f"{self.source.config}-{recipe}.yaml", self.folder(seed) / name
-        old, known = recipe == "old", self.source.folder
-        words = [f"data.path={self.dataset(seed, 'old' if old and not known else 'train')}"]
-        words += [f"data.labels={known / OLD_LABELS}"] if old and known else []
-        words += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
-        words = [*words, *QUIET, *self.settings, *overrides]
+        run = self.folder(seed) / name
+        config, words = self._recipe(seed, recipe, run)
+        words += overrides
         key = [dump_config(load_config(config, words)).replace(str(self.out), "lab"), *self._pictures_key(seed)]
         if old_model is not None:
             key.append(self._hash(self.folder(seed) / old_model))
 
         def action() -> None:
-            log = self.folder(seed) / "output" / f"{name}.txt"
-            status = self.children.run([sys.executable, "-m", "trainer", str(config), *words], log)
-            if status:
-                where = f"exit status {status}; all of it: {log.relative_to(self.out)} in --out"
-                raise TrainingFailed(f"{name}, seed {seed}: {_last_line(log)} ({where})")
+            self._run(seed, name, config, words)
 
         Steps(self.folder(seed) / "stamps" / name, _silent).run("train", "", key, [run], action, continues=True)
         return run
+
+    def _recipe(self, seed: int, recipe: str, run: Path) -> tuple[Path, list[str]]:
+        """The configuration of a training in the run folder ``run``, and its overrides."""
+        old, known = recipe == "old", self.source.folder
+        words = [f"data.path={self.dataset(seed, 'old' if old and not known else 'train')}"]
+        words += [f"data.labels={known / OLD_LABELS}"] if old and known else []
+        words += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
+        return CONFIGS / f"{self.source.config}-{recipe}.yaml", [*words, *QUIET, *self.settings]
+
+    def _run(self, seed: int, name: str, config: Path, words: Sequence[str]) -> None:
+        log = self.folder(seed) / "output" / f"{name}.txt"
+        status = self.children.run([sys.executable, "-m", "trainer", str(config), *words], log)
+        if status:
+            where = f"exit status {status}; all of it: {log.relative_to(self.out)} in --out"
+            raise TrainingFailed(f"{name}, seed {seed}: {_last_line(log)} ({where})")
 
     def bank(self, seed: int, old: str) -> None:
         """The old model's centre bank ``OLD-bank`` and embeddings ``OLD.npy`` by record of the training set."""
@@ -288,18 +300,10 @@ class Lab:
         return figures
 
     def _figures(self, seed: int, part: str, names: dict[str, str]) -> dict[str, Any]:
-        from trainer.data import open_dataset
-        from trainer.distributed import Ranks
         from trainer.evaluation.compatibility import gain
-        from trainer.evaluation.sources import EmbeddingCache, check_models, embed_set
         from trainer.evaluation.study import Options, measure_cells, plain
-        from trainer.export import load_model
 
-        folder = self.folder(seed)
-        models = {role: load_model(folder / name) for role, name in names.items()}
-        dataset = open_dataset(self.dataset(seed, part))
-        check_models(models, {part: dataset})
-        one = embed_set(part, models, dataset, EmbeddingCache(folder / "embeddings"), Ranks())
+        one = self._embedded(seed, part, names)
         cells = measure_cells(one, Options(fars=(FAR,), replicates=2), lambda stage: None)
         figures: dict[str, Any] = {"cells": {f"{q}->{g}": cell.value for (q, g), cell in cells.items()}}
         for metric in cells["old", "old"].value:
@@ -309,10 +313,48 @@ class Lab:
                 figures.setdefault("cost", {})[metric] = found.cost.value
         return dict(plain(figures))
 
-    def step_seconds(self, seed: int, name: str) -> float:
-        """The median duration of a training's updates, as it logged them."""
-        lines = (self.folder(seed) / name / "log.jsonl").read_text().splitlines()
-        return statistics.median(json.loads(line)["step_seconds"] for line in lines)
+    def _embedded(self, seed: int, part: str, names: dict[str, str]) -> "NamedSet":
+        """A seed's set under the models that ``names`` gives for each role."""
+        from trainer.data import open_dataset
+        from trainer.distributed import Ranks
+        from trainer.evaluation.sources import EmbeddingCache, check_models, embed_set
+        from trainer.export import load_model
+
+        folder = self.folder(seed)
+        models = {role: load_model(folder / name) for role, name in names.items()}
+        dataset = open_dataset(self.dataset(seed, part))
+        check_models(models, {part: dataset})
+        return embed_set(part, models, dataset, EmbeddingCache(folder / "embeddings"), Ranks())
+
+    def centre_queries(self, seed: int, part: str, old: str) -> dict[str, float]:
+        """What queries at the old model's own centres find in its gallery (see
+        :func:`trainer.evaluation.compatibility.centre_queries`): metric → value."""
+        from trainer.evaluation.compatibility import centre_queries
+
+        one = self._embedded(seed, part, {"old": old})
+        return centre_queries(one.spaces.native["old"], one.labels, (FAR,))
+
+    def update_seconds(self, overrides: Mapping[str, Sequence[str]], count: Callable[[], None]) -> dict[str, float]:
+        """The median time of an update of each way to train the new model of seed 0: short trainings, one at a time and
+        in turns, so that what else the machine does meets all of them.
+
+        Args:
+            overrides: by the training's name, as :meth:`train` takes them. count: called after each training, of which
+                there are :data:`TIMED_ROUNDS` of each.
+
+        Raises:
+            TrainingFailed: the trainer ended with an error.
+        """
+        found: dict[str, list[float]] = {name: [] for name in overrides}
+        for _ in range(TIMED_ROUNDS):
+            for name, words in overrides.items():
+                with tempfile.TemporaryDirectory(prefix="timed-", dir=self.folder(0)) as folder:
+                    config, common = self._recipe(0, "paragon", Path(folder, name))
+                    self._run(0, f"timed-{name}", config, [*common, *words, f"train.steps={TIMED_STEPS}"])
+                    lines = Path(folder, name, "log.jsonl").read_text().splitlines()
+                found[name] += [json.loads(line)["step_seconds"] for line in lines[2:]]  # without the first 20 updates
+                count()
+        return {name: statistics.median(seconds) for name, seconds in found.items()}
 
     def _hash(self, model: Path) -> str:
         from trainer.export import load_model

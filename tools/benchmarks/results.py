@@ -109,15 +109,16 @@ def _input(figures: dict[str, Any]) -> str:
 
 
 METHODS = "--methods independent,l2,bct,unibct,advbct,mixbct,fct,lce"
-CHOSEN = "--weights {figures}/compat.json --seeds 1"
-ALL = f"{METHODS} {CHOSEN} --steps 1500"
-FIVE = f"--methods independent,lce,l2,bct,unibct {CHOSEN} --steps 1500"
-LONG = f"--methods independent,lce {CHOSEN} --steps 9000"
+CHOSEN = "--weights {figures}/compat.json"
+ALL = f"{METHODS} {CHOSEN} --seeds 3 --time --steps 1500"
+LONG = f"--methods independent,lce {CHOSEN} --seeds 1 --steps 9000"
+FEWER_OR_MORE = (1000, 2000, 8000)
+"""Training identities of the runs beside the 4,000 of the first one."""
 SECTIONS = (
     Section(
         "Ways to stay compatible: 4,000 syllables",
         "compat.json",
-        (f"bench compat {METHODS} --seeds 3 --out {{work}}/compat --json {{json}}",),
+        (f"bench compat {METHODS} --seeds 3 --time --out {{work}}/compat --json {{json}}",),
         _compat,
     ),
     Section(
@@ -143,7 +144,7 @@ SECTIONS = (
         "compat-both.json",
         (
             "characters {work}/both --fonts {fonts} --script both --old-share 0.125",
-            f"bench compat --data {{work}}/both {FIVE} --old-steps 4000 --out {{work}}/compat-both --json {{json}}",
+            f"bench compat --data {{work}}/both {ALL} --old-steps 4000 --out {{work}}/compat-both --json {{json}}",
         ),
         _compat,
     ),
@@ -152,6 +153,18 @@ SECTIONS = (
         "compat-both-long.json",
         (f"bench compat --data {{work}}/both {LONG} --old-steps 4000 --out {{work}}/compat-both-long --json {{json}}",),
         _compat,
+    ),
+    *(
+        Section(
+            f"With {classes:,} instead of 4,000 syllables",
+            f"compat-{classes}.json",
+            (
+                f"bench compat --classes {classes} --methods independent,lce {CHOSEN} --seeds 3 "
+                f"--out {{work}}/compat-{classes} --json {{json}}",
+            ),
+            _compat,
+        )
+        for classes in FEWER_OR_MORE
     ),
     Section(
         "The criterion, mode by mode",
@@ -283,6 +296,32 @@ def _plot_weights(known: dict[str, Any], path: Path) -> bool:
     return True
 
 
+def _plot_growth(known: dict[str, Any], path: Path) -> bool:
+    """LCE over the number of training identities: one old model and gallery a seed, more and more identities."""
+    runs = [known[name] for name in ("compat.json", *(f"compat-{classes}.json" for classes in FEWER_OR_MORE))]
+    if None in runs:
+        return False
+    axes, save = _axes("training identities", "TAR at FAR 1e-4, unseen identities")
+    runs.sort(key=lambda run: run["classes"])
+    classes = [run["classes"] for run in runs]
+    lines = {
+        "LCE: new → new": ("#009E73", [run["methods"]["lce"]["spread"]["new->new"] for run in runs]),
+        "paragon → paragon": ("#E69F00", [run["base"]["paragon->paragon"] for run in runs]),
+        "old centre → old": ("grey", [run["base"]["centre->old"] for run in runs]),
+        "LCE: new → old": ("#0072B2", [run["methods"]["lce"]["spread"]["new->old"] for run in runs]),
+        "old → old": ("#000000", [run["base"]["old->old"] for run in runs]),
+    }
+    for title, (colour, found) in lines.items():
+        spreads = [one[METRIC] for one in found]
+        means, errors = [one["mean"] for one in spreads], [one["deviation"] or 0 for one in spreads]
+        axes.errorbar(classes, means, errors, fmt="o-", capsize=3, color=colour, label=title)
+    axes.set_xscale("log")
+    axes.set_xticks(classes, [f"{count:,}" for count in classes])
+    axes.minorticks_off()
+    save(path)
+    return True
+
+
 def _plot_classes(known: dict[str, Any], path: Path) -> bool:
     """Update gain of each method over the number of training identities."""
     runs = [known[name] for name in ("compat-hangul-long.json", "compat-both-long.json") if known[name]]
@@ -308,8 +347,14 @@ def _gain(method: dict[str, Any]) -> dict[str, Any] | None:
     return gain
 
 
-PLOTS = {"results-weights.png": _plot_weights, "results-classes.png": _plot_classes}
+PLOTS = {
+    "results-weights.png": _plot_weights,
+    "results-growth.png": _plot_growth,
+    "results-classes.png": _plot_classes,
+}
 CAPTIONS = {
+    "results-growth.png": "More training identities, the same old models and updates: a run's identities are among "
+    "those of the next. Means and standard deviations of 3 seeds.",
     "results-weights.png": "What each method's weight does (4,000 syllables, seed 0, validation identities).",
     "results-classes.png": "Update gain over the number of training identities, where the paragon has learned. The old "
     "model and the characters differ between the points.",
