@@ -1,6 +1,6 @@
 """Where the encoded images of a data set lie: .rec parts or plain files, behind one small interface.
 
-Files are read with ``pread`` and never mapped: a file that is cut short while training shows as a short read with a
+Images are read with ``pread`` and never mapped: a file that is cut short while training shows as a short read with a
 clear error, not as a signal that kills the process. Descriptors are opened when first needed, in whichever process
 needs them.
 """

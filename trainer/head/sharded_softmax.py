@@ -44,7 +44,7 @@ state's memory.
 """
 
 
-def constant_shift(scale: float, dtype: torch.dtype) -> float:
+def constant_shift(scale: float, dtype: torch.dtype, remedy: str = "use impl: reference") -> float:
     """The constant subtracted from every logit s·cos before exp: s − 70 in float32, 0 in float64.
 
     At cos = 1 for all of 29 million rows the sum is below float32's largest number; at cos = −1 a single term
@@ -56,9 +56,7 @@ def constant_shift(scale: float, dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return 0.0
     if scale > 78:
-        raise ConfigError(
-            f"head.margin.scale = {scale}: the fused pass is exact in float32 up to 78; use impl: reference"
-        )
+        raise ConfigError(f"head.margin.scale = {scale}: the fused pass is exact in float32 up to 78; {remedy}")
     return scale - LARGEST_EXPONENT
 
 
