@@ -353,8 +353,9 @@ PLOTS = {
     "results-classes.png": _plot_classes,
 }
 CAPTIONS = {
-    "results-growth.png": "More training identities, the same old models and updates: a run's identities are among "
-    "those of the next. Means and standard deviations of 3 seeds.",
+    "results-growth.png": "More training identities, the same old models: a run's identities are among those of the "
+    "next. All have 800 updates, in which a paragon of many classes does not learn. Means and standard deviations of 3 "
+    "seeds.",
     "results-weights.png": "What each method's weight does (4,000 syllables, seed 0, validation identities).",
     "results-classes.png": "Update gain over the number of training identities, where the paragon has learned. The old "
     "model and the characters differ between the points.",
