@@ -194,9 +194,12 @@ def centre_queries(gallery: FloatArray, labels: IntArray, fars: Sequence[float])
     index = class_index(labels, "queries at the centres")
     sums, sizes = _class_sums(gallery, index), np.bincount(index)
     centres = class_centres(gallery, index)
-    others = sums[index] - gallery
-    norms = np.linalg.norm(others, axis=1)
-    own = np.einsum("nd,nd->n", others, gallery) / np.where(norms > 0, norms, 1)
+    own = np.empty(len(gallery))
+    for a in range(0, len(gallery), 1 << 16):
+        part = slice(a, a + (1 << 16))
+        others = sums[index[part]] - gallery[part]
+        norms = np.linalg.norm(others, axis=1)
+        own[part] = np.einsum("nd,nd->n", others, gallery[part]) / np.where(norms > 0, norms, 1)
     pairs = sizes[index] - 1  # queries for each gallery image
     impostors = score_pairs(centres[index], labels, gallery, keep_far=max(fars))
     thresholds = {tar_name(far): impostors.threshold_at(far) for far in fars}
