@@ -268,7 +268,7 @@ def compare(
 
 def time_updates(lab: "Lab", methods: dict[str, Any]) -> None:
     """Add ``update_time`` to each method that could be trained: how many times as long as the paragon's an update
-    takes, by medians."""
+    takes, the median over the turns."""
     from tools.benchmarks.compat_lab import TIMED_ROUNDS
 
     chosen = {name: one["weight"] for name, one in methods.items() if one["seeds"]}
@@ -276,7 +276,8 @@ def time_updates(lab: "Lab", methods: dict[str, Any]) -> None:
     with counting(TIMED_ROUNDS * (1 + len(chosen))) as count:
         seconds = lab.update_seconds({PARAGON: [], **overrides}, count)
     for name in chosen:
-        methods[name]["update_time"] = seconds[name] / seconds[PARAGON]
+        ratios = [own / base for own, base in zip(seconds[name], seconds[PARAGON], strict=True)]
+        methods[name]["update_time"] = statistics.median(ratios)
 
 
 def prepare(lab: "Lab", seeds: int, count: Callable[[], None]) -> None:

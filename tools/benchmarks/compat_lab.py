@@ -30,7 +30,7 @@ FAR = 1e-4
 QUIET = ("run.threads=1", "data.workers=1", "log.progress=false", "log.tensorboard=false")
 SETS = ("old", "train", "validation", "unseen")
 OLD_LABELS = Path("splits", "extended-class", "old.npy")
-TIMED_ROUNDS, TIMED_STEPS = 3, 60
+TIMED_ROUNDS, TIMED_STEPS = 5, 100
 
 
 class TrainingFailed(LceError):
@@ -334,9 +334,11 @@ class Lab:
         one = self._embedded(seed, part, {"old": old})
         return centre_queries(one.spaces.native["old"], one.labels, (FAR,))
 
-    def update_seconds(self, overrides: Mapping[str, Sequence[str]], count: Callable[[], None]) -> dict[str, float]:
-        """The median time of an update of each way to train the new model of seed 0: short trainings, one at a time and
-        in turns, so that what else the machine does meets all of them.
+    def update_seconds(
+        self, overrides: Mapping[str, Sequence[str]], count: Callable[[], None]
+    ) -> dict[str, list[float]]:
+        """The time of an update of each way to train the new model of seed 0: short trainings, one at a time and in
+        turns, so that what else the machine does meets all of them; a median for each turn.
 
         Args:
             overrides: by the training's name, as :meth:`train` takes them. count: called after each training, of which
@@ -352,9 +354,10 @@ class Lab:
                     config, common = self._recipe(0, "paragon", Path(folder, name))
                     self._run(0, f"timed-{name}", config, [*common, *words, f"train.steps={TIMED_STEPS}"])
                     lines = Path(folder, name, "log.jsonl").read_text().splitlines()
-                found[name] += [json.loads(line)["step_seconds"] for line in lines[2:]]  # without the first 20 updates
+                later = [json.loads(line)["step_seconds"] for line in lines[2:]]  # without the first 20 updates
+                found[name].append(statistics.median(later))
                 count()
-        return {name: statistics.median(seconds) for name, seconds in found.items()}
+        return found
 
     def _hash(self, model: Path) -> str:
         from trainer.export import load_model
