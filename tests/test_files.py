@@ -61,3 +61,11 @@ def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder"), replaced(tmp_path / "model", DataError) as partial:
         partial.write_text("a file")
     assert (tmp_path / "model/content").read_text() == "old"
+
+
+def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("of a user")
+    with pytest.raises(DataError, match="Not a directory"), replaced(tmp_path / "letter", DataError) as partial:
+        _folder(partial, "new")
+    assert (tmp_path / "letter").read_text() == "of a user"
+    assert [p.name for p in tmp_path.iterdir()] == ["letter"]

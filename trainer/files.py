@@ -37,7 +37,7 @@ def partial_of(target: Path) -> Path:
 def replace_folder(partial: Path, target: Path) -> None:
     """Give ``partial`` the name of a folder that may be there; it is gone only when that has worked."""
     old = partial.with_suffix(".old")
-    there = target.exists()
+    there = target.is_dir()  # no folder takes a file's place: rename refuses
     if there:
         target.rename(old)
     try:

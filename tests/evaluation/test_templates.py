@@ -146,9 +146,12 @@ def test_images_are_aligned_when_read(folder):
     assert abs(int(pixels[60, 60, 0]) - 200) < 6
     moved = read_templates(folder)
     moved = replace(moved, points=moved.points + 30)
-    assert AlignedImages(moved, (112, 112)).fingerprint != images.fingerprint  # the same files, seen elsewhere
-    assert AlignedImages(read_templates(folder), (112, 112)).fingerprint == images.fingerprint
+    beginnings = {AlignedImages(one, (112, 112)).fingerprint[:16] for one in (moved, read_templates(folder))}
+    assert len(beginnings) == 2  # the same files, seen elsewhere; a cache's names have the beginning
+    assert images.fingerprint[:16] in beginnings
     (folder / "loose_crop" / "7.jpg").write_bytes(b"no picture")
+    beginnings.add(AlignedImages(read_templates(folder), (112, 112)).fingerprint[:16])
+    assert len(beginnings) == 3  # another file
     with pytest.raises(DataError, match=r"7\.jpg does not decode"):
         images.decode(7)
 

@@ -196,8 +196,9 @@ class AlignedImages(Dataset):
     @cached_property
     def fingerprint(self) -> str:
         """A data set's, and the points: they decide what is seen of the images."""
-        points = hashlib.blake2b(np.ascontiguousarray(self._points).tobytes(), digest_size=8)
-        return f"{points.hexdigest()}{super().fingerprint}"
+        digest = hashlib.blake2b(super().fingerprint.encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(self._points).tobytes())
+        return digest.hexdigest()
 
     def decode(self, record: int) -> NDArray[np.uint8]:
         """Pixels (H, W, 3) uint8 of an image, aligned. Raises :class:`DataError` naming the file."""
