@@ -110,15 +110,15 @@ def _input(figures: dict[str, Any]) -> str:
 
 METHODS = "--methods independent,l2,bct,unibct,advbct,mixbct,fct,lce"
 CHOSEN = "--weights {figures}/compat.json"
-ALL = f"{METHODS} {CHOSEN} --seeds 3 --time --steps 1500"
-LONG = f"--methods independent,lce {CHOSEN} --seeds 1 --steps 9000"
+ALL = f"{METHODS} {CHOSEN} --seeds 3 --steps 1500"
+LONG = f"--methods independent,lce {CHOSEN} --steps 9000"
 FEWER_OR_MORE = (1000, 2000, 8000)
 """Training identities of the runs beside the 4,000 of the first one."""
 SECTIONS = (
     Section(
         "Ways to stay compatible: 4,000 syllables",
         "compat.json",
-        (f"bench compat {METHODS} --seeds 3 --time --out {{work}}/compat --json {{json}}",),
+        (f"bench compat {METHODS} --seeds 3 --out {{work}}/compat --json {{json}}",),
         _compat,
     ),
     Section(
@@ -126,7 +126,8 @@ SECTIONS = (
         "compat-hangul.json",
         (
             "characters {work}/hangul --fonts {fonts} --script hangul --old-share 0.125",
-            f"bench compat --data {{work}}/hangul {ALL} --old-steps 3000 --out {{work}}/compat-hangul --json {{json}}",
+            f"bench compat --data {{work}}/hangul {ALL} --time --old-steps 3000 --out {{work}}/compat-hangul "
+            "--json {json}",
         ),
         _compat,
     ),
@@ -134,7 +135,7 @@ SECTIONS = (
         "All Hangul syllables, until the paragon has learned",
         "compat-hangul-long.json",
         (
-            f"bench compat --data {{work}}/hangul {LONG} --old-steps 3000 --out {{work}}/compat-hangul-long "
+            f"bench compat --data {{work}}/hangul {LONG} --seeds 3 --old-steps 3000 --out {{work}}/compat-hangul-long "
             "--json {json}",
         ),
         _compat,
@@ -151,7 +152,10 @@ SECTIONS = (
     Section(
         "Han and Hangul, until the paragon has learned",
         "compat-both-long.json",
-        (f"bench compat --data {{work}}/both {LONG} --old-steps 4000 --out {{work}}/compat-both-long --json {{json}}",),
+        (
+            f"bench compat --data {{work}}/both {LONG} --seeds 1 --old-steps 4000 --out {{work}}/compat-both-long "
+            "--json {json}",
+        ),
         _compat,
     ),
     *(
@@ -177,8 +181,8 @@ SECTIONS = (
         "The ladder",
         "ladder.json",
         (
-            "bench head --ladder --rungs 1e6 2e6 5.5e6 --memory 13GiB --lce direct --centers mapped --only ours "
-            "--steps 2 --warmup 1 --json {json}",
+            "bench head --ladder --rungs 1e6 2e6 5.5e6 --memory 20GiB --lce direct --centers mapped --steps 2 "
+            "--warmup 1 --json {json}",
         ),
         _ladder,
     ),
