@@ -10,6 +10,7 @@ Examples:
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -339,6 +340,9 @@ def _plot_classes(known: dict[str, Any], path: Path) -> bool:
         means, errors = [g["mean"] for g in found.values()], [g["deviation"] or 0 for g in found.values()]
         title = runs[0]["methods"][name]["title"]
         axes.errorbar(list(found), means, errors, fmt="o-", capsize=3, color=colour, label=title)
+    axes.plot(
+        [r["classes"] for r in runs], [_reach(r["base"]) for r in runs], "s:", color="grey", label="old centre → old"
+    )
     axes.axhline(1.0, color="grey", ls="--", label="the paragon's own")
     axes.set_xscale("log")
     save(path)
@@ -351,6 +355,12 @@ def _gain(method: dict[str, Any]) -> dict[str, Any] | None:
     return gain
 
 
+def _reach(base: dict[str, Any]) -> float:
+    """The update gain of queries at the old centres."""
+    centre, old, paragon = (base[cell][METRIC]["mean"] for cell in ("centre->old", "old->old", "paragon->paragon"))
+    return float((centre - old) / (paragon - old)) if paragon > old else math.nan
+
+
 PLOTS = {
     "results-weights.png": _plot_weights,
     "results-growth.png": _plot_growth,
@@ -361,8 +371,8 @@ CAPTIONS = {
     "next. All have 800 updates, in which a paragon of many classes does not learn. Means and standard deviations of 3 "
     "seeds.",
     "results-weights.png": "What each method's weight does (4,000 syllables, seed 0, validation identities).",
-    "results-classes.png": "Update gain over the number of training identities, where the paragon has learned. The old "
-    "model and the characters differ between the points.",
+    "results-classes.png": "Update gain over the number of training identities, where the paragon has learned, and "
+    "that of queries at the old centres. The old model and the characters differ between the points.",
 }
 
 
