@@ -218,6 +218,11 @@ class CompatConfig(Section):
         False, description="the authors' terms: T's output and the boundary's embeddings are not made unit"
     )
 
+    @property
+    def way(self) -> str:
+        """How the model is made compatible, as its card names it: LCE's mode, a rival's method, or empty."""
+        return {"none": "", "lce": self.mode}.get(self.method, self.method)
+
 
 class OptimizerConfig(Section):
     """The backbone's (and T's) optimizer."""

@@ -240,7 +240,7 @@ class TrainTask:
         }
         backbone = self._build()
         backbone.to(self._dtype).load_state_dict(whole["backbone"])
-        dataset, method = self.inputs.dataset, self.config.compat.method
+        dataset = self.inputs.dataset
         old_name, old_hash = self.inputs.old_model
         look = dataset.info if dataset is not None else DatasetInfo()
         card = ModelCard(
@@ -250,7 +250,7 @@ class TrainTask:
             color=look.color,
             mean=look.mean,
             std=look.std,
-            mode={"none": "", "lce": self.config.compat.mode}.get(method, method),
+            mode=self.config.compat.way,
             compatible_with=old_name,
             compatible_with_hash=old_hash,
             step=step,

@@ -193,7 +193,7 @@ def centre_queries(gallery: FloatArray, labels: IntArray, fars: Sequence[float])
     """
     index = class_index(labels, "queries at the centres")
     sums, sizes = _class_sums(gallery, index), np.bincount(index)
-    centres = class_centres(gallery, index)
+    centres = _directions(sums)
     own = np.empty(len(gallery))
     for a in range(0, len(gallery), 1 << 16):
         part = slice(a, a + (1 << 16))
@@ -234,7 +234,11 @@ def _class_sums(embeddings: FloatArray, index: IntArray) -> FloatArray:
 
 def class_centres(embeddings: FloatArray, index: IntArray) -> FloatArray:
     """The normalised mean (C, D) float32 of each class's unit embeddings (n, D); index: (n,) class numbers 0 … C−1."""
-    sums = _class_sums(embeddings, index)
+    return _directions(_class_sums(embeddings, index))
+
+
+def _directions(sums: FloatArray) -> FloatArray:
+    """Sums (C, D) of the classes' embeddings → unit rows, float32. Raises :class:`ModelError`: one is zero."""
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
     if not norms.all():
         raise ModelError("the embeddings of a class cancel out: its mean is zero and has no direction")
