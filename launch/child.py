@@ -1,7 +1,7 @@
 """Launchers that are programs of their own (mpirun, deepspeed): started, and stopped without losing a step.
 
 They end their ranks when they are told to stop themselves. So they do not hear of it: the ranks are asked through the
-run folder (:func:`trainer.watch.ask_to_stop`), save, and end, and the launcher with them.
+run folder (:func:`trainer.run.watch.ask_to_stop`), save, and end, and the launcher with them.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from trainer.errors import ConfigError
-from trainer.watch import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ask_to_stop, ranks_left, ranks_lost
+from trainer.run.watch import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ask_to_stop, ranks_left, ranks_lost
 
 
 def find_program(name: str, remedy: str) -> str:

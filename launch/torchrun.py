@@ -15,7 +15,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from launch.child import stopped_status
 from launch.job import Job
 from trainer.errors import ConfigError
-from trainer.watch import (
+from trainer.run.watch import (
     EXIT_CRASH,
     EXIT_DONE,
     EXIT_INTERRUPTED,

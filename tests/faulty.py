@@ -38,11 +38,11 @@ def _fail(kind: str) -> None:
 
 def _rank() -> int:
     import tests.runs  # noqa: F401  (makes its backbone known)
-    import trainer.engine
+    import trainer.run.engine
     from trainer.__main__ import main
 
     kind, rank, number = os.environ.get("FAULT", "none:0:0").split(":")
-    build = trainer.engine.build_loader
+    build = trainer.run.engine.build_loader
 
     def build_faulty(*args: Any) -> Any:
         loader = build(*args)
@@ -58,7 +58,7 @@ def _rank() -> int:
         loader.batches = batches
         return loader
 
-    trainer.engine.build_loader = build_faulty
+    trainer.run.engine.build_loader = build_faulty
     return main()
 
 

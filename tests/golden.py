@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from tests.runs import config, losses_of
-from trainer.compat.center_bank import BankInfo, write_bank
+from trainer.compat.bank.center_bank import BankInfo, write_bank
 from trainer.distributed import Ranks
-from trainer.engine import train
+from trainer.run.engine import train
 
 FOLDER = Path(__file__).parent / "golden"
 RELATIVE_TOLERANCE = 1e-4  # the same machine repeats them to 1e-11

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("nvidia-dali-cuda130", "deepspeed", "mpi4py", "faiss-cpu", "psycopg", "pgvector", "pytest", "mypy", "pdoc")
-WANTED = ("tools/glyphs/drawing.py", "trainer/py.typed", "configs/base.yaml", "configs/gpus/64.yaml")
+WANTED = ("tools/demo/glyphs/drawing.py", "trainer/py.typed", "configs/base.yaml", "configs/gpus/64.yaml")
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -59,7 +59,7 @@ def check(commands: Path, folder: Path) -> None:
     names = run(commands / "python", "-c", "from tools.cli import COMMANDS; print(*COMMANDS)", cwd=folder).split()
     for name in names:
         run(commands / "lce", name, "--help", cwd=folder)
-    code = "from tools.demo_story import CONFIGS; print(CONFIGS / 'demo-faces-old.yaml')"
+    code = "from tools.demo.story import CONFIGS; print(CONFIGS / 'demo-faces-old.yaml')"
     recipe = run(commands / "python", "-c", code, cwd=folder).strip()
     run(commands / "lce", "launch", recipe, "--dry-run", cwd=folder)
     print(f"{len(names)} commands explain themselves in an environment without any extra")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from trainer.distributed import Ranks
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "trainer.engine", "tests.ranks"])
+_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "trainer.run.engine", "tests.ranks"])
 
 
 def _child(function: Callable[..., Any], rank: int, world: int, store: str, args: tuple[Any, ...], out: Any) -> None:

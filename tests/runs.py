@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.backbones import BACKBONES
 from trainer.config import Config, parse_config
 from trainer.distributed import Ranks
-from trainer.engine import train
+from trainer.networks import BACKBONES
+from trainer.run.engine import train
 
 
 class Linear(nn.Module):

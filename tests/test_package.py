@@ -1,13 +1,14 @@
 """What the package promises without its extras: every command's help, and the recipes beside the code."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools.cli import COMMANDS
-from tools.demo_story import CONFIGS
+from tools.cli import COMMANDS, MODULES
+from tools.demo.story import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = (
@@ -69,7 +70,7 @@ def test_recipes_lie_beside_the_packages_as_in_the_wheel() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_documents_an_example(command: str) -> None:
-    text = sys.modules.get(f"tools.{command}") or __import__(f"tools.{command}", fromlist=["x"])
+    text = importlib.import_module(MODULES.get(command, f"tools.{command}"))
     assert text.__doc__ is not None
     assert f"lce {command}" in text.__doc__
     assert text.HELP

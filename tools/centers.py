@@ -7,7 +7,7 @@
   lce centers from-classifier head.pt bank --map map.csv                # other class numbers: lines new,old
   lce centers info bank                                                 # counts, boundaries, likely duplicates
 
-A bank holds a centre and a boundary for each class of the *new* training set (trainer/compat/center_bank.py).
+A bank holds a centre and a boundary for each class of the *new* training set (trainer/compat/bank/center_bank.py).
 """
 
 import argparse
@@ -22,9 +22,9 @@ from tools.output import write_json
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-    from trainer.compat.boundary import BoundaryRule
-    from trainer.compat.center_bank import CenterBank
-    from trainer.compat.class_map import ClassMap
+    from trainer.compat.bank.boundary import BoundaryRule
+    from trainer.compat.bank.center_bank import CenterBank
+    from trainer.compat.bank.class_map import ClassMap
     from trainer.data.index import Dataset
 
 HELP = "make the centre bank of an old model, or look into one"
@@ -136,10 +136,10 @@ def _from_model(args: argparse.Namespace) -> int:
 
 def _run_model(args: argparse.Namespace, ranks: Any) -> int:
     from tools.progress import progress_bar
-    from trainer.compat.center_bank import CenterBank
-    from trainer.compat.from_model import bank_from_model
+    from trainer.compat.bank.center_bank import CenterBank
+    from trainer.compat.bank.from_model import bank_from_model
     from trainer.data.index import open_dataset
-    from trainer.export import load_model
+    from trainer.models.open import load_model
 
     rule = _rule(args)
     dataset = open_dataset(args.dataset, args.labels)
@@ -169,9 +169,9 @@ def _run_model(args: argparse.Namespace, ranks: Any) -> int:
 
 def _from_embeddings(args: argparse.Namespace) -> int:
     from tools.progress import progress_bar
-    from trainer.compat.center_bank import BankInfo, CenterBank
-    from trainer.compat.convert import bank_from_embeddings
-    from trainer.compat.sources import open_rows, read_labels
+    from trainer.compat.bank.center_bank import BankInfo, CenterBank
+    from trainer.compat.bank.convert import bank_from_embeddings
+    from trainer.compat.bank.matrices import open_rows, read_labels
     from trainer.data.index import open_dataset, table_info
     from trainer.errors import LceError
 
@@ -212,9 +212,9 @@ def _from_embeddings(args: argparse.Namespace) -> int:
 
 def _from_classifier(args: argparse.Namespace) -> int:
     from tools.progress import progress_bar
-    from trainer.compat.center_bank import BankInfo
-    from trainer.compat.classifiers import open_classifier
-    from trainer.compat.convert import bank_from_rows
+    from trainer.compat.bank.center_bank import BankInfo
+    from trainer.compat.bank.classifiers import open_classifier
+    from trainer.compat.bank.convert import bank_from_rows
     from trainer.data.index import open_dataset
 
     new, old = (None if path is None else open_dataset(path) for path in (args.new_dataset, args.old_dataset))
@@ -247,7 +247,7 @@ def _from_classifier(args: argparse.Namespace) -> int:
 
 def _class_map(file: Path | None, new: "Dataset | None", old: "Dataset | None") -> "ClassMap | None":
     """From a file (its names are those of the data sets, where they have some), else from equal names, else None."""
-    from trainer.compat.class_map import ClassMap
+    from trainer.compat.bank.class_map import ClassMap
     from trainer.errors import CenterBankError
 
     new_names, old_names = (None if dataset is None else dataset.class_names for dataset in (new, old))
@@ -265,8 +265,8 @@ def _class_map(file: Path | None, new: "Dataset | None", old: "Dataset | None") 
 
 def _info(args: argparse.Namespace) -> int:
     from tools.progress import progress_bar
-    from trainer.compat.bank_info import describe, nearest_pairs, summarise
-    from trainer.compat.center_bank import CenterBank
+    from trainer.compat.bank.bank_info import describe, nearest_pairs, summarise
+    from trainer.compat.bank.center_bank import CenterBank
 
     bank = CenterBank.open(args.bank)
     if args.verify:
@@ -281,7 +281,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _rule(args: argparse.Namespace) -> "BoundaryRule":
-    from trainer.compat.boundary import BoundaryRule
+    from trainer.compat.bank.boundary import BoundaryRule
     from trainer.errors import LceError
 
     try:
@@ -292,7 +292,7 @@ def _rule(args: argparse.Namespace) -> "BoundaryRule":
 
 def _report(args: argparse.Namespace, bank: "CenterBank", seconds: float) -> None:
     """Say what was made, on the screen or as JSON."""
-    from trainer.compat.bank_info import summarise
+    from trainer.compat.bank.bank_info import summarise
 
     figures = {**summarise(bank), "out": str(args.out), "seconds": round(seconds, 3)}
     write_json(figures, args.json)

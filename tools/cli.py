@@ -35,6 +35,9 @@ COMMANDS = (
     "bench",
 )
 
+MODULES = {"demo": "tools.demo.command", "characters": "tools.demo.characters"}
+"""Where a command's module is not ``tools.NAME``."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, with every subcommand's own help."""
@@ -43,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lce-trainer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = importlib.import_module(f"tools.{name}")
+        module = importlib.import_module(MODULES.get(name, f"tools.{name}"))
         sub = commands.add_parser(
             name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )

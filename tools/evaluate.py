@@ -38,9 +38,9 @@ from trainer.errors import LceError
 if TYPE_CHECKING:
     from trainer.data.index import Dataset
     from trainer.distributed import Ranks
+    from trainer.evaluation.embeddings import EmbeddingCache, Progress
     from trainer.evaluation.report import RunRecord
-    from trainer.evaluation.sources import EmbeddingCache, Progress
-    from trainer.export import EmbeddingModel
+    from trainer.models.model import EmbeddingModel
 
 HELP = "may the new model query the old gallery? verdict, figures, report"
 
@@ -170,10 +170,10 @@ class _Study:
     def __init__(self, args: argparse.Namespace, fars: tuple[float, ...], ranks: "Ranks") -> None:
         from trainer.data import open_dataset, open_named
         from trainer.evaluation.pairs import read_bin, read_list
-        from trainer.evaluation.study import Options
+        from trainer.evaluation.results import Options
         from trainer.evaluation.templates import read_templates
         from trainer.evaluation.verdict import Rules
-        from trainer.export import load_model
+        from trainer.models.open import load_model
 
         if not (args.data or args.pairs or args.templates):
             raise LceError("nothing to measure on: give --data NAME=DATASET, --pairs or --templates")
@@ -203,7 +203,7 @@ class _Study:
         """Refuse what cannot be compared. Raises :class:`LceError`."""
         from trainer.distributed import on_main
         from trainer.evaluation.arrays import class_index
-        from trainer.evaluation.sources import check_colours, check_models
+        from trainer.evaluation.embeddings import check_colours, check_models
 
         check_models(self.models, self.datasets | {name: pairs.dataset for name, pairs in self.pairs.items()})
         for name, dataset in self.datasets.items():
@@ -213,9 +213,9 @@ class _Study:
 
     def measure(self) -> dict[str, Any]:
         """Embed on all ranks, measure on the first (the others return nothing)."""
+        from trainer.evaluation.embeddings import EmbeddingCache, default_cache, embed_set
         from trainer.evaluation.provenance import provenance
-        from trainer.evaluation.sources import EmbeddingCache, default_cache, embed_set
-        from trainer.evaluation.study import plain, stages, study
+        from trainer.evaluation.results import plain, stages, study
 
         place = self.args.cache
         cache = EmbeddingCache(None if place == "none" else Path(place) if place else default_cache())
@@ -243,8 +243,8 @@ class _Study:
     def _measure_pairs(self, cache: "EmbeddingCache", counted: "Progress") -> dict[str, Any]:
         import numpy as np
 
+        from trainer.evaluation.embeddings import embed_spaces
         from trainer.evaluation.pairs import measure_pairs
-        from trainer.evaluation.sources import embed_spaces
 
         measured, o = {}, self.options
         for name, pairs in self.pairs.items():
@@ -255,7 +255,7 @@ class _Study:
         return measured
 
     def _measure_templates(self, cache: "EmbeddingCache", counted: "Progress") -> dict[str, Any]:
-        from trainer.evaluation.sources import embed_spaces, pool_spaces
+        from trainer.evaluation.embeddings import embed_spaces, pool_spaces
         from trainer.evaluation.templates import AlignedImages, measure_templates
 
         measured, o = {}, self.options
@@ -320,8 +320,8 @@ def _write(
 
 
 def _runs(folders: Sequence[str]) -> "list[RunRecord]":
+    from trainer.evaluation.embeddings import training_curves
     from trainer.evaluation.report import RunRecord
-    from trainer.evaluation.sources import training_curves
 
     records = []
     for folder in map(Path, folders):

@@ -24,8 +24,8 @@ from tools.output import write_json
 if TYPE_CHECKING:
     import numpy as np
 
-    from trainer.export import TorchModel
-    from trainer.onnx_export import Parity
+    from trainer.models.graph import Parity
+    from trainer.models.model import TorchModel
 
 HELP = "write a model as ONNX, torch.export program or folder, checked against torch on real images"
 
@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
     """Export and compare; returns the exit status."""
     from trainer.data.index import open_dataset
     from trainer.errors import ModelError
-    from trainer.export import TorchModel, load_model
-    from trainer.onnx_export import pick_images
+    from trainer.models.graph import pick_images
+    from trainer.models.model import TorchModel
+    from trainer.models.open import load_model
 
     model = load_model(args.model)
     if not isinstance(model, TorchModel):
@@ -82,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
 def _write(args: argparse.Namespace, model: "TorchModel", images: "np.ndarray") -> "Parity":
     """Write ``args.out`` in the form that its name asks for, with the card that the arguments describe."""
     from trainer.errors import ModelError
-    from trainer.onnx_export import export_onnx, export_transform
-    from trainer.program_export import export_folder, export_program
+    from trainer.models.onnx_export import export_onnx, export_transform
+    from trainer.models.program_export import export_folder, export_program
 
     model.card = model.card.model_copy(update=_card_changes(args))
     suffix = args.out.suffix
@@ -147,7 +148,7 @@ def _figures(tree: dict[str, Any]) -> dict[str, float]:
 
 def _old_model(args: argparse.Namespace) -> Any:
     from trainer.errors import ModelError
-    from trainer.export import load_model
+    from trainer.models.open import load_model
 
     if args.old is None:
         raise ModelError("--only t12 is compared on old embeddings: give the old model with --old")

@@ -91,8 +91,8 @@ def _holds(args: argparse.Namespace, outcome: dict[str, Any]) -> bool:
 def _converter(args: argparse.Namespace, dim_in: int) -> "Converter":
     from trainer.data import open_dataset
     from trainer.distributed import choose_device
-    from trainer.export import load_model
     from trainer.gallery.convert import Forward, Reencode
+    from trainer.models.open import load_model
 
     if args.model is None:
         raise LceError(f"gallery {args.action}: give the new model with --model")

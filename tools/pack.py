@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from trainer.data.listing import list_source
     from trainer.data.packing import PackOptions, pack
-    from trainer.data.sources import list_source
 
     options = PackOptions(
         size=args.size,

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from tools.benchmarks.measuring import origin
+    from tools.measuring import origin
     from tools.output import write_json
     from tools.plan_verify import CASES, as_text, case_setting, verify
     from tools.progress import progress_bar
@@ -139,7 +139,7 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     Raises:
         ConfigError: a wrong configuration, sizes that nothing says, or that training would refuse.
     """
-    from trainer.compat.center_bank import CenterBank
+    from trainer.compat.bank.center_bank import CenterBank
     from trainer.data.index import open_dataset
     from trainer.errors import ConfigError
     from trainer.planning.setting import Setting, check_sizes

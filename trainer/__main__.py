@@ -1,7 +1,7 @@
 """One rank of a run, what every launcher starts: ``python -m trainer CONFIG [key=value …]``.
 
 Alone it trains in one process; under torchrun (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT) it is one of many. Exit status: see :mod:`trainer.watch`.
+MASTER_PORT) it is one of many. Exit status: see :mod:`trainer.run.watch`.
 """
 
 import argparse
@@ -19,15 +19,7 @@ if __name__ == "__main__":  # until the loop watches for signals there is nothin
 from trainer.config import Config, load_config
 from trainer.distributed import process_group
 from trainer.errors import LceError
-from trainer.watch import (
-    EXIT_CRASH,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_PEER,
-    EXIT_TERMINATED,
-    EXIT_USAGE,
-    is_echo,
-)
+from trainer.run.watch import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, EXIT_PEER, EXIT_TERMINATED, EXIT_USAGE, is_echo
 
 TIMEOUT_SLACK_SECONDS = 30.0  # collectives give up this long after the watch, which can say who is missing
 
@@ -51,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(config: Config) -> int:
-    from trainer.engine import train
+    from trainer.run.engine import train
 
     if config.run.deterministic:
         _be_deterministic()

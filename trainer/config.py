@@ -88,7 +88,7 @@ class DataConfig(Section):
 class BackboneConfig(Section):
     """The network that maps an image to an embedding."""
 
-    name: str = Field("iresnet18", description="a name known to trainer.backbones (an unknown one lists them all)")
+    name: str = Field("iresnet18", description="a name known to trainer.networks (an unknown one lists them all)")
     dim: int = Field(512, ge=2, description="embedding dimension D")
     width: int | None = Field(None, ge=1, description="first stage's channels, for the small networks that offer it")
     weights: Path | None = Field(
@@ -163,7 +163,7 @@ class HeadConfig(Section):
 
 
 class TransformConfig(Section):
-    """The map T between the embedding spaces (trainer/compat/transform.py)."""
+    """The map T between the embedding spaces (trainer/networks/transform.py)."""
 
     name: Literal["rbt", "linear", "orthogonal", "mlp"] = "rbt"
     blocks: int = Field(4, ge=1, description="rbt: residual bottleneck blocks in series")
@@ -303,7 +303,7 @@ class LogConfig(Section):
     tensorboard: bool = True
     wandb: str | None = Field(None, description="Weights & Biases: the project's name (needs wandb)")
     monitors: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="writers of other packages: name → settings (trainer/writers.py)"
+        default_factory=dict, description="writers of other packages: name → settings (trainer/run/writers.py)"
     )
     progress: bool = True
     profile: tuple[int, int] | None = Field(None, description="trace these updates (first, last) into <run>/profile")

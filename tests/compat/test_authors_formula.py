@@ -9,15 +9,15 @@ import torch
 from torch.nn.functional import normalize
 
 from tests.ranks import run_ranks
+from tests.run.test_modes import bank, changes_for
 from tests.runs import config, log_of, losses_of, train_rank
-from tests.test_modes import bank, changes_for
-from trainer.compat import losses
-from trainer.compat.transformed import Pairs, TransformedCompat
+from trainer.compat.methods import losses
+from trainer.compat.methods.lce import Pairs, TransformedCompat
 from trainer.config import CompatConfig
 from trainer.distributed import Ranks
-from trainer.engine import train
-from trainer.startup import prepare
-from trainer.task import TrainTask
+from trainer.run.engine import train
+from trainer.run.startup import prepare
+from trainer.run.task import TrainTask
 
 
 @pytest.mark.parametrize("mode", ["backward", "forward", "both"])

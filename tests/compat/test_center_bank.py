@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from trainer.compat.center_bank import BankInfo, BankWriter, CenterBank, write_bank
+from trainer.compat.bank.center_bank import BankInfo, BankWriter, CenterBank, write_bank
 from trainer.errors import CenterBankError
 from trainer.head.partition import class_range
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from trainer.checkpoint import checksum
-from trainer.compat.bank_info import describe, nearest_pairs, summarise
-from trainer.compat.center_bank import BankInfo, write_bank
-from trainer.compat.classifiers import open_classifier
-from trainer.compat.sources import open_arrays, open_rows, read_labels
+from trainer.compat.bank.bank_info import describe, nearest_pairs, summarise
+from trainer.compat.bank.center_bank import BankInfo, write_bank
+from trainer.compat.bank.classifiers import open_classifier
+from trainer.compat.bank.matrices import open_arrays, open_rows, read_labels
 from trainer.errors import CenterBankError
 
 CLASSES, DIM = 103, 16
@@ -249,8 +249,8 @@ def test_sampled_pairs_compare_the_sample_with_all(tmp_path: Path, monkeypatch: 
         mask=torch.ones(CLASSES, dtype=torch.bool),
         info=BankInfo(),
     )
-    monkeypatch.setattr("trainer.compat.bank_info.EXACT_CLASSES", 50)
-    monkeypatch.setattr("trainer.compat.bank_info.SAMPLE_PRODUCTS", 20 * CLASSES)
+    monkeypatch.setattr("trainer.compat.bank.bank_info.EXACT_CLASSES", 50)
+    monkeypatch.setattr("trainer.compat.bank.bank_info.SAMPLE_PRODUCTS", 20 * CLASSES)
     sample = np.sort(np.random.default_rng(0).choice(CLASSES, 20, replace=False))
     products = centers @ centers.T
     products.fill_diagonal_(-2)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from trainer.compat.boundary import BoundaryRule
-from trainer.compat.center_bank import BankInfo, CenterBank
-from trainer.compat.class_map import ClassMap
-from trainer.compat.convert import bank_from_embeddings, bank_from_rows
-from trainer.compat.sources import Rows
+from trainer.compat.bank.boundary import BoundaryRule
+from trainer.compat.bank.center_bank import BankInfo, CenterBank
+from trainer.compat.bank.class_map import ClassMap
+from trainer.compat.bank.convert import bank_from_embeddings, bank_from_rows
+from trainer.compat.bank.matrices import Rows
 from trainer.errors import CenterBankError
 
 INFO = BankInfo()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
-from trainer.compat import losses
-from trainer.compat.transform import build_transform
+from trainer.compat.methods import losses
 from trainer.config import TransformConfig
+from trainer.networks.transform import build_transform
 
 C, D1, D2, N = 6, 5, 8, 9
 

@@ -11,21 +11,25 @@ from torch import Tensor
 from tests.data.samples import loader_of, packed
 from tests.ranks import run_ranks
 from tests.runs import Linear, config, log_of, losses_of, train_rank
-from trainer.compat import losses
-from trainer.compat.center_bank import BankInfo, CenterBank, write_bank
-from trainer.compat.from_model import bank_from_model
-from trainer.compat.old_embeddings import ModelEmbeddings, StoredEmbeddings
-from trainer.compat.rivals import AdvBct, Fct, build_method
+from trainer.compat.bank.center_bank import BankInfo, CenterBank, write_bank
+from trainer.compat.bank.from_model import bank_from_model
+from trainer.compat.methods import losses
+from trainer.compat.methods.advbct import AdvBct
+from trainer.compat.methods.fct import Fct
+from trainer.compat.methods.old_embeddings import ModelEmbeddings, StoredEmbeddings
+from trainer.compat.methods.registry import build_method
 from trainer.config import BackboneConfig, Config
 from trainer.data import Batch, DatasetInfo, open_dataset
 from trainer.data.draws import uniforms
 from trainer.distributed import Ranks
-from trainer.engine import train
 from trainer.errors import ConfigError, DataError, LceError, ModelError
-from trainer.export import ModelCard, load_model, save_model
 from trainer.head.partial_fc import PartialFC
 from trainer.head.sampling import draw_negatives
-from trainer.startup import prepare
+from trainer.models.card import ModelCard
+from trainer.models.folder import save_model
+from trainer.models.open import load_model
+from trainer.run.engine import train
+from trainer.run.startup import prepare
 
 CLASSES, RECORDS, DIM, STEP = 11, 41, 6, 5
 SIZES = {1: [13], 2: [8, 5], 3: [6, 7, 0]}

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from trainer import distributed
-from trainer.compat import losses
-from trainer.compat.center_bank import BankRows
-from trainer.compat.transform import build_transform
-from trainer.compat.transformed import TransformedCompat, classes_of, gather_own, gather_pairs, own_classes
+from trainer.compat.bank.center_bank import BankRows
+from trainer.compat.methods import losses
+from trainer.compat.methods.lce import TransformedCompat, classes_of, gather_own, gather_pairs, own_classes
 from trainer.config import CompatConfig, TransformConfig
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.head.partition import class_range
+from trainer.networks.transform import build_transform
 
 CLASSES = 11
 LABELS = torch.tensor([4, 9, 1, 4, -1, 7, 10, 2, 1, 6, 4, 0, 3])

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tools import cli
-from trainer.backbones import BACKBONES
 from trainer.config import Config, dump_config, load_config, parse_config
 from trainer.errors import ConfigError
+from trainer.networks import BACKBONES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = {"ms1mv3": 1.0, "glint360k": 1.0, "wf42m": 0.2}  # sample rate

@@ -10,8 +10,8 @@ from PIL import Image
 
 from trainer.config import AugmentConfig, Config, DataConfig, RunConfig
 from trainer.data import Batch, Dataset, Loader, build_loader
+from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
-from trainer.data.sources import list_source
 from trainer.distributed import Ranks
 
 MXNET = Path(__file__).parent / "mxnet"

@@ -13,8 +13,8 @@ from tools import cli
 from tools import split as split_tool
 from trainer.data import open_dataset
 from trainer.data.checking import check
+from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
-from trainer.data.sources import list_source
 from trainer.data.splitting import KINDS, SplitOptions, save_tables, split
 from trainer.errors import DataError
 

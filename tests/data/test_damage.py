@@ -16,8 +16,8 @@ from trainer.data import Dataset, open_dataset, recordio, store
 from trainer.data.checking import check
 from trainer.data.index import load_description, save_description
 from trainer.distributed import Ranks
-from trainer.engine import train
 from trainer.errors import DataError
+from trainer.run.engine import train
 
 KINDS = ("dali", "torch")
 

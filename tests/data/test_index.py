@@ -89,8 +89,8 @@ def test_labels_beyond_float32(tmp_path: Path) -> None:
         (tmp_path / f"{k}.jpg").write_bytes(encoded(k))
         rows.append(f"{k}.jpg,{2**24 + k}")
     source.write_text("path,label\n" + "\n".join(rows) + "\n")
+    from trainer.data.listing import list_source
     from trainer.data.packing import PackOptions, pack
-    from trainer.data.sources import list_source
 
     pack(list_source(source, keep_labels=True), tmp_path / "out", PackOptions(seed=None))
     dataset = open_dataset(tmp_path / "out")

@@ -14,9 +14,9 @@ from PIL import Image
 from tests.data.samples import encoded, identity_folders, loader_of, take
 from tools import cli
 from trainer.data import open_dataset, packing, recordio
+from trainer.data.listing import Listing, list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.data.pixels import decode_image
-from trainer.data.sources import Listing, list_source
 from trainer.errors import ConfigError, DataError
 
 

@@ -11,7 +11,7 @@ from trainer.errors import ModelError
 from trainer.evaluation.chain import anchors, carried, check_links
 from trainer.evaluation.compatibility import Spaces, cell_pairs, class_centres
 from trainer.evaluation.report import write_report
-from trainer.evaluation.study import NamedSet, study
+from trainer.evaluation.results import NamedSet, study
 
 OLD, LABELS = identities(60, 5, noise=1.6, seed=1)
 GENERATOR = np.random.default_rng(3)

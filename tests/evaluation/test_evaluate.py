@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 from tools import cli
-from trainer.backbones import build_backbone
-from trainer.compat.transform import build_transform
 from trainer.config import BackboneConfig, TransformConfig
 from trainer.evaluation.templates import POINTS_112
-from trainer.export import ModelCard, TransformCard, load_model, save_model
-from trainer.onnx_export import export_onnx
+from trainer.models.card import ModelCard, TransformCard
+from trainer.models.folder import save_model
+from trainer.models.onnx_export import export_onnx
+from trainer.models.open import load_model
+from trainer.networks import build_backbone
+from trainer.networks.transform import build_transform
 
 
 def pictures(folder, classes, images, seed, size=32):
@@ -115,7 +117,7 @@ def test_json_to_standard_output_is_all_there_is_on_it(place, capsys):
 
 
 def test_the_cache_is_used_and_a_damaged_entry_is_replaced(place, monkeypatch, capsys):
-    import trainer.evaluation.sources as sources
+    import trainer.evaluation.embeddings as sources
 
     assert evaluate(place) == 0
     calls = []

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.evaluation.test_verdict import OPTIONS, upgrade
 from trainer.evaluation.report import RunRecord, write_report
-from trainer.evaluation.study import study
+from trainer.evaluation.results import study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")

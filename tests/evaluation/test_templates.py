@@ -12,8 +12,8 @@ from tests.evaluation.samples import unit
 from trainer.errors import DataError
 from trainer.evaluation.chain import carried
 from trainer.evaluation.compatibility import Spaces
+from trainer.evaluation.embeddings import pool_spaces
 from trainer.evaluation.pairs import pair_cosines
-from trainer.evaluation.sources import pool_spaces
 from trainer.evaluation.templates import POINTS_112, AlignedImages, align, measure_templates, pool, read_templates
 
 

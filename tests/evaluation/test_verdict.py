@@ -11,7 +11,7 @@ from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import class_index
 from trainer.evaluation.compatibility import Spaces, class_centres
 from trainer.evaluation.report import write_report
-from trainer.evaluation.study import NamedSet, Options, study
+from trainer.evaluation.results import NamedSet, Options, study
 
 OPTIONS = Options(fars=(1e-3, 1e-2), replicates=200, backfill_images=0)
 

@@ -9,7 +9,8 @@ import pytest
 from tests.evaluation.test_evaluate import model, pictures
 from tools import cli
 from trainer.data.index import open_dataset
-from trainer.export import embed_dataset, load_model
+from trainer.models.model import embed_dataset
+from trainer.models.open import load_model
 
 
 @pytest.fixture(autouse=True)

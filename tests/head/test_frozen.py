@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from trainer.compat import losses
+from trainer.compat.methods import losses
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.head.frozen import FrozenClassifier, FrozenRows

@@ -14,7 +14,7 @@ import pytest
 
 from launch.child import run_launcher
 from launch.deepspeed import _users_file
-from trainer.watch import ranks_lost
+from trainer.run.watch import ranks_lost
 
 
 def _note(run: Path, rank: int, pid: int, host: str = "") -> Path:

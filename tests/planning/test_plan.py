@@ -129,7 +129,7 @@ def test_time_and_checkpoint() -> None:
 def test_a_real_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
     from tests.runs import config
     from trainer.distributed import Ranks
-    from trainer.engine import train
+    from trainer.run.engine import train
 
     changes = {"data__synthetic_classes": 5000, "backbone__dim": 64, "train__steps": 1, "head__rows": "float32"}
     one = config(tmp_path / "run", **changes)

@@ -14,7 +14,7 @@ from trainer.planning.activations import backbone_sizes
 from trainer.planning.setting import Setting
 from trainer.planning.simulation import CollectiveCounter, Updates, totals
 from trainer.planning.traffic import Collective, update_traffic
-from trainer.watch import Vote
+from trainer.run.watch import Vote
 
 CLASSES, SIZE, DIM = 11, 16, 6
 PLAIN = {"data__synthetic_classes": CLASSES, "data__synthetic_size": SIZE, "train__steps": 50}

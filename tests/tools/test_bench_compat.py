@@ -12,8 +12,8 @@ from PIL import Image
 from tools import cli
 from tools.benchmarks import compat, compat_lab
 from trainer.data import open_dataset
+from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
-from trainer.data.sources import list_source
 from trainer.data.splitting import SplitOptions, save_tables, split
 
 SMALL = [

@@ -16,18 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.models.test_export import images, saved
 from tests.ranks import run_ranks
-from tests.test_export import images, saved
 from tools.cli import main
-from trainer.compat import from_model
-from trainer.compat.center_bank import CenterBank
-from trainer.compat.from_model import bank_from_model
+from trainer.compat.bank import from_model
+from trainer.compat.bank.center_bank import CenterBank
+from trainer.compat.bank.from_model import bank_from_model
 from trainer.data.index import open_dataset
+from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
-from trainer.data.sources import list_source
 from trainer.distributed import Ranks
 from trainer.errors import CenterBankError, ConfigError, DataError
-from trainer.export import load_exported, load_model, read_card
+from trainer.models.card import read_card
+from trainer.models.open import load_model
 
 PEOPLE, IMAGES = 13, 60
 
@@ -360,6 +361,6 @@ def test_every_form_of_export_carries_the_card_that_was_asked_for(stage: Path, t
         assert main([*words, *asked]) == 0
     program = {"model.json": ""}
     torch.export.load(tmp_path / "m.pt2", extra_files=program)
-    cards = [load_exported(tmp_path / name).card for name in ("m.onnx", "folder")]
+    cards = [load_model(tmp_path / name).card for name in ("m.onnx", "folder")]
     for card in (*cards, read_card(program["model.json"], "m.pt2")):
         assert (card.licence, card.notes, card.compatible_with, card.figures) == ("MIT", "hi", "v1", {"tar": 0.5})

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.runs import config
 from tools.cli import main
 from trainer.distributed import Ranks
-from trainer.engine import train
+from trainer.run.engine import train
 
 
 @pytest.fixture(scope="module")

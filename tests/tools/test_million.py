@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tools.benchmarks import million
-from trainer.compat.center_bank import CenterBank
+from trainer.compat.bank.center_bank import CenterBank
 
 CLASSES = 50_000
 

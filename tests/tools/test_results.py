@@ -72,7 +72,7 @@ def test_the_committed_figures_can_be_shown(tmp_path: Path) -> None:
 
 
 def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools import demo_steps
+    from tools import steps as demo_steps
 
     ran = []
 

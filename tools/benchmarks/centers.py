@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and report; returns the exit status."""
-    from tools.benchmarks.measuring import write_json
+    from tools.measuring import write_json
 
     figures = measure(args)
     write_json(figures, args.json)
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures, as the JSON holds them."""
-    from tools.benchmarks.measuring import origin
+    from tools.measuring import origin
 
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="lce-bench-centers-") as scratch:
         folder = Path(scratch)
@@ -88,10 +88,10 @@ def _prepare(args: argparse.Namespace, folder: Path) -> tuple[list[Path], Callab
     import numpy as np
     import torch
 
-    from trainer.compat.center_bank import BankInfo
-    from trainer.compat.classifiers import open_classifier
-    from trainer.compat.convert import bank_from_embeddings, bank_from_rows
-    from trainer.compat.sources import open_rows
+    from trainer.compat.bank.center_bank import BankInfo
+    from trainer.compat.bank.classifiers import open_classifier
+    from trainer.compat.bank.convert import bank_from_embeddings, bank_from_rows
+    from trainer.compat.bank.matrices import open_rows
 
     generator = torch.Generator().manual_seed(0)
     if args.source == "classifier":

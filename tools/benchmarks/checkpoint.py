@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and report."""
-    from tools.benchmarks.measuring import origin, write_json
+    from tools.measuring import origin, write_json
     from trainer.errors import ConfigError
 
     if args.megabytes < 1 or args.repeats < 1:

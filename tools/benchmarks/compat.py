@@ -117,9 +117,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, measure and report; returns the exit status."""
-    from tools.benchmarks.measuring import write_json
-    from tools.demo_steps import interruptible
+    from tools.measuring import write_json
     from tools.output import table_console
+    from tools.steps import interruptible
 
     names = _names(args.methods)
     _check(args)
@@ -218,7 +218,7 @@ def compare(
     Raises:
         LceError: an old model or a paragon could not be trained (a method that fails is reported instead).
     """
-    from tools.benchmarks.measuring import origin
+    from tools.measuring import origin
 
     trained = [name for name in names if METHODS[name].settings]
     tried = {name: [] if weights else METHODS[name].weights(trials) for name in trained}

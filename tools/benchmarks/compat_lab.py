@@ -1,6 +1,6 @@
 """Where compatibility is tried out: for each seed pictures, an old model and its centres, new models, their figures.
 
-Every piece is made once and kept in a folder with a stamp (:class:`tools.demo_steps.Steps`), so that a killed
+Every piece is made once and kept in a folder with a stamp (:class:`tools.steps.Steps`), so that a killed
 benchmark continues where it was. Trainings are processes of the real trainer, one thread each, several at a time.
 """
 
@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tools.demo_steps import Steps, end_group
-from tools.demo_story import CONFIGS
+from tools.demo.story import CONFIGS
+from tools.steps import Steps, end_group
 from trainer.errors import ConfigError, LceError
 
 if TYPE_CHECKING:
-    from trainer.evaluation.study import NamedSet
+    from trainer.evaluation.results import NamedSet
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class Source:
 
 
 def _characters(folder: Path, seed: int, classes: int, old_classes: int) -> None:
-    from tools.demo_sources import Split, cache_folder, write_characters
+    from tools.demo.sources import Split, cache_folder, write_characters
 
     write_characters(folder, seed, cache_folder(), Split(train=classes, old=old_classes, seen=min(classes, 5)))
 
@@ -199,8 +199,8 @@ class Lab:
             return
 
         def action() -> None:
+            from trainer.data.listing import list_source
             from trainer.data.packing import PackOptions, pack
-            from trainer.data.sources import list_source
 
             with tempfile.TemporaryDirectory(prefix="pictures-", dir=folder) as temporary:
                 write(Path(temporary), seed, self.classes, self.old_classes)
@@ -263,9 +263,9 @@ class Lab:
         bank, embeddings = folder / f"{old}-bank", folder / f"{old}.npy"
 
         def action() -> None:
-            from trainer.compat.from_model import bank_from_model
+            from trainer.compat.bank.from_model import bank_from_model
             from trainer.data import open_dataset
-            from trainer.export import load_model
+            from trainer.models.open import load_model
 
             dataset = open_dataset(self.dataset(seed, "train"))
             bank_from_model(load_model(folder / old), dataset, bank, keep_embeddings=embeddings)
@@ -301,7 +301,7 @@ class Lab:
 
     def _figures(self, seed: int, part: str, names: dict[str, str]) -> dict[str, Any]:
         from trainer.evaluation.compatibility import gain
-        from trainer.evaluation.study import Options, measure_cells, plain
+        from trainer.evaluation.results import Options, measure_cells, plain
 
         one = self._embedded(seed, part, names)
         cells = measure_cells(one, Options(fars=(FAR,), replicates=2), lambda stage: None)
@@ -317,8 +317,8 @@ class Lab:
         """A seed's set under the models that ``names`` gives for each role."""
         from trainer.data import open_dataset
         from trainer.distributed import Ranks
-        from trainer.evaluation.sources import EmbeddingCache, check_models, embed_set
-        from trainer.export import load_model
+        from trainer.evaluation.embeddings import EmbeddingCache, check_models, embed_set
+        from trainer.models.open import load_model
 
         folder = self.folder(seed)
         models = {role: load_model(folder / name) for role, name in names.items()}
@@ -360,7 +360,7 @@ class Lab:
         return found
 
     def _hash(self, model: Path) -> str:
-        from trainer.export import load_model
+        from trainer.models.open import load_model
 
         return load_model(model).hash
 

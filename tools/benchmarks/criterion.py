@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from tools.benchmarks.compat import make_lab, settings_of
-    from tools.benchmarks.measuring import origin, write_json
-    from tools.demo_steps import interruptible
+    from tools.measuring import origin, write_json
     from tools.output import table_console
+    from tools.steps import interruptible
     from trainer.errors import ConfigError
 
     if args.seeds < 1:

@@ -29,7 +29,7 @@ from typing import Any
 
 from tools.arguments import whole_number
 from tools.benchmarks import ladder
-from tools.benchmarks.measuring import origin, write_json
+from tools.measuring import origin, write_json
 
 STEPS_A_TURN = 2
 """Of which the last counts: the first finds memory that the other side's turn has made cold, as no training does."""
@@ -303,7 +303,7 @@ def _bank(args: argparse.Namespace, ranks: Any) -> Any:
     """Made-up centres of the rank's classes."""
     import torch
 
-    from trainer.compat.lce import DirectCompat
+    from trainer.head.old_centers import DirectCompat
     from trainer.head.partition import class_range
 
     size = class_range(args.classes, ranks.rank, ranks.world_size).size
@@ -324,8 +324,8 @@ def _companion(args: argparse.Namespace, ranks: Any) -> tuple[Any, Any]:
     """LCE through trained maps, as the head takes it, and the maps' optimizer."""
     import torch
 
-    from trainer.compat.center_bank import BankRows
-    from trainer.compat.transformed import TransformedCompat, gather_pairs
+    from trainer.compat.bank.center_bank import BankRows
+    from trainer.compat.methods.lce import TransformedCompat, gather_pairs
     from trainer.config import CompatConfig
 
     made_up = _bank(args, ranks)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.benchmarks.measuring import origin, write_json
+from tools.measuring import origin, write_json
 
 if TYPE_CHECKING:
     from trainer.config import AugmentConfig

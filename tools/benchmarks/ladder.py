@@ -53,7 +53,7 @@ def climb(args: argparse.Namespace, measure: Callable[[argparse.Namespace], dict
         args: of ``lce bench head``.
         measure: makes the figures of one run.
     """
-    from tools.benchmarks.measuring import origin
+    from tools.measuring import origin
     from tools.output import write_json
     from trainer.errors import ConfigError
     from trainer.files import replaced

@@ -92,7 +92,7 @@ def _story(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All stages in ``folder``; stops at the first that fails."""
     import torch
 
-    from tools.benchmarks.measuring import origin
+    from tools.measuring import origin
     from trainer.config import load_config
     from trainer.distributed import peak_memory_bytes
 
@@ -253,7 +253,7 @@ def _newest(run_dir: Path) -> int:
 
 
 def _log(run_dir: Path) -> list[dict[str, Any]]:
-    from trainer.monitor import read_log
+    from trainer.run.monitor import read_log
 
     path = run_dir / "log.jsonl"
     return read_log(path) if path.exists() else []

@@ -219,7 +219,7 @@ def _measure(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: no folder of typefaces.
     """
-    from tools.demo_steps import StepFailed, interruptible, run_lce
+    from tools.steps import StepFailed, interruptible, run_lce
     from trainer.errors import ConfigError
 
     if not args.fonts.is_dir():

@@ -12,7 +12,7 @@ import argparse
 import time
 from typing import Any
 
-from tools.benchmarks.measuring import origin, write_json
+from tools.measuring import origin, write_json
 
 HELP = "template protocols: pooling, listed pairs and 1:N search after embedding"
 

@@ -24,9 +24,9 @@ from PIL import Image
 
 from trainer.data import recordio, store
 from trainer.data.index import DESCRIPTION, DatasetInfo, PartInfo, load_description, save_description
+from trainer.data.listing import Listing
 from trainer.data.pixels import decode_image, image_problem, is_deep_png, upright_size
 from trainer.data.processes import worker_context
-from trainer.data.sources import Listing
 from trainer.errors import ConfigError, DataError
 
 _SMALLEST_PART, _MOST_PARTS = 4096, 512

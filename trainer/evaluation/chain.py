@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from trainer.errors import ModelError
 from trainer.evaluation.arrays import FloatArray
-from trainer.export import Direction, EmbeddingModel
+from trainer.models.card import Direction
+from trainer.models.model import EmbeddingModel
 
 Models = Mapping[str, EmbeddingModel]
 """Role → model, from the first deployed one (``old``) to ``new``; ``paragon`` stands outside of the chain."""

@@ -167,7 +167,7 @@ def measure_pairs(
         is the query.
 
     Returns:
-        Plain values except for intervals; see :func:`trainer.evaluation.study.plain`.
+        Plain values except for intervals; see :func:`trainer.evaluation.results.plain`.
     """
     first, second = np.searchsorted(records, pairs.first), np.searchsorted(records, pairs.second)
     cells: dict[str, Any] = {}

@@ -19,7 +19,8 @@ from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.pairs import PairSet, pair_cosines, read_bin
 from trainer.evaluation.verification import fold_accuracy, score_pairs
-from trainer.export import EmbeddingModel, embed_dataset, load_model
+from trainer.models.model import EmbeddingModel, embed_dataset
+from trainer.models.open import load_model
 
 
 class PeriodicEvaluation:

@@ -56,7 +56,7 @@ def figures(
     """Every figure of a report: name → (figure, description for those who cannot see it).
 
     Args:
-        result: what :func:`trainer.evaluation.study.study` returned, with ``pair_sets`` and ``template_sets`` where
+        result: what :func:`trainer.evaluation.results.study` returned, with ``pair_sets`` and ``template_sets`` where
             there are any. runs: run → series → [(step, value), …].
     """
     with mpl.rc_context(_STYLE):

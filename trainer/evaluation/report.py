@@ -1,6 +1,6 @@
 """The report: one self-contained HTML file (no script, no network) and its plots as PNG files beside it.
 
-Everything in it comes from the result of :func:`trainer.evaluation.study.study` (with ``models``, ``provenance`` and
+Everything in it comes from the result of :func:`trainer.evaluation.results.study` (with ``models``, ``provenance`` and
 ``settings`` where the caller has them), the runs' training curves, and pictures on request.
 """
 
@@ -82,7 +82,7 @@ def write_report(
 
     Args:
         path: the .html file; replaced in one piece.
-        result: plain values, see :func:`trainer.evaluation.study.study`.
+        result: plain values, see :func:`trainer.evaluation.results.study`.
         runs: the training runs behind the models.
         pictures: gives the images of example pairs.
         title: the heading.

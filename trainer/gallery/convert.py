@@ -7,7 +7,7 @@ import numpy as np
 from trainer.data.index import Dataset
 from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import FloatArray, IntArray, check_unit
-from trainer.export import EmbeddingModel, embed_dataset
+from trainer.models.model import EmbeddingModel, embed_dataset
 
 
 class Converter(Protocol):

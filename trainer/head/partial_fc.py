@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.compat.lce import DirectCompat
 from trainer.config import HeadConfig
 from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch, scale_gradient
 from trainer.errors import ConfigError, DataError
 from trainer.head.kernels import Kernels
 from trainer.head.margin import build_margin
 from trainer.head.native import covers
+from trainer.head.old_centers import DirectCompat
 from trainer.head.partition import ClassRange, class_range
 from trainer.head.reference import ReferenceSoftmax
 from trainer.head.row_optimizer import RowGradient, build_row_optimizer

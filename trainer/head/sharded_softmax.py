@@ -23,12 +23,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from trainer.compat.lce import DirectCompat
 from trainer.distributed import all_reduce_sum
 from trainer.errors import ConfigError
 from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.margin import Margin, Target
 from trainer.head.native import NativePass, native_pass
+from trainer.head.old_centers import DirectCompat
 from trainer.head.row_optimizer import RowGradient, RowOptimizer
 from trainer.head.sampling import Drawn
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trainer.backbones import build_backbone
-from trainer.backbones.recompute import Recompute
 from trainer.config import BackboneConfig, Config
+from trainer.networks import build_backbone
+from trainer.networks.recompute import Recompute
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.compat.center_bank import BankRows, CenterBank
+from trainer.compat.bank.center_bank import BankRows, CenterBank
+from trainer.compat.methods.inputs import Inputs
 from trainer.config import Config
 from trainer.data import build_loader
 from trainer.distributed import Ranks
-from trainer.engine import Engine
 from trainer.errors import ConfigError
 from trainer.head.partition import class_range
 from trainer.planning.activations import backbone_sizes
 from trainer.planning.setting import Setting
 from trainer.planning.traffic import update_traffic
-from trainer.startup import Inputs
-from trainer.task import TrainTask
+from trainer.run.engine import Engine
+from trainer.run.task import TrainTask
 
 OPERATIONS = {"allgather": "all-gather", "allreduce": "all-reduce", "reduce_scatter": "reduce-scatter"}
 SIMULATED_CLASSES = 192
@@ -95,7 +95,7 @@ class MadeUpBank:
         self.num_classes, self.dim = num_classes, dim
 
     def rows(self, start: int, stop: int) -> BankRows:
-        """See :meth:`trainer.compat.center_bank.CenterBank.rows`."""
+        """See :meth:`trainer.compat.bank.center_bank.CenterBank.rows`."""
         n = stop - start
         centers = torch.empty(n, self.dim)
         for block in centers.split(65536):

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from trainer.compat.transformed import TransformedCompat
+from trainer.compat.methods.lce import TransformedCompat
 from trainer.planning.activations import BackboneSizes
 from trainer.planning.setting import Setting
 

@@ -1,0 +1,213 @@
+"""Cross-model training: both models frozen, only the maps between their spaces learn."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tests.data.samples import packed
+from tests.ranks import run_ranks
+from tests.runs import Linear, config, log_of
+from trainer.compat.bank.center_bank import BankInfo
+from trainer.compat.bank.convert import bank_from_embeddings
+from trainer.compat.bank.matrices import open_rows
+from trainer.compat.methods import losses
+from trainer.compat.methods.lce import Pairs, TransformedCompat
+from trainer.config import BackboneConfig, CompatConfig
+from trainer.data import build_loader, open_dataset
+from trainer.distributed import Ranks, gather_batch
+from trainer.errors import CenterBankError, ConfigError, LceError, ModelError
+from trainer.gallery.convert import Forward
+from trainer.models.card import ModelCard
+from trainer.models.folder import save_model
+from trainer.models.open import load_model
+from trainer.run import cross_model
+from trainer.run.cross_model import CrossModelTask, image_pairs_loss
+from trainer.run.engine import train
+from trainer.run.startup import prepare
+
+CLASSES, IMAGES, OLD, NEW = 11, 4, 6, 9
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set, ``old.npy`` (D1 = 6) and ``new.npy`` (D2 = 9), two looks at the same images, and both banks."""
+    folder = tmp_path_factory.mktemp("scene")
+    dataset = open_dataset(packed(folder, CLASSES, IMAGES, (8, 8)))
+    labels, rng = np.asarray(dataset.labels), np.random.default_rng(0)
+    hidden = rng.normal(size=(CLASSES, NEW))[labels] + 0.3 * rng.normal(size=(len(labels), NEW))
+    for name, view in (("old", hidden @ rng.normal(size=(NEW, OLD))), ("new", hidden @ rng.normal(size=(NEW, NEW)))):
+        unit = view / np.linalg.norm(view, axis=1, keepdims=True)
+        np.save(folder / f"{name}.npy", unit.astype(np.float32))
+        bank_from_embeddings(
+            open_rows([folder / f"{name}.npy"]), labels, CLASSES, folder / f"{name}-bank", BankInfo(model=name)
+        )
+    return folder
+
+
+def changes(scene: Path, *given: str, **more: Any) -> dict[str, Any]:
+    """Settings of a run on the scene's files named in ``given``: new, old, bank, new_bank."""
+    places = {
+        "new": ("new_embeddings", "new.npy"),
+        "old": ("old_embeddings", "old.npy"),
+        "bank": ("bank", "old-bank"),
+        "new_bank": ("new_bank", "new-bank"),
+    }
+    files = {f"compat__{places[name][0]}": str(scene / places[name][1]) for name in given}
+    base = {"data__loader": "torch", "data__path": str(scene / "packed"), "data__batch_size": 13, "optimizer__lr": 0.05}
+    method = {"compat__method": "lce", "compat__mode": "cross-model", "compat__transform": {"blocks": 1, "paths": 2}}
+    return base | method | files | more
+
+
+CASES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("new", "bank", "new_bank"), {}),
+    (("new", "old", "bank"), {"compat__maps": "t21"}),
+    (("new", "old", "bank"), {"compat__maps": "t12"}),
+    (("new", "old"), {"compat__transform": {"name": "mlp"}}),
+]
+
+
+def steps(ranks: Ranks, scene: str, control: bool = False) -> list[dict[str, Any]]:
+    """Losses and the maps' state after four updates, for every case; ``control``: the last case alone, in which every
+    rank sees only its slice."""
+    torch.set_num_threads(1)
+    whole, patched = gather_batch, cast(Any, cross_model)
+    if control:
+        patched.gather_batch = lambda rows, labels, world, capacity: whole(rows, labels, 1, capacity)
+    found = []
+    for given, more in CASES[3:] if control else CASES:
+        settings = config(Path(scene) / "unused", **changes(Path(scene), *given, **more))
+        inputs = prepare(settings, ranks)
+        task = CrossModelTask(settings, inputs, ranks)
+        batches = build_loader(settings, inputs.dataset, ranks, images=False).batches()
+        parameters = [p for module in task.modules().values() for p in module.parameters()]
+        optimizer, values = torch.optim.SGD(parameters, 0.05), []
+        for step in range(4):
+            optimizer.zero_grad()
+            values.append(task.compute(next(batches), step, True, torch.tensor(1.0)).report["loss"])
+            optimizer.step()
+        state = {f"{n}.{k}": v for n, m in task.modules().items() for k, v in m.state_dict().items()}
+        found.append({"losses": torch.stack(values), **{k: v for k, v in state.items() if v.is_floating_point()}})
+    patched.gather_batch = whole
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_many_ranks_are_one(scene: Path, world: int) -> None:
+    alone, many = steps(Ranks(), str(scene)), run_ranks(steps, world, str(scene))
+    for number, expected in enumerate(alone):
+        for name, value in expected.items():
+            torch.testing.assert_close(many[0][number][name], value, rtol=1e-9, atol=1e-11)
+            assert all(torch.equal(one[number][name], many[0][number][name]) for one in many), (CASES[number], name)
+
+
+def test_ranks_that_see_their_slice_alone_drift_apart(scene: Path) -> None:
+    (one,), (other,) = run_ranks(steps, 2, str(scene), True)
+    assert not torch.allclose(one["t21.0.weight"], other["t21.0.weight"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("authors", [False, True])
+@pytest.mark.parametrize("maps", ["t21", "t12", "both"])
+def test_image_pairs_are_the_plain_formula(maps: Any, authors: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    compat_config = CompatConfig.model_validate(
+        {
+            "mode": "cross-model",
+            "maps": maps,
+            "alignment_weight": 0.7,
+            "boundary_weight": 1.3,
+            "transform": {"name": "linear"},
+            "authors_formula": authors,
+        }
+    )
+    compat = TransformedCompat(compat_config, OLD, NEW).double()
+    for parameter in compat.parameters():
+        parameter.data += 0.3 * randn(*parameter.shape)
+    x, e, centers = randn(7, NEW), randn(7, OLD), normalize(randn(4, OLD))
+    place, mask = torch.tensor([0, 3, -1, 1, 2, 0, 2]), torch.tensor([True, True, False, True])
+    known = torch.tensor([True, True, True, False, True, True, True])
+    boundaries = torch.rand(4, generator=generator, dtype=torch.float64)
+    classes = Pairs(torch.arange(4), x[:4, :0], centers, boundaries, mask, place)
+    got, report = image_pairs_loss(compat, x, e, known, classes)
+    every = torch.ones(int(known.sum()), dtype=torch.bool)
+    maps_given = {"t21": compat.t21, "t12": compat.t12}
+    a = losses.alignment(x[known], normalize(e[known]), every, authors_formula=authors, **maps_given)
+    has = known & (place >= 0) & mask[place]
+    unit = normalize(x)
+    b = losses.boundary(unit, centers[place], boundaries[place], has, authors_formula=authors, **maps_given)
+    torch.testing.assert_close(got, 0.7 * a + 1.3 * b, rtol=1e-10, atol=1e-12)
+    assert b > 0
+    torch.testing.assert_close(report["boundary"], b.detach(), rtol=1e-10, atol=1e-12)
+    without, _ = image_pairs_loss(compat, x, e, known, None)
+    torch.testing.assert_close(without, 0.7 * a, rtol=1e-10, atol=1e-12)
+
+
+def test_maps_from_embeddings_learn_and_convert_a_gallery(scene: Path, tmp_path: Path) -> None:
+    given = changes(scene, "new", "old", "bank", compat__maps="t12", compat__transform={"name": "linear"})
+    given |= {"train__steps": 150, "train__precision": "float32", "compat__alignment_weight": 3.0}
+    train(config(tmp_path / "run", **given), Ranks())
+    values = [line["alignment"] for line in log_of(tmp_path / "run")]
+    assert np.mean(values[-5:]) < 0.5 * np.mean(values[:5])
+    model = load_model(tmp_path / "run")
+    assert model.card.mode == "cross-model"
+    assert model.card.compatible_with == "old"
+    old, new = np.load(scene / "old.npy"), np.load(scene / "new.npy")
+    mapped = Forward(model)(np.arange(len(old)), old)
+    assert (mapped * new).sum(1).mean() > (np.roll(mapped, 7, 0) * new).sum(1).mean() + 0.3
+    with pytest.raises(ModelError, match="no network"):
+        model.embed(np.zeros((1, 8, 8, 3), np.uint8))
+
+
+def save_network(folder: Path, dim: int) -> Path:
+    torch.manual_seed(dim)
+    card = ModelCard(backbone=BackboneConfig(name="test_linear", dim=dim), dim=dim, image_size=(8, 8))
+    save_model(folder, Linear(dim, (8, 8)), card)
+    return folder
+
+
+def test_with_images_the_new_model_is_handed_over_unchanged(scene: Path, tmp_path: Path) -> None:
+    old, new = save_network(tmp_path / "old", OLD), save_network(tmp_path / "new", NEW)
+    given = changes(scene, compat__old_model=str(old), compat__new_model=str(new), data__workers=0)
+    train(config(tmp_path / "run", **given), Ranks())
+    made, before = load_model(tmp_path / "run"), load_model(new)
+    images = np.random.default_rng(0).integers(0, 255, (5, 8, 8, 3), dtype=np.uint8)
+    assert np.array_equal(made.embed(images), before.embed(images))
+    assert made.transform("t21", before.embed(images)).shape == (5, OLD)
+    assert made.card.compatible_with == str(old)
+    assert made.card.compatible_with_hash == load_model(old).hash
+
+
+def test_refusals_leave_nothing_behind(scene: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.npy"
+    np.save(short, np.ones((3, NEW), np.float32))
+    cases: list[tuple[type[LceError], str, dict[str, Any]]] = [
+        (ConfigError, "compat.new_embeddings", changes(scene, "old", "bank")),
+        (ConfigError, "nothing to align", changes(scene, "new", "bank")),
+        (ConfigError, "set compat.bank", changes(scene, "new", "new_bank")),
+        (ConfigError, "3 rows", changes(scene, "old", compat__new_embeddings=str(short))),
+        (ConfigError, "cross-model trains the maps", changes(scene, "new", "old", compat__method="bct")),
+        (ConfigError, "set data.path", changes(scene, "new", "old", data__loader="synthetic")),
+        (ConfigError, "train.parallel = fsdp", changes(scene, "new", "old", train__parallel="fsdp")),
+        (
+            CenterBankError,
+            "dimension 9, the old embeddings have 6",
+            changes(scene, "new", "old", compat__bank=str(scene / "new-bank")),
+        ),
+        (
+            CenterBankError,
+            "dimension 6, the new embeddings have 9",
+            changes(scene, "new", "bank", compat__new_bank=str(scene / "old-bank")),
+        ),
+    ]
+    for kind, reason, given in cases:
+        with pytest.raises(kind, match=reason):
+            train(config(tmp_path / "run", **given), Ranks())
+        assert not (tmp_path / "run").exists()

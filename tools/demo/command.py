@@ -1,0 +1,207 @@
+"""Tell the whole story on real pictures: train an old model, a compatible new one and a paragon, and judge the upgrade.
+
+  lce demo                                            # ORL faces: 40 people, of whom 10 are kept unseen
+  lce demo --data characters --seeds 3 --json out.json    # Hangul syllables: 4,000 to train on, 1,000 unseen; 3 times
+
+The pictures come from PyPI packages and are cached. Every step is an `lce` command; Ctrl-C ends all of them, and the
+same command continues from what is done. The verdict is what `lce evaluate` finds: with faces of some dozens of people
+it may well be that the upgrade is not shown to be safe. Exit status: 0 told to the end (1 with --fail-unsafe unless
+every seed's verdict is SAFE); 2 something is missing, such as the network at the first run; 130 interrupted.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tools.output import write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tools.demo.story import Story, Told
+
+HELP = "the whole story on real faces or on many characters, ending in a verdict and a report"
+
+SHOWN_CELLS = ("old->old", "new->old", "new->new", "paragon->paragon")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``lce demo``."""
+    parser.add_argument("--data", choices=("faces", "characters"), default="faces", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="where everything is written (default: demo)")
+    parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds and give mean and spread")
+    parser.add_argument("--nproc", type=int, default=2, help="training processes (default: 2)")
+    parser.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
+    parser.add_argument("--fail-unsafe", action="store_true", help="exit status 1 unless every verdict is SAFE")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for all trainings, to try things out: train.steps=20"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tell the story once a seed; returns the exit status."""
+    from rich.console import Console
+
+    from tools.steps import StepFailed, interruptible
+
+    _check(args)
+    console = Console(stderr=args.json == "-", highlight=False)
+    told: list[Told] = []
+    try:
+        with interruptible():
+            for seed in range(args.seeds):
+                told.append(_story(args, seed, console).tell())
+    except StepFailed as failure:
+        print(f"lce demo: {failure}", file=sys.stderr)
+        return failure.status if failure.status in (2, 75, 130) else 70
+    outcome = summarise(args.data, told)
+    _print(console, outcome)
+    write_json(outcome, args.json)
+    return 1 if args.fail_unsafe and outcome["safe"] < len(told) else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what would fail only after the trainings. Raises :class:`trainer.errors.ConfigError`."""
+    from trainer.errors import ConfigError
+
+    if args.seeds < 1 or args.nproc < 1:
+        raise ConfigError(f"--seeds {args.seeds} --nproc {args.nproc}: both at least 1")
+    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json {args.json}: the folder {Path(args.json).absolute().parent} does not exist")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {args.out}: cannot be written: {error.strerror}; choose another folder") from None
+
+
+def _story(args: argparse.Namespace, seed: int, console: "Console") -> "Story":
+    from tools.demo.story import Story
+
+    def say(line: str) -> None:
+        console.print(f"[bold]{args.data}, seed {seed}:[/bold] {line}", soft_wrap=True)
+
+    stdout = sys.stderr.fileno() if args.json == "-" else None
+    return Story(args.data, seed, args.out / args.data / f"seed-{seed}", args.nproc, say, args.overrides, stdout)
+
+
+def summarise(data: str, told: Sequence["Told"]) -> dict[str, Any]:
+    """The outcome of all seeds as plain values.
+
+    Returns:
+        ``seeds``: per seed its verdict, the pairwise criterion per set and metric, the matrix on the unseen identities,
+        update gain, the ONNX figures, seconds and report. ``spread``: mean and standard deviation (over seeds, 0 for
+        one) of the matrix and the gain. ``criterion_met`` and ``safe``: in how many seeds new→old is above old→old in
+        every judged metric of the unseen identities, and the verdict over all sets is SAFE.
+    """
+    seeds = [_summarise_one(one) for one in told]
+    return {
+        "data": data,
+        "seeds": seeds,
+        "spread": {
+            key: {
+                metric: _spread([s[key][metric] for s in seeds if s[key].get(metric) is not None])
+                for metric in seeds[0][key]
+            }
+            for key in ("matrix", "update_gain")
+        },
+        "criterion_met": sum(one["criterion_met"] for one in seeds),
+        "safe": sum(one["answer"] == "SAFE" for one in seeds),
+    }
+
+
+def _summarise_one(told: "Told") -> dict[str, Any]:
+    verdict, unseen = told.evaluation["verdict"], told.evaluation["sets"]["unseen"]
+    criterion = {
+        one["name"]: {
+            finding["metric"]: {
+                "old": finding["old"]["value"],
+                "new": finding["new"]["value"],
+                "difference": [finding["difference"][end] for end in ("low", "high")],
+                "outcome": finding["outcome"],
+            }
+            for finding in one["findings"]
+        }
+        for one in verdict["sets"]
+    }
+    judged = criterion["unseen"]
+    matrix = {f"{cell} {metric}": _figure(unseen["cells"][cell], metric) for cell in SHOWN_CELLS for metric in judged}
+    return {
+        "seed": told.seed,
+        "answer": verdict["answer"],
+        "paragraph": verdict["paragraph"],
+        "criterion": criterion,
+        "criterion_met": all(figure["new"] > figure["old"] for figure in judged.values()),
+        "matrix": matrix,
+        "update_gain": {
+            metric: value["update_gain"]["value"] for metric, value in unseen["gain"].items() if metric in judged
+        },
+        "onnx": {
+            "largest_difference": told.export["largest_difference"],
+            "images_compared": told.export["images"],
+            "new->old": {
+                metric: _figure(told.onnx["sets"]["unseen"]["cells"]["new->old"], metric) for metric in judged
+            },
+        },
+        "trained_on": told.evaluation["models"]["new"]["identities"],
+        "dim": told.evaluation["models"]["new"]["dimension"],
+        "report": str(told.report),
+        "seconds": told.seconds,
+    }
+
+
+def _figure(cell: dict[str, Any], metric: str) -> float:
+    if metric == "rank-1":
+        return float(cell["rank"]["1"]["value"])
+    far = float(metric.partition("=")[2])  # TAR@FAR=0.0001
+    return float(next(entry["value"] for entry in cell["tar"] if entry["far"] == far))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "deviation": deviation}
+
+
+def _print(console: "Console", outcome: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    seeds = outcome["seeds"]
+    metrics = list(seeds[0]["criterion"]["unseen"])
+    title = f"{outcome['data']}, unseen identities" + (f": mean ± deviation of {len(seeds)} seeds" if seeds[1:] else "")
+    table = Table("query → gallery", *metrics, title=title)
+    for cell in SHOWN_CELLS:
+        table.add_row(
+            cell.replace("->", " → "),
+            *(_plus_minus(outcome["spread"]["matrix"][f"{cell} {m}"], seeds) for m in metrics),
+        )
+    gains = outcome["spread"]["update_gain"]
+    table.add_row("update gain", *(_plus_minus(gains.get(metric), seeds) for metric in metrics), style="bold")
+    console.print(table)
+    for one in seeds:
+        onnx = one["onnx"]
+        console.print(
+            f"seed {one['seed']}: ONNX differs from torch by at most {onnx['largest_difference']:.1e} on "
+            f"{onnx['images_compared']} images and finds {onnx['new->old']['rank-1']:.1%} in the old gallery at "
+            f"rank 1; {sum(one['seconds'].values()):.0f} s in all"
+        )
+        console.print(f"  report: {one['report']}", soft_wrap=True, markup=False)
+        console.print(f"  [bold]{one['answer']}[/bold]{one['paragraph'].removeprefix(one['answer'])}")
+        if one["answer"] != "SAFE" and one["trained_on"] < one["dim"]:
+            console.print(
+                f"  A likely reason: the centres of {one['trained_on']} training identities do not pin down a space of "
+                f"{one['dim']} dimensions, so unseen identities may land elsewhere in it than the old model puts them."
+            )
+    console.print(
+        f"[bold]{outcome['data']}:[/bold] new→old above old→old on unseen identities, in {' and '.join(metrics)}: "
+        f"{outcome['criterion_met']} of {len(seeds)} seed(s); verdict SAFE: {outcome['safe']} of {len(seeds)}"
+    )
+
+
+def _plus_minus(value: dict[str, float] | None, seeds: Sequence[Any]) -> str:
+    if value is None:
+        return "–"
+    return f"{value['mean']:.3f}" + (f" ± {value['deviation']:.3f}" if seeds[1:] else "")

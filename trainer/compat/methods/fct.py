@@ -1,0 +1,39 @@
+"""FCT (Ramanujan et al., CVPR 2022): a map from old to new embeddings beside an independent model."""
+
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from trainer.compat.methods import losses
+from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.with_old import WithOld
+from trainer.config import Config
+from trainer.distributed import Ranks
+from trainer.models.card import Direction
+from trainer.networks.transform import build_transform
+
+
+class Fct(WithOld):
+    """Forward-compatible training's map (Ramanujan et al., CVPR 2022): T₁₂ from old embeddings to those of a new model
+    that is trained independently, beside it; ``compat.transform`` says which kind of map.
+
+    It is exported as ``t12``, so that old galleries are converted by it. Left out: see
+    :func:`trainer.compat.methods.losses.fct`. The new embeddings are those of the step, of a model that still changes;
+    the paper trains the map after the model.
+    """
+
+    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+        super().__init__(config, inputs, ranks)
+        self.t12 = build_transform(config.compat.transform, self.source.dim, config.backbone.dim)
+
+    def transforms(self) -> dict[Direction, nn.Module]:
+        """See :class:`CompatMethod`."""
+        return {"t12": self.t12}
+
+    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :class:`CompatMethod`: ``map`` is 1 − cos(T₁₂(old), new); 0 with fewer than two images (batch
+        statistics need two). The backbone gets no gradient of it."""
+        del labels, rows, step
+        value = embeddings.new_zeros(())
+        if int(self.known.sum()) >= 2:
+            value = losses.fct(self.t12(normalize(self.old[self.known])), embeddings[self.known])
+        return self.config.weight * value, {"map": value.detach()}

@@ -1,0 +1,16 @@
+"""L2: regression to the old embedding of the same image."""
+
+from torch import Tensor
+
+from trainer.compat.methods import losses
+from trainer.compat.methods.with_old import WithOld
+
+
+class L2(WithOld):
+    """Regression to the old embedding of the same image (the instance baseline of BCT, Shen et al., CVPR 2020)."""
+
+    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :class:`CompatMethod`: ``l2`` is the mean of ½ ‖·‖² = 1 − cos."""
+        del labels, rows, step
+        value = losses.l2(embeddings[self.known], self.old[self.known])
+        return self.config.weight * value, {"l2": value.detach()}

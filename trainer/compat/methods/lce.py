@@ -1,0 +1,249 @@
+"""LCE with learned transformations: on every rank T sees the same pairs, so its statistics and gradients agree by
+themselves.
+
+The classes of the global batch, U of them, are known to all ranks. Their rows w, old centres o, boundaries and masks
+are gathered from the ranks that own them by ONE all-gather; with the gathered embeddings every rank then computes the
+same loss on the same tensors. So the gradients of T are equal on all ranks without an all-reduce, and a rank keeps the
+part of the other gradients that is its own: of the rows it owns, of the samples it embedded.
+
+The mean over the classes of the batch weights a class by how often it is drawn, not evenly: it is no unbiased estimate
+of the mean over all classes where their sizes differ. Classes without an old centre are taken out before T is
+evaluated, with their samples, so that they change neither loss nor statistics.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from trainer.compat.bank.center_bank import BankRows
+from trainer.compat.methods import losses
+from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.method import CompatMethod
+from trainer.config import CompatConfig, Config
+from trainer.distributed import Ranks, all_gather_rows
+from trainer.errors import ConfigError
+from trainer.head.partition import class_range
+from trainer.models.card import Direction
+from trainer.networks.transform import build_transform
+
+
+class _GatherOwn(torch.autograd.Function):
+    """All ranks' rows for every rank; the gradient of a rank's rows is its slice, because all ranks compute the same
+    loss."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, sizes: list[int], rank: int) -> Tensor:
+        ctx.start, ctx.stop = sum(sizes[:rank]), sum(sizes[: rank + 1])
+        return all_gather_rows(local, sizes).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0][ctx.start : ctx.stop], None, None
+
+
+def gather_own(local: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
+    """Gather (n_r, …) → (Σ n_r, …) in rank order, differentiable: for a loss that every rank computes in full.
+
+    One collective forward, none backward.
+    """
+    return _GatherOwn.apply(local, list(sizes), rank)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The classes of a global batch with both their centres, the same on every rank.
+
+    Attributes:
+        classes: (U,) int64, ascending. rows: (U, D2), of the new classifier, with gradient to the owner's rows.
+        centers: (U, D1). boundaries: (U,). mask: (U,) bool.
+        place: (B,) int64, where each sample's class is; −1 for samples without a class.
+    """
+
+    classes: Tensor
+    rows: Tensor
+    centers: Tensor
+    boundaries: Tensor
+    mask: Tensor
+    place: Tensor
+
+
+def classes_of(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct classes (U,) of all ranks' labels (B,), ascending, and each sample's place (B,) among them (−1:
+    none)."""
+    classes, place = torch.unique(labels, return_inverse=True)
+    without = int(len(classes) > 0 and classes[0] < 0)
+    return classes[without:], place - without
+
+
+def gather_pairs(labels: Tensor, rows: Tensor, bank: BankRows, num_classes: int, ranks: Ranks) -> Pairs:
+    """Collect the pairs of the batch's classes; every rank calls it.
+
+    Args:
+        labels: (B,) of all ranks, in [−1, C).
+        rows: (u, D2), this rank's classifier rows of the batch's classes that it owns (:func:`own_classes`), in
+            ascending order; a leaf whose gradient the caller hands to the head.
+        bank: this rank's part of the centre bank (all its c classes).
+    """
+    classes, place = classes_of(labels)
+    own = class_range(num_classes, ranks.rank, ranks.world_size)
+    local = classes[(classes >= own.start) & (classes < own.stop)] - own.start
+    sizes = [
+        int(((classes >= r.start) & (classes < r.stop)).sum())
+        for r in (class_range(num_classes, rank, ranks.world_size) for rank in range(ranks.world_size))
+    ]
+    if len(rows) != len(local):
+        raise ValueError(f"{len(rows)} rows were given for the {len(local)} classes of the batch that this rank owns")
+    index = local.to(bank.centers.device)
+    known = [bank.centers[index], bank.boundaries[index, None], bank.mask[index, None]]
+    packed = torch.cat([rows, *(value.to(rows) for value in known)], 1)
+    whole = gather_own(packed, sizes, ranks.rank)
+    dim = rows.shape[1]
+    return Pairs(
+        classes,
+        whole[:, :dim],
+        whole[:, dim:-2].detach(),
+        whole[:, -2].detach(),
+        whole[:, -1].detach() > 0.5,
+        place,
+    )
+
+
+def own_classes(labels: Tensor, num_classes: int, ranks: Ranks) -> Tensor:
+    """The distinct classes (u,) of all ranks' labels (B,) that this rank owns, ascending, counted from its first
+    class."""
+    own = class_range(num_classes, ranks.rank, ranks.world_size)
+    classes, _ = classes_of(labels)
+    return classes[(classes >= own.start) & (classes < own.stop)] - own.start
+
+
+class TransformedCompat(nn.Module):
+    """The transformations of one mode and LCE's losses through them.
+
+    ``backward`` trains T₂₁ (new → old), ``forward`` T₁₂ (old → new), ``both`` both, ``cross-model`` what ``maps`` says.
+    The boundary goes through T₂₁ where there is one, as in the paper, else compares with T₁₂ of the centre. T₂₁ is
+    evaluated once on the classes' rows and the batch's embeddings together, so that its statistics are those of both.
+    With ``authors_formula`` T's output is not made unit, and the boundary takes the embeddings as they are.
+
+    Args:
+        config: mode, weights (alignment in (1 − cos) units) and transform.
+        dim_old, dim_new: D1, D2.
+
+    Raises:
+        ConfigError: direct mode, which has no transformation.
+    """
+
+    def __init__(self, config: CompatConfig, dim_old: int, dim_new: int) -> None:
+        super().__init__()
+        if config.mode == "direct":
+            raise ConfigError(
+                "compat.mode = direct: has no transformation to train; choose backward, forward, both or cross-model"
+            )
+        self.config = config
+        backward, forward = config.mode != "forward", config.mode != "backward"
+        if config.mode == "cross-model":
+            backward, forward = config.maps != "t12", config.maps != "t21"
+        self.t21 = build_transform(config.transform, dim_new, dim_old) if backward else None
+        self.t12 = build_transform(config.transform, dim_old, dim_new) if forward else None
+
+    def forward(self, pairs: Pairs, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """λ_a L_a + λ_b L_b of the global batch, the same on every rank, and its parts.
+
+        Args:
+            pairs: of the global batch. embeddings: (B, D2) of all ranks in rank order, not normalised.
+
+        Returns:
+            The loss with gradient to T, ``pairs.rows`` and ``embeddings``; ``alignment`` (1 − cos) and ``boundary``
+            detached. With fewer than two classes or samples that have a centre (batch statistics need two) everything
+            is 0.
+        """
+        has_center = torch.zeros(len(pairs.place), dtype=torch.bool, device=embeddings.device)
+        known = pairs.place >= 0
+        has_center[known] = pairs.mask[pairs.place[known]]
+        place = pairs.place[has_center]
+        if int(pairs.mask.sum()) < 2 or len(place) < 2:
+            zero = embeddings.new_zeros(())
+            return zero, {"alignment": zero, "boundary": zero}
+        dtype = next(self.parameters()).dtype  # the rows may have another
+        w, o = (normalize(of[pairs.mask].to(dtype)) for of in (pairs.rows, pairs.centers))
+        ours, x = not self.config.authors_formula, embeddings[has_center].to(dtype)
+        x = normalize(x) if ours else x
+        among = torch.cumsum(pairs.mask, 0)[place] - 1
+        b, terms = pairs.boundaries[place].to(dtype), []
+        if self.t21 is not None:
+            mapped_w, mapped_x = self.t21(torch.cat([w, x])).split([len(w), len(x)])
+            terms.append(half_distance(mapped_w, o, ours))
+            cosines = boundary_cosines(mapped_x, o[among], ours)
+        if self.t12 is not None:
+            mapped_o = self.t12(o)
+            terms.append(half_distance(mapped_o, w, ours))
+            if self.t21 is None:
+                cosines = boundary_cosines(x, mapped_o[among], ours)
+        align, bound = torch.stack(terms).mean(), (b - cosines).clamp_min(0).mean()
+        loss = self.config.alignment_weight * align + self.config.boundary_weight * bound
+        return loss, {"alignment": align.detach(), "boundary": bound.detach()}
+
+
+def half_distance(mapped: Tensor, target: Tensor, unit: bool) -> Tensor:
+    """mean ½ ‖u − v‖²: 1 − cos where T's output is made unit, the authors' term (in the same unit) where not."""
+    u = normalize(mapped) if unit else mapped
+    return (u - target).square().sum(1).mean() / 2
+
+
+def boundary_cosines(a: Tensor, b: Tensor, unit: bool) -> Tensor:
+    """What the boundary is compared with, (n,): cos(a_i, b_i), or the authors' product of the vectors as they are,
+    clamped to [−1, 1]."""
+    return (normalize(a) * normalize(b)).sum(1) if unit else (a * b).sum(1).clamp(-1, 1)
+
+
+class TransformedLce(CompatMethod):
+    """:class:`TransformedCompat` in training: the pairs of the batch's classes come from the ranks that own them, by
+    one collective."""
+
+    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+        assert inputs.bank is not None
+        self.compat = TransformedCompat(config.compat, inputs.bank.dim, config.backbone.dim)
+        mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
+        self.bank = inputs.bank.rows(mine.start, mine.stop)
+        self.num_classes, self.ranks = inputs.num_classes, ranks
+
+    def transforms(self) -> dict[Direction, nn.Module]:
+        """See :class:`CompatMethod`."""
+        both: dict[Direction, nn.Module | None] = {"t21": self.compat.t21, "t12": self.compat.t12}
+        return {direction: module for direction, module in both.items() if module is not None}
+
+    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :class:`CompatMethod`: ``alignment`` and ``boundary``."""
+        del step
+        value, report = self.compat(gather_pairs(labels, rows, self.bank, self.num_classes, self.ranks), embeddings)
+        return value, report
+
+
+class AuthorsBoundary(CompatMethod):
+    """The authors' boundary in direct mode, ``compat.authors_formula``: embeddings are not made unit
+    (:func:`trainer.compat.methods.losses.boundary`); the alignment stays in the head's pass. One collective a step."""
+
+    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+        assert inputs.bank is not None
+        self.weight, self.num_classes, self.ranks = config.compat.boundary_weight, inputs.num_classes, ranks
+        mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
+        self.bank = inputs.bank.rows(mine.start, mine.stop)
+
+    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :class:`CompatMethod`: ``boundary``."""
+        del rows, step
+        own = own_classes(labels, self.num_classes, self.ranks)
+        pairs = gather_pairs(labels, embeddings.new_empty(len(own), 0), self.bank, self.num_classes, self.ranks)
+        labelled = pairs.place >= 0
+        place = pairs.place[labelled]
+        value = losses.boundary(
+            embeddings[labelled],
+            pairs.centers[place],
+            pairs.boundaries[place],
+            pairs.mask[place],
+            authors_formula=True,
+        )
+        return self.weight * value, {"boundary": value.detach()}

@@ -1,0 +1,125 @@
+"""The old model's embedding of every image in a batch: from an array by record, or from the old model run along.
+
+An array holds the old embedding of the stored image; the model run along sees the image as it was augmented for this
+step (at the cost of its forward pass).
+"""
+
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.data import Batch, DatasetInfo
+from trainer.data.store import load_array
+from trainer.errors import ConfigError
+from trainer.models.model import EmbeddingModel, TorchModel
+from trainer.models.open import load_model
+
+SAMPLED_ROWS = 1024
+
+
+class OldEmbeddings(Protocol):
+    """Where old embeddings come from.
+
+    Attributes:
+        dim: D1. fingerprint: the same on all ranks when they read the same. model: the old model's path and hash,
+            where it is known.
+    """
+
+    dim: int
+    fingerprint: str
+    model: tuple[str, str] | None
+
+    def of(self, batch: Batch) -> Tensor:
+        """(b, D1) float32 on the device of the batch, not necessarily unit; zero rows: not known."""
+
+
+class StoredEmbeddings:
+    """A ``.npy`` float32 (N, D1) by record number, memory-mapped.
+
+    Args:
+        path: the file (`lce centers from-model … --embeddings FILE` writes one).
+        records: N of the data set.
+        key: the setting that names the file, for errors.
+
+    Raises:
+        DataError: no such array. ConfigError: another length, or values that are not finite or all zero.
+    """
+
+    model: tuple[str, str] | None = None
+
+    def __init__(self, path: Path, records: int, key: str = "compat.old_embeddings") -> None:
+        self.rows: NDArray[np.float32] = load_array(path, 2, np.float32)
+        self.path, self.dim = path, int(self.rows.shape[1])
+        if len(self.rows) != records:
+            raise ConfigError(
+                f"{key} = {path}: {len(self.rows)} rows, the data set has {records} records; make it "
+                "from this data set (lce centers from-model … --embeddings)"
+            )
+        numbers = np.unique(np.linspace(0, records - 1, min(records, SAMPLED_ROWS)).astype(np.int64))
+        sample = self.rows[numbers]
+        wrong = ~np.isfinite(sample).all(1)
+        if wrong.any():
+            raise ConfigError(f"{key} = {path}: row {numbers[wrong.argmax()]} is not finite; make it again")
+        if not sample.any():
+            raise ConfigError(f"{key} = {path}: every row looked at is zero; make it again")
+        self.fingerprint = f"{records} × {self.dim}, {zlib.crc32(sample.tobytes()):08x}"
+
+    def of(self, batch: Batch) -> Tensor:
+        """See :class:`OldEmbeddings`."""
+        out = torch.empty(len(batch.records), self.dim)
+        out.numpy()[:] = self.rows[batch.records.numpy()]
+        return out.to(batch.labels.device)
+
+
+class ModelEmbeddings:
+    """The old model on the batch's own images, without gradient; every rank embeds its slice.
+
+    Args:
+        path: model folder, run folder or .onnx file.
+        look: how the data set's images are normalised, which is undone before the old model's own normalisation.
+        image_size: (H, W) of the batches.
+        device: where the model runs.
+        key: the setting that names it, for errors.
+
+    Raises:
+        ModelError: no model there. ConfigError: it takes images of another size.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        look: DatasetInfo,
+        image_size: tuple[int, int],
+        device: torch.device,
+        key: str = "compat.old_model",
+    ) -> None:
+        self.old: EmbeddingModel = load_model(path, device)
+        self.card, self.dim, self.look = self.old.card, self.old.dim, look
+        self.model: tuple[str, str] | None = (str(path), self.old.hash)
+        self.fingerprint = self.old.hash
+        if self.card.image_size != image_size:
+            raise ConfigError(
+                f"{key} = {path}: takes images of {self.card.image_size}, the data set's are {image_size}; "
+                f"embed the data set in the model's size and give {key.replace('model', 'embeddings')}"
+            )
+
+    @torch.no_grad()
+    def of(self, batch: Batch) -> Tensor:
+        """See :class:`OldEmbeddings`; an ONNX model gets pixels rounded to 0 … 255, as it does in use."""
+        if not len(batch.labels):
+            return torch.zeros(0, self.dim, device=batch.labels.device)
+        mean, std = (batch.images.new_tensor(v).view(3, 1, 1) for v in (self.look.mean, self.look.std))
+        pixels = batch.images * std + mean
+        if isinstance(self.old, TorchModel):
+            if self.look.color != self.card.color:
+                pixels = pixels.flip(1)
+            mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.card.mean, self.card.std))
+            return self.old.backbone(((pixels - mean) / std).float()).float()
+        images = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        found = self.old.embed(images.cpu().numpy(), self.look.color)
+        return torch.from_numpy(found).to(batch.labels.device)

@@ -1,0 +1,37 @@
+"""Base of the methods that compare images with their old embeddings."""
+
+import torch
+from torch import Tensor
+
+from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.method import CompatMethod
+from trainer.config import Config
+from trainer.data import Batch
+from trainer.distributed import Ranks, gather_batch
+
+
+class WithOld(CompatMethod):
+    """Base of the methods that compare images: the old embeddings of the global batch, on every rank.
+
+    One collective more than the head makes: an all-gather of W·b·(4·D1 + 8) bytes in float32.
+    """
+
+    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+        assert inputs.old is not None
+        self.config, self.source, self.ranks = config.compat, inputs.old, ranks
+        self.capacity = -(-config.data.batch_size // ranks.world_size)  # as the head pads its own gathered batch
+
+    def prepare(self, embeddings: Tensor, batch: Batch, step: int) -> Tensor:
+        """See :class:`CompatMethod`: gathers ``old`` (B, D1), in the order of the head's gathered batch, and ``known``
+        (B,), whether there is one for a labelled sample."""
+        del step
+        self.gather(self.source.of(batch).to(embeddings), batch.labels)
+        return embeddings
+
+    def gather(self, old: Tensor, labels: Tensor) -> Tensor:
+        """Gather this rank's old embeddings (b, D1 or more columns); returns all ranks' labels (B,)."""
+        with torch.no_grad():
+            whole, every = gather_batch(old, labels, self.ranks.world_size, self.capacity)
+        self.old = whole
+        self.known = (every >= 0) & (whole[:, : self.source.dim] != 0).any(1)
+        return every

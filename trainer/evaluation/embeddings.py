@@ -1,0 +1,236 @@
+"""From models and data sets on disk to the embeddings that are evaluated; a cache keeps them for the next time."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.index import Dataset
+from trainer.distributed import Ranks, on_main
+from trainer.errors import DataError, ModelError
+from trainer.evaluation.arrays import FloatArray, IntArray, check_unit
+from trainer.evaluation.chain import carried, check_links
+from trainer.evaluation.compatibility import Spaces
+from trainer.evaluation.results import NamedSet
+from trainer.evaluation.templates import TemplateSet, pool
+from trainer.files import replaced
+from trainer.models.card import Color
+from trainer.models.model import EmbeddingModel, embed_dataset
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being embedded, how many images are done and how many there are."""
+
+
+class EmbeddingCache:
+    """Embeddings of a data set by (model hash, data set fingerprint), as .npy files in one folder; None keeps none."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def _file(self, model: EmbeddingModel, dataset: Dataset, records: IntArray, flip: bool, unit: bool) -> Path | None:
+        if self.folder is None:
+            return None
+        settings = bytes([flip]) if unit else bytes([flip, 1])
+        which = hashlib.sha256(str(dataset.path.resolve()).encode() + records.tobytes() + settings).hexdigest()
+        return self.folder / f"{model.hash}-{dataset.fingerprint[:16]}-{which[:16]}.npy"
+
+    def embed(
+        self,
+        model: EmbeddingModel,
+        dataset: Dataset,
+        records: IntArray,
+        ranks: Ranks,
+        progress: Callable[[int, int], None] | None = None,
+        flip: bool = False,
+        unit: bool = True,
+    ) -> FloatArray:
+        """Embeddings (n, D) float32 of ``records``, on every rank; from the cache where they are known.
+
+        unit: made unit; else with the norms that the network gives them.
+        """
+        file = self._file(model, dataset, records, flip, unit)
+        known = on_main(lambda: self._read(file, len(records), model.dim), ranks)
+        if known is not None:
+            return known
+        made = embed_dataset(model, dataset, records, ranks=ranks, progress=progress, flip=flip, unit=unit)
+        on_main(lambda: self._write(file, made), ranks)
+        return made
+
+    def _read(self, file: Path | None, images: int, dim: int) -> FloatArray | None:
+        if file is None or not file.exists():
+            return None
+        try:
+            known = np.load(file, allow_pickle=False)
+        except (OSError, ValueError):
+            return None  # damaged: made anew and replaced
+        return known if known.shape == (images, dim) and known.dtype == np.float32 else None
+
+    def _write(self, file: Path | None, embeddings: FloatArray) -> None:
+        if file is None:
+            return
+        with replaced(file, DataError) as partial, partial.open("wb") as stream:
+            np.save(stream, embeddings)
+
+
+def default_cache() -> Path:
+    """``lce-trainer/embeddings`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lce-trainer" / "embeddings"
+
+
+def check_models(models: Mapping[str, EmbeddingModel], datasets: Mapping[str, Dataset]) -> None:
+    """Refuse, before anything is embedded, models that cannot be compared or cannot read the images.
+
+    Raises:
+        ModelError: models of other dimensions without a transformation, or with one for other dimensions.
+        DataError: images of another size.
+    """
+    check_links(models)
+    for name, dataset in datasets.items():
+        for role, model in models.items():
+            if tuple(model.card.image_size) != tuple(dataset.info.image_size):
+                raise DataError(
+                    f"{name} ({dataset.path}): images of {_size(dataset.info.image_size)}, the {role} model "
+                    f"{model.path} takes {_size(model.card.image_size)}; pack the set in that size"
+                )
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} × {size[1]}"
+
+
+def embed_spaces(
+    name: str,
+    models: Mapping[str, EmbeddingModel],
+    dataset: Dataset,
+    records: IntArray,
+    cache: EmbeddingCache,
+    ranks: Ranks,
+    progress: Progress | None = None,
+    flip: bool = False,
+    norms: bool = False,
+) -> Spaces:
+    """Embed records (n,) under every model, T applied where a model has one. Every rank must call it.
+
+    Args:
+        norms: keep the embeddings' norms too.
+
+    Raises:
+        LceError: a record or a model cannot be used, or gives no norms.
+    """
+    native: dict[str, FloatArray] = {}
+    sizes: dict[str, FloatArray] = {}
+    for role, model in models.items():
+
+        def report(done: int, total: int, role: str = role) -> None:
+            if progress is not None:
+                progress(f"{name}: {role} model", done, total)
+
+        native[role] = cache.embed(model, dataset, records, ranks, report, flip, unit=not norms)
+        if norms:
+            sizes[role] = np.linalg.norm(native[role], axis=1)
+            if np.all(np.abs(sizes[role] - 1) < 1e-4):
+                raise ModelError(
+                    f"{model.path}: gives unit embeddings, whose norms say nothing; take the model folder instead of "
+                    "its export, or leave --norm-weights out"
+                )
+            native[role] = native[role] / np.maximum(sizes[role], 1e-12)[:, None]
+        check_unit(native[role], f"{name}, {role} model")
+    return Spaces(native, carried(models, native), sizes)
+
+
+def embed_set(
+    name: str,
+    models: Mapping[str, EmbeddingModel],
+    dataset: Dataset,
+    cache: EmbeddingCache,
+    ranks: Ranks,
+    progress: Progress | None = None,
+    flip: bool = False,
+) -> NamedSet:
+    """Embed the labelled records of a set under every model. Every rank must call it."""
+    spaces = embed_spaces(name, models, dataset, dataset.kept, cache, ranks, progress, flip)
+    return NamedSet(name, spaces, np.asarray(dataset.labels[dataset.kept]), dataset.kept, dataset.class_names)
+
+
+def pool_spaces(
+    spaces: Spaces, templates: TemplateSet, models: Mapping[str, EmbeddingModel], by_score: bool
+) -> tuple[IntArray, Spaces]:
+    """Image embeddings → template numbers (t,) and template embeddings under every model.
+
+    T₂₁ has worked on the query's images; T₁₂ works on the pooled templates, because these are what a gallery keeps.
+    Images are weighed by their detection score (``by_score``) and by the norms, where ``spaces`` has them.
+    """
+
+    def pooled(role: str, embeddings: FloatArray) -> tuple[IntArray, FloatArray]:
+        weights = templates.score if by_score else np.ones(len(embeddings))
+        return pool(embeddings, templates.template, templates.media, weights * spaces.norms.get(role, 1.0))
+
+    numbers = pooled("old", spaces.native["old"])[0]
+    native = {role: pooled(role, embeddings)[1] for role, embeddings in spaces.native.items()}
+    mapped = carried(models, native)
+    place = list(models).index
+    for (role, space), embeddings in spaces.mapped.items():
+        if place(role) > place(space) and embeddings is not spaces.native[role]:
+            mapped[role, space] = pooled(role, embeddings)[1]
+    return numbers, Spaces(native, mapped)
+
+
+def check_colours(name: str, models: Mapping[str, EmbeddingModel], dataset: Dataset, identities: int = 40) -> None:
+    """Refuse a set or a model whose colour order is declared wrongly, as far as the pictures show it.
+
+    Two images of each of up to ``identities`` identities are compared as declared and with red and blue swapped, by the
+    share of the others' images that score below the own one. Grey pictures show nothing, nor do fewer than 10
+    identities.
+
+    Raises:
+        DataError: a model tells the identities apart clearly better (by 0.03 and four standard errors) when swapped.
+    """
+    kept, labels = dataset.kept, np.asarray(dataset.labels[dataset.kept])
+    order = np.argsort(labels, kind="stable")
+    _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    first = first[counts > 1][:: max(1, int((counts > 1).sum()) // identities)][:identities]
+    if len(first) < 10:
+        return
+    records = kept[order[np.concatenate([first, first + 1])]]
+    images = np.stack([dataset.decode(int(record)) for record in records])
+    if np.array_equal(images, images[..., ::-1]):
+        return
+    swapped: dict[Color, Color] = {"RGB": "BGR", "BGR": "RGB"}
+    for role, model in models.items():
+        given, other = (_told_apart(model.embed(images, c)) for c in (dataset.info.color, swapped[dataset.info.color]))
+        gain = other - given
+        if gain.mean() > max(0.03, 4 * float(gain.std(ddof=1)) / len(gain) ** 0.5):
+            raise DataError(
+                f"{name} ({dataset.path}): the {role} model {model.path} tells its identities apart better with red "
+                f"and blue swapped ({other.mean():.3f} against {given.mean():.3f}): the colour order of the set "
+                f"({dataset.info.color}) or of the model ({model.card.color}) is wrong; mend it, or give "
+                "--no-colour-check"
+            )
+
+
+def _told_apart(embeddings: FloatArray) -> FloatArray:
+    """First and second images (2n, D) of n identities → the share of the others' second images below the own one."""
+    half = len(embeddings) // 2
+    cosines = embeddings[:half] @ embeddings[half:].T
+    below = cosines < np.diag(cosines)[:, None]
+    return np.asarray(below.sum(1) / (half - 1), np.float64)
+
+
+def training_curves(
+    run: Path, keys: tuple[str, ...] = ("loss", "alignment", "boundary")
+) -> dict[str, list[tuple[float, float]]]:
+    """A run's ``log.jsonl`` → {key: [(step, value), …]}. Raises :class:`DataError` without a readable log."""
+    file = run / "log.jsonl"
+    curves: dict[str, list[tuple[float, float]]] = {key: [] for key in keys}
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            for key in keys:
+                if isinstance(entry.get(key), (int, float)) and "step" in entry:
+                    curves[key].append((float(entry["step"]), float(entry[key])))
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{file}: no readable training log ({error}); name run folders with --runs") from None
+    return {key: curve for key, curve in curves.items() if curve}

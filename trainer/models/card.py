@@ -1,0 +1,67 @@
+"""The model card: what a user must know of a model, written beside its weights and into every export."""
+
+from typing import Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainer import __version__
+from trainer.config import BackboneConfig, TransformConfig
+from trainer.errors import ModelError
+
+Color = Literal["RGB", "BGR"]
+
+
+Direction = Literal["t21", "t12"]
+
+
+CARD_FILE = "model.json"
+
+
+class TransformCard(BaseModel):
+    """One transformation of a model: what to build and between which dimensions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: TransformConfig
+    dim_in: int = Field(ge=1)
+    dim_out: int = Field(ge=1)
+
+
+class ModelCard(BaseModel):
+    """What a user must know of a model; everything that preprocessing and compatibility depend on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["lce-model-1"] = "lce-model-1"
+    backbone: BackboneConfig | None = Field(None, description="None: the network is known as an ONNX graph only")
+    dim: int = Field(ge=1, description="embedding dimension D")
+    image_size: tuple[int, int] = Field(description="(H, W) in pixels")
+    color: Color = "RGB"
+    mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="of pixel / 255, in the order of color")
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    transforms: dict[Direction, TransformCard] = Field(default_factory=dict)
+    left_out: tuple[Direction, ...] = Field(
+        (), description="transformations that the model has beside this graph, which holds none of them"
+    )
+    mode: str = Field(
+        "", description="how it was made compatible: direct, backward, forward, both, cross-model or nothing"
+    )
+    compatible_with: str | None = Field(None, description="the old model")
+    compatible_with_hash: str | None = None
+    step: int = Field(0, ge=0, description="updates that it was trained for")
+    trained_on: str = ""
+    classes: int = Field(0, ge=0, description="identities that it was trained on")
+    figures: dict[str, float] = Field(default_factory=dict, description="measured figures, by name")
+    licence: str = ""
+    notes: str = ""
+    version: str = Field(__version__, description="the lce-trainer that wrote it")
+
+
+def read_card(data: bytes | str, source: str) -> ModelCard:
+    """Parse a model card. Raises :class:`ModelError` naming ``source`` and the key."""
+    try:
+        return ModelCard.model_validate_json(data)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        raise ModelError(f"{source}: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}") from None

@@ -1,0 +1,79 @@
+"""A model straight from a training checkpoint, of a run that has not finished or of an earlier step."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from trainer.checkpoint import SEAL, Checkpoint, find_damage, list_checkpoints, load_tensors, read_index, read_seal
+from trainer.config import Config, parse_config
+from trainer.data.index import DatasetInfo, open_dataset
+from trainer.errors import LceError, ModelError
+from trainer.models.card import ModelCard
+from trainer.models.model import TorchModel
+from trainer.networks import build_backbone
+
+# The moving average is what a finished run would hand over.
+_PREFIXES = ("average.backbone.", "module.backbone.")
+
+
+def is_checkpointed(path: Path) -> bool:
+    """Whether ``path`` is a complete checkpoint, or a run folder that holds one."""
+    return (path / SEAL).is_file() or any((p / SEAL).is_file() for p in list_checkpoints(path / "checkpoints"))
+
+
+def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchModel:
+    """The backbone in a checkpoint (a run folder means its newest complete one), with the preprocessing of its data
+    set. Transformations are handed over by finished runs alone: the card says that they are left out.
+
+    Raises:
+        ModelError: a damaged checkpoint, one without a backbone, or the data set that says how images are read is gone.
+    """
+    if not (path / SEAL).is_file():
+        path = [p for p in list_checkpoints(path / "checkpoints") if (p / SEAL).is_file()][-1]
+    try:
+        checkpoint = Checkpoint(path, read_seal(path))
+        damage = find_damage(path, checkpoint.seal["files"])
+        if damage:
+            raise ModelError(damage)
+        config = parse_config(checkpoint.seal["config"], str(path / SEAL))
+        look = _look(config)
+        index = read_index(path).state_dict_metadata
+        found = {n: entry for n, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
+        prefix = next(p for p in (*_PREFIXES, "") if any(n.startswith(p) for n in found))
+        state = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in found.items() if n.startswith(prefix)}
+        if not prefix:
+            raise ModelError(f"{path}: holds no backbone")
+        load_tensors(checkpoint, state)
+        backbone = build_backbone(config.backbone, look.image_size)
+        backbone.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()})
+    except ModelError:
+        raise
+    except (LceError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{path}: no model can be taken from it: {error}") from None
+    name, content_of_old = checkpoint.seal.get("old_model", (None, None))  # seals of version 0.1 do not have it
+    card = ModelCard(
+        backbone=config.backbone.model_copy(update={"weights": None}),
+        dim=config.backbone.dim,
+        image_size=look.image_size,
+        color=look.color,
+        mean=look.mean,
+        std=look.std,
+        step=checkpoint.step,
+        trained_on=str(config.data.path or "synthetic"),
+        classes=int(checkpoint.seal["num_classes"]),
+        mode=config.compat.way,
+        compatible_with=name,
+        compatible_with_hash=content_of_old,
+        left_out=tuple(d for d in ("t21", "t12") if any(n.startswith(f"module.{d}.") for n in found)),
+        notes=f"from the checkpoint {path}",
+    )
+    content = hashlib.sha256(repr(sorted(checkpoint.seal["files"].items())).encode()).hexdigest()[:16]
+    return TorchModel(card, path, content, backbone, {}, device)
+
+
+def _look(config: Config) -> DatasetInfo:
+    if config.data.path is None:
+        return DatasetInfo(image_size=(config.data.synthetic_size, config.data.synthetic_size))
+    return open_dataset(config.data.path).info

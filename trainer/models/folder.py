@@ -1,0 +1,50 @@
+"""Writing a model folder: ``model.json`` (the card), ``backbone.safetensors`` and, where there are any, the maps
+``t21.safetensors`` (new → old) and ``t12.safetensors`` (old → new)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from trainer.errors import ModelError
+from trainer.files import replaced, save_tensors
+from trainer.models.card import CARD_FILE, Direction, ModelCard
+
+
+def save_model(
+    folder: str | Path,
+    backbone: nn.Module | None,
+    card: ModelCard,
+    transforms: Mapping[Direction, nn.Module] | None = None,
+) -> None:
+    """Write a model folder, atomically; an earlier model folder of that name is replaced.
+
+    Args:
+        backbone: the plain network (not wrapped for training); its state dict is copied to the CPU. None: the folder
+            holds maps alone, and the card names no backbone.
+        transforms: the modules that ``card.transforms`` describes.
+
+    Raises:
+        ModelError: the card and the modules do not fit each other, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    modules: dict[str, nn.Module] = {} if backbone is None else {"backbone": backbone}
+    modules.update((str(name), module) for name, module in (transforms or {}).items())
+    network = set() if card.backbone is None else {"backbone"}
+    if not modules or set(modules) != network | set(card.transforms):
+        raise ModelError(f"{folder}: the model card describes {sorted(card.transforms)}, given are {sorted(modules)}")
+    refuse_foreign(folder)
+    if card.backbone is not None:
+        card = card.model_copy(update={"backbone": card.backbone.model_copy(update={"weights": None})})
+    with replaced(folder, ModelError) as partial:
+        partial.mkdir(parents=True)
+        for name, module in modules.items():
+            state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+            save_tensors(state, partial / f"{name}.safetensors")
+        (partial / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise :class:`ModelError` where a folder exists that is neither empty nor a model folder: it is not replaced."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CARD_FILE).is_file():
+        raise ModelError(f"{folder}: exists and is no model folder; nothing was replaced")

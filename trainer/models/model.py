@@ -1,0 +1,201 @@
+"""Models in use: images in, unit embeddings out, whatever kind of file the model came from
+(:func:`trainer.models.open.load_model`)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.distributed import Ranks, agree, all_gather_rows
+from trainer.errors import LceError, ModelError
+from trainer.models.card import Color, Direction, ModelCard
+from trainer.networks.transform import transform_vectors
+
+if TYPE_CHECKING:
+    from trainer.data.index import Dataset
+
+Progress = Callable[[int, int], None]
+
+
+class EmbeddingModel(ABC):
+    """A model for use: images in, unit embeddings out, with its transformations.
+
+    Attributes:
+        card: what is known of it. path: where it was loaded from. hash: of its weights and preprocessing, for caches
+        and checks.
+    """
+
+    def __init__(self, card: ModelCard, path: Path, content_hash: str) -> None:
+        self.card, self.path, self.hash = card, path, content_hash
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.card.dim
+
+    def embed(self, images: np.ndarray, color: Color = "RGB", flip: bool = False, unit: bool = True) -> np.ndarray:
+        """Embed a batch.
+
+        Args:
+            images: (b, H, W, 3) uint8 of the card's image size.
+            color: the order of the images' colours; the model's own order is restored from it.
+            flip: add the unit embedding of the mirrored image before normalising ("flip-sum").
+            unit: False leaves the embeddings the norms that the network gives them (with ``flip`` the mean of both).
+
+        Returns:
+            (b, D) float32, unit rows unless ``unit`` is False.
+
+        Raises:
+            ModelError: images of another size or kind.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (*self.card.image_size, 3):
+            height, width = self.card.image_size
+            raise ModelError(
+                f"{self.path}: needs uint8 images (b, {height}, {width}, 3), given are {images.dtype} {images.shape}"
+            )
+        if color != self.card.color:
+            images = images[..., ::-1]
+        vectors, norms = _unit_and_norm(self._embed(images))
+        if flip:
+            mirrored, others = _unit_and_norm(self._embed(images[:, :, ::-1]))
+            vectors, norms = _unit_and_norm(vectors + mirrored)[0], (norms + others) / 2
+        return vectors if unit else vectors * norms
+
+    @abstractmethod
+    def _embed(self, images: np.ndarray) -> np.ndarray:
+        """Images in the model's own colour order → (b, D) float32, as the network gives them."""
+
+    @abstractmethod
+    def transform(self, direction: Direction, vectors: np.ndarray) -> np.ndarray:
+        """n(T(n(v))): (n, D_in) → (n, D_out) float32 unit rows.
+
+        Raises:
+            ModelError: the model has no such transformation, or vectors of another dimension.
+        """
+
+
+def _unit_and_norm(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(norms, 1e-12), norms
+
+
+class NoNetwork(nn.Module):
+    """Stands for the network of a folder that holds maps alone: embeddings can be mapped, images not embedded."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raises :class:`ModelError`."""
+        raise ModelError(f"{self.path}: holds maps between embeddings and no network; name the model itself for images")
+
+
+class TorchModel(EmbeddingModel):
+    """A model folder, run by torch in float32 without gradients."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        path: Path,
+        content_hash: str,
+        backbone: nn.Module,
+        transforms: Mapping[Direction, nn.Module],
+        device: str | torch.device,
+    ) -> None:
+        super().__init__(card, path, content_hash)
+        self.device = torch.device(device)
+        self.backbone = backbone.eval().requires_grad_(False).to(self.device)
+        self.transforms = {d: t.eval().requires_grad_(False).to(self.device) for d, t in transforms.items()}
+        self._mean = torch.tensor(card.mean, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(card.std, device=self.device).view(3, 1, 1)
+
+    def prepare(self, images: np.ndarray) -> Tensor:
+        """(b, H, W, 3) uint8 in the model's colour order → (b, 3, H, W) float32, normalised, on the model's device."""
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2).float()
+        return (pixels / 255 - self._mean) / self._std
+
+    def _embed(self, images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return self.backbone(self.prepare(images)).float().cpu().numpy()
+
+    def transform(self, direction: Direction, vectors: np.ndarray) -> np.ndarray:
+        if direction not in self.transforms:
+            raise ModelError(
+                f"{self.path}: has no transformation {direction}; it has {sorted(self.transforms) or 'none'}"
+            )
+        if vectors.ndim != 2 or vectors.shape[1] != self.card.transforms[direction].dim_in:
+            wanted = self.card.transforms[direction].dim_in
+            raise ModelError(f"{self.path}: {direction} takes vectors (n, {wanted}), given are {vectors.shape}")
+        with torch.no_grad():
+            given = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
+            return transform_vectors(self.transforms[direction], given).cpu().numpy()
+
+
+def embed_dataset(
+    model: EmbeddingModel,
+    dataset: "Dataset",
+    indices: Sequence[int] | np.ndarray | None = None,
+    batch_size: int = 256,
+    ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+    progress: Progress | None = None,
+    flip: bool = False,
+    unit: bool = True,
+) -> np.ndarray:
+    """Embed records of a data set, the work shared among the ranks; every rank must call it.
+
+    Args:
+        indices: record numbers, default all N.
+        progress: called on every rank with its own (done, total).
+        flip, unit: as of :meth:`EmbeddingModel.embed`.
+
+    Returns:
+        (n, D) float32 rows in the order of ``indices``, on every rank.
+
+    Raises:
+        LceError: on every rank, the first rank's problem: a damaged record, or images of another size than the model's.
+    """
+    records = np.arange(len(dataset)) if indices is None else np.asarray(indices, np.int64)
+    parts = np.array_split(records, ranks.world_size)
+    out = np.empty((len(parts[ranks.rank]), model.dim), np.float32)
+    problem: LceError | None = None
+    done = 0
+    try:
+        for part, vectors in embed_batches(model, dataset, parts[ranks.rank], batch_size, flip, unit):
+            out[done : done + len(part)] = vectors
+            done += len(part)
+            if progress is not None:
+                progress(done, len(out))
+    except LceError as error:
+        problem = error
+    agree(problem)
+    return all_gather_rows(torch.from_numpy(out), [len(part) for part in parts]).numpy()
+
+
+def embed_batches(
+    model: EmbeddingModel,
+    dataset: "Dataset",
+    records: np.ndarray,
+    batch_size: int = 256,
+    flip: bool = False,
+    unit: bool = True,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of (record numbers (b,), embeddings (b, D), unit unless said otherwise); the next batch is decoded while
+    the model works on this one.
+
+    Raises:
+        LceError: a damaged record, or images of another size than the model's.
+    """
+    batches = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        waiting = [pool.submit(dataset.decode, int(record)) for record in batches[0]] if batches else []
+        for number, batch in enumerate(batches):
+            following = batches[number + 1] if number + 1 < len(batches) else batch[:0]
+            current, waiting = waiting, [pool.submit(dataset.decode, int(record)) for record in following]
+            images = np.stack([future.result() for future in current])
+            yield batch, model.embed(images, dataset.info.color, flip, unit)

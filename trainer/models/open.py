@@ -1,0 +1,66 @@
+"""Opening a model of any kind: model folder, run folder, checkpoint, ONNX file. The one file that knows them all."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from trainer.errors import ConfigError, ModelError
+from trainer.models.card import CARD_FILE, Direction, read_card
+from trainer.models.model import EmbeddingModel, NoNetwork, TorchModel
+from trainer.networks import build_backbone
+from trainer.networks.transform import build_transform
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> EmbeddingModel:
+    """Open a model folder, a run folder (its ``model/``, else its newest checkpoint), a checkpoint or an ONNX file.
+
+    Raises:
+        ModelError: nothing there, an unfinished run, damaged files, weights that do not fit the card, or an ONNX graph
+            that does not map a batch of images to one embedding each.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx":
+        from trainer.models.onnx import OnnxModel  # onnxruntime takes a second to import
+
+        return OnnxModel.open(path)
+    folder = path if (path / CARD_FILE).is_file() else path / "model"
+    if not (folder / CARD_FILE).is_file():
+        from trainer.models.checkpointed import is_checkpointed, open_checkpoint
+
+        if is_checkpointed(path):
+            return open_checkpoint(path, device)
+        reason = "the run has no checkpoint yet" if (path / "checkpoints").is_dir() else f"no {CARD_FILE} in it"
+        raise ModelError(
+            f"{path}: no model ({reason}); give a model folder, a run folder, a checkpoint or an .onnx file"
+        )
+    card = read_card((folder / CARD_FILE).read_bytes(), str(folder / CARD_FILE))
+    if card.backbone is None and not card.transforms:
+        raise ModelError(f"{folder / CARD_FILE}: names no backbone")
+    try:
+        backbone = NoNetwork(path) if card.backbone is None else build_backbone(card.backbone, card.image_size)
+    except ConfigError as error:
+        raise ModelError(f"{folder / CARD_FILE}: {error}") from None
+    digest = hashlib.sha256(card.model_dump_json(include={"backbone", "image_size", "color", "mean", "std"}).encode())
+    if card.backbone is not None:
+        _load_state(backbone, folder / "backbone.safetensors", digest.update)
+    transforms: dict[Direction, nn.Module] = {}
+    for direction, part in card.transforms.items():
+        transforms[direction] = build_transform(part.config, part.dim_in, part.dim_out)
+        _load_state(transforms[direction], folder / f"{direction}.safetensors", digest.update)
+    return TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device)
+
+
+def _load_state(module: nn.Module, path: Path, update: Callable[[bytes], None]) -> None:
+    try:
+        with path.open("rb") as file:
+            while data := file.read(2**22):
+                update(data)
+        module.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path}: missing, damaged or not of the network in {CARD_FILE}: {reason}") from None

@@ -1,0 +1,213 @@
+"""Cross-model training: only the maps between the spaces of two frozen models, T₁₂ and T₂₁, from pairs.
+
+The pairs to align are class centres where both banks are given (LCE, Meng et al., ICCV 2021, section 3.2, with the new
+model's centres in place of the classifier's rows), else the two embeddings of the same image. The boundary loss needs
+the old bank. Every rank gathers the global batch and computes the same loss of it (trainer/compat/methods/lce.py), so
+that the maps, their statistics and their gradients are equal on all ranks without an all-reduce.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from trainer.compat.bank.center_bank import BankRows
+from trainer.compat.methods.cross import CrossInputs
+from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.lce import (
+    Pairs,
+    TransformedCompat,
+    boundary_cosines,
+    gather_pairs,
+    half_distance,
+    own_classes,
+)
+from trainer.config import Config
+from trainer.data import Batch
+from trainer.distributed import Ranks, gather_batch, on_main, scale_gradient
+from trainer.head.partition import class_range
+from trainer.models.card import Direction, ModelCard, TransformCard
+from trainer.models.folder import save_model
+from trainer.run.task import DTYPES, StepOutput
+
+
+class CrossModelTask:
+    """The maps alone (a :class:`trainer.run.task.Task`); ``compat.maps`` says which.
+
+    Two collectives a step: the all-gather of the batch's embeddings, and that of its classes' centres where there is a
+    bank.
+
+    Args:
+        config: the run's configuration. inputs: with its ``cross`` part. ranks: who we are.
+    """
+
+    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+        assert inputs.cross is not None
+        self.config, self.inputs, self.ranks, self.cross = config, inputs, ranks, inputs.cross
+        self._dtype = DTYPES[config.train.precision]
+        torch.manual_seed(config.run.seed)
+        self.compat = TransformedCompat(config.compat, self.cross.dim_old, self.cross.dim_new)
+        self.compat.to(ranks.device, self._dtype)
+        self.capacity = -(-config.data.batch_size // ranks.world_size)
+        own = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
+        self._centers, self._rows = _own_rows(self.cross, own.start, own.stop)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """See :class:`trainer.run.task.Task`: ``t21`` and ``t12``."""
+        return {str(direction): module for direction, module in self._maps().items()}
+
+    def _maps(self) -> dict[Direction, nn.Module]:
+        both: dict[Direction, nn.Module | None] = {"t21": self.compat.t21, "t12": self.compat.t12}
+        return {direction: module for direction, module in both.items() if module is not None}
+
+    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
+        """See :class:`trainer.run.task.Task`."""
+        del step, last
+        parts = [source.of(batch).to(self._dtype) for source in (self.cross.new, self.cross.old) if source is not None]
+        whole, labels = gather_batch(torch.cat(parts, 1), batch.labels, self.ranks.world_size, self.capacity)
+        x, e = whole[:, : self.cross.dim_new], whole[:, self.cross.dim_new :]
+        labels = torch.where((x != 0).any(1), labels, -1)  # zero rows: no embedding
+        pairs = self._pairs(labels)
+        if self.cross.old is None:
+            assert pairs is not None
+            loss, report = self.compat(pairs, x)
+        else:
+            known = (labels >= 0) & (e != 0).any(1)
+            loss, report = image_pairs_loss(self.compat, x, e, known, pairs)
+        finite = torch.isfinite(loss.detach())
+        if loss.requires_grad:
+            scale_gradient(loss, factor).backward()
+        return StepOutput({"loss": loss.detach(), **report}, finite)
+
+    def _pairs(self, labels: Tensor) -> Pairs | None:
+        """The classes of the global batch with their centres."""
+        if self._centers is None:
+            return None
+        own = own_classes(labels, self.inputs.num_classes, self.ranks)
+        rows = self._rows[own.to(self._rows.device)].to(labels.device, self._dtype)
+        return gather_pairs(labels, rows, self._centers, self.inputs.num_classes, self.ranks)
+
+    def set_lr(self, lr: float) -> None:
+        """See :class:`trainer.run.task.Task`: the maps are the engine's to update."""
+
+    def apply(self, finite: Tensor) -> None:
+        """See :class:`trainer.run.task.Task`: nothing is held back."""
+
+    def state(self) -> dict[str, Tensor]:
+        """See :class:`trainer.run.task.Task`: nothing beyond the maps."""
+        return {}
+
+    def loaded(self) -> None:
+        """See :class:`trainer.run.task.Task`."""
+
+    def export(self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]) -> None:
+        """See :class:`trainer.run.task.Task`: the maps, with the new model's network where it is known."""
+        on_main(lambda: self._write(folder, weights, step, figures), self.ranks)
+
+    def _write(self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]) -> None:
+        maps = {direction: copy.deepcopy(module) for direction, module in self._maps().items()}
+        for direction, module in maps.items():
+            module.load_state_dict(weights[direction])
+            module.float()
+        cross, dataset, config = self.cross, self.inputs.dataset, self.config
+        assert dataset is not None
+        name, content = self._old_model()
+        known = {
+            "transforms": {direction: self._card(direction) for direction in maps},
+            "mode": "cross-model",
+            "compatible_with": name,
+            "compatible_with_hash": content,
+            "figures": figures,
+        }
+        if cross.model is not None:
+            save_model(folder, cross.model.backbone, cross.model.card.model_copy(update=known), maps)
+            return
+        look = dataset.info
+        card = ModelCard(
+            dim=cross.dim_new,
+            image_size=look.image_size,
+            color=look.color,
+            mean=look.mean,
+            std=look.std,
+            step=step,
+            trained_on=str(dataset.path),
+            classes=self.inputs.num_classes,
+            notes=f"maps alone, from the embeddings {config.compat.new_embeddings}",
+            **known,
+        )
+        save_model(folder, None, card, maps)
+
+    def _card(self, direction: Direction) -> TransformCard:
+        sizes = (self.cross.dim_new, self.cross.dim_old)
+        dim_in, dim_out = sizes if direction == "t21" else sizes[::-1]
+        return TransformCard(config=self.config.compat.transform, dim_in=dim_in, dim_out=dim_out)
+
+    def _old_model(self) -> tuple[str | None, str | None]:
+        """Name and hash of the old model, as far as known."""
+        if self.cross.old is not None and self.cross.old.model is not None:
+            return self.cross.old.model
+        bank = self.cross.bank
+        return (None, None) if bank is None else (bank.info.model, bank.info.model_hash)
+
+
+def _own_rows(cross: CrossInputs, start: int, stop: int) -> tuple[BankRows | None, Tensor]:
+    """This rank's old centres (masked where the new centre is missing), and its new centres (c, D2), else (c, 0)."""
+    if cross.bank is None:
+        return None, torch.empty(stop - start, 0)
+    old = cross.bank.rows(start, stop)
+    if cross.new_bank is None:
+        return old, torch.empty(stop - start, 0)
+    new = cross.new_bank.rows(start, stop)
+    both = BankRows(old.centers, old.boundaries, old.mask & new.mask, old.counts, old.class_ids)
+    return both, new.centers
+
+
+def image_pairs_loss(
+    compat: TransformedCompat, x: Tensor, e: Tensor, known: Tensor, classes: Pairs | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """λ_a L_a + λ_b L_b with the two embeddings of an image as the pairs to align; the same on every rank.
+
+    ``L_a``: mean over the images of ½ [1 − cos(T₂₁(n(x)), e)] + ½ [1 − cos(n(x), T₁₂(n(e)))], or of the one term there
+    is. ``L_b`` as in LCE, over the images whose class has an old centre; 0 without ``classes``.
+
+    Args:
+        x: (B, D2). e: (B, D1). known: (B,) bool, the images that have both embeddings.
+        classes: the batch's classes with their old centres.
+
+    Returns:
+        The loss and ``alignment``, ``boundary`` detached; all 0 with fewer than two known images.
+    """
+    zero = x.new_zeros(())
+    if int(known.sum()) < 2:
+        return zero, {"alignment": zero, "boundary": zero}
+    u, v, unit = normalize(x[known]), normalize(e[known]), not compat.config.authors_formula
+    centers, place, has = _of_images(classes, known, v)
+    terms, bound = [], zero
+    if compat.t21 is not None:
+        mapped = compat.t21(u)
+        terms.append(half_distance(mapped, v, unit))
+        cosines = boundary_cosines(mapped[has], centers[place], unit)
+    if compat.t12 is not None:
+        mapped, mapped_centers = compat.t12(torch.cat([v, centers])).split([len(v), len(centers)])
+        terms.append(half_distance(mapped, u, unit))
+        if compat.t21 is None:
+            cosines = boundary_cosines(u[has], mapped_centers[place], unit)
+    align = torch.stack(terms).mean()
+    if classes is not None and bool(has.any()):
+        bound = (classes.boundaries[classes.place[known][has]] - cosines).clamp_min(0).mean()
+    loss = compat.config.alignment_weight * align + compat.config.boundary_weight * bound
+    return loss, {"alignment": align.detach(), "boundary": bound.detach()}
+
+
+def _of_images(classes: Pairs | None, known: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The old centres (k, D1) of the classes that have one; of the n known images, which belong to one (n,) bool, and
+    where it is among the centres."""
+    if classes is None:
+        none = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+        return like.new_empty(0, like.shape[1]), torch.empty(0, dtype=torch.int64, device=like.device), none
+    place = classes.place[known]
+    has = place >= 0
+    has[has.clone()] = classes.mask[place[has]]
+    return normalize(classes.centers[classes.mask]), torch.cumsum(classes.mask, 0)[place[has]] - 1, has

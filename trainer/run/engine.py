@@ -1,0 +1,397 @@
+"""The loop: data → task → update → log → checkpoint, until the last step or a request to stop.
+
+The order of data, augmentations and drawn classes follow from the seed and the position alone, and torch's generators
+are seeded anew for every step, so that a checkpoint needs to keep no generator: a run continued at the same world size
+repeats the uninterrupted one to the last bit (on CUDA with ``run.deterministic``). The loop waits for the device only
+where a line is logged, and in float16 or with accumulated batches once an update; the head does a few times a step,
+where the number of drawn rows decides the shape of what follows.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint import Checkpoint, Checkpoints, list_checkpoints, load_tensors, read_seal
+from trainer.compat.methods.inputs import Inputs
+from trainer.config import Config
+from trainer.data import Batch, Loader, build_loader
+from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
+from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
+from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
+from trainer.run.arcface_start import backbone_momentum
+from trainer.run.cross_model import CrossModelTask
+from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, read_summary, write_beside
+from trainer.run.monitor import Monitor
+from trainer.run.optim import Average, LossScale, Statistics, learning_rate
+from trainer.run.startup import identity, prepare, together
+from trainer.run.task import Embeds, Task, TrainTask
+from trainer.run.watch import Vote, Watch
+from trainer.run.zero import build_updater
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one batch: dropout and the like depend on nothing that would have to be saved."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) % (1 << 63)
+    torch.manual_seed(mixed)
+
+
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins with ``prefix``, named by what follows it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+class RunState:
+    """What a run is at one moment: everything that decides its next step, and nothing else.
+
+    Attributes:
+        step: updates made or skipped.
+        skipped: updates skipped in all; streak: in a row. int64 scalars on the device.
+    """
+
+    def __init__(self, config: Config, task: Task, loader: Loader, ranks: Ranks) -> None:
+        self.task, self.loader = task, loader
+        self.step = 0
+        self.updater = build_updater(task.modules(), getattr(task, "network", None), config.optimizer)
+        half = config.train.precision == "float16"
+        self.scale = LossScale(2.0**16 if half else 1.0, not half, ranks.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.streak = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.average = Average(task.modules(), config.train.ema) if config.train.ema else None
+        if config.optimizer.start_momentum and config.backbone.weights is not None:
+            momentum = backbone_momentum(config.backbone.weights)
+            self.updater.start({f"backbone.{name}/momentum_buffer": value for name, value in momentum.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """name → tensor of the whole state, to save and to load into."""
+        out = {"skipped": self.skipped, "streak": self.streak}
+        for name, weights in self.updater.weights().items():
+            out |= {f"module.{name}.{k}": v for k, v in weights.items()}
+        for name, weights in (self.average.values if self.average else {}).items():
+            out |= {f"average.{name}.{k}": v for k, v in weights.items()}
+        out |= {f"optimizer.{k}": v for k, v in self.updater.state().items()}
+        out |= {f"task.{k}": v for k, v in self.task.state().items()}
+        return out | {f"scale.{k}": v for k, v in self.scale.state().items()}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint. Raises :class:`trainer.errors.CheckpointError` when it is of another run."""
+        tensors = self.tensors()
+        load_tensors(checkpoint, tensors)
+        self.updater.loaded(below(tensors, "module."), below(tensors, "optimizer."))
+        self.task.loaded()
+        self.loader.load_state_dict(checkpoint.seal["loader"])
+        self.step = checkpoint.step
+
+
+class Engine:
+    """One run on this rank: the parts put together, and the loop.
+
+    Args:
+        config: the run's configuration.
+        ranks: who we are.
+        inputs: the checked inputs (:func:`trainer.run.startup.prepare`).
+        task: what is trained.
+        loader: gives this rank its slice of every global batch.
+        evaluation: what is measured meanwhile, if anything.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        inputs: Inputs,
+        task: Task,
+        loader: Loader,
+        evaluation: PeriodicEvaluation | None = None,
+    ) -> None:
+        self.config, self.ranks, self.inputs, self.task = config, ranks, inputs, task
+        self.state = RunState(config, task, loader, ranks)
+        self.statistics = Statistics(task.modules().values(), ranks.world_size)
+        accumulate = config.train.accumulate
+        self.steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch / accumulate)
+        self.epoch_steps = loader.steps_per_epoch / accumulate
+        self.folder = config.run.dir
+        self.evaluation = evaluation
+        if evaluation is not None and not isinstance(task, Embeds):
+            raise ConfigError("evaluate: this run trains no network that embeds images; remove evaluate.sets")
+        old = None if evaluation is None else evaluation.old
+        if old is not None and old.dim != config.backbone.dim and not {"t21", "t12"} & task.modules().keys():
+            raise ConfigError(
+                f"evaluate.old = {config.evaluate.old}: dimension {old.dim}, backbone.dim is {config.backbone.dim}, "
+                "and this run trains no map between them; remove it, or use compat.mode backward, forward or both"
+            )
+        self._saved_step = -1
+        self._figures: dict[str, float] = {}
+
+    def update(self, batches: Iterator[Batch], monitor: Monitor, watch: Watch) -> dict[str, float | Tensor]:
+        """One update from ``train.accumulate`` batches; what there is to log about it."""
+        state, count = self.state, self.config.train.accumulate
+        lr = learning_rate(self.config.schedule, self.config.optimizer.lr, state.step, self.steps)
+        self.task.set_lr(lr)
+        self.statistics.remember()
+        state.updater.zero_grad()
+        finite = torch.ones((), dtype=torch.bool, device=self.ranks.device)
+        for part in range(count):
+            watch.at(state.step, "data")
+            with monitor.waiting_for_data():
+                batch = next(batches)
+            monitor.count(len(batch.labels))
+            watch.at(state.step, "forward")
+            number = state.step * count + part
+            seed_step(self.config.run.seed, number, self.ranks.rank)
+            out = self.task.compute(batch, number, part == count - 1, state.scale.value / count)
+            finite = finite & out.finite
+        watch.at(state.step, "update")
+        norm = state.updater.gradient_norm()
+        finite = finite & norm.isfinite()
+        state.updater.step(lr, norm, finite, state.scale.value)
+        self.task.apply(finite)
+        self._settle(finite)
+        scale = state.scale.value.clone()
+        state.scale.update(finite)
+        state.step += 1
+        values: dict[str, float | Tensor] = {"epoch": state.step / self.epoch_steps, **out.report}
+        values |= {"lr": lr, "grad_norm": norm / scale}
+        return values if state.scale.fixed else {**values, "loss_scale": scale}
+
+    def _settle(self, finite: Tensor) -> None:
+        """What follows an update: running statistics, counters of skipped updates, moving averages."""
+        state = self.state
+        self.statistics.settle(finite)
+        state.skipped += ~finite
+        state.streak.copy_(torch.where(finite, 0, state.streak + 1))
+        if state.average is not None:
+            state.average.update()
+
+    def run(self, checkpoints: Checkpoints, monitor: Monitor, watch: Watch) -> int:
+        """The loop. Returns the signal that stopped it (0 when it came to the end).
+
+        Raises:
+            TrainingError: too many updates in a row were not finite.
+            CheckpointError: two checkpoints in a row could not be written.
+        """
+        state, vote, every = self.state, Vote(), self.config.checkpoint.every_steps
+        batches = state.loader.batches()
+        answer: list[int] | None = None
+        while state.step < self.steps and not (answer and answer[0]):
+            values = self.update(batches, monitor, watch)
+            self._figures = self.evaluate(monitor, watch)
+            values |= self._figures
+            if self._figures or monitor.due(state.step):
+                watch.at(state.step, "log")
+                self._log(monitor, values)
+            monitor.advance(state.step)
+            watch.at(state.step, "save")
+            if answer and answer[1] == 1:
+                checkpoints.settle()
+            if every and state.step % every == 0 and state.step < self.steps:
+                self.save(checkpoints)
+            answer = vote.cast(watch.stop_signal, checkpoints.saving * (1 if checkpoints.idle else 2))
+        watch.at(state.step, "save")
+        self.save(checkpoints)
+        checkpoints.settle()
+        if checkpoints.failures:  # no next one will make up for it
+            self._saved_step = -1
+            self.save(checkpoints)
+            checkpoints.settle()
+        return answer[0] if answer and state.step < self.steps else 0
+
+    def evaluate(self, monitor: Monitor, watch: Watch) -> dict[str, float]:
+        """The figures of the present network, when it is time for them."""
+        evaluation, task, state = self.evaluation, self.task, self.state
+        if evaluation is None or (state.step % evaluation.config.every_steps and state.step != self.steps):
+            return {}
+        assert isinstance(task, Embeds)
+        watch.at(state.step, "evaluate")
+        with monitor.pausing():
+            model = task.model(self.weights(), state.step)
+            return evaluation.measure(model, lambda: watch.at(state.step, "evaluate"))
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """module → the weights to hand over: the moving average where one is kept. Collective."""
+        return self.state.updater.weights() if self.state.average is None else self.state.average.values
+
+    def _log(self, monitor: Monitor, values: dict[str, float | Tensor]) -> None:
+        line = monitor.log(self.state.step, {**values, "skipped_steps": self.state.skipped})
+        limit, streak = self.config.train.max_nonfinite_steps, int(self.state.streak)
+        if streak > limit:
+            raise TrainingError(
+                f"{streak} updates in a row were not finite up to step {self.state.step} (loss {line['loss']}); they "
+                "changed nothing. Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
+                f"(limit: train.max_nonfinite_steps={limit})"
+            )
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Begin a checkpoint of the present state, unless this very state is saved already."""
+        if self._saved_step == self.state.step:
+            return
+        self._saved_step = self.state.step
+        seal = {
+            "step": self.state.step,
+            "steps": self.steps,
+            "loader": self.state.loader.state_dict(),
+            "world_size": self.ranks.world_size,
+            "identity": identity(self.config, self.inputs),
+            "num_classes": self.inputs.num_classes,
+            "old_model": list(self.inputs.old_model),
+            "figures": self._figures,
+            "config": self.config.model_dump(mode="json"),
+            "time": time.time(),
+        }
+        checkpoints.save(self.state.tensors(), seal)
+
+    def resume(self, checkpoints: Checkpoints) -> str:
+        """Continue from the newest whole checkpoint, if there is one; says what was done, for people."""
+        if self.config.checkpoint.resume == "never":
+            if broadcast_object(any(self.folder.glob("checkpoints/step-*"))):
+                raise ConfigError(
+                    f"run.dir = {self.folder}: has checkpoints and checkpoint.resume=never; choose another"
+                )
+            return "starting"
+        checkpoint = checkpoints.newest()
+        if checkpoint is None:
+            return "starting"
+        self.check_origin(checkpoint)
+        self._check_updates(checkpoint)
+        self.state.load(checkpoint)
+        self._saved_step = self.state.step
+        return f"continuing from {checkpoint.folder} (written by {checkpoint.seal['world_size']} ranks)"
+
+    def check_origin(self, checkpoint: Checkpoint) -> None:
+        """Raise :class:`trainer.errors.CheckpointError` when a checkpoint was taken with other data."""
+        before, now = checkpoint.seal["identity"], identity(self.config, self.inputs)
+        for name in ("data set", "normalisation", "centre bank", "old embeddings", "models"):
+            if name in before and before[name] != now[name]:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: was taken with another {name} ({before[name]}, now {now[name]}); choose "
+                    "another run.dir"
+                )
+
+    def _check_updates(self, checkpoint: Checkpoint) -> None:
+        """Raise :class:`CheckpointError` when the updates made do not count as those to come, in a run by epochs."""
+        if self.config.train.steps is not None:
+            return
+        before, now = checkpoint.seal["config"], self.config
+        pairs = {
+            "data.batch_size": (before["data"]["batch_size"], now.data.batch_size),
+            "train.accumulate": (before["train"]["accumulate"], now.train.accumulate),
+        }
+        for key, (was, wanted) in pairs.items():
+            if was != wanted:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: was taken with {key}={was}, now {wanted}: its {checkpoint.step} updates are "
+                    f"other epochs then; use {key}={was}, or give train.steps instead of train.epochs"
+                )
+
+
+def train(config: Config, ranks: Ranks) -> RunSummary:
+    """Train as configured; all ranks call it. Starts, continues, or finds that the run is finished and does nothing.
+
+    Raises:
+        LceError: the input is wrong (nothing has been written then), checkpoints are damaged, the loss diverges.
+    """
+    began = time.perf_counter()
+    inputs = prepare(config, ranks)
+    evaluation = together(lambda: open_periodic(config.evaluate, inputs.image_size, ranks))
+    images = inputs.cross is None or inputs.cross.images
+    loader = together(lambda: build_loader(config, inputs.dataset, ranks, images))
+    try:
+        kind = TrainTask if inputs.cross is None else CrossModelTask
+        try:
+            task: Task = kind(config, inputs, ranks)
+        except LceError as error:  # each rank reads its own classes' part of the files
+            error.add_note(f"while rank {ranks.rank} prepared its classes")
+            raise
+        engine = Engine(config, ranks, inputs, task, loader, evaluation)
+        done = on_main(lambda: _finished(engine), ranks)
+        if done is not None:
+            return done
+        return _train(engine, began)
+    finally:
+        loader.close()
+
+
+def _train(engine: Engine, began: float) -> RunSummary:
+    config, ranks, folder = engine.config, engine.ranks, engine.folder
+    warnings: list[str] = []
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, ranks, warnings.append)
+    checkpoints.clean()
+    started = engine.resume(checkpoints)
+    changes = on_main(lambda: open_folder(config), ranks)
+    warnings += [f"{folder}: changed since the last start: {change}" for change in changes]
+    opened = together(lambda: Monitor(folder, config.log, ranks, engine.steps, engine.state.step))
+    with Watch(folder / "ranks", ranks, config.run.timeout_seconds) as watch, opened as monitor:
+        checkpoints.notify = monitor.say
+        for line in (
+            *warnings,
+            f"{folder}: {started}, step {engine.state.step} of {engine.steps}, {ranks.world_size} ranks",
+        ):
+            monitor.say(line)
+        try:
+            stopped = engine.run(checkpoints, monitor, watch)
+        except Exception as error:
+            error.add_note(watch.explain(error))
+            raise
+        bad: dict[int, str] = {}
+        for met in gather_objects(engine.state.loader.bad_records):
+            bad |= met
+        for record in sorted(bad)[:10]:
+            monitor.say(f"damaged record passed over: {bad[record]}")
+        summary = RunSummary(
+            "interrupted" if stopped else "finished",
+            stopped,
+            str(folder),
+            engine.state.step,
+            engine.steps,
+            int(engine.state.skipped),
+            round(time.perf_counter() - began, 3),
+            monitor.last,
+            len(bad),
+        )
+        if stopped:
+            monitor.say(
+                f"{folder}: stopped by {signal.Signals(stopped).name} at step {summary.step}; "
+                "the same command continues"
+            )
+        else:
+            _finish(engine, summary)
+            monitor.say(f"{folder}: finished, {summary.step} steps, model in {folder / 'model'}")
+    return summary
+
+
+def _finished(engine: Engine) -> RunSummary | None:
+    """The summary of a run that has made all its steps, and a word to people; None: there is something to do.
+
+    Raises:
+        CheckpointError: it was made with other data.
+    """
+    folder = engine.folder
+    summary = read_summary(folder, engine.steps)
+    if summary is None:
+        return None
+    for checkpoint in list_checkpoints(folder / "checkpoints")[-1:]:
+        try:
+            found = Checkpoint(checkpoint, read_seal(checkpoint))
+        except CheckpointError:
+            continue  # nothing is continued from it
+        engine.check_origin(found)
+    print(f"{folder}: finished already, {summary.step} steps; nothing to do", file=sys.stderr)
+    for change in changes_since(folder / "config.yaml", engine.config):
+        print(
+            f"{folder}: it was made with another setting, {change}; choose another run.dir to use it", file=sys.stderr
+        )
+    return summary
+
+
+def _finish(engine: Engine, summary: RunSummary) -> None:
+    """Export the model and write the summary, which marks the run as finished."""
+    figures = {k: float(v) for k, v in summary.last.items() if isinstance(v, int | float)}
+    engine.task.export(engine.folder / "model", engine.weights(), summary.step, figures)
+    on_main(lambda: write_beside(engine.folder / SUMMARY, json.dumps(asdict(summary), indent=1)), engine.ranks)
+    barrier()

@@ -1,0 +1,91 @@
+"""The run folder: its configuration, what changed since the last start, and the summary that marks it as finished."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from trainer.config import Config, dump_config
+from trainer.errors import ConfigError
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a call of :func:`train` ended.
+
+    Attributes:
+        status: ``finished``, or ``interrupted`` with a checkpoint; the same call continues.
+        signal: the signal that interrupted, else 0.
+        dir: the run folder.
+        step: updates made in all; ``steps`` is how many the run has.
+        skipped_steps: updates left out because loss or gradients were not finite.
+        seconds: wall time of this process's part.
+        last: the last logged line.
+        bad_records: damaged records that any rank met in this part, each replaced by a sound one.
+    """
+
+    status: Literal["finished", "interrupted"]
+    signal: int
+    dir: str
+    step: int
+    steps: int
+    skipped_steps: int
+    seconds: float
+    last: dict[str, Any]
+    bad_records: int = 0
+
+
+def open_folder(config: Config) -> list[str]:
+    """Make the run folder, keep the resolved configuration, and forget the notes of an earlier attempt's ranks.
+
+    Returns:
+        What has changed in the configuration since the last start, for people.
+    """
+    try:
+        folder = config.run.dir
+        changes = changes_since(folder / "config.yaml", config)
+        (folder / "ranks").mkdir(parents=True, exist_ok=True)
+        for note in (folder / "ranks").iterdir():
+            note.unlink()
+        write_beside(folder / "config.yaml", dump_config(config))
+        return changes
+    except OSError as error:
+        raise ConfigError(f"run.dir = {config.run.dir}: cannot be written: {error.strerror}") from None
+
+
+def changes_since(before: Path, config: Config) -> list[str]:
+    """The settings that differ from those the folder was last run with, as ``key: old → new``."""
+    if not before.exists():
+        return []
+    old = _flat(yaml.safe_load(before.read_text()))
+    new = _flat(yaml.safe_load(dump_config(config)))
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def read_summary(folder: Path, steps: int) -> RunSummary | None:
+    try:
+        summary = RunSummary(**json.loads((folder / SUMMARY).read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / SUMMARY}: not a summary of a run: {error}; remove it to continue the run"
+        ) from None
+    return summary if summary.step >= steps else None
+
+
+def write_beside(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text)
+    beside.replace(path)

@@ -1,0 +1,260 @@
+"""What is shown and written while training, on rank 0: a progress bar, ``log.jsonl`` and writers such as TensorBoard.
+
+``log.jsonl`` holds one JSON object a logged step; :data:`FIELDS` says what the numbers are. A continued run drops the
+lines after the checkpoint that it continues from, so that every step is there once.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+from torch.profiler import profile
+
+from trainer.config import LogConfig
+from trainer.distributed import COMMUNICATION, Ranks, peak_memory_bytes
+from trainer.errors import ConfigError
+from trainer.run.writers import Writer, open_writers
+
+FIELDS = {
+    "step": "updates made so far",
+    "epoch": "passes over the data so far",
+    "loss": "the whole loss of the step's (last) batch, mean over the global batch",
+    "classification": "margin softmax loss",
+    "alignment": "mean of 1 − cos(w_j, o_j) over the classes with an old centre",
+    "alignment_mse": "the same in the paper's unit, mean over the D dimensions: 2 · alignment / D",
+    "boundary": "boundary loss",
+    "target_cosine": "mean cosine of the samples with their own class",
+    "lr": "learning rate of the backbone",
+    "grad_norm": "2-norm of the modules' gradients, before clipping",
+    "loss_scale": "float16's factor on gradients",
+    "skipped_steps": "updates left out so far because loss or gradients were not finite",
+    "samples_per_second": "over all ranks, since the line before",
+    "step_seconds": "mean time of an update since the line before",
+    "data_share": "share of that time in which rank 0 waited for data",
+    "SET.metric": "what the section ``evaluate`` asks for; see trainer/evaluation/periodic.py",
+    "communication_share": "share of that time in collectives outside the backbone's own, waiting for others included",
+    "memory_bytes": "largest so far on rank 0: device memory on CUDA, resident memory on the CPU",
+    "seconds": "since the start of this process's training",
+}
+
+
+class Monitor:
+    """Progress, JSONL and further writers on rank 0; on every other rank it does nothing.
+
+    Args:
+        folder: the run folder (exists).
+        config: which of them, and how often.
+        ranks: who we are.
+        steps: the run's updates in all.
+        start: the step the run continues from; later lines of an earlier attempt are dropped.
+
+    Raises:
+        ConfigError: the log or another writer's files cannot be opened.
+    """
+
+    def __init__(self, folder: Path, config: LogConfig, ranks: Ranks, steps: int, start: int) -> None:
+        self.config, self.ranks, self.steps = config, ranks, steps
+        self.last: dict[str, Any] = {}
+        self._began = self._mark = time.perf_counter()
+        self._mark_step, self._samples, self._waited = start, 0, 0.0
+        COMMUNICATION.reset()
+        self.folder = folder
+        self._profile: profile | None = None
+        self._log: BinaryIO | None = None
+        self._unwritten, self._refused = b"", False
+        self._writers: dict[str, Writer] = {}
+        self._progress: Progress | None = None
+        self._bar: TaskID | None = None
+        if not ranks.is_main:
+            return
+        try:
+            truncate_log(folder / "log.jsonl", start)
+            self._log = (folder / "log.jsonl").open("ab", buffering=0)
+            self._writers = dict(open_writers(config, folder, start))
+        except OSError as error:
+            raise ConfigError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
+        if config.progress:
+            self._progress = _progress_bar()
+            self._bar = self._progress.add_task("training", total=steps, completed=start, figures="")
+
+    def __enter__(self) -> "Monitor":
+        if self._progress is not None:
+            self._progress.start()
+        if self.config.profile is not None:
+            self._trace(self._mark_step, *self.config.profile)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._profile is not None:  # the training ended before the last update that was to be traced
+            self._export_trace(self._profile)
+        if self._log is not None:
+            self._write_log("")
+            self._log.close()
+        for name in list(self._writers):
+            self._try(name, lambda writer: writer.close())
+
+    def _try(self, name: str, action: Callable[[Writer], None]) -> None:
+        """What other people's code does must not end a training: a writer that fails is named and dropped."""
+        try:
+            action(self._writers[name])
+        except Exception as error:
+            del self._writers[name]
+            self.say(f"log: {name} failed and is written to no more: {error}")
+
+    def say(self, message: str) -> None:
+        """A line for people, on standard error (rank 0 only)."""
+        if self._progress is not None:
+            self._progress.console.print(message, highlight=False, markup=False)
+        elif self.ranks.is_main:
+            print(message, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around the fetching of a batch: its time counts as data wait."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Around what is no training: its time counts neither as an update's nor against the samples per second."""
+        start, communicated = time.perf_counter(), COMMUNICATION.take()
+        yield
+        self._mark += time.perf_counter() - start
+        COMMUNICATION.reset(communicated)
+
+    def count(self, samples: int) -> None:
+        """Samples that this rank has been given."""
+        self._samples += samples
+
+    def due(self, step: int) -> bool:
+        """Whether the update that ends at ``step`` is logged: the first, every n-th and the last."""
+        return step == 1 or step % self.config.every_steps == 0 or step == self.steps
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar, and begin or end the trace of ``log.profile``."""
+        if self.config.profile is not None:
+            self._trace(step, *self.config.profile)
+        if self._progress is not None and self._bar is not None:
+            self._progress.update(self._bar, completed=step)
+
+    def _trace(self, step: int, first: int, last: int) -> None:
+        if self._profile is None and first <= step + 1 <= last:
+            self._profile = profile(record_shapes=True)
+            self._profile.start()
+        elif self._profile is not None and step >= last:
+            self._export_trace(self._profile)
+
+    def _export_trace(self, trace: profile) -> None:
+        self._profile = None
+        trace.stop()
+        place = self.folder / "profile" / f"rank-{self.ranks.rank:05d}.json"
+        try:
+            place.parent.mkdir(exist_ok=True)
+            trace.export_chrome_trace(str(place))
+        except (OSError, RuntimeError) as error:
+            self.say(f"log.profile: {place} cannot be written: {error}")
+
+    def log(self, step: int, values: dict[str, float | Tensor]) -> dict[str, Any]:
+        """Write one line; the tensors among ``values`` are read here, which waits for the device.
+
+        Returns:
+            The line, as written (also on the ranks that write nothing).
+        """
+        numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
+        now = time.perf_counter()
+        elapsed, updates = now - self._mark, max(1, step - self._mark_step)
+        line: dict[str, Any] = {
+            "step": step,
+            **numbers,
+            "samples_per_second": round(self._samples * self.ranks.world_size / max(elapsed, 1e-9), 1),
+            "step_seconds": round(elapsed / updates, 6),
+            "data_share": round(min(1.0, self._waited / max(elapsed, 1e-9)), 4),
+            "communication_share": round(min(1.0, COMMUNICATION.take() / max(elapsed, 1e-9)), 4),
+            "memory_bytes": peak_memory_bytes(self.ranks.device),
+            "seconds": round(now - self._began, 3),
+        }
+        self._mark, self._mark_step, self._samples, self._waited = now, step, 0, 0.0
+        self.last = line
+        self._write_log(json.dumps(line) + "\n")
+        figures = {key: value for key, value in line.items() if key not in ("step", "seconds")}
+        for name in list(self._writers):
+            self._try(name, lambda writer: writer.write(step, figures))
+        if self._progress is not None and self._bar is not None:
+            self._progress.update(self._bar, figures=_figures(line))
+        return line
+
+    def _write_log(self, text: str) -> None:
+        """Append to ``log.jsonl``; what a full disk refuses is kept and written with the next line."""
+        if self._log is None:
+            return
+        self._unwritten += text.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._log.write(self._unwritten) :]
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                self.say(f"log.jsonl cannot be written: {error.strerror}; its lines are kept and tried again")
+            self._refused = True
+
+
+def truncate_log(path: Path, last_step: int) -> None:
+    """Keep the lines of ``log.jsonl`` up to ``last_step``; a torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            if json.loads(text)["step"] <= last_step:
+                kept.append(text + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    beside = path.with_suffix(".partial")
+    beside.write_text("".join(kept))
+    beside.replace(path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``log.jsonl``."""
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def _figures(line: dict[str, Any]) -> str:
+    shown = [f"loss {line['loss']:.3f}"]
+    if "alignment" in line:
+        shown.append(f"align {line['alignment']:.3f}")
+    return " · ".join([*shown, f"{line['samples_per_second']:.0f} img/s", f"data {line['data_share']:.0%}"])
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=Console(stderr=True),
+        refresh_per_second=4,
+    )

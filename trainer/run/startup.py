@@ -1,0 +1,237 @@
+"""What is checked before anything is written: the inputs, the run folder, and that all ranks agree."""
+
+import hashlib
+import platform
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from trainer import __version__
+from trainer.compat.bank.center_bank import CenterBank
+from trainer.compat.methods.cross import open_cross
+from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
+from trainer.config import Config, dump_config
+from trainer.data import Dataset, DatasetInfo, open_dataset
+from trainer.distributed import Ranks, agree, gather_objects, on_main
+from trainer.errors import CenterBankError, ConfigError, DataError, LceError
+from trainer.files import why_unwritable
+from trainer.networks import build_backbone
+from trainer.networks.weights import matching_weights
+from trainer.run import zero
+from trainer.run.arcface_start import head_rows
+from trainer.run.writers import check_writers
+
+T = TypeVar("T")
+
+SHARED_SECONDS = 15.0
+"""How long a rank waits to see a file of rank 0's: network file systems take a moment."""
+
+
+def prepare(config: Config, ranks: Ranks) -> Inputs:
+    """Open and check everything a user can get wrong; all ranks call it and all raise when one does.
+
+    Raises:
+        LceError: the first problem of the lowest rank that has one: :class:`DataError` (missing, empty, labels out of
+            range), :class:`CenterBankError` (another dimension or class count), :class:`ConfigError` (more ranks than
+            classes, unknown backbone, run folder not writable or not shared, ranks that do not agree).
+    """
+    inputs = together(lambda: _open(config, ranks))
+    check_agreement(identity(config, inputs))
+    check_shared(config.run.dir, ranks)
+    return inputs
+
+
+def together(action: Callable[[], T]) -> T:
+    """Do something on every rank that may fail on some; all ranks raise the lowest such rank's :class:`LceError`."""
+    result: list[T] = []
+    problem: LceError | None = None
+    try:
+        result.append(action())
+    except LceError as error:
+        problem = error
+    agree(problem)
+    return result[0]
+
+
+def _open(config: Config, ranks: Ranks) -> Inputs:
+    check_writers(config.log)
+    if config.data.loader == "synthetic":
+        dataset, classes = None, config.data.synthetic_classes
+        size = (config.data.synthetic_size, config.data.synthetic_size)
+    else:
+        assert config.data.path is not None
+        dataset = open_dataset(config.data.path, config.data.labels)
+        classes, size = dataset.num_classes, dataset.info.image_size
+        if len(dataset.kept) == 0:
+            raise DataError(f"{dataset.path}: no record to train on (all labels are −1, or the data set is empty)")
+    if ranks.world_size > classes:
+        raise ConfigError(
+            f"{ranks.world_size} ranks for {classes} classes: a rank would own none; start at most {classes}"
+        )
+    if config.compat.mode == "cross-model":
+        cross = open_cross(config, dataset, ranks.device)
+        if ranks.is_main:
+            check_writable(config.run.dir)
+        return Inputs(dataset, classes, size, None, None, cross)
+    bank = (
+        None if config.compat.method == "none" or config.compat.bank is None else _open_bank(config, classes, dataset)
+    )
+    old = _open_old(config, dataset, size, ranks)
+    if config.compat.method not in ("none", "lce"):
+        _check_rival(config, bank, old)
+    with torch.device("meta"):
+        backbone = build_backbone(config.backbone, size)
+    zero.check(config)
+    _check_sync(config, ranks)
+    if config.head.weights is not None:
+        if config.head.sub_centers > 1:
+            raise ConfigError("head.weights: one row per class; use head.sub_centers=1")
+        head_rows(config.head.weights, classes, config.backbone.dim)
+    if config.backbone.weights is not None:
+        matching_weights(backbone, config.backbone.weights)
+    if ranks.is_main:
+        check_writable(config.run.dir)
+    return Inputs(dataset, classes, size, bank, old)
+
+
+def _open_bank(config: Config, classes: int, dataset: Dataset | None) -> CenterBank:
+    if config.compat.mode != "direct" and config.head.sub_centers > 1:
+        raise ConfigError(
+            f"compat.mode = {config.compat.mode} with head.sub_centers = {config.head.sub_centers}: an old centre has "
+            "no single new row to align with; use head.sub_centers=1"
+        )
+    assert config.compat.bank is not None
+    bank = CenterBank.open(config.compat.bank)
+    bank.check_classes(classes, dataset, "compat.bank")
+    if config.compat.method == "lce" and config.compat.mode == "direct" and bank.dim != config.backbone.dim:
+        raise CenterBankError(
+            f"{config.compat.bank}: dimension {bank.dim}, backbone.dim is {config.backbone.dim}; "
+            f"direct mode needs backbone.dim={bank.dim}; backward, forward and both map between the two dimensions"
+        )
+    return bank
+
+
+def _open_old(config: Config, dataset: Dataset | None, size: tuple[int, int], ranks: Ranks) -> OldEmbeddings | None:
+    compat = config.compat
+    if compat.method in ("none", "lce", "bct"):
+        return None
+    if compat.old_model is not None:
+        look = dataset.info if dataset is not None else DatasetInfo()
+        return ModelEmbeddings(compat.old_model, look, size, ranks.device)
+    assert compat.old_embeddings is not None
+    return StoredEmbeddings(compat.old_embeddings, config.data.synthetic_records if dataset is None else len(dataset))
+
+
+def _check_rival(config: Config, bank: CenterBank | None, old: OldEmbeddings | None) -> None:
+    """What the methods beside LCE ask for: no mode, and one dimension, unless a map is trained."""
+    method, dim = config.compat.method, config.backbone.dim
+    if config.compat.mode != "direct":
+        raise ConfigError(f"compat.mode = {config.compat.mode}: only compat.method=lce has modes; remove it")
+    if bank is not None and old is not None and bank.dim != old.dim:
+        raise ConfigError(f"{config.compat.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")
+    theirs = old.dim if old is not None else bank.dim if bank is not None else dim
+    if method != "fct" and theirs != dim:
+        raise ConfigError(
+            f"compat.method = {method}: the old model's dimension is {theirs}, backbone.dim is {dim}; it compares them "
+            f"as they are: use backbone.dim={theirs}, or a method with a map (fct; lce with compat.mode=backward)"
+        )
+    if method == "mixbct" and config.head.margin.name in ("adaface", "magface"):
+        raise ConfigError(
+            f"head.margin.name = {config.head.margin.name}: it reads the embeddings' norms, which mixbct makes 1; "
+            "use cosface or arcface"
+        )
+
+
+def _check_sync(config: Config, ranks: Ranks) -> None:
+    if not config.train.sync_batchnorm:
+        return
+    if ranks.device.type != "cuda":
+        raise ConfigError("train.sync_batchnorm: torch has it on CUDA only; remove it, or run on GPUs")
+    if not config.data.drop_last or config.data.batch_size < 2 * ranks.world_size:
+        raise ConfigError(
+            "train.sync_batchnorm: every rank must have two samples in every batch; set data.drop_last=true and "
+            f"data.batch_size to at least {2 * ranks.world_size}"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise :class:`ConfigError` unless files can be made in ``folder`` (or it can be made); leaves nothing behind."""
+    reason = why_unwritable(folder)
+    if reason is not None:
+        raise ConfigError(f"run.dir = {folder}: {reason}; choose another run.dir")
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise :class:`ConfigError` on every rank unless all of them see what rank 0 writes in ``folder`` (or, where it is
+    still to be made, in the folder that is there); leaves nothing behind."""
+    if ranks.world_size == 1:
+        return
+    places = [folder.absolute(), *folder.absolute().parents]
+
+    def write() -> tuple[int, str]:
+        level, name = next(i for i, place in enumerate(places) if place.is_dir()), f".shared-{uuid.uuid4().hex}"
+        (places[level] / name).touch()
+        return level, name
+
+    level, name = on_main(write, ranks)
+    mark = places[level] / name
+
+    def look() -> None:
+        end = time.monotonic() + SHARED_SECONDS
+        while not mark.exists():
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"run.dir = {folder}: rank {ranks.rank} on {socket.gethostname()} does not see what rank 0 writes "
+                    "there; choose a folder on a file system that all machines share"
+                )
+            time.sleep(0.2)
+
+    try:
+        together(look)
+    finally:
+        if ranks.is_main:
+            mark.unlink(missing_ok=True)
+
+
+def identity(config: Config, inputs: Inputs) -> dict[str, str]:
+    """What has to be the same on all ranks: configuration, data, code and versions, each as a short text."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "configuration": hashlib.sha256(dump_config(config).encode()).hexdigest()[:16],
+        "data set": inputs.dataset.fingerprint if inputs.dataset else _synthetic(config),
+        "normalisation": repr((inputs.dataset.info.mean, inputs.dataset.info.std)) if inputs.dataset else "none",
+        "centre bank": inputs.bank.fingerprint if inputs.bank else "none",
+        "old embeddings": inputs.old.fingerprint if inputs.old else "none",
+        "models": inputs.cross.fingerprint if inputs.cross else "none",
+        "trainer version": __version__,
+        "trainer code": code.hexdigest()[:16],
+        "torch version": torch.__version__,
+        "python version": platform.python_version(),
+    }
+
+
+def _synthetic(config: Config) -> str:
+    data = config.data
+    return f"synthetic {data.synthetic_records} of {data.synthetic_classes} classes, {data.synthetic_size} pixels"
+
+
+def check_agreement(mine: dict[str, str]) -> None:
+    """Raise :class:`ConfigError` on every rank when one differs from rank 0; names rank, host and both values."""
+    everyone = gather_objects((socket.gethostname(), mine))
+    first_host, first = everyone[0]
+    for rank, (host, theirs) in enumerate(everyone):
+        for key, value in first.items():
+            if theirs.get(key) != value:
+                raise ConfigError(
+                    f"rank {rank} on {host} has another {key} ({theirs.get(key)}) than rank 0 on {first_host} "
+                    f"({value}); "
+                    "start all ranks from the same code, configuration and data"
+                )
