@@ -35,6 +35,9 @@ from trainer.run.task import Embeds, Task, TrainTask
 from trainer.run.watch import Vote, Watch
 from trainer.run.zero import build_updater
 
+NO_NORM = 1e-12
+"""A map's vector of at most this norm has no direction (torch's ``normalize`` leaves it as good as zero)."""
+
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators for one batch: dropout and the like depend on nothing that would have to be saved."""
@@ -226,6 +229,13 @@ class Engine:
                 "changed nothing. Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
                 f"(limit: train.max_nonfinite_steps={limit})"
             )
+        for name, key in (("T₂₁", "t21_norm"), ("T₁₂", "t12_norm")):
+            if line.get(key, 1.0) <= NO_NORM:
+                raise TrainingError(
+                    f"compat.transform.name = {self.config.compat.transform.name}: {name} gives vectors of norm "
+                    f"{line[key]:.3g} at step {self.state.step}, which cannot be compared; lower optimizer.lr, or choose "
+                    "another compat.transform.name"
+                )
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Begin a checkpoint of the present state, unless this very state is saved already."""
