@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tools import cli
-from tools.benchmarks import compat, compat_lab
+from tools.results import compat, compat_lab
 from trainer.data import open_dataset
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
