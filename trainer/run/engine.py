@@ -242,8 +242,8 @@ class Engine:
             if line.get(key, 1.0) <= NO_NORM:
                 raise TrainingError(
                     f"compat.transform.name = {self.config.compat.transform.name}: {name} gives vectors of norm "
-                    f"{line[key]:.3g} at step {self.state.step}, which cannot be compared; lower optimizer.lr, or choose "
-                    "another compat.transform.name"
+                    f"{line[key]:.3g} at step {self.state.step}, which cannot be compared; lower optimizer.lr, or "
+                    "choose another compat.transform.name"
                 )
 
     def save(self, checkpoints: Checkpoints) -> None:

@@ -31,8 +31,8 @@ class Fct(WithOld):
         return {"t12": self.t12}
 
     def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :class:`CompatMethod`: ``map`` is 1 − cos(T₁₂(old), new), ``t12_norm`` the smallest norm that T₁₂ gave; 0 with fewer than two images (batch
-        statistics need two). The backbone gets no gradient of it."""
+        """See :class:`CompatMethod`: ``map`` is 1 − cos(T₁₂(old), new), ``t12_norm`` the smallest norm that T₁₂ gave; 0
+        and none with fewer than two images (batch statistics need two). The backbone gets no gradient of it."""
         del labels, rows, step
         if int(self.known.sum()) < 2:
             zero = embeddings.new_zeros(())

@@ -157,8 +157,8 @@ class TransformedCompat(nn.Module):
 
         Returns:
             The loss with gradient to T, ``pairs.rows`` and ``embeddings``; ``alignment`` (1 − cos), ``boundary`` and
-            the smallest norm that each map gave (``t21_norm``, ``t12_norm``), detached. With fewer than two classes or samples that have a centre (batch statistics need two) everything
-            is 0.
+            the smallest norm that each map gave (``t21_norm``, ``t12_norm``), detached. With fewer than two classes or
+            samples that have a centre (batch statistics need two) everything is 0, and no norm is given.
         """
         has_center = torch.zeros(len(pairs.place), dtype=torch.bool, device=embeddings.device)
         known = pairs.place >= 0
