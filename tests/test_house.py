@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+GROUND = ("errors", "files", "seals", "randomness", "machine", "distributed", "config")
 ROOMS = (
-    ("trainer.errors", "trainer.files", "trainer.randomness", "trainer.distributed", "trainer.config"),
+    tuple(f"trainer.{name}" for name in GROUND),
     ("trainer.data",),
     ("trainer.networks",),
     ("trainer.head",),

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from trainer.config import HeadConfig
 from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch, scale_gradient
 from trainer.errors import ConfigError, DataError
-from trainer.head.kernels import Kernels
+from trainer.head.kernels import Kernels, chunk_rows
 from trainer.head.margin import build_margin
 from trainer.head.native import covers
 from trainer.head.old_centers import DirectCompat
@@ -28,6 +28,7 @@ from trainer.head.reference import ReferenceSoftmax
 from trainer.head.row_optimizer import RowGradient, build_row_optimizer
 from trainer.head.sampling import Drawn, draw_negatives, join_positives, stratum_count
 from trainer.head.sharded_softmax import KEEP_SHARE, FusedSoftmax, FusedStep, PassSettings, constant_shift
+from trainer.randomness import block_seed
 
 COMPILE_FROM_ROWS = 32768
 """Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""
@@ -114,7 +115,7 @@ class PartialFC(nn.Module):
         self.sampled = config.sample_rate < 1
         stateless = config.impl == "reference"  # torch's optimizer keeps the state then
         self.optimizer = build_row_optimizer(config.optimizer, rows, self.sampled and not stateless, seed, stateless)
-        chunk = config.chunk_rows or (4096 if ranks.device.type == "cpu" else 65536)
+        chunk = chunk_rows(config.chunk_rows, ranks.device.type)
         large = len(rows) >= COMPILE_FROM_ROWS
         self.kernels = Kernels(chunk, compiled=large, native=large and ranks.device.type == "cpu" and covers(config))
         self.optimizer.fuse = self.kernels.fuse
@@ -327,7 +328,7 @@ def initial_rows(config: HeadConfig, classes: ClassRange, dim: int, device: torc
     rows = torch.empty(classes.size * k, dim, dtype=getattr(torch, config.rows), device=device)
     generator = torch.Generator(device)
     for block in range(classes.start // INIT_BLOCK, -(-classes.stop // INIT_BLOCK)):
-        generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA6B + 1) & 0x7FFFFFFFFFFFFFFF)
+        generator.manual_seed(block_seed(seed, block))
         values = torch.randn(INIT_BLOCK * k, dim, generator=generator, device=device)
         low, high = max(classes.start, block * INIT_BLOCK), min(classes.stop, (block + 1) * INIT_BLOCK)
         part = values[(low - block * INIT_BLOCK) * k : (high - block * INIT_BLOCK) * k] * config.init_std
