@@ -10,7 +10,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS = (
-    ("trainer.errors", "trainer.files", "trainer.seals", "trainer.randomness", "trainer.distributed", "trainer.config"),
+    (
+        "trainer.errors",
+        "trainer.files",
+        "trainer.owner",
+        "trainer.seals",
+        "trainer.randomness",
+        "trainer.distributed",
+        "trainer.config",
+    ),
     ("trainer.data",),
     ("trainer.networks",),
     ("trainer.head",),
