@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("nvidia-dali-cuda130", "deepspeed", "mpi4py", "faiss-cpu", "psycopg", "pgvector", "pytest", "mypy", "pdoc")
-WANTED = ("tools/demo/glyphs/drawing.py", "trainer/py.typed", "configs/base.yaml", "configs/gpus/64.yaml")
+WANTED = ("tools/pictures/drawing.py", "trainer/py.typed", "configs/base.yaml", "configs/gpus/64.yaml")
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -33,7 +33,7 @@ def build(folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     missing = [name for name in WANTED if name not in names]
-    strange = [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/"))]
+    strange = [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/", "tools/results/"))]
     if missing or strange:
         sys.exit(f"{wheel.name}: lacks {missing}, should not hold {strange[:3]}")
     return wheel
@@ -59,7 +59,10 @@ def check(commands: Path, folder: Path) -> None:
     names = run(commands / "python", "-c", "from tools.cli import COMMANDS; print(*COMMANDS)", cwd=folder).split()
     for name in names:
         run(commands / "lce", name, "--help", cwd=folder)
-    code = "from tools.demo.story import CONFIGS; print(CONFIGS / 'demo-faces-old.yaml')"
+    bench = subprocess.run([commands / "lce", "bench", "compat"], cwd=folder, capture_output=True, text=True)
+    if bench.returncode != 2 or "clone of the repository" not in bench.stderr:
+        sys.exit(f"lce bench compat, which the wheel leaves out: exit status {bench.returncode}, {bench.stderr}")
+    code = "from tools.steps import CONFIGS; print(CONFIGS / 'demo-faces-old.yaml')"
     recipe = run(commands / "python", "-c", code, cwd=folder).strip()
     run(commands / "lce", "launch", recipe, "--dry-run", cwd=folder)
     print(f"{len(names)} commands explain themselves in an environment without any extra")

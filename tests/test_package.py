@@ -1,14 +1,16 @@
 """What the package promises without its extras: every command's help, and the recipes beside the code."""
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools.cli import COMMANDS, MODULES
-from tools.demo.story import CONFIGS
+from tools.bench import ONLY_IN_A_CLONE
+from tools.cli import COMMANDS, MODULES, main
+from tools.steps import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = (
@@ -75,3 +77,17 @@ def test_every_command_documents_an_example(command: str) -> None:
     assert f"lce {command}" in text.__doc__
     assert text.HELP
     assert "\n" not in text.HELP
+
+
+def test_what_the_wheel_leaves_out_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left_out = {path.stem for path in (ROOT / "tools" / "results").glob("*.py")} - {"__init__", "compat_lab"}
+    assert set(ONLY_IN_A_CLONE) == left_out
+    assert 'exclude = ["tools.results*"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tools.results" else find(name))
+    assert main(["bench", "compat", "--seeds", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "run it in a clone of the repository" in error

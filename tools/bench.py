@@ -10,27 +10,48 @@ Examples:
 
 import argparse
 import importlib
+import importlib.util
 import pkgutil
+
+from trainer.errors import ConfigError
 
 HELP = "measure a part against its plain implementation"
 
+ONLY_IN_A_CLONE = ("compat", "criterion", "million", "results", "table")
+"""The files of tools/results, which the wheel leaves out: they only make docs/results.md again."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One sub-subcommand for every file in tools/benchmarks that measures something."""
-    import tools.benchmarks
-
+    """One sub-subcommand for every file in tools/benchmarks and tools/results that measures something."""
     which = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
-    for found in pkgutil.iter_modules(tools.benchmarks.__path__):
-        module = importlib.import_module(f"tools.benchmarks.{found.name}")
-        if hasattr(module, "add_arguments"):
-            sub = which.add_parser(
-                found.name,
-                help=module.HELP,
-                description=module.__doc__,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
-            module.add_arguments(sub)
-            sub.set_defaults(measure=module.run)
+    # Loaded by name, so that the command knows no benchmark: a benchmark may use the command's files.
+    for package in ("tools.benchmarks", "tools.results"):
+        if importlib.util.find_spec(package) is None:
+            continue
+        for found in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            module = importlib.import_module(f"{package}.{found.name}")
+            if hasattr(module, "add_arguments"):
+                sub = which.add_parser(
+                    found.name,
+                    help=module.HELP,
+                    description=module.__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                )
+                module.add_arguments(sub)
+                sub.set_defaults(measure=module.run)
+    for name in ONLY_IN_A_CLONE:
+        if name not in which.choices:
+            # Without a prefix for options, whatever follows is taken, --help too.
+            sub = which.add_parser(name, help="(only in a clone of the repository)", add_help=False, prefix_chars="\0")
+            sub.add_argument("rest", nargs="*")
+            sub.set_defaults(measure=_not_installed)
+
+
+def _not_installed(args: argparse.Namespace) -> int:
+    raise ConfigError(
+        f"bench {args.benchmark} makes docs/results.md again and is not part of the installed package; "
+        "run it in a clone of the repository"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

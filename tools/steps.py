@@ -20,6 +20,9 @@ from typing import Any
 
 from trainer import __version__
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""The recipes: a folder next to the packages, in a clone and where the wheel is installed."""
+
 STOP_SECONDS = (8.5, 0.7)  # how long children may take to end after SIGINT, and then after SIGTERM
 
 

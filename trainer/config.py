@@ -305,7 +305,11 @@ class LogConfig(Section):
     monitors: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="writers of other packages: name → settings (trainer/run/writers.py)"
     )
-    progress: bool = True
+    progress: bool = Field(True, description="show progress: a bar on a terminal, lines elsewhere")
+    line_seconds: float = Field(
+        30.0, ge=0, description="least seconds between two progress lines where standard error is no terminal"
+    )
+    images: bool = Field(True, description="show the first batch's images in TensorBoard, as training sees them")
     profile: tuple[int, int] | None = Field(None, description="trace these updates (first, last) into <run>/profile")
 
     @field_validator("profile")

@@ -12,7 +12,7 @@ import pytest
 from tests.configs.test_recipes import load
 from tests.docs.pages import PAGES, ROOT, anchors, links
 from tools.cli import COMMANDS
-from tools.demo.glyphs.typefaces import CATALOGUE
+from tools.pictures.typefaces import CATALOGUE
 
 DOCS = ROOT / "docs"
 

@@ -23,7 +23,7 @@ class Notes:
     def write(self, step, values):
         if step == self.fail:
             raise OSError("connection lost")
-        self.file.write(json.dumps({"step": step, "loss": values["loss"]}) + "\\n")
+        self.file.write(json.dumps({"step": step, "loss": values["train/loss"]}) + "\\n")
     def close(self):
         self.file.write("closed\\n")
         self.file.close()
@@ -32,7 +32,7 @@ class Notes:
 WANDB = """
 import json, pathlib
 class Run:
-    def log(self, values, step): OUT.write(json.dumps({"step": step, "loss": values["loss"]}) + "\\n")
+    def log(self, values, step): OUT.write(json.dumps({"step": step, "loss": values["train/loss"]}) + "\\n")
     def finish(self): OUT.close()
 def init(**settings):
     global OUT
@@ -75,7 +75,7 @@ def test_a_writer_that_fails_does_not_end_the_run(
 ) -> None:
     changes: dict[str, Any] = {"log__monitors": {"notes": {"name": "notes.txt", "fail": 4}}}
     assert train(config(tmp_path / "run", **changes), Ranks()).step == 8
-    assert "notes failed and is written to no more: connection lost" in capsys.readouterr().err
+    assert "notes failed and gets no further figures: connection lost" in capsys.readouterr().err
     assert len((tmp_path / "run/notes.txt").read_text().splitlines()) <= 4
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tools import cli
-from tools.benchmarks import criterion
+from tools.results import criterion
 
 
 def test_cases_end_with_the_control_and_direct_needs_equal_dimensions() -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from tests.tools.fonts import FIRST, debian_package, typeface
 from tools import cli
-from tools.demo.glyphs import building, rendering
-from tools.demo.glyphs.building import Recipe, choose
-from tools.demo.glyphs.drawing import Pen, digest, telling
-from tools.demo.glyphs.rendering import Sheet, coverage
-from tools.demo.glyphs.typefaces import CATALOGUE, find
+from tools.pictures import building, rendering
+from tools.pictures.building import Recipe, choose
+from tools.pictures.drawing import Pen, digest, telling
+from tools.pictures.rendering import Sheet, coverage
+from tools.pictures.typefaces import CATALOGUE, find
 from trainer.data import open_dataset
 from trainer.errors import DataError
 

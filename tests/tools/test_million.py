@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.benchmarks import million
+from tools.results import million
 from trainer.compat.bank.center_bank import CenterBank
 
 CLASSES = 50_000

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools import cli
-from tools.benchmarks import results
+from tools.results import results
 
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks"
 SPREAD = {"mean": 0.5, "deviation": 0.1, "seeds": 3}

@@ -375,7 +375,9 @@ def bound_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
     """Seconds of four products of (rows × D) with (D × B), at the speed of one on a chunk that stays in cache."""
     import torch
 
-    chunk = 4096 if device.type == "cpu" else 65536
+    from trainer.head.kernels import chunk_rows
+
+    chunk = chunk_rows(0, device.type)
     dtype = torch.bfloat16 if args.compute == "bfloat16" else torch.float32
     a = torch.randn(chunk, args.dim, device=device).to(dtype)
     b = torch.randn(args.dim, args.batch, device=device).to(dtype)

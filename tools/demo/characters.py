@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from tools.output import write_json
 
 if TYPE_CHECKING:
-    from tools.demo.glyphs.typefaces import Found
+    from tools.pictures.typefaces import Found
 
 HELP = "data sets of up to 38,721 characters as identities, in many typefaces"
 
@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the data sets; returns the exit status."""
-    from tools.demo.glyphs.building import Recipe, build
-    from tools.demo.glyphs.typefaces import SMALL_SET, SYSTEM_FONTS, find
+    from tools.pictures.building import Recipe, build
+    from tools.pictures.typefaces import SMALL_SET, SYSTEM_FONTS, find
     from tools.progress import progress_bar
     from trainer.errors import ConfigError
 
@@ -128,7 +128,7 @@ def _list(found: "list[Found]", show: bool) -> list[dict[str, Any]]:
     from rich.console import Console
     from rich.table import Table
 
-    from tools.demo.glyphs.typefaces import CATALOGUE
+    from tools.pictures.typefaces import CATALOGUE
 
     where = {one.typeface.name: str(one.path) for one in found}
     table = Table("typeface", "script", "package", "licence", "found")

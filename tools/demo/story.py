@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.demo import sources as demo_sources
-from tools.steps import Steps, run_lce
+from tools.pictures import sources as demo_sources
+from tools.steps import CONFIGS, Steps, run_lce
 from trainer.config import dump_config, load_config
 from trainer.errors import ConfigError
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @dataclass(frozen=True)

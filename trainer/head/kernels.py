@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def chunk_rows(given: int, device_type: str) -> int:
+    """Rows of a chunk: ``head.chunk_rows`` where it is given, else what fits the device's caches and keeps it busy."""
+    return given or (4096 if device_type == "cpu" else 65536)
+
+
 @dataclass
 class Kernels:
     """The element-wise work on a chunk, compiled where that pays; plain torch otherwise."""

@@ -8,7 +8,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +23,7 @@ from trainer.config import HeadConfig
 from trainer.head.fused import FusedSoftmax, OldCenters
 from trainer.head.row_optimizer import SgdRows
 from trainer.head.step import FirstPass, LossGradient, PassInput, Step
+from trainer.machine import processor_features
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -225,7 +225,8 @@ def _built() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler (g++) found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, version, torch.__version__, _processor()]).encode())
+    made_from = [SOURCE.read_text(), *FLAGS, version, torch.__version__, processor_features()]
+    key = hashlib.sha256("\n".join(made_from).encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lce-trainer"
     path = folder / f"head-{key.hexdigest()[:16]}.so"
     if not path.exists():
@@ -239,12 +240,3 @@ def _built() -> Path:
             )
             partial.replace(path)
     return path
-
-
-def _processor() -> str:
-    """What distinguishes processors for ``-march=native``."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

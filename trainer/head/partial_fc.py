@@ -21,7 +21,7 @@ from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch, sca
 from trainer.errors import ConfigError, DataError
 from trainer.head import native
 from trainer.head.fused import FusedSoftmax, OldCenters
-from trainer.head.kernels import Kernels
+from trainer.head.kernels import Kernels, chunk_rows
 from trainer.head.margin import Margin, build_margin
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partition import ClassRange, class_range
@@ -29,6 +29,7 @@ from trainer.head.reference import ReferenceSoftmax
 from trainer.head.row_optimizer import build_row_optimizer
 from trainer.head.sampling import Drawn, draw_negatives, join_positives, stratum_count
 from trainer.head.step import PassSettings, Softmax, Verdict, constant_shift
+from trainer.randomness import block_seed
 
 COMPILE_FROM_ROWS = 32768
 """Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""
@@ -249,7 +250,7 @@ def initial_rows(config: HeadConfig, classes: ClassRange, dim: int, device: torc
     rows = torch.empty(classes.size * k, dim, dtype=getattr(torch, config.rows), device=device)
     generator = torch.Generator(device)
     for block in range(classes.start // INIT_BLOCK, -(-classes.stop // INIT_BLOCK)):
-        generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA6B + 1) & 0x7FFFFFFFFFFFFFFF)
+        generator.manual_seed(block_seed(seed, block))
         values = torch.randn(INIT_BLOCK * k, dim, generator=generator, device=device)
         low, high = max(classes.start, block * INIT_BLOCK), min(classes.stop, (block + 1) * INIT_BLOCK)
         part = values[(low - block * INIT_BLOCK) * k : (high - block * INIT_BLOCK) * k] * config.init_std
@@ -280,7 +281,7 @@ def _build_softmax(
         compute=torch.bfloat16 if config.compute == "bfloat16" else optimizer.work,
     )
     cpu, large = ranks.device.type == "cpu", len(rows) >= COMPILE_FROM_ROWS
-    kernels = Kernels(config.chunk_rows or (4096 if cpu else 65536), compiled=large)
+    kernels = Kernels(chunk_rows(config.chunk_rows, ranks.device.type), compiled=large)
     arguments = (settings, margin, optimizer, kernels, num_classes, old, not cpu)
     if large and cpu and native.covers(config) and native.holds(old) and (library := native.load()):
         return native.NativeSoftmax(library, *arguments)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from trainer.data import Batch, Loader, build_loader
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
 from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
 from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
+from trainer.models.model import embed_batches
+from trainer.randomness import step_seed
 from trainer.run.arcface_start import backbone_momentum
 from trainer.run.cross_model import CrossModelTask
 from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, read_summary, write_beside
@@ -35,11 +38,13 @@ from trainer.run.task import Embeds, Task, TrainTask
 from trainer.run.watch import Vote, Watch
 from trainer.run.zero import build_updater
 
+SHOWN_EMBEDDINGS = 128
+"""How many embeddings of the finished model TensorBoard's projector is given."""
+
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators for one batch: dropout and the like depend on nothing that would have to be saved."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) % (1 << 63)
-    torch.manual_seed(mixed)
+    torch.manual_seed(step_seed(seed, step, rank))
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -127,6 +132,7 @@ class Engine:
                 "and this run trains no map between them; remove it, or use compat.mode backward, forward or both"
             )
         self._saved_step = -1
+        self._shown = False  # whether the first batch's images were handed to the monitor
         self._figures: dict[str, float] = {}
 
     def update(self, batches: Iterator[Batch], monitor: Monitor, watch: Watch) -> dict[str, float | Tensor]:
@@ -142,6 +148,9 @@ class Engine:
             with monitor.waiting_for_data():
                 batch = next(batches)
             monitor.count(len(batch.labels))
+            if not self._shown:
+                self._shown = True
+                monitor.show_images(state.step, batch, self.inputs.dataset)
             watch.at(state.step, "forward")
             number = state.step * count + part
             seed_step(self.config.run.seed, number, self.ranks.rank)
@@ -361,6 +370,7 @@ def _train(engine: Engine, began: float) -> RunSummary:
             )
         else:
             _finish(engine, summary)
+            _show_embeddings(engine, monitor)
             monitor.say(f"{folder}: finished, {summary.step} steps, model in {folder / 'model'}")
     return summary
 
@@ -387,6 +397,22 @@ def _finished(engine: Engine) -> RunSummary | None:
             f"{folder}: it was made with another setting, {change}; choose another run.dir to use it", file=sys.stderr
         )
     return summary
+
+
+def _show_embeddings(engine: Engine, monitor: Monitor) -> None:
+    """Hand some embeddings of the finished model to the writers that take them. Collective."""
+    task, dataset = engine.task, engine.inputs.dataset
+    if dataset is None or not isinstance(task, Embeds) or not broadcast_object(monitor.takes("embeddings")):
+        return
+    model = task.model(engine.weights(), engine.state.step)
+    if engine.ranks.is_main:
+        records = dataset.kept[np.unique(np.linspace(0, len(dataset.kept) - 1, SHOWN_EMBEDDINGS).astype(int))]
+        names = dataset.class_names
+        labels = dataset.labels[records]
+        vectors = np.concatenate([v for _, v in embed_batches(model, dataset, records)])
+        monitor.show_embeddings(
+            engine.state.step, vectors, [str(label) if names is None else names[label] for label in labels]
+        )
 
 
 def _finish(engine: Engine, summary: RunSummary) -> None:

@@ -61,15 +61,16 @@ def changes_since(before: Path, config: Config) -> list[str]:
     """The settings that differ from those the folder was last run with, as ``key: old → new``."""
     if not before.exists():
         return []
-    old = _flat(yaml.safe_load(before.read_text()))
-    new = _flat(yaml.safe_load(dump_config(config)))
+    old = flat(yaml.safe_load(before.read_text()))
+    new = flat(yaml.safe_load(dump_config(config)))
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration's sections as dotted keys: ``{"data": {"path": p}}`` → ``{"data.path": p}``."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
 
 

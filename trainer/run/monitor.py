@@ -1,4 +1,4 @@
-"""What is shown and written while training, on rank 0: a progress bar, ``log.jsonl`` and writers such as TensorBoard.
+"""What is shown and written while training, on rank 0: progress, ``log.jsonl`` and writers such as TensorBoard.
 
 ``log.jsonl`` holds one JSON object a logged step; :data:`FIELDS` says what the numbers are. A continued run drops the
 lines after the checkpoint that it continues from, so that every step is there once.
@@ -7,28 +7,23 @@ lines after the checkpoint that it continues from, so that every step is there o
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.profiler import profile
 
 from trainer.config import LogConfig
+from trainer.data import Batch, Dataset
 from trainer.distributed import COMMUNICATION, Ranks, peak_memory_bytes
 from trainer.errors import ConfigError
+from trainer.files import replaced
+from trainer.run.display import Display
 from trainer.run.writers import Writer, open_writers
 
 FIELDS = {
@@ -52,6 +47,25 @@ FIELDS = {
     "memory_bytes": "largest so far on rank 0: device memory on CUDA, resident memory on the CPU",
     "seconds": "since the start of this process's training",
 }
+
+SHOWN_IMAGES = 16
+GROUPS = {
+    "alignment": "compat",
+    "alignment_mse": "compat",
+    "boundary": "compat",
+    "epoch": "data",
+    "samples_per_second": "data",
+    "data_share": "data",
+    "step_seconds": "system",
+    "communication_share": "system",
+    "memory_bytes": "system",
+}
+"""The group under which a writer shows a figure; figures with a dot belong to ``evaluate``, all others to ``train``."""
+
+
+def grouped(name: str) -> str:
+    """A figure's name as writers get it, such as ``train/loss`` or ``evaluate/unseen.rank1``."""
+    return f"{'evaluate' if '.' in name else GROUPS.get(name, 'train')}/{name}"
 
 
 class Monitor:
@@ -79,8 +93,7 @@ class Monitor:
         self._log: BinaryIO | None = None
         self._unwritten, self._refused = b"", False
         self._writers: dict[str, Writer] = {}
-        self._progress: Progress | None = None
-        self._bar: TaskID | None = None
+        self._display: Display | None = None
         if not ranks.is_main:
             return
         try:
@@ -90,12 +103,11 @@ class Monitor:
         except OSError as error:
             raise ConfigError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
         if config.progress:
-            self._progress = _progress_bar()
-            self._bar = self._progress.add_task("training", total=steps, completed=start, figures="")
+            self._display = Display(steps, start, config.line_seconds)
 
     def __enter__(self) -> "Monitor":
-        if self._progress is not None:
-            self._progress.start()
+        if self._display is not None:
+            self._display.start()
         if self.config.profile is not None:
             self._trace(self._mark_step, *self.config.profile)
         return self
@@ -103,9 +115,9 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        if self._profile is not None:  # the training ended before the last update that was to be traced
+        if self._display is not None:
+            self._display.stop()
+        if self._profile is not None:  # the run ended before the last update that was to be traced
             self._export_trace(self._profile)
         if self._log is not None:
             self._write_log("")
@@ -114,17 +126,17 @@ class Monitor:
             self._try(name, lambda writer: writer.close())
 
     def _try(self, name: str, action: Callable[[Writer], None]) -> None:
-        """What other people's code does must not end a training: a writer that fails is named and dropped."""
+        """A failure in a writer must not end the run: the writer is named and dropped."""
         try:
             action(self._writers[name])
         except Exception as error:
             del self._writers[name]
-            self.say(f"log: {name} failed and is written to no more: {error}")
+            self.say(f"log: {name} failed and gets no further figures: {error}")
 
     def say(self, message: str) -> None:
         """A line for people, on standard error (rank 0 only)."""
-        if self._progress is not None:
-            self._progress.console.print(message, highlight=False, markup=False)
+        if self._display is not None:
+            self._display.say(message)
         elif self.ranks.is_main:
             print(message, file=sys.stderr, flush=True)
 
@@ -137,7 +149,7 @@ class Monitor:
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Around what is no training: its time counts neither as an update's nor against the samples per second."""
+        """Exclude the enclosed time from step time and throughput."""
         start, communicated = time.perf_counter(), COMMUNICATION.take()
         yield
         self._mark += time.perf_counter() - start
@@ -155,8 +167,8 @@ class Monitor:
         """Move the progress bar, and begin or end the trace of ``log.profile``."""
         if self.config.profile is not None:
             self._trace(step, *self.config.profile)
-        if self._progress is not None and self._bar is not None:
-            self._progress.update(self._bar, completed=step)
+        if self._display is not None:
+            self._display.advance(step)
 
     def _trace(self, step: int, first: int, last: int) -> None:
         if self._profile is None and first <= step + 1 <= last:
@@ -176,12 +188,14 @@ class Monitor:
             self.say(f"log.profile: {place} cannot be written: {error}")
 
     def log(self, step: int, values: dict[str, float | Tensor]) -> dict[str, Any]:
-        """Write one line; the tensors among ``values`` are read here, which waits for the device.
+        """Write one line; the tensors among ``values`` are read here, which waits for the device. Those that hold many
+        numbers, (n,), go to the writers alone, as distributions.
 
         Returns:
             The line, as written (also on the ranks that write nothing).
         """
-        numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
+        many = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.dim()}
+        numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items() if k not in many}
         now = time.perf_counter()
         elapsed, updates = now - self._mark, max(1, step - self._mark_step)
         line: dict[str, Any] = {
@@ -197,12 +211,37 @@ class Monitor:
         self._mark, self._mark_step, self._samples, self._waited = now, step, 0, 0.0
         self.last = line
         self._write_log(json.dumps(line) + "\n")
-        figures = {key: value for key, value in line.items() if key not in ("step", "seconds")}
+        figures = {grouped(key): value for key, value in line.items() if key not in ("step", "seconds")}
         for name in list(self._writers):
             self._try(name, lambda writer: writer.write(step, figures))
-        if self._progress is not None and self._bar is not None:
-            self._progress.update(self._bar, figures=_figures(line))
+        for key, distribution in many.items():
+            self._give("histogram", grouped(key), step, distribution.detach().float().cpu().numpy())
+        if self._display is not None:
+            self._display.figures(line, evaluated=any("." in key for key in line))
         return line
+
+    def show_images(self, step: int, batch: Batch, dataset: Dataset | None) -> None:
+        """Give the writers that take pictures the first images of a batch as training sees them (``log.images``)."""
+        if not self.config.images or dataset is None or not self.takes("images"):
+            return
+        info = dataset.info
+        mean, std = (np.array(values, np.float32) for values in (info.mean, info.std))
+        pixels = batch.images[:SHOWN_IMAGES].detach().float().cpu().numpy().transpose(0, 2, 3, 1)
+        pixels = ((pixels * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
+        self._give("images", "data/first_batch", step, pixels if info.color == "RGB" else pixels[..., ::-1])
+
+    def takes(self, method: str) -> bool:
+        """Whether a writer of this rank has ``method``."""
+        return any(hasattr(writer, method) for writer in self._writers.values())
+
+    def show_embeddings(self, step: int, vectors: NDArray[Any], names: Sequence[str]) -> None:
+        """Give the writers that take them (n, D) embeddings with the identity's name of each."""
+        self._give("embeddings", step, vectors, names)
+
+    def _give(self, method: str, *arguments: Any) -> None:
+        for name in list(self._writers):
+            if hasattr(self._writers[name], method):
+                self._try(name, lambda writer: getattr(writer, method)(*arguments))
 
     def _write_log(self, text: str) -> None:
         """Append to ``log.jsonl``; what a full disk refuses is kept and written with the next line."""
@@ -230,31 +269,10 @@ def truncate_log(path: Path, last_step: int) -> None:
                 kept.append(text + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(kept))
-    beside.replace(path)
+    with replaced(path, ConfigError) as partial:
+        partial.write_text("".join(kept))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's ``log.jsonl``."""
     return [json.loads(text) for text in path.read_text().splitlines()]
-
-
-def _figures(line: dict[str, Any]) -> str:
-    shown = [f"loss {line['loss']:.3f}"]
-    if "alignment" in line:
-        shown.append(f"align {line['alignment']:.3f}")
-    return " · ".join([*shown, f"{line['samples_per_second']:.0f} img/s", f"data {line['data_share']:.0%}"])
-
-
-def _progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-        console=Console(stderr=True),
-        refresh_per_second=4,
-    )

@@ -8,20 +8,24 @@ Another package registers a writer in its metadata, and a run names it with its 
     log: {monitors: {mine: {address: "host:9000"}}}
 
 It is called as ``MyWriter(folder, start, **settings)`` on rank 0: the run folder, which holds the resolved
-``config.yaml``, and the step that the run continues from. A writer that fails while training is dropped and named.
+``config.yaml``, and the step that the run continues from. Figures are named by group, such as ``train/loss``
+(:func:`trainer.run.monitor.grouped`). A writer that also has ``histogram``, ``images`` or ``embeddings`` (see
+:class:`TensorBoardWriter`) is given those as well. A writer that fails while training is dropped and named.
 """
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
+from numpy.typing import NDArray
 
 from trainer.config import LogConfig
 from trainer.errors import ConfigError
+from trainer.run.folder import flat
 
 GROUP = "lce_trainer.monitors"
 
@@ -37,20 +41,44 @@ class Writer(Protocol):
 
 
 class TensorBoardWriter:
-    """Scalars for TensorBoard in ``<run>/tensorboard``."""
+    """Scalars, distributions and pictures for TensorBoard in ``<run>/tensorboard``, with the run's configuration as
+    text and, when it ends, as hyperparameters next to its last figures."""
 
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        text = (folder / "config.yaml").read_text()
+        self._settings, self._last = flat(yaml.safe_load(text)), dict[str, float]()
+        self._board.add_text("configuration", "".join(f"    {line}\n" for line in text.splitlines()), start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """See :class:`Writer`."""
+        self._last.update(values)
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
+    def histogram(self, name: str, step: int, values: NDArray[Any]) -> None:
+        """The distribution of (n,) values at a logged step."""
+        self._board.add_histogram(name, values, step)
+
+    def images(self, name: str, step: int, images: NDArray[Any]) -> None:
+        """(n, H, W, 3) uint8 RGB."""
+        self._board.add_images(name, images, step, dataformats="NHWC")
+
+    def embeddings(self, step: int, vectors: NDArray[Any], names: Sequence[str]) -> None:
+        """(n, D) unit embeddings for the projector, with the identity's name of each."""
+        self._board.add_embedding(vectors, metadata=list(names), global_step=step)
+
     def close(self) -> None:
         """See :class:`Writer`."""
+        from torch.utils.tensorboard.summary import hparams
+
+        kinds = (bool, int, float, str)
+        known = {key: value if isinstance(value, kinds) else repr(value) for key, value in self._settings.items()}
+        writer: Any = self._board._get_file_writer()
+        for summary in hparams(known, dict(self._last)):
+            writer.add_summary(summary)
         self._board.close()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tools.benchmarks.compat_lab import Lab
+    from tools.results.compat_lab import Lab
 
 HELP = "the criterion new→old above old→old, for every mode and pair of dimensions"
 
@@ -41,7 +41,7 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lce bench criterion``."""
-    from tools.benchmarks.compat import add_data_arguments
+    from tools.results.compat import add_data_arguments
 
     add_data_arguments(parser)
     parser.add_argument("--modes", default="all", help=f"all, or some of {','.join(MODES)}")
@@ -61,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
     """Train, measure and report; returns the exit status."""
     from rich.table import Table
 
-    from tools.benchmarks.compat import make_lab, settings_of
     from tools.measuring import origin, write_json
     from tools.output import table_console
+    from tools.results.compat import make_lab, settings_of
     from tools.steps import interruptible
     from trainer.errors import ConfigError
 
@@ -108,7 +108,7 @@ def check(lab: "Lab", cases: Sequence[Case], seeds: int, weights: tuple[float, f
     Raises:
         LceError: a training failed.
     """
-    from tools.benchmarks.compat import counting, raise_first
+    from tools.results.compat import counting, raise_first
 
     olds = [(seed, dim) for seed in range(seeds) for dim in sorted({case.old for case in cases})]
     alone = sorted({case.new for case in cases if case.mode in ("cross-model", CONTROL)})

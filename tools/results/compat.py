@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tools.benchmarks.compat_lab import Lab
+    from tools.results.compat_lab import Lab
     from trainer.errors import LceError
 
 HELP = "the methods of compatibility against each other: one table"
@@ -144,7 +144,7 @@ def make_lab(args: argparse.Namespace) -> "Lab":
     """The lab that the options describe, checked."""
     import torch
 
-    from tools.benchmarks.compat_lab import Lab, source_of
+    from tools.results.compat_lab import Lab, source_of
     from trainer.errors import ConfigError
 
     torch.set_num_threads(1)
@@ -269,7 +269,7 @@ def compare(
 def time_updates(lab: "Lab", methods: dict[str, Any]) -> None:
     """Add ``update_time`` to each method that could be trained: how many times as long as the paragon's an update
     takes, the median over the turns."""
-    from tools.benchmarks.compat_lab import TIMED_ROUNDS
+    from tools.results.compat_lab import TIMED_ROUNDS
 
     chosen = {name: one["weight"] for name, one in methods.items() if one["seeds"]}
     overrides = {name: _overrides(lab, name, 0, weight) for name, weight in chosen.items()}

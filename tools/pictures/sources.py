@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tools.demo.glyphs.drawing import HANGUL, Pen, Pixels, digest, telling, vary
+from tools.pictures.drawing import HANGUL, Pen, Pixels, digest, telling, vary
 from trainer.errors import DataError
 
 FACE_SIZE, CHARACTER_SIZE = 112, 32

@@ -23,9 +23,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.steps import CONFIGS
+
 HELP = "a million classes end to end on two cores: centre bank, training, kill, resume, export"
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "million_cpu.yaml"
+CONFIG = CONFIGS / "million_cpu.yaml"
 OLD_RANKS = 8
 SAMPLE_SECONDS = 0.1
 IMAGES, IDENTITIES = 64, 8

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tools.demo.story import CONFIGS
-from tools.steps import Steps, end_group
+from tools.steps import CONFIGS, Steps, end_group
 from trainer.errors import ConfigError, LceError
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class Source:
 
 
 def _characters(folder: Path, seed: int, classes: int, old_classes: int) -> None:
-    from tools.demo.sources import Split, cache_folder, write_characters
+    from tools.pictures.sources import Split, cache_folder, write_characters
 
     write_characters(folder, seed, cache_folder(), Split(train=classes, old=old_classes, seen=min(classes, 5)))
 

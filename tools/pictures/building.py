@@ -1,7 +1,7 @@
 """Data sets of characters as identities: training, validation, unseen and seen characters, and unseen typefaces.
 
 A character is an identity, its pictures in several typefaces are its images. Training pictures are clean (variation is
-added while training); the others are :func:`tools.demo.glyphs.drawing.vary`-ed.
+added while training); the others are :func:`tools.pictures.drawing.vary`-ed.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tools.demo.glyphs.drawing import vary
-from tools.demo.glyphs.rendering import Sheet, coverage, encode, render
-from tools.demo.glyphs.typefaces import Found
+from tools.pictures.drawing import vary
+from tools.pictures.rendering import Sheet, coverage, encode, render
+from tools.pictures.typefaces import Found
 from trainer import __version__
 from trainer.data import Dataset, open_dataset, store
 from trainer.data.listing import Listing
@@ -158,7 +158,7 @@ def choose(codes: NDArray[np.int64], rows: NDArray[np.int64], recipe: Recipe) ->
     """Share characters and typefaces out.
 
     Args:
-        codes, rows: see :func:`tools.demo.glyphs.rendering.coverage`.
+        codes, rows: see :func:`tools.pictures.rendering.coverage`.
         recipe: see there.
 
     Raises:
@@ -276,7 +276,8 @@ def _split(dataset: Dataset, typefaces: NDArray[np.int64], folder: Path, recipe:
         options = SplitOptions(kind, recipe.old_share, seed=recipe.seed)
         tables = split(dataset, options, typefaces)
         name = kind.replace("group", "typeface")
-        save_tables(tables, folder / name, f"lce characters --old-share {recipe.old_share} --seed {recipe.seed}")
+        made_by = f"lce characters --old-share {recipe.old_share} --seed {recipe.seed}"
+        save_tables(tables, folder / name, dataset, made_by)
         counts[name] = {which: {"classes": len(t.classes), "images": t.images} for which, t in tables.items()}
     return counts
 

@@ -53,7 +53,7 @@ class Section:
 
 
 def _compat(figures: dict[str, Any]) -> str:
-    from tools.benchmarks.compat import markdown
+    from tools.results.compat import markdown
 
     return markdown(figures)
 
@@ -73,7 +73,7 @@ def _criterion(figures: dict[str, Any]) -> str:
 
 
 def _head(rows: list[dict[str, Any]]) -> str:
-    from tools.benchmarks.table import as_markdown
+    from tools.results.table import as_markdown
 
     return as_markdown(rows).split("\n\n", 1)[1]
 

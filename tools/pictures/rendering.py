@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tools.demo.glyphs.drawing import HAN, HANGUL, Pen, Pixels, digest, telling
-from tools.demo.glyphs.typefaces import Found
+from tools.pictures.drawing import HAN, HANGUL, Pen, Pixels, digest, telling
+from tools.pictures.typefaces import Found
 from trainer.data.processes import worker_context
 from trainer.errors import DataError
 from trainer.files import replaced
