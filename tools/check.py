@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from tools.arguments import whole_number
 from tools.output import write_json
-from trainer.errors import DataError, MissingDataError
+from trainer.errors import DataError, ForeignRecordsError, MissingDataError
 
 if TYPE_CHECKING:
     from trainer.data.checking import CheckReport
@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write-bad", action="store_true", help="write DATASET/bad_records.npy for training to pass over"
     )
     parser.add_argument(
+        "--seal",
+        action="store_true",
+        help="with --labels: write what stands beside the table anew (whose records it numbers, its checksum)",
+    )
+    parser.add_argument(
         "--processes", type=whole_number(0), default=0, metavar="N", help="reading processes (one per core)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the findings as JSON (- for standard output)")
@@ -51,11 +56,13 @@ def run(args: argparse.Namespace) -> int:
 
     from trainer.data import open_dataset, store
     from trainer.data.checking import check
-    from trainer.data.index import BAD_RECORDS
+    from trainer.data.index import BAD_RECORDS, seal_table
 
+    if args.seal and args.labels is None:
+        raise DataError("--seal: name the label table with --labels")
     try:
-        dataset = open_dataset(args.dataset, args.labels)
-    except MissingDataError:
+        dataset = open_dataset(args.dataset, args.labels, verify=not args.seal)
+    except (MissingDataError, ForeignRecordsError):
         raise
     except DataError as error:
         write_json({"dataset": str(args.dataset), "damage": [str(error)]}, args.json)
@@ -68,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         report = check(
             dataset, deep=args.deep, processes=processes, progress=lambda done: bar.update(task, completed=done)
         )
+    if args.seal and not report.damage:
+        seal_table(args.labels, dataset)
     if args.write_bad:
         store.save_array(args.dataset / BAD_RECORDS, np.array(sorted(report.bad), np.int64))
     write_json({"dataset": str(args.dataset), **dataclasses.asdict(report)}, args.json)

@@ -98,6 +98,15 @@ def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
         remove(partial)
 
 
+def checksum(path: Path) -> tuple[int, int]:
+    """(size in bytes, CRC-32) of a file."""
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return size, crc
+
+
 class TensorStream:
     """A safetensors file of one matrix, written from the first row to the last in blocks; memory is one block.
 

@@ -276,7 +276,8 @@ def _split(dataset: Dataset, typefaces: NDArray[np.int64], folder: Path, recipe:
         options = SplitOptions(kind, recipe.old_share, seed=recipe.seed)
         tables = split(dataset, options, typefaces)
         name = kind.replace("group", "typeface")
-        save_tables(tables, folder / name, f"lce characters --old-share {recipe.old_share} --seed {recipe.seed}")
+        made_by = f"lce characters --old-share {recipe.old_share} --seed {recipe.seed}"
+        save_tables(tables, folder / name, dataset, made_by)
         counts[name] = {which: {"classes": len(t.classes), "images": t.images} for which, t in tables.items()}
     return counts
 

@@ -27,7 +27,7 @@ from trainer.compat.methods.lce import (
 )
 from trainer.config import Config
 from trainer.data import Batch
-from trainer.distributed import Ranks, gather_batch, on_main, scale_gradient
+from trainer.distributed import Ranks, gather_batch, largest_share, on_main, scale_gradient
 from trainer.head.partition import class_range
 from trainer.models.card import Direction, ModelCard, TransformCard
 from trainer.models.folder import save_model
@@ -51,7 +51,7 @@ class CrossModelTask:
         torch.manual_seed(config.run.seed)
         self.compat = TransformedCompat(config.compat, self.cross.dim_old, self.cross.dim_new)
         self.compat.to(ranks.device, self._dtype)
-        self.capacity = -(-config.data.batch_size // ranks.world_size)
+        self.capacity = largest_share(config.data.batch_size, ranks.world_size)
         own = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
         self._centers, self._rows = _own_rows(self.cross, own.start, own.stop)
 

@@ -27,6 +27,7 @@ from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects
 from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
 from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
 from trainer.models.model import embed_batches
+from trainer.randomness import step_seed
 from trainer.run.arcface_start import backbone_momentum
 from trainer.run.cross_model import CrossModelTask
 from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, read_summary, write_beside
@@ -46,8 +47,7 @@ SHOWN_EMBEDDINGS = 128
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators for one batch: dropout and the like depend on nothing that would have to be saved."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) % (1 << 63)
-    torch.manual_seed(mixed)
+    torch.manual_seed(step_seed(seed, step, rank))
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
