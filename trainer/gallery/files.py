@@ -28,6 +28,7 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.evaluation.identification import search as search_exactly
+from trainer.files import write_text
 from trainer.gallery.convert import Converter, check_direction, usable
 from trainer.gallery.formats import Format, batches
 from trainer.gallery.open import open_gallery
@@ -575,9 +576,4 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _save(work: Path, state: State) -> None:
-    partial = work / "state.json.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(asdict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(work / "state.json")
+    write_text(work / "state.json", json.dumps(asdict(state)))

@@ -26,11 +26,12 @@ from trainer.data import Batch, Loader, build_loader
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
 from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
 from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
+from trainer.files import write_text
 from trainer.models.model import embed_batches
 from trainer.randomness import step_seed
 from trainer.run.arcface_start import backbone_momentum
 from trainer.run.cross_model import CrossModelTask
-from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, read_summary, write_beside
+from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, read_summary
 from trainer.run.monitor import Monitor
 from trainer.run.optim import Average, LossScale, Statistics, learning_rate
 from trainer.run.startup import identity, prepare, together
@@ -429,5 +430,5 @@ def _finish(engine: Engine, summary: RunSummary) -> None:
     """Export the model and write the summary, which marks the run as finished."""
     figures = {k: float(v) for k, v in summary.last.items() if isinstance(v, int | float)}
     engine.task.export(engine.folder / "model", engine.weights(), summary.step, figures)
-    on_main(lambda: write_beside(engine.folder / SUMMARY, json.dumps(asdict(summary), indent=1)), engine.ranks)
+    on_main(lambda: write_text(engine.folder / SUMMARY, json.dumps(asdict(summary), indent=1)), engine.ranks)
     barrier()
