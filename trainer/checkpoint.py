@@ -132,12 +132,15 @@ def read_seal(folder: Path) -> dict[str, Any]:
         seal = unsealed(tree, path, CheckpointError, "checkpoint")
         if not isinstance(seal["files"], dict) or not isinstance(seal["step"], int):
             raise ValueError("files or step missing")
+        numbers = [*seal["files"].values(), list(seal.get("loader", {}).values())]
+        if not all(isinstance(known, list) and all(type(n) is int and n >= 0 for n in known) for known in numbers):
+            raise ValueError("files or loader hold something else than numbers")
         named = re.fullmatch(r"step-(\d+)", folder.name)
         if named is not None and int(named[1]) != seal["step"]:
             raise ValueError(f"it says step {seal['step']}, its folder {folder.name}")
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no complete checkpoint ({SEAL} is missing)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     return dict(seal)
 

@@ -68,9 +68,9 @@ def open_session(path: Path) -> Any:
     whole = check_seal(path)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        metadata = session.get_modelmeta().custom_metadata_map
     except Exception as error:
         raise ModelError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
-    metadata = session.get_modelmeta().custom_metadata_map
     if not whole and CARD_KEY in metadata:
         why = "was saved again by another tool" if _SEAL_KEY.decode() in metadata else "was written without a checksum"
         warn_once(f"{path}: {why}; damage in it would not be noticed")
