@@ -361,7 +361,7 @@ def _final(name: str, args: argparse.Namespace, head: Any, device: Any, bounds: 
     peak = peak_memory_bytes(device)
     if name != "ours":
         return {"peak_bytes": peak}
-    state = sum(t.numel() * t.element_size() for t in head.optimizer.tables)
+    state = sum(t.nbytes for t in head.softmax.tables().values())
     if head.compat is not None:
         state += head.compat.centers.numel() * head.compat.centers.element_size()
     return {

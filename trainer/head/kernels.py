@@ -16,14 +16,10 @@ def chunk_rows(given: int, device_type: str) -> int:
 
 @dataclass
 class Kernels:
-    """The element-wise work on a chunk, compiled where that pays; plain torch otherwise.
-
-    ``native`` allows the whole pass in C++ (trainer/head/native.py) where it can do the step.
-    """
+    """The element-wise work on a chunk, compiled where that pays; plain torch otherwise."""
 
     chunk_rows: int
     compiled: bool
-    native: bool = False
     _cache: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from typing import Literal
 from trainer.head import native
 from trainer.head.kernels import chunk_rows
 from trainer.head.partial_fc import COMPILE_FROM_ROWS
-from trainer.head.sharded_softmax import KEEP_SHARE
+from trainer.head.step import KEEP_SHARE
 from trainer.planning.activations import BackboneSizes
 from trainer.planning.setting import BYTES, Setting
 

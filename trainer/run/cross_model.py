@@ -23,6 +23,7 @@ from trainer.compat.methods.lce import (
     gather_pairs,
     half_distance,
     own_classes,
+    smallest_norm,
 )
 from trainer.config import Config
 from trainer.data import Batch
@@ -177,20 +178,23 @@ def image_pairs_loss(
         classes: the batch's classes with their old centres.
 
     Returns:
-        The loss and ``alignment``, ``boundary`` detached; all 0 with fewer than two known images.
+        The loss, and ``alignment``, ``boundary``, ``t21_norm``, ``t12_norm`` (the smallest norm that the map gave)
+        detached; loss, alignment and boundary are 0 with fewer than two known images.
     """
     zero = x.new_zeros(())
     if int(known.sum()) < 2:
         return zero, {"alignment": zero, "boundary": zero}
     u, v, unit = normalize(x[known]), normalize(e[known]), not compat.config.authors_formula
     centers, place, has = _of_images(classes, known, v)
-    terms, bound = [], zero
+    terms, bound, norms = [], zero, dict[str, Tensor]()
     if compat.t21 is not None:
         mapped = compat.t21(u)
+        norms["t21_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, v, unit))
         cosines = boundary_cosines(mapped[has], centers[place], unit)
     if compat.t12 is not None:
         mapped, mapped_centers = compat.t12(torch.cat([v, centers])).split([len(v), len(centers)])
+        norms["t12_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, u, unit))
         if compat.t21 is None:
             cosines = boundary_cosines(u[has], mapped_centers[place], unit)
@@ -198,7 +202,7 @@ def image_pairs_loss(
     if classes is not None and bool(has.any()):
         bound = (classes.boundaries[classes.place[known][has]] - cosines).clamp_min(0).mean()
     loss = compat.config.alignment_weight * align + compat.config.boundary_weight * bound
-    return loss, {"alignment": align.detach(), "boundary": bound.detach()}
+    return loss, {"alignment": align.detach(), "boundary": bound.detach(), **norms}
 
 
 def _of_images(classes: Pairs | None, known: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
