@@ -10,6 +10,7 @@ import yaml
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
 from trainer.files import write_text
+from trainer.seals import unsealed
 
 SUMMARY = "summary.json"
 
@@ -77,7 +78,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_summary(folder: Path, steps: int) -> RunSummary | None:
     try:
-        summary = RunSummary(**json.loads((folder / SUMMARY).read_text()))
+        summary = RunSummary(**unsealed(json.loads((folder / SUMMARY).read_text()), folder / SUMMARY, ConfigError))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
