@@ -14,7 +14,7 @@ from tests.runs import config, log_of, losses_of, train_rank
 from trainer.compat.methods import losses
 from trainer.compat.methods.lce import Pairs, TransformedCompat
 from trainer.config import CompatConfig
-from trainer.distributed import Ranks
+from trainer.distributed import Labels, Ranks
 from trainer.run.engine import train
 from trainer.run.startup import prepare
 from trainer.run.task import TrainTask
@@ -54,7 +54,7 @@ def test_direct_boundary_is_the_plain_one(tmp_path: Path) -> None:
     labels = torch.tensor([0, 1, 7, 4, 9, -1])
     assert task.method is not None
     assert inputs.bank is not None
-    loss, report = task.method.loss(x, labels, x.new_empty(5, 6), 0)
+    loss, report = task.method.loss(x, Labels(labels), x.new_empty(5, 6), 0)
     rows, known = inputs.bank.rows(0, 11), labels >= 0
     y = labels[known]
     of = (rows.centers[y].double(), rows.boundaries[y].double(), rows.mask[y])

@@ -10,7 +10,7 @@ import torch
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, losses_of, train_rank
 from trainer.compat.bank.center_bank import BankInfo, write_bank
-from trainer.distributed import Ranks
+from trainer.distributed import Labels, Ranks
 from trainer.errors import CenterBankError, ConfigError
 from trainer.models.open import load_model
 from trainer.run.engine import train
@@ -101,7 +101,7 @@ def test_the_factor_falls_on_the_transformation_alone(tmp_path: Path) -> None:
         rows = torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_()
         companion = task._companion(torch.tensor(factor), 0)
         assert companion is not None
-        companion(embeddings, labels, rows)[0].backward()
+        companion(embeddings, Labels(labels), rows)[0].backward()
         weights = [p.grad for d in ("t21", "t12") for p in task.modules()[d].parameters()]
         found.append((embeddings.grad, rows.grad, weights))
         for direction in ("t21", "t12"):

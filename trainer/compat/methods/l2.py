@@ -4,12 +4,13 @@ from torch import Tensor
 
 from trainer.compat.methods import losses
 from trainer.compat.methods.with_old import WithOld
+from trainer.distributed import Labels
 
 
 class L2(WithOld):
     """Regression to the old embedding of the same image (the instance baseline of BCT, Shen et al., CVPR 2020)."""
 
-    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``l2`` is the mean of ½ ‖·‖² = 1 − cos."""
         del labels, rows, step
         value = losses.l2(embeddings[self.known], self.old[self.known])
