@@ -32,6 +32,7 @@ COMMANDS = (
     "export",
     "gallery",
     "checkpoint",
+    "runs",
     "plan",
     "bench",
 )

@@ -116,13 +116,15 @@ def _rank(setting: Setting, rank: int, store: str, pipe: Connection) -> None:
     world, cuda = setting.world_size, setting.device == "cuda"
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
     updates = Updates(setting.config, Ranks(rank, world, rank, device), setting.bank_dim)
     for _ in range(UPDATES):
         updates.take()
-    updates.task.head.optimizer.flush()  # every row is written, as before a checkpoint
+    updates.task.head.flush()  # every row is written, as before a checkpoint
     if cuda:
         torch.cuda.synchronize()
     pipe.send(peak_memory_bytes(device))

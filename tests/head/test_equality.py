@@ -136,12 +136,12 @@ def test_one_class_and_equal_labels() -> None:
 
 
 def test_bfloat16_compute_is_close() -> None:
-    """The stated error of bfloat16 products: below 2 % of the gradient's norm; a wrong term would give far more."""
+    """The stated error of bfloat16 products, 0.3 % of the gradient's norm; a wrong term would give far more."""
     case = Case(classes=1003, dim=64, batch=32, steps=1)
     exact = single(config(sample_rate=0.5), case)[0]["gradient"][0]
     ours = single(config(sample_rate=0.5, rows="float32", compute="bfloat16"), case)[0]["gradient"][0]
     error = (ours.double() - exact).norm() / exact.norm()
-    assert 1e-5 < error < 2e-2, error
+    assert 1e-5 < error < 3e-3, error
 
 
 def cosines_at_bound(sign: float) -> dict:
@@ -179,8 +179,8 @@ def nonfinite(ranks: Ranks, rate: float, deferred: bool, impl: str = "fused") ->
     x = torch.randn(4, 16, dtype=torch.float64)
     y = torch.randint(0, 103, (4,))
     head(x.clone().requires_grad_(), y, 0).loss.backward()
-    head.optimizer.flush()
-    before = [t.clone() for t in head.optimizer.tables]
+    head.flush()
+    before = [t.clone() for t in head.softmax.tables().values()]
     if ranks.rank == ranks.world_size - 1:
         x[2, 3] = torch.nan
     bad = x.clone().requires_grad_()
@@ -192,8 +192,8 @@ def nonfinite(ranks: Ranks, rate: float, deferred: bool, impl: str = "fused") ->
     else:
         result = head(bad, y, 1)
         result.loss.backward()
-    head.optimizer.flush()
-    same = all(torch.equal(a, b) for a, b in zip(before, head.optimizer.tables, strict=True))
+    head.flush()
+    same = all(torch.equal(a, b) for a, b in zip(before, head.softmax.tables().values(), strict=True))
     assert bad.grad is not None
     return same and not bool(result.finite) and bool((bad.grad == 0).all())
 

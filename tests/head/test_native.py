@@ -1,5 +1,6 @@
 """The C++ pass equals the torch pass and the float64 reference, and steps aside where it does not fit."""
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from tests.head.test_equality import config
 from tests.ranks import run_ranks
 from trainer.config import HeadConfig, RowOptimizerConfig
 from trainer.distributed import Ranks
-from trainer.head import native, partial_fc
+from trainer.head import fused, native, partial_fc
 from trainer.head.kernels import Kernels
 from trainer.head.partial_fc import PartialFC
+from trainer.head.products import bfloat16_gemm
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="no C++ compiler or no sgemm in torch's BLAS")
 
@@ -26,21 +28,22 @@ WIDE = Case(classes=1003, dim=48, batch=37, compat=True)
 def as_if_large(patch: pytest.MonkeyPatch) -> None:
     """Small heads get what large ones do, without the time that torch.compile takes."""
     patch.setattr(partial_fc, "COMPILE_FROM_ROWS", 0)
-    patch.setattr(partial_fc, "Kernels", lambda chunk, compiled, native: Kernels(chunk, False, native))
+    patch.setattr(partial_fc, "Kernels", lambda chunk, compiled: Kernels(chunk, compiled=False))
 
 
 def run_native(ranks: Ranks, head: HeadConfig, case: Case, expected: bool = True) -> dict[str, Any]:
     """:func:`run_head` with the C++ pass allowed at any size; fails unless it was used as ``expected``."""
     used = []
 
-    class Spy(native.NativePass):
-        def second(self, *arguments: Any) -> torch.Tensor:
+    class Spy(native.Native):
+        def second(self, fields: native.StepFields) -> None:
             used.append(True)
-            return super().second(*arguments)
+            super().second(fields)
 
     with pytest.MonkeyPatch.context() as patch:
         as_if_large(patch)
-        patch.setattr(native, "NativePass", Spy)
+        if library := native.load():
+            patch.setattr(native, "load", lambda: Spy(library.library, library.gemm, library.bfloat16_gemm))
         out = run_head(ranks, head, case)
     assert bool(used) == expected, "the C++ pass was used" if used else "the C++ pass was not used"
     return out
@@ -69,8 +72,40 @@ def test_with_correction_and_without_lce(rate: float) -> None:
     check(Case(classes=700, dim=31, batch=8), sample_rate=rate, sampling_correction=True)
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize(("rows", "compute"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16",) * 2])
+def test_bfloat16_errs_as_torch_does(rows: str, compute: str, rate: float) -> None:
+    """Rows and products rounded to bfloat16, in C++ and in torch, against float64."""
+    if compute == "bfloat16" and bfloat16_gemm() is None:
+        pytest.skip("this processor or torch's BLAS has no product of bfloat16 matrices")
+    changes = {"sample_rate": rate, "margin": {"name": "arcface"}}
+    exact = [run_head(Ranks(), config("reference", **changes), WIDE)]
+    changes |= {"rows": rows, "compute": compute}
+    theirs = largest_difference([run_head(Ranks(), config(**changes), WIDE)], exact)
+    ours = largest_difference([run_native(Ranks(), config(**changes), WIDE)], exact)
+    assert ours <= 1.5 * theirs, (ours, theirs)
+
+
+def test_bfloat16_rows_are_rounded_without_bias_and_alike_in_a_repeated_run() -> None:
+    """A thousand updates far below a bfloat16 step arrive in the mean; rounding to nearest would lose them."""
+    with pytest.MonkeyPatch.context() as patch:
+        as_if_large(patch)
+        found = []
+        for _ in range(2):
+            optimizer = RowOptimizerConfig(momentum=0.0, weight_decay=0.001)
+            head = PartialFC(config(rows="bfloat16", optimizer=optimizer), 700, 40, Ranks(), seed=0)
+            assert isinstance(head.softmax, native.NativeSoftmax)
+            head.rows.fill_(1.0)
+            head.set_lr(0.1)  # a step is 1e-4 of the row; one of bfloat16 below 1 is 3.9e-3
+            for step in range(1000):
+                head(torch.ones(1, 40).requires_grad_(), torch.tensor([-1]), step).loss.backward()
+            found.append(head.rows.clone())
+    assert torch.equal(*found)
+    assert found[0].float().mean().item() == pytest.approx((1 - 1e-4) ** 1000, abs=2e-3)
+
+
 def test_products_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partial_fc, "KEEP_SHARE", 10.0)
+    monkeypatch.setattr(fused, "KEEP_SHARE", 10.0)
     check(WIDE, sample_rate=0.3)
     check(WIDE)
 
@@ -110,8 +145,6 @@ def test_negative_control_other_weights_differ() -> None:
     "changes",
     [
         {"rows": "float64"},
-        {"rows": "bfloat16"},
-        {"rows": "float32", "compute": "bfloat16"},
         {"rows": "float32", "sub_centers": 2},
         {"rows": "float32", "optimizer": RowOptimizerConfig(name="adamw")},
         {"rows": "float32", "margin": {"name": "curricular"}},
@@ -153,5 +186,20 @@ def test_without_a_compiler_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
         with pytest.warns(UserWarning, match=r"C\+\+ kernels cannot be built here.*no such flag"):
             run_native(Ranks(), config(rows="float32"), Case(steps=1), expected=False)
         assert not list(tmp_path.glob("lce-trainer/*.so")), "nothing half-built is left"
+    finally:
+        native.load.cache_clear()
+
+
+def test_a_library_whose_struct_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field added on one side only would make C++ read another tensor's address."""
+
+    class Longer(native.StepFields):
+        _fields_ = (("further", ctypes.c_int64),)
+
+    monkeypatch.setattr(native, "StepFields", Longer)
+    native.load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"native.cpp: Step has \d+ bytes, its mirror in native.py \d+"):
+            assert native.load() is None
     finally:
         native.load.cache_clear()

@@ -130,6 +130,8 @@ def summary(figures: dict[str, Any]) -> str:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run, as the JSON holds them."""
+    from trainer.head.products import bfloat16_instructions
+
     names = ["reference", "ours"] if args.only == "both" else [args.only]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     figures: dict[str, Any] = {
@@ -137,6 +139,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         **{k: getattr(args, k) for k in ("classes", "rate", "batch", "dim", "device", "world_size", "lce", "margin")},
         "dtype": f"rows {args.rows}, compute {args.compute}",
         "optimizer": args.optimizer,
+        "bfloat16": bfloat16_instructions() if args.device == "cpu" else None,
         "alternating": not args.sequential,
         **origin(),
     }
@@ -243,6 +246,8 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
     device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)  # else NCCL and the events of every rank are GPU 0's
     if args.world_size > 1:
         backend = "nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=args.world_size)
@@ -361,7 +366,7 @@ def _final(name: str, args: argparse.Namespace, head: Any, device: Any, bounds: 
     peak = peak_memory_bytes(device)
     if name != "ours":
         return {"peak_bytes": peak}
-    state = sum(t.numel() * t.element_size() for t in head.optimizer.tables)
+    state = sum(t.nbytes for t in head.softmax.tables().values())
     if head.compat is not None:
         state += head.compat.centers.numel() * head.compat.centers.element_size()
     return {
@@ -375,7 +380,9 @@ def bound_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
     """Seconds of four products of (rows × D) with (D × B), at the speed of one on a chunk that stays in cache."""
     import torch
 
-    chunk = 4096 if device.type == "cpu" else 65536
+    from trainer.head.kernels import chunk_rows
+
+    chunk = chunk_rows(0, device.type)
     dtype = torch.bfloat16 if args.compute == "bfloat16" else torch.float32
     a = torch.randn(chunk, args.dim, device=device).to(dtype)
     b = torch.randn(args.dim, args.batch, device=device).to(dtype)

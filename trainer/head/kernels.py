@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 
+def chunk_rows(given: int, device_type: str) -> int:
+    """Rows of a chunk: ``head.chunk_rows`` where it is given, else what fits the device's caches and keeps it busy."""
+    return given or (4096 if device_type == "cpu" else 65536)
+
+
 @dataclass
 class Kernels:
-    """The element-wise work on a chunk, compiled where that pays; plain torch otherwise.
-
-    ``native`` allows the whole pass in C++ (trainer/head/native.py) where it can do the step.
-    """
+    """The element-wise work on a chunk, compiled where that pays; plain torch otherwise."""
 
     chunk_rows: int
     compiled: bool
-    native: bool = False
     _cache: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,10 +52,12 @@ def exp_sum(products: Tensor, inverse: Tensor, offset: Tensor) -> Tensor:
     return torch.exp(products * inverse - offset).sum(0)
 
 
-def softmax_weights(products: Tensor, inverse: Tensor, log_sum: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (n, B) and Σ_i P_ij z_ij (n,): P = coefficient·exp(z − log_sum), z = ρ·products, Q = ρP; log_sum is (1, B)
-    or (n, B).
+def softmax_weights(
+    products: Tensor, inverse: Tensor, log_sum: Tensor, coefficient: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Q (n, B) in ``dtype`` and Σ_i P_ij z_ij (n,): P = coefficient·exp(z − log_sum), z = ρ·products, Q = ρP; log_sum
+    is (1, B) or (n, B).
     """
     z = products * inverse
     p = torch.exp(z - log_sum) * coefficient
-    return p * inverse, (p * z).sum(1)
+    return (p * inverse).to(dtype), (p * z).sum(1)

@@ -13,6 +13,7 @@ from trainer.models.card import Color, Direction, ModelCard, read_card
 from trainer.models.model import EmbeddingModel
 from trainer.models.preprocessing import read_beginning
 from trainer.models.reading import Pixels, Reading, Triple, reading_hash
+from trainer.seals import warn_once
 
 CARD_KEY = "lce_model_card"
 INPUT_KEY = "lce_input"
@@ -25,6 +26,41 @@ VECTORS: InputKind = "vectors"
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _SILENT = 4  # ONNX Runtime prints what it also raises
 
+_SEAL_KEY = b"lce_seal"
+_SEAL_BYTES = 64
+# The last entry of the file, a metadata entry as protobuf writes it: field 14 of the model, a message of key and value.
+_SEAL_HEAD = bytes([14 << 3 | 2, 4 + len(_SEAL_KEY) + _SEAL_BYTES, 10, len(_SEAL_KEY)]) + _SEAL_KEY + b"\x12\x40"
+
+
+def seal_onnx(path: Path) -> None:
+    """Append the SHA-256 of an ONNX file to it, as one more entry of its metadata."""
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, 2)
+        file.write(_SEAL_HEAD + digest.encode())
+
+
+def check_seal(path: Path) -> bool:
+    """Whether an ONNX file ends with a seal. Raises :class:`ModelError` when the file is not what was sealed."""
+    tail = len(_SEAL_HEAD) + _SEAL_BYTES
+    try:
+        left = path.stat().st_size - tail
+        if left < 0:
+            return False
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while left and (data := file.read(min(left, 1 << 22))):
+                digest.update(data)
+                left -= len(data)
+            end = file.read(tail)
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from None
+    if not end.startswith(_SEAL_HEAD):
+        return False
+    if end[len(_SEAL_HEAD) :] != digest.hexdigest().encode():
+        raise ModelError(f"{path}: is not what was exported (its checksum differs); copy or export it again")
+    return True
+
 
 def open_session(path: Path, device: str | torch.device = "cpu") -> Any:
     """An ``onnxruntime.InferenceSession``, on this CUDA device where ONNX Runtime can, else on the CPU. Raises
@@ -35,10 +71,16 @@ def open_session(path: Path, device: str | torch.device = "cpu") -> Any:
     options.log_severity_level = _SILENT
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
+    whole = check_seal(path)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers(device))
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers(device))
+        metadata = session.get_modelmeta().custom_metadata_map
     except Exception as error:
         raise ModelError(f"{path}: ONNX Runtime cannot load it: {_line(error)}") from None
+    if not whole and CARD_KEY in metadata:
+        why = "was saved again by another tool" if _SEAL_KEY.decode() in metadata else "was written without a checksum"
+        warn_once(f"{path}: {why}; damage in it would not be noticed")
+    return session
 
 
 def providers(device: str | torch.device) -> list[Any]:
@@ -187,6 +229,10 @@ class OnnxModel(EmbeddingModel):
         """As :meth:`EmbeddingModel.embed`; the graph's order counts, whatever the network inside was trained on."""
         same = color == self.graph_input.color
         return super().embed(images if same else images[..., ::-1], self.card.color, flip, unit)
+
+    def rows(self, images: np.ndarray) -> np.ndarray:
+        """(b, H, W, 3) uint8 RGB → (b, D) float32 as the graph gives them, not made unit."""
+        return self._embed(images)
 
     def _embed(self, images: np.ndarray) -> np.ndarray:
         if not len(images):

@@ -22,7 +22,16 @@ from trainer.files import replaced
 from trainer.models.card import Direction
 from trainer.models.graph import ImageGraph, Normalisation, Parity, compare, graph_card, plain_copy
 from trainer.models.model import TorchModel
-from trainer.models.onnx import CARD_KEY, IMAGES_INSIDE, IMAGES_OUTSIDE, INPUT_KEY, VECTORS, OnnxModel, OnnxTransform
+from trainer.models.onnx import (
+    CARD_KEY,
+    IMAGES_INSIDE,
+    IMAGES_OUTSIDE,
+    INPUT_KEY,
+    VECTORS,
+    OnnxModel,
+    OnnxTransform,
+    seal_onnx,
+)
 
 OPSET = 18
 
@@ -85,10 +94,9 @@ def export_onnx(
     with replaced(path, ModelError) as partial:
         write_graph(graph, example, partial, "data", metadata, precision)
 
-        def run(part: np.ndarray) -> np.ndarray:
-            return OnnxModel.open(partial).embed(part)
-
-        return compare(run, images, expected, path, partial, None if reduced else bound, reduced)
+        return compare(
+            OnnxModel.open(partial).rows, images, expected, path, partial, None if reduced else bound, reduced
+        )
 
 
 def export_transform(
@@ -119,7 +127,8 @@ def write_graph(
     metadata: dict[str, str],
     precision: Precision = "float32",
 ) -> None:
-    """Export with a free batch axis to one self-contained file, with client-known names of the normalising nodes."""
+    """Export with a free batch axis to one self-contained, sealed file; the normalising nodes have names that clients
+    know."""
     import onnx
 
     batch = torch.export.Dim("batch")
@@ -143,6 +152,7 @@ def write_graph(
         proto.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
+    seal_onnx(path)
 
 
 def _reduced(proto: Any, precision: Precision) -> Any:
@@ -153,7 +163,9 @@ def _reduced(proto: Any, precision: Precision) -> Any:
     if precision == "float16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
-        return convert_float_to_float16(proto, keep_io_types=True)
+        half = convert_float_to_float16(proto, keep_io_types=True, node_block_list=_normalising(proto))
+        _tidy_casts(half)
+        return half
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -162,6 +174,44 @@ def _reduced(proto: Any, precision: Precision) -> Any:
         onnx.save(proto, whole)
         quantize_dynamic(whole, small, per_channel=True, weight_type=QuantType.QInt8)
         return onnx.load(small)
+
+
+def _normalising(proto: Any) -> list[str]:
+    """The nodes that make rows unit, from the norm to the division: float32 in every precision, because a norm may be
+    above float16's 65,504 where no component is."""
+    names, values = [], set[str]()
+    for node in proto.graph.node:  # in topological order
+        if node.op_type == "ReduceL2" or values.intersection(node.input):
+            names.append(node.name)
+            values |= set() if node.op_type == "Div" else set(node.output)
+    return names
+
+
+def _tidy_casts(proto: Any) -> None:
+    """Make of the casts that the converter puts around each blocked node for itself what was meant: none between two
+    such nodes, each once, and each before the nodes that take from it."""
+    from onnx import TensorProto
+
+    nodes = list({tuple(node.output): node for node in proto.graph.node}.values())
+    made = {name: number for number, node in enumerate(nodes) for name in node.output}
+
+    def casts(number: int | None, dtype: int) -> bool:
+        return number is not None and nodes[number].op_type == "Cast" and nodes[number].attribute[0].i == dtype
+
+    for number, node in enumerate(nodes):
+        before = made.get(node.input[0]) if node.input else None
+        if before is not None and casts(number, TensorProto.FLOAT) and casts(before, TensorProto.FLOAT16):
+            node.op_type, node.input[0] = "Identity", nodes[before].input[0]
+            del node.attribute[:]
+    order = dict[int, None]()
+    stack = [made[value.name] for value in proto.graph.output]
+    while stack:
+        missing = [n for name in nodes[stack[-1]].input if (n := made.get(name)) is not None and n not in order]
+        stack += missing
+        if not missing:
+            order[stack.pop()] = None
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes[number] for number in order)
 
 
 def _name_preprocessing(proto: Any, inside: bool) -> None:

@@ -128,7 +128,8 @@ def _open_old(config: Config, dataset: Dataset | None, ranks: Ranks) -> OldEmbed
         look = dataset.info if dataset is not None else DatasetInfo()
         return ModelEmbeddings(compat.old_model, look, ranks.device)
     assert compat.old_embeddings is not None
-    return StoredEmbeddings(compat.old_embeddings, config.data.synthetic_records if dataset is None else len(dataset))
+    records = config.data.synthetic_records if dataset is None else len(dataset)
+    return StoredEmbeddings(compat.old_embeddings, records, dataset=dataset)
 
 
 def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, ranks: Ranks) -> None:

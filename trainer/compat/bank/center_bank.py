@@ -2,7 +2,8 @@
 
 A bank is a folder::
 
-    bank.json                    counts, dimension, how it was made, and of every file its size and CRC-32
+    bank.json                    counts, dimension, how it was made, of every file its size and CRC-32, and a
+                                 checksum of itself
     classes.safetensors          boundaries (C,) float32 · counts (C,) int64 · mask (C,) bool · class_ids (C,) int64
                                  and, where centres are int8, their scales (C,) float32
     centers-00000.safetensors …  centers (n, D1) float32, bfloat16 or int8
@@ -27,7 +28,8 @@ from torch import Tensor
 from trainer import __version__
 from trainer.data.index import Dataset, renumbered
 from trainer.errors import CenterBankError
-from trainer.files import TensorStream, partial_of, replace_folder, save_tensors
+from trainer.files import TensorStream, checksum, partial_of, replace_folder, save_tensors
+from trainer.seals import sealed, unsealed
 
 SHARD_BYTES = 64 * 2**20
 NORM_TOLERANCE = 1e-3
@@ -213,7 +215,7 @@ class CenterBank:
     def _verify(self, part: _FileInfo) -> None:
         if part.file in self._verified:
             return
-        if _crc32_of(self.folder / part.file) != part.crc32:
+        if checksum(self.folder / part.file)[1] != part.crc32:
             raise CenterBankError(f"{self.folder / part.file}: damaged (its checksum differs); make the bank again")
         self._verified.add(part.file)
 
@@ -248,7 +250,7 @@ def _read_manifest(folder: Path) -> _Manifest:
     if not path.is_file():
         raise CenterBankError(f"{folder}: no centre bank (bank.json is missing); make one with `lce centers`")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = unsealed(json.loads(path.read_text(encoding="utf-8")), path, CenterBankError, "centre bank")
         manifest = _Manifest.model_validate(tree)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
@@ -266,14 +268,6 @@ def _read_manifest(folder: Path) -> _Manifest:
     if any(Path(part.file).name != part.file for part in (manifest.classes, *parts)):
         raise CenterBankError(f"{path}: names a file outside the bank's folder")
     return manifest
-
-
-def _crc32_of(path: Path) -> int:
-    crc, block = 0, 4 * 2**20
-    with path.open("rb") as file:
-        while data := file.read(block):
-            crc = zlib.crc32(data, crc)
-    return crc
 
 
 class BankWriter:
@@ -392,7 +386,7 @@ class BankWriter:
             save_tensors(per_class, path)
         except (OSError, SafetensorError) as error:
             raise CenterBankError(f"{self.path}: cannot be written: {error}") from None
-        size, crc32 = path.stat().st_size, _crc32_of(path)
+        size, crc32 = checksum(path)
         classes = _FileInfo(file=path.name, start=0, stop=self.num_classes, size_bytes=size, crc32=crc32)
         manifest = _Manifest(
             format="lce-center-bank",
@@ -405,7 +399,8 @@ class BankWriter:
             classes=classes,
             centers=self._parts,
         )
-        (self._partial / "bank.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(sealed(manifest.model_dump(mode="json")), indent=2)
+        (self._partial / "bank.json").write_text(text + "\n", encoding="utf-8")
         replace_folder(self._partial, self.path)
 
     def _write(self, stored: Tensor) -> None:
