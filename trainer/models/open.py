@@ -13,6 +13,7 @@ from trainer.errors import ConfigError, ModelError
 from trainer.models.card import CARD_FILE, Direction, read_card
 from trainer.models.model import EmbeddingModel, NoNetwork, TorchModel
 from trainer.networks import build_backbone
+from trainer.networks.scale import fit_scale
 from trainer.networks.transform import build_transform
 
 
@@ -60,7 +61,9 @@ def _load_state(module: nn.Module, path: Path, update: Callable[[bytes], None]) 
         with path.open("rb") as file:
             while data := file.read(2**22):
                 update(data)
-        module.load_state_dict(load_file(path))
+        state = load_file(path)
+        fit_scale(module, state)
+        module.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: missing, damaged or not of the network in {CARD_FILE}: {reason}") from None
