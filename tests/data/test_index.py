@@ -44,7 +44,7 @@ def test_a_read_only_folder_opens_too(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(path: Path, array: object) -> None:
         raise PermissionError(str(path))
 
-    monkeypatch.setattr(store, "save_array", refuse)
+    monkeypatch.setattr(store, "write_array", refuse)
     assert len(open_dataset(folder)) == 60
     assert sorted(p.name for p in folder.iterdir()) == ["train.idx", "train.rec"]
 

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer.data import store
 from trainer.data.pixels import decode_image, image_size
 from trainer.errors import DataError, ForeignRecordsError, MissingDataError
-from trainer.seals import checksum, find_change, sealed, unsealed, warn_once
+from trainer.files import checksum, write_text
+from trainer.seals import find_change, sealed, unsealed, warn_once
 
 DESCRIPTION = "dataset.yaml"
 BAD_RECORDS = "bad_records.npy"
@@ -96,7 +97,7 @@ def describe_table(
         classes_file=None if classes is None else checksum(classes),
     )
     tree = sealed(info.model_dump(mode="json", exclude_none=True))
-    store.write_text(table.with_suffix(".yaml"), yaml.safe_dump(tree, sort_keys=False))
+    write_text(table.with_suffix(".yaml"), yaml.safe_dump(tree, sort_keys=False))
 
 
 def seal_table(table: Path, dataset: "Dataset") -> None:
@@ -123,7 +124,7 @@ class RowsInfo(BaseModel):
 def describe_rows(rows: Path, info: RowsInfo) -> None:
     """Write what stands beside embeddings by record."""
     tree = sealed(info.model_dump(mode="json"))
-    store.write_text(rows.with_suffix(".yaml"), yaml.safe_dump(tree, sort_keys=False))
+    write_text(rows.with_suffix(".yaml"), yaml.safe_dump(tree, sort_keys=False))
 
 
 def rows_info(rows: Path) -> RowsInfo | None:
@@ -444,7 +445,7 @@ def load_description(folder: Path) -> DatasetInfo:
 def save_description(folder: Path, info: DatasetInfo) -> None:
     """Write dataset.yaml, atomically."""
     text = yaml.safe_dump(info.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None)
-    store.write_text(folder / DESCRIPTION, text)
+    write_text(folder / DESCRIPTION, text)
 
 
 def renumbered(one: str | None, other: str | None) -> bool:

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data import store
 from trainer.data.index import Dataset, describe_table
 from trainer.errors import DataError
+from trainer.files import write_array
 
 Kind = Literal["extended-class", "extended-data", "extended-group", "open-class", "open-data", "open-group"]
 KINDS: tuple[Kind, ...] = ("extended-class", "extended-data", "extended-group", "open-class", "open-data", "open-group")
@@ -119,8 +119,8 @@ def save_tables(tables: dict[str, Table], folder: Path, dataset: Dataset, made_b
         folder.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
             labels, classes = folder / f"{name}.npy", folder / f"{name}.classes.npy"
-            store.save_array(labels, table.labels)
-            store.save_array(classes, table.classes)
+            write_array(labels, table.labels)
+            write_array(classes, table.classes)
             describe_table(labels, dataset, len(table.classes), made_by, classes)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror}") from None

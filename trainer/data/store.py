@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from trainer.data import recordio
 from trainer.errors import DataError
+from trainer.files import write_array, write_text
 from trainer.seals import warn_once
 
 _GATHER_ROWS = 1 << 18
@@ -413,8 +414,8 @@ def load_or_find(rec: Path) -> Found:
     found = find_images(rec)
     try:
         stamp.unlink(missing_ok=True)
-        save_array(offsets_path(rec), found.offsets)
-        save_array(labels, found.labels)
+        write_array(offsets_path(rec), found.offsets)
+        write_array(labels, found.labels)
         write_text(stamp, json.dumps({"version": _FOUND_VERSION, "files": status, "identities": found.identities}))
     except OSError:
         pass  # a read-only folder: found again each time
@@ -423,37 +424,6 @@ def load_or_find(rec: Path) -> Found:
 
 def _stamp(path: Path) -> list[int] | None:
     return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
-
-
-def temporary(path: Path) -> Path:
-    """A name beside ``path`` for what is not complete yet."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write a .npy beside and rename it."""
-    beside = temporary(path)
-    try:
-        with beside.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside and rename it: UTF-8, and the bytes of file names that are not."""
-    beside = temporary(path)
-    try:
-        with beside.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def image_files(folder: Path) -> Iterator[tuple[str, Path]]:

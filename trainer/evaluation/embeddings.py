@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import tokenize
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -63,9 +65,12 @@ class EmbeddingCache:
         if file is None or not file.exists():
             return None
         try:
-            known = np.load(file, allow_pickle=False)
-        except (OSError, ValueError):
-            return None  # damaged: made anew and replaced
+            with file.open("rb") as stream:
+                known = np.load(stream, allow_pickle=False)
+                if stream.read() != _crc(known):
+                    return None  # damaged, or of an earlier version: made anew and replaced
+        except (OSError, ValueError, EOFError, TypeError, SyntaxError, tokenize.TokenError):
+            return None
         return known if known.shape == (images, dim) and known.dtype == np.float32 else None
 
     def _write(self, file: Path | None, embeddings: FloatArray) -> None:
@@ -73,6 +78,12 @@ class EmbeddingCache:
             return
         with replaced(file, DataError) as partial, partial.open("wb") as stream:
             np.save(stream, embeddings)
+            stream.write(_crc(embeddings))
+
+
+def _crc(embeddings: FloatArray) -> bytes:
+    """What stands behind cached embeddings: their CRC-32, four bytes."""
+    return zlib.crc32(np.ascontiguousarray(embeddings).data).to_bytes(4, "little")
 
 
 def default_cache() -> Path:

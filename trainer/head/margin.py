@@ -85,9 +85,9 @@ class AdaFace(Margin):
     """AdaFace: the margin grows with the embedding's norm relative to a running mean and deviation (eq. 5–9).
 
     ẑ = clip((‖x‖ − μ)/(σ + ε)·h, −1, 1), ψ = f(clip(θ − m·ẑ, 0, π)) − (m + m·ẑ). The norm is a constant for the
-    gradient, as in the paper, and is compared with the norms of the other images only: a last batch norm without a
-    learned scale, which the authors' own network has too, does not matter to it. μ and σ are running means over global batches with the share ``norm_momentum``,
-    starting at 20 and 100.
+    gradient, as in the paper, and counts relative to those of other images only: a last batch norm without a learned
+    scale, such as the authors' own network has, does not matter to it. μ and σ are running means over global batches
+    with the share ``norm_momentum``, starting at 20 and 100.
     """
 
     def __init__(self, config: MarginConfig) -> None:

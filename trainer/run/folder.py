@@ -9,6 +9,8 @@ import yaml
 
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
+from trainer.files import write_text
+from trainer.seals import unsealed
 
 SUMMARY = "summary.json"
 
@@ -51,7 +53,7 @@ def open_folder(config: Config) -> list[str]:
         (folder / "ranks").mkdir(parents=True, exist_ok=True)
         for note in (folder / "ranks").iterdir():
             note.unlink()
-        write_beside(folder / "config.yaml", dump_config(config))
+        write_text(folder / "config.yaml", dump_config(config))
         return changes
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.dir}: cannot be written: {error.strerror}") from None
@@ -76,7 +78,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_summary(folder: Path, steps: int) -> RunSummary | None:
     try:
-        summary = RunSummary(**json.loads((folder / SUMMARY).read_text()))
+        summary = RunSummary(**unsealed(json.loads((folder / SUMMARY).read_text()), folder / SUMMARY, ConfigError))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
@@ -84,9 +86,3 @@ def read_summary(folder: Path, steps: int) -> RunSummary | None:
             f"{folder / SUMMARY}: not a summary of a run: {error}; remove it to continue the run"
         ) from None
     return summary if summary.step >= steps else None
-
-
-def write_beside(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text)
-    beside.replace(path)

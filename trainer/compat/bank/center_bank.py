@@ -2,7 +2,8 @@
 
 A bank is a folder::
 
-    bank.json                    counts, dimension, how it was made, and of every file its size and CRC-32
+    bank.json                    counts, dimension, how it was made, of every file its size and CRC-32, and a
+                                 checksum of itself
     classes.safetensors          boundaries (C,) float32 · counts (C,) int64 · mask (C,) bool · class_ids (C,) int64
                                  and, where centres are int8, their scales (C,) float32
     centers-00000.safetensors …  centers (n, D1) float32, bfloat16 or int8
@@ -28,6 +29,7 @@ from trainer import __version__
 from trainer.data.index import Dataset, renumbered
 from trainer.errors import CenterBankError
 from trainer.files import TensorStream, checksum, partial_of, replace_folder, save_tensors
+from trainer.seals import sealed, unsealed
 
 SHARD_BYTES = 64 * 2**20
 NORM_TOLERANCE = 1e-3
@@ -248,7 +250,7 @@ def _read_manifest(folder: Path) -> _Manifest:
     if not path.is_file():
         raise CenterBankError(f"{folder}: no centre bank (bank.json is missing); make one with `lce centers`")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = unsealed(json.loads(path.read_text(encoding="utf-8")), path, CenterBankError, "centre bank")
         manifest = _Manifest.model_validate(tree)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
@@ -397,7 +399,8 @@ class BankWriter:
             classes=classes,
             centers=self._parts,
         )
-        (self._partial / "bank.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(sealed(manifest.model_dump(mode="json")), indent=2)
+        (self._partial / "bank.json").write_text(text + "\n", encoding="utf-8")
         replace_folder(self._partial, self.path)
 
     def _write(self, stored: Tensor) -> None:
