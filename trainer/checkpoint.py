@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_now
 from trainer.config import CheckpointConfig
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects
 from trainer.errors import CheckpointError
+from trainer.reading import open_regular, read_json
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is fine
 
@@ -101,7 +102,7 @@ def read_index(folder: Path) -> Metadata:
         CheckpointError: missing, damaged, or holding anything but an index.
     """
     try:
-        with (folder / _INDEX).open("rb") as file:
+        with open_regular(folder / _INDEX, CheckpointError) as file:
             metadata = _IndexUnpickler(file).load()
     except Exception as error:
         raise CheckpointError(f"{folder / _INDEX}: not the index of a checkpoint: {error}") from None
@@ -116,7 +117,7 @@ def read_index(folder: Path) -> Metadata:
 def checksum(path: Path) -> tuple[int, int]:
     """(size in bytes, CRC-32) of a file."""
     crc, size = 0, 0
-    with path.open("rb") as file:
+    with open_regular(path, CheckpointError) as file:
         while block := file.read(1 << 22):
             crc, size = zlib.crc32(block, crc), size + len(block)
     return size, crc
@@ -129,15 +130,15 @@ def read_seal(folder: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is damaged or of another format.
     """
     path = folder / SEAL
+    if not path.exists():
+        raise CheckpointError(f"{folder}: no complete checkpoint ({SEAL} is missing)")
     try:
-        seal = json.loads(path.read_text())
+        seal = read_json(path, CheckpointError)
         if seal["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {seal['format']}, this version reads {FORMAT}")
         if not isinstance(seal["files"], dict) or not isinstance(seal["step"], int):
             raise ValueError("files or step missing")
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no complete checkpoint ({SEAL} is missing)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     return dict(seal)
 
@@ -154,6 +155,8 @@ def find_damage(folder: Path, files: dict[str, list[int]]) -> str | None:
                 return f"{path}: content changed since it was written (CRC-32 differs)"
         except OSError as error:
             return f"{path}: {error.strerror or error}"
+        except CheckpointError as error:
+            return str(error)
     return None
 
 
@@ -308,7 +311,7 @@ class Checkpoints:
             saving.partial.rename(target)
             _sync_folder(self.folder)
             self._retain()
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             return _first_line(error)
         return None
 

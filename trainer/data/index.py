@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer.data import store
 from trainer.data.pixels import decode_image, image_size
 from trainer.errors import DataError, MissingDataError
+from trainer.reading import read_text, read_yaml
 
 DESCRIPTION = "dataset.yaml"
 BAD_RECORDS = "bad_records.npy"
@@ -181,10 +182,7 @@ class Dataset:
         if self.info.class_names is None:
             return None
         file = self.path / self.info.class_names
-        try:
-            names = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from None
+        names = read_text(file, DataError).removesuffix("\n").split("\n")
         if self.info.num_classes is not None and len(names) != self.info.num_classes:
             raise DataError(
                 f"{file}: names {len(names)} classes of {self.info.num_classes}; it needs one line for each class"
@@ -295,10 +293,7 @@ def load_description(folder: Path) -> DatasetInfo:
     """Read dataset.yaml. Raises :class:`DataError` naming the file, the key and what is allowed."""
     file = folder / DESCRIPTION
     try:
-        tree: Any = yaml.safe_load(file.read_text())
-        return DatasetInfo.model_validate(tree)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
+        return DatasetInfo.model_validate(read_yaml(file, DataError))
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         raise DataError(f"{file}: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}") from None
@@ -327,8 +322,8 @@ def table_info(table: Path) -> LabelsInfo | None:
     if not file.exists():
         return None
     try:
-        return LabelsInfo.model_validate(yaml.safe_load(file.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, pydantic.ValidationError) as error:
+        return LabelsInfo.model_validate(read_yaml(file, DataError))
+    except pydantic.ValidationError as error:
         raise DataError(f"{file}: does not describe a label table: {error}") from None
 
 
@@ -367,9 +362,9 @@ def _open_records(folder: Path, recs: list[Path]) -> tuple[DatasetInfo, store.St
     if not file.exists():
         return DatasetInfo(image_size=_first_size(images)), images, labels
     try:
-        classes, height, width = (int(word) for word in file.read_text().strip().split(","))
+        classes, height, width = (int(word) for word in read_text(file, DataError).strip().split(","))
         return DatasetInfo(image_size=(height, width), num_classes=classes), images, labels
-    except (ValueError, OSError, pydantic.ValidationError):
+    except (ValueError, pydantic.ValidationError):
         raise DataError(f"{file}: expected classes,height,width (for example 85742,112,112)") from None
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer import __version__
 from trainer.config import BackboneConfig, TransformConfig
 from trainer.errors import ModelError
+from trainer.reading import parse_json
 
 Color = Literal["RGB", "BGR"]
 
@@ -61,7 +62,7 @@ class ModelCard(BaseModel):
 def read_card(data: bytes | str, source: str) -> ModelCard:
     """Parse a model card. Raises :class:`ModelError` naming ``source`` and the key."""
     try:
-        return ModelCard.model_validate_json(data)
+        return ModelCard.model_validate(parse_json(data, source, ModelError))
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         raise ModelError(f"{source}: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}") from None

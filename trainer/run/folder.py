@@ -1,6 +1,5 @@
 """The run folder: its configuration, what changed since the last start, and the summary that marks it as finished."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +8,7 @@ import yaml
 
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
+from trainer.reading import read_json, read_yaml
 
 SUMMARY = "summary.json"
 
@@ -61,7 +61,7 @@ def changes_since(before: Path, config: Config) -> list[str]:
     """The settings that differ from those the folder was last run with, as ``key: old → new``."""
     if not before.exists():
         return []
-    old = flat(yaml.safe_load(before.read_text()))
+    old = flat(read_yaml(before, ConfigError) or {})
     new = flat(yaml.safe_load(dump_config(config)))
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
 
@@ -75,11 +75,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_summary(folder: Path, steps: int) -> RunSummary | None:
-    try:
-        summary = RunSummary(**json.loads((folder / SUMMARY).read_text()))
-    except FileNotFoundError:
+    if not (folder / SUMMARY).exists():
         return None
-    except (OSError, ValueError, TypeError) as error:
+    try:
+        summary = RunSummary(**read_json(folder / SUMMARY, ConfigError))
+    except (ConfigError, TypeError) as error:
         raise ConfigError(
             f"{folder / SUMMARY}: not a summary of a run: {error}; remove it to continue the run"
         ) from None

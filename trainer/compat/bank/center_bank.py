@@ -11,7 +11,6 @@ It is written beside and renamed when complete. It is read by ranges of rows, so
 its own classes only; a shard's checksum is verified when its first row is read (a file lost to a power cut is noticed).
 """
 
-import json
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from trainer import __version__
 from trainer.data.index import Dataset, renumbered
 from trainer.errors import CenterBankError
 from trainer.files import TensorStream, partial_of, replace_folder, save_tensors
+from trainer.reading import open_regular, read_json
 
 SHARD_BYTES = 64 * 2**20
 NORM_TOLERANCE = 1e-3
@@ -248,14 +248,12 @@ def _read_manifest(folder: Path) -> _Manifest:
     if not path.is_file():
         raise CenterBankError(f"{folder}: no centre bank (bank.json is missing); make one with `lce centers`")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        manifest = _Manifest.model_validate(tree)
+        manifest = _Manifest.model_validate(read_json(path, CenterBankError))
+    except CenterBankError as error:
+        raise CenterBankError(f"{error}: no description of a centre bank; make the bank again") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise CenterBankError(f"{path}: no description of a centre bank ({reason}); make the bank again") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
         raise CenterBankError(f"{path}: no description of a centre bank ({reason}); make the bank again") from None
     parts = manifest.centers
     ends = [0, *(part.stop for part in parts)]
@@ -270,7 +268,7 @@ def _read_manifest(folder: Path) -> _Manifest:
 
 def _crc32_of(path: Path) -> int:
     crc, block = 0, 4 * 2**20
-    with path.open("rb") as file:
+    with open_regular(path, CenterBankError) as file:
         while data := file.read(block):
             crc = zlib.crc32(data, crc)
     return crc
