@@ -1,6 +1,7 @@
 # make demo   the whole story on faces and on characters (environment included), ending in verdicts and reports
 # make test   formatting, lint, types and all tests: what CI runs
 # make test-fast   the same without the slow tests: under two minutes
+# make attack   the tests that try to break what is promised, for minutes each
 # make lint   the first three of them alone
 # make results   measure everything that docs/results.md shows again, and write it: some hours
 # make docs   the API reference, into build/docs
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 comma := ,
 EXTRAS := dev$(comma)docs$(if $(filter Linux,$(shell uname -s)),$(comma)gpu)
 
-.PHONY: install demo test test-fast lint format results docs package-check clean
+.PHONY: install demo test test-fast attack lint format results docs package-check clean
 
 install: .venv/installed
 
@@ -37,6 +38,9 @@ test: lint .venv/extras
 
 test-fast: lint
 	$(BIN)/python -m pytest -m "not slow"
+
+attack: .venv/extras
+	$(BIN)/python -m pytest -m attack
 
 results: .venv/extras
 	$(BIN)/lce bench results --measure

@@ -1,4 +1,5 @@
-"""Two speeds: whole files that start processes or train are marked ``slow``, beside tests that say so themselves."""
+"""Three speeds: whole files that start processes or train are marked ``slow``, beside tests that say so themselves;
+those marked ``attack`` take minutes each and run where ``-m`` asks for them (``make attack``)."""
 
 from pathlib import Path
 
@@ -45,11 +46,15 @@ SLOW = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the slow files."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of the slow files; leave out those of ``attack`` unless they are asked for."""
     for item in items:
         if item.path.relative_to(TESTS).as_posix() in SLOW:
             item.add_marker(pytest.mark.slow)
+    if "attack" not in config.getoption("markexpr"):
+        left_out = [item for item in items if item.get_closest_marker("attack")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_sessionstart() -> None:

@@ -4,10 +4,11 @@ import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from trainer.errors import DataError
-from trainer.files import replaced
+from trainer.files import replaced, write_array, write_text
 
 
 def _folder(path: Path, text: str) -> None:
@@ -69,3 +70,24 @@ def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
         _folder(partial, "new")
     assert (tmp_path / "letter").read_text() == "of a user"
     assert [p.name for p in tmp_path.iterdir()] == ["letter"]
+
+
+def test_a_text_and_an_array_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "a.txt", "né \udcff")
+    assert (tmp_path / "a.txt").read_bytes() == "né ".encode() + b"\xff"
+    write_array(tmp_path / "a.npy", np.arange(3))
+    assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2]
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "a.txt", "new")
+    with pytest.raises(OSError, match="No space left"):
+        write_array(tmp_path / "a.npy", np.arange(4))
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path, "new")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8", errors="surrogateescape") == "né \udcff"
+    assert len(np.load(tmp_path / "a.npy")) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "a.txt"]

@@ -172,7 +172,7 @@ def _from_embeddings(args: argparse.Namespace) -> int:
     from trainer.compat.bank.center_bank import BankInfo, CenterBank
     from trainer.compat.bank.convert import bank_from_embeddings
     from trainer.compat.bank.matrices import open_rows, read_labels
-    from trainer.data.index import open_dataset, table_info
+    from trainer.data.index import check_rows, open_dataset, table_info
     from trainer.errors import LceError
 
     if (args.labels is None) == (args.dataset is None):
@@ -184,6 +184,8 @@ def _from_embeddings(args: argparse.Namespace) -> int:
     else:
         labels, described = read_labels(args.labels), table_info(args.labels)
         classes = args.classes or (described.num_classes if described else int(labels.max(initial=-1)) + 1)
+    if len(args.embeddings) == 1:
+        check_rows(args.embeddings[0], dataset if dataset is not None else args.labels)
     info = BankInfo(
         made_from="embeddings",
         source=" ".join(str(path) for path in args.embeddings),

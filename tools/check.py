@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from tools.arguments import whole_number
 from tools.output import write_json
-from trainer.errors import DataError, MissingDataError
+from tools.progress import progress_bars
+from trainer.errors import DataError, ForeignRecordsError, MissingDataError
 
 if TYPE_CHECKING:
     from trainer.data.checking import CheckReport
@@ -38,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write-bad", action="store_true", help="write DATASET/bad_records.npy for training to pass over"
     )
     parser.add_argument(
+        "--seal",
+        action="store_true",
+        help="with --labels: write what stands beside the table anew (whose records it numbers, its checksum)",
+    )
+    parser.add_argument(
         "--processes", type=whole_number(0), default=0, metavar="N", help="reading processes (one per core)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the findings as JSON (- for standard output)")
@@ -46,30 +52,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check; returns 0, or 1 when damage was found."""
     import numpy as np
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from trainer.data import open_dataset, store
+    from trainer.data import open_dataset
     from trainer.data.checking import check
-    from trainer.data.index import BAD_RECORDS
+    from trainer.data.index import BAD_RECORDS, seal_table
+    from trainer.files import write_array
 
+    if args.seal and args.labels is None:
+        raise DataError("--seal: name the label table with --labels")
     try:
-        dataset = open_dataset(args.dataset, args.labels)
-    except MissingDataError:
+        dataset = open_dataset(args.dataset, args.labels, verify=not args.seal)
+    except (MissingDataError, ForeignRecordsError):
         raise
     except DataError as error:
         write_json({"dataset": str(args.dataset), "damage": [str(error)]}, args.json)
         print(f"damage: {error}", file=sys.stderr if args.json == "-" else sys.stdout)
         return 1
     processes = args.processes or len(os.sched_getaffinity(0))
-    console = Console(stderr=True)
-    with Progress("checking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=len(dataset))
-        report = check(
-            dataset, deep=args.deep, processes=processes, progress=lambda done: bar.update(task, completed=done)
-        )
+    with progress_bars() as bars:
+
+        def progress(done: int) -> None:
+            bars.update("checking", done, len(dataset))
+
+        report = check(dataset, deep=args.deep, processes=processes, progress=progress)
+    if args.seal and not report.damage:
+        seal_table(args.labels, dataset)
     if args.write_bad:
-        store.save_array(args.dataset / BAD_RECORDS, np.array(sorted(report.bad), np.int64))
+        write_array(args.dataset / BAD_RECORDS, np.array(sorted(report.bad), np.int64))
     write_json({"dataset": str(args.dataset), **dataclasses.asdict(report)}, args.json)
     if args.json != "-":
         _print(args.dataset, report)

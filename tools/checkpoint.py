@@ -8,11 +8,11 @@ A run folder means all its checkpoints (extract: the newest); a single step-XXXX
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from tools.output import write_json
+from tools.progress import progress_bars
 
 HELP = "look into checkpoints, verify them, or extract weights"
 
@@ -93,9 +93,6 @@ def _info(folder: Path) -> dict[str, Any]:
 
 
 def _verify(folder: Path) -> dict[str, Any]:
-    from rich.console import Console
-    from rich.progress import track
-
     from trainer.checkpoint import find_damage, read_index, read_seal
     from trainer.errors import CheckpointError
 
@@ -104,8 +101,11 @@ def _verify(folder: Path) -> dict[str, Any]:
     try:
         files = read_seal(folder)["files"]
         read_index(folder)
-        names = track(sorted(files), str(folder), console=Console(file=sys.stderr), transient=True)
-        damage = next((d for d in (find_damage(folder, {n: files[n]}) for n in names) if d), None)
+        with progress_bars() as bars:
+            for number, name in enumerate(sorted(files)):
+                bars.update(str(folder), number, len(files))
+                damage = damage or find_damage(folder, {name: files[name]})
+            bars.update(str(folder), len(files), len(files))
         size = sum(entry[0] for entry in files.values())
     except CheckpointError as error:
         damage = str(error)

@@ -31,6 +31,7 @@ COMMANDS = (
     "export",
     "gallery",
     "checkpoint",
+    "runs",
     "plan",
     "bench",
 )

@@ -24,6 +24,7 @@ Exit status: 0 done (1 with --fail-unsafe unless the verdict is SAFE), 2 wrong u
 
 import argparse
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -285,26 +286,18 @@ def _describe(model: "EmbeddingModel") -> dict[str, Any]:
 
 @contextmanager
 def _progress(shown: bool) -> Iterator[tuple["Progress", Callable[[int], Callable[[str], None]]]]:
-    """Two bars on standard error: images embedded, stages measured."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Two kinds of bars: images embedded, stages measured."""
+    from tools.progress import progress_bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bars:
-        tasks: dict[str, Any] = {}
+    with progress_bars(shown) as bars:
 
         def counted(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(f"embedding {what}", total=total)
-            bars.update(tasks[what], completed=done)
+            bars.update(f"embedding {what}", done, total)
 
         def staged(total: int) -> Callable[[str], None]:
-            task = bars.add_task("measuring", total=total)
-
-            def notify(stage: str) -> None:
-                bars.update(task, advance=1, description=f"measuring {stage}")
-
-            return notify
+            stages = itertools.count(1)
+            bars.update("measuring", 0, total)
+            return lambda stage: bars.update("measuring", next(stages), total, f"measuring {stage}")
 
         yield counted, staged
 

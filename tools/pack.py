@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tools.arguments import whole_number
 from tools.output import write_json
+from tools.progress import progress_bars
 
 HELP = "folders of identities, a list or tar files → a RecordIO data set"
 
@@ -70,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pack; returns the exit status."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from trainer.data.listing import list_source
     from trainer.data.packing import PackOptions, pack
@@ -88,15 +88,13 @@ def run(args: argparse.Namespace) -> int:
         mean=tuple(args.mean),
         std=tuple(args.std),
     )
-    console = Console(stderr=True)
-    with console.status(f"listing {args.source}"):
+    with Console(stderr=True).status(f"listing {args.source}"):
         listing = list_source(args.source, args.keep_labels, args.root)
     processes = args.processes or len(os.sched_getaffinity(0))
-    with Progress("packing", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=len(listing))
+    with progress_bars() as bars:
 
         def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            bars.update("packing", done, total)
 
         result = pack(listing, args.out, options, processes=processes, job=args.part, progress=progress)
     figures = {**dataclasses.asdict(result), "out": str(args.out)}

@@ -122,7 +122,7 @@ def _rank(setting: Setting, rank: int, store: str, pipe: Connection) -> None:
     updates = Updates(setting.config, Ranks(rank, world, rank, device), setting.bank_dim)
     for _ in range(UPDATES):
         updates.take()
-    updates.task.head.optimizer.flush()  # every row is written, as before a checkpoint
+    updates.task.head.flush()  # every row is written, as before a checkpoint
     if cuda:
         torch.cuda.synchronize()
     pipe.send(peak_memory_bytes(device))

@@ -1,7 +1,34 @@
-"""One progress bar on standard error, for callbacks of the form (done, total)."""
+"""Progress bars on standard error: the one place where the command draws them (a training run's own bar, which shows
+figures and becomes lines in a log file, is trainer/run/display.py)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+class Bars:
+    """Several bars below each other, each made when it is first updated."""
+
+    def __init__(self, show: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=Console(stderr=True), disable=not show)
+        self._tasks = {}  # type: ignore[var-annotated]  # rich's type, imported when it is needed
+
+    def update(self, key: str, done: int, total: int, title: str | None = None) -> None:
+        """Move the bar named ``key``, whose title is ``title`` or else its name."""
+        if key not in self._tasks:
+            self._tasks[key] = self.progress.add_task(title or key, total=total)
+        self.progress.update(self._tasks[key], completed=done, total=total, description=title or key)
+
+
+@contextmanager
+def progress_bars(show: bool = True) -> Iterator[Bars]:
+    """Bars by name, for work of several kinds."""
+    bars = Bars(show)
+    with bars.progress:
+        yield bars
 
 
 @contextmanager
@@ -10,14 +37,6 @@ def progress_bar(title: str, show: bool = True) -> Iterator[Callable[[int, int],
     if not show:
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-
-        def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield update
+    with progress_bars() as bars:
+        bars.update(title, 0, 1)
+        yield lambda done, total: bars.update(title, done, total)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     options = SplitOptions(args.kind, args.share, args.unseen, args.tune, args.seen, args.seed)
     tables = split(dataset, options, None if args.groups is None else _groups(args.groups))
     made_by = f"lce split {args.dataset} --kind {args.kind} --share {args.share} --unseen {args.unseen} "
-    save_tables(tables, args.out, made_by + f"--tune {args.tune} --seen {args.seen} --seed {args.seed}")
+    save_tables(tables, args.out, dataset, made_by + f"--tune {args.tune} --seen {args.seen} --seed {args.seed}")
     counts = {name: {"classes": len(table.classes), "images": table.images} for name, table in tables.items()}
     write_json(counts, args.json)
     if args.json != "-":

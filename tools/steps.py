@@ -146,10 +146,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, stamp: dict[str, Any]) -> None:
+    from trainer.files import write_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(stamp))
-    beside.replace(path)
+    write_text(path, json.dumps(stamp))
 
 
 def _delete(path: Path) -> None:

@@ -12,7 +12,6 @@ import os
 import pickle
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_now
 from trainer.config import CheckpointConfig
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects
 from trainer.errors import CheckpointError
+from trainer.files import checksum
 from trainer.reading import open_regular, read_json
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is fine
@@ -112,15 +112,6 @@ def read_index(folder: Path) -> Metadata:
         if Path(info.relative_path).name != info.relative_path:
             raise CheckpointError(f"{folder / _INDEX}: points outside its folder: {info.relative_path}")
     return metadata
-
-
-def checksum(path: Path) -> tuple[int, int]:
-    """(size in bytes, CRC-32) of a file."""
-    crc, size = 0, 0
-    with open_regular(path, CheckpointError) as file:
-        while block := file.read(1 << 22):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return size, crc
 
 
 def read_seal(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -9,8 +10,11 @@ import socket
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,27 +79,69 @@ def why_unwritable(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
-    """A path beside ``target`` (a file or a folder to be) that takes its place when the block ends well, else is
-    removed.
+def beside(target: Path) -> Iterator[Path]:
+    """A path next to ``target`` (a file or a folder to be) that takes its place when the block ends well, else is
+    removed. A file is on the disk before it gets its name.
 
     Raises:
-        LceError: of ``error_type``, when something cannot be written.
+        OSError: something cannot be written, or ``target`` is a folder and a file would take its place.
     """
     partial = partial_of(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         if partial.is_dir():
             replace_folder(partial, target)
         elif target.is_dir():
-            raise error_type(f"{target}: is a folder; nothing was replaced")
+            raise IsADirectoryError(errno.EISDIR, "is a folder; nothing was replaced", str(target))
         else:
-            partial.replace(target)
-    except OSError as error:
-        raise error_type(f"{target}: cannot be written: {error.strerror or error}") from None
+            _sync(partial)
+            partial.rename(target)
     finally:
         remove(partial)
+
+
+@contextlib.contextmanager
+def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
+    """:func:`beside` for what a user asked for: makes the folder around ``target`` too.
+
+    Raises:
+        LceError: of ``error_type``, when something cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with beside(target) as partial:
+            yield partial
+    except OSError as error:
+        raise error_type(f"{target}: cannot be written: {error.strerror or error}") from None
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file that appears whole: UTF-8, and the bytes of file names that are not. Raises OSError."""
+    with beside(target) as partial:
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def write_array(target: Path, array: NDArray[Any]) -> None:
+    """Write a .npy file that appears whole. Raises OSError."""
+    with beside(target) as partial, partial.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> tuple[int, int]:
+    """(size in bytes, CRC-32) of a file."""
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return size, crc
 
 
 class TensorStream:

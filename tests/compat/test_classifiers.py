@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from trainer.checkpoint import checksum
 from trainer.compat.bank.bank_info import describe, nearest_pairs, summarise
 from trainer.compat.bank.center_bank import BankInfo, write_bank
 from trainer.compat.bank.classifiers import open_classifier
 from trainer.compat.bank.matrices import open_arrays, open_rows, read_labels
 from trainer.errors import CenterBankError
+from trainer.files import checksum
 
 CLASSES, DIM = 103, 16
 

@@ -160,7 +160,7 @@ def test_splits_that_leave_nothing_are_refused(tmp_path: Path) -> None:
     tables = split(open_dataset(folder), SplitOptions(share=0.5))
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
-        save_tables(tables, tmp_path / "file" / "out", "")
+        save_tables(tables, tmp_path / "file" / "out", open_dataset(folder), "")
 
 
 def test_the_tools_agree_with_the_library() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.samples import MXNET, encoded, identity_folders, mxnet_copy, packed
 from trainer.data import open_dataset, recordio, store
-from trainer.data.index import DatasetInfo, PartInfo, renumbered, save_description
+from trainer.data.index import DatasetInfo, PartInfo, renumbered, save_description, seal_table
 from trainer.data.splitting import SplitOptions, save_tables, split
 from trainer.errors import DataError
 
@@ -44,7 +44,7 @@ def test_a_read_only_folder_opens_too(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(path: Path, array: object) -> None:
         raise PermissionError(str(path))
 
-    monkeypatch.setattr(store, "save_array", refuse)
+    monkeypatch.setattr(store, "write_array", refuse)
     assert len(open_dataset(folder)) == 60
     assert sorted(p.name for p in folder.iterdir()) == ["train.idx", "train.rec"]
 
@@ -121,8 +121,8 @@ def test_the_numbering_is_that_of_identities(tmp_path: Path, named: bool) -> Non
     if not named:
         description.write_text(description.read_text().replace("class_names: classes.txt\n", ""))
     dataset = open_dataset(folder)
-    save_tables(split(dataset, SplitOptions("open-class", share=0.5)), tmp_path, "")
-    save_tables(split(dataset, SplitOptions("extended-class", share=0.5)), tmp_path / "extended", "")
+    save_tables(split(dataset, SplitOptions("open-class", share=0.5)), tmp_path, dataset, "")
+    save_tables(split(dataset, SplitOptions("extended-class", share=0.5)), tmp_path / "extended", dataset, "")
     old, new = (open_dataset(folder, tmp_path / f"{name}.npy") for name in ("old", "new"))
     assert renumbered(old.numbering, new.numbering)
     assert renumbered(old.numbering, dataset.numbering)
@@ -135,17 +135,20 @@ def test_the_numbering_is_that_of_identities(tmp_path: Path, named: bool) -> Non
     assert open_dataset(folder, tmp_path / "new.npy").numbering is None
     assert not renumbered(None, dataset.numbering)
     np.save(tmp_path / "old.classes.npy", np.arange(3))
+    seal_table(tmp_path / "old.npy", open_dataset(folder, tmp_path / "old.npy", verify=False))
     with pytest.raises(DataError, match=r"old\.classes\.npy: expected"):
         open_dataset(folder, tmp_path / "old.npy").numbering  # noqa: B018
 
 
 def test_a_tables_classes_have_their_own_names(tmp_path: Path) -> None:
     folder = packed(tmp_path, 4, 4)
-    save_tables(split(open_dataset(folder), SplitOptions("open-class", share=0.5)), tmp_path, "")
+    dataset = open_dataset(folder)
+    save_tables(split(dataset, SplitOptions("open-class", share=0.5)), tmp_path, dataset, "")
     for name in ("old", "new"):
         classes = np.load(tmp_path / f"{name}.classes.npy").tolist()
         assert open_dataset(folder, tmp_path / f"{name}.npy").class_names == [f"person{c:02d}" for c in classes]
     np.save(tmp_path / "new.classes.npy", np.array([1, 9]))
+    seal_table(tmp_path / "new.npy", open_dataset(folder, tmp_path / "new.npy", verify=False))
     with pytest.raises(DataError, match="belongs to another data set"):
         open_dataset(folder, tmp_path / "new.npy").class_names  # noqa: B018
 

@@ -92,9 +92,8 @@ def run_head(ranks: Ranks, config: HeadConfig, case: Case) -> dict[str, Any]:
             out["gradient"].append(local.grad)
         if case.accumulate > 1:
             head.apply_update()
-    names = ("rows", *head.optimizer.state_names)
     state = head.shard_state()
-    for name in names:
+    for name in state.keys() & {"rows", "momentum", "first_moment", "second_moment"}:
         value = state[name]
         out[name] = (value.to_local() if hasattr(value, "to_local") else value).detach().clone()
     return out

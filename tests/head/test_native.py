@@ -1,5 +1,6 @@
 """The C++ pass equals the torch pass and the float64 reference, and steps aside where it does not fit."""
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.head.test_equality import config
 from tests.ranks import run_ranks
 from trainer.config import HeadConfig, RowOptimizerConfig
 from trainer.distributed import Ranks
-from trainer.head import native, partial_fc
+from trainer.head import fused, native, partial_fc
 from trainer.head.kernels import Kernels
 from trainer.head.partial_fc import PartialFC
 
@@ -26,21 +27,22 @@ WIDE = Case(classes=1003, dim=48, batch=37, compat=True)
 def as_if_large(patch: pytest.MonkeyPatch) -> None:
     """Small heads get what large ones do, without the time that torch.compile takes."""
     patch.setattr(partial_fc, "COMPILE_FROM_ROWS", 0)
-    patch.setattr(partial_fc, "Kernels", lambda chunk, compiled, native: Kernels(chunk, False, native))
+    patch.setattr(partial_fc, "Kernels", lambda chunk, compiled: Kernels(chunk, compiled=False))
 
 
 def run_native(ranks: Ranks, head: HeadConfig, case: Case, expected: bool = True) -> dict[str, Any]:
     """:func:`run_head` with the C++ pass allowed at any size; fails unless it was used as ``expected``."""
     used = []
 
-    class Spy(native.NativePass):
-        def second(self, *arguments: Any) -> torch.Tensor:
+    class Spy(native.Native):
+        def second(self, fields: native.StepFields) -> None:
             used.append(True)
-            return super().second(*arguments)
+            super().second(fields)
 
     with pytest.MonkeyPatch.context() as patch:
         as_if_large(patch)
-        patch.setattr(native, "NativePass", Spy)
+        if library := native.load():
+            patch.setattr(native, "load", lambda: Spy(library.library, library.gemm))
         out = run_head(ranks, head, case)
     assert bool(used) == expected, "the C++ pass was used" if used else "the C++ pass was not used"
     return out
@@ -70,7 +72,7 @@ def test_with_correction_and_without_lce(rate: float) -> None:
 
 
 def test_products_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partial_fc, "KEEP_SHARE", 10.0)
+    monkeypatch.setattr(fused, "KEEP_SHARE", 10.0)
     check(WIDE, sample_rate=0.3)
     check(WIDE)
 
@@ -153,5 +155,20 @@ def test_without_a_compiler_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
         with pytest.warns(UserWarning, match=r"C\+\+ kernels cannot be built here.*no such flag"):
             run_native(Ranks(), config(rows="float32"), Case(steps=1), expected=False)
         assert not list(tmp_path.glob("lce-trainer/*.so")), "nothing half-built is left"
+    finally:
+        native.load.cache_clear()
+
+
+def test_a_library_whose_struct_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field added on one side only would make C++ read another tensor's address."""
+
+    class Longer(native.StepFields):
+        _fields_ = (("further", ctypes.c_int64),)
+
+    monkeypatch.setattr(native, "StepFields", Longer)
+    native.load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"native.cpp: Step has \d+ bytes, its mirror in native.py \d+"):
+            assert native.load() is None
     finally:
         native.load.cache_clear()

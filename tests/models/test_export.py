@@ -183,6 +183,56 @@ def test_smaller_precisions_report_their_cosine(tmp_path: Path, precision: Any, 
     assert not (tmp_path / "n.onnx").exists()
 
 
+def scaled(model: TorchModel, factor: float) -> TorchModel:
+    """The model with embeddings ``factor`` times as long."""
+    plain = nn.Sequential(model.backbone, nn.Linear(DIM, DIM, bias=False))
+    plain[1].weight.data.copy_(factor * torch.eye(DIM))
+    return TorchModel(model.card, model.path, model.hash, plain, model.transforms, "cpu")
+
+
+@pytest.mark.parametrize("direction", [None, "t21"])
+def test_float16_files_of_long_embeddings_give_unit_rows(tmp_path: Path, direction: Direction | None) -> None:
+    model = saved(tmp_path / "model", "linear")
+    long = scaled(model, float(6e4 / np.abs(model.embed(images(), unit=False)).max()))
+    assert np.linalg.norm(long.embed(images(), unit=False), axis=1).max() > 65_504, "a norm that float16 does not hold"
+    export_onnx(long, tmp_path / "half.onnx", images(), precision="float16", direction=direction)
+    rows = OnnxModel.open(tmp_path / "half.onnx").rows(images())
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3)
+
+
+def test_rows_that_are_not_unit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = saved(tmp_path / "model")
+    rows = OnnxModel.rows
+    monkeypatch.setattr(OnnxModel, "rows", lambda self, given: 1.5 * rows(self, given))
+    with pytest.raises(ModelError, match=r"the exported file.s embedding of input 0 has norm 1\.5, not 1"):
+        export_onnx(model, tmp_path / "m.onnx", images(), precision="float16")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_a_map_that_gives_zero_vectors_is_not_exported(tmp_path: Path, precision: Any) -> None:
+    model = saved(tmp_path / "model", "orthogonal")
+    with torch.no_grad():
+        model.transforms["t21"].get_parameter("linear.parametrizations.weight.original").mul_(0.9999)  # decay, once
+    with pytest.raises(ModelError, match="torch's embedding of input 0 has norm 0, not 1"):
+        export_onnx(model, tmp_path / "m.onnx", images(), direction="t21", precision=precision)
+    with pytest.raises(ModelError, match="has norm 0"):
+        export_transform(model, "t21", tmp_path / "t21.onnx", model.embed(images()))
+    with pytest.raises(ModelError, match="has norm 0"):
+        export_program(model, tmp_path / "m.pt2", images(), direction="t21")
+    with pytest.raises(ModelError, match="has norm 0"):
+        export_folder(model, tmp_path / "out", images(), model.card)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_wide_bound_does_not_let_another_direction_pass(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model")
+    wrong = TorchModel(model.card, model.path, model.hash, network(), {}, "cpu")
+    wrong.embed = lambda given: np.roll(model.embed(given), 1, axis=0)  # type: ignore[method-assign,assignment,misc]
+    with pytest.raises(ModelError, match="smallest cosine"):
+        export_onnx(wrong, tmp_path / "m.onnx", images(), bound=10.0)
+
+
 @pytest.mark.parametrize("normalisation", ["inside", "outside"])
 def test_torch_export_programs(tmp_path: Path, normalisation: Any) -> None:
     model = saved(tmp_path / "model", "linear", color="BGR", mean=(0.4, 0.5, 0.6))

@@ -17,6 +17,7 @@ from tests.runs import config, log_of, tree
 from trainer.compat.bank.center_bank import BankInfo, CenterBank, write_bank
 from trainer.compat.bank.convert import check_centers
 from trainer.data import open_dataset
+from trainer.data.index import seal_table
 from trainer.data.splitting import SplitOptions, save_tables, split
 from trainer.distributed import Ranks
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError, ModelError
@@ -111,7 +112,8 @@ def test_bad_input_is_refused_and_leaves_nothing(dataset: Path, tmp_path: Path, 
 def test_a_bank_of_other_identities_is_refused(tmp_path: Path) -> None:
     """An open-class split into halves: the class counts are equal, the people are not."""
     folder = packed(tmp_path, 4, 4)
-    save_tables(split(open_dataset(folder), SplitOptions("open-class", share=0.5)), tmp_path, "")
+    dataset = open_dataset(folder)
+    save_tables(split(dataset, SplitOptions("open-class", share=0.5)), tmp_path, dataset, "")
     old, new = (open_dataset(folder, tmp_path / f"{name}.npy") for name in ("old", "new"))
     given = {"compat__method": "lce", "train__steps": 1, "data__labels": str(tmp_path / "new.npy")}
     wrong = _bank(tmp_path / "wrong", 2, 6, BankInfo(dataset=old.named, numbering=old.numbering))
@@ -122,6 +124,7 @@ def test_a_bank_of_other_identities_is_refused(tmp_path: Path) -> None:
     cleaned = np.array(new.labels)
     cleaned[np.flatnonzero(cleaned >= 0)[0]] = -1
     np.save(tmp_path / "new.npy", cleaned)
+    seal_table(tmp_path / "new.npy", open_dataset(folder, tmp_path / "new.npy", verify=False))
     same = open_dataset(folder, tmp_path / "new.npy").fingerprint  # the very data, whatever its classes are called now
     infos = {"right": BankInfo(numbering=new.numbering), "unknown": BankInfo()}
     infos["renamed"] = BankInfo(numbering="names:others", dataset_fingerprint=same)

@@ -118,7 +118,8 @@ def test_a_folder_of_data_sets_with_weights_chosen_before(tmp_path: Path, capsys
     assert bench(tmp_path, *words, sizes=())[0] == 2
     assert "splits/extended-class/old.npy is missing" in capsys.readouterr().err
     train = open_dataset(tmp_path / "data" / "train")
-    save_tables(split(train, SplitOptions("extended-class", 0.5)), tmp_path / "data" / "splits" / "extended-class", "t")
+    tables = split(train, SplitOptions("extended-class", 0.5))
+    save_tables(tables, tmp_path / "data" / "splits" / "extended-class", train, "t")
     assert bench(tmp_path, *words, "--old-classes", "6", sizes=())[0] == 2
     assert "says how many there are" in capsys.readouterr().err
     for text, reason in (("no", "not the JSON"), ('{"methods": {}}', "nothing about lce"), (None, "cannot be read")):

@@ -10,7 +10,6 @@ Verifying and loading read what was just written, so mostly from the page cache.
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -65,9 +64,8 @@ def _measure(folder: Path, size: int, repeats: int) -> dict[str, list[float]]:
     """Seconds by kind: stall, write, verify, load and copy, each measured ``repeats`` times, alternating."""
     import torch
     import torch.distributed as dist
-    from rich.console import Console
-    from rich.progress import track
 
+    from tools.progress import progress_bars
     from trainer.checkpoint import Checkpoints, find_damage, load_tensors
     from trainer.config import CheckpointConfig
     from trainer.distributed import Ranks
@@ -78,18 +76,20 @@ def _measure(folder: Path, size: int, repeats: int) -> dict[str, list[float]]:
         rows = torch.randn(size // 4 // 512, 512)
         state = {"rows": rows[: len(rows) // 2], "momentum": rows[len(rows) // 2 :]}
         checkpoints = Checkpoints(folder, CheckpointConfig(keep=1), Ranks(), print)
-        for step in track(range(1, repeats + 1), "measuring", console=Console(file=sys.stderr), transient=True):
-            start = time.perf_counter()
-            checkpoints.save(state, {"step": step})
-            times["stall"].append(time.perf_counter() - start)
-            checkpoints.settle()
-            times["write"].append(time.perf_counter() - start)
-            found = checkpoints.newest()
-            assert found is not None
-            times["verify"].append(_seconds(partial(find_damage, found.folder, found.seal["files"])))
-            times["load"].append(_seconds(partial(load_tensors, found, state)))
-            largest = max(found.folder.iterdir(), key=lambda path: path.stat().st_size)
-            times["copy"].append(_seconds(partial(_copy, largest, folder / "copy")))
+        with progress_bars() as bars:
+            for step in range(1, repeats + 1):
+                bars.update("measuring", step - 1, repeats)
+                start = time.perf_counter()
+                checkpoints.save(state, {"step": step})
+                times["stall"].append(time.perf_counter() - start)
+                checkpoints.settle()
+                times["write"].append(time.perf_counter() - start)
+                found = checkpoints.newest()
+                assert found is not None
+                times["verify"].append(_seconds(partial(find_damage, found.folder, found.seal["files"])))
+                times["load"].append(_seconds(partial(load_tensors, found, state)))
+                largest = max(found.folder.iterdir(), key=lambda path: path.stat().st_size)
+                times["copy"].append(_seconds(partial(_copy, largest, folder / "copy")))
     finally:
         dist.destroy_process_group()
     return times

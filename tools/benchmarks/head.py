@@ -361,7 +361,7 @@ def _final(name: str, args: argparse.Namespace, head: Any, device: Any, bounds: 
     peak = peak_memory_bytes(device)
     if name != "ours":
         return {"peak_bytes": peak}
-    state = sum(t.numel() * t.element_size() for t in head.optimizer.tables)
+    state = sum(t.nbytes for t in head.softmax.tables().values())
     if head.compat is not None:
         state += head.compat.centers.numel() * head.compat.centers.element_size()
     return {
@@ -375,7 +375,9 @@ def bound_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
     """Seconds of four products of (rows × D) with (D × B), at the speed of one on a chunk that stays in cache."""
     import torch
 
-    chunk = 4096 if device.type == "cpu" else 65536
+    from trainer.head.kernels import chunk_rows
+
+    chunk = chunk_rows(0, device.type)
     dtype = torch.bfloat16 if args.compute == "bfloat16" else torch.float32
     a = torch.randn(chunk, args.dim, device=device).to(dtype)
     b = torch.randn(args.dim, args.batch, device=device).to(dtype)

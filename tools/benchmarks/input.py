@@ -114,6 +114,7 @@ def _make_images(folder: Path, count: int, size: int) -> Path:
 
     from trainer.data import recordio, store
     from trainer.data.index import DatasetInfo, PartInfo, save_description
+    from trainer.files import write_array
 
     random = np.random.default_rng(0)
     writer = recordio.RecordWriter(folder / "train.rec")
@@ -128,8 +129,8 @@ def _make_images(folder: Path, count: int, size: int) -> Path:
         writer.write(record, recordio.encode_record(out.getvalue(), float(label), record))
     offsets = np.array([*writer.offsets, writer.position])
     writer.close()
-    store.save_array(store.offsets_path(writer.path), offsets)
-    store.save_array(folder / "labels.npy", labels)
+    write_array(store.offsets_path(writer.path), offsets)
+    write_array(folder / "labels.npy", labels)
     part = PartInfo(rec="train.rec", records=count, bytes=writer.position, first_id=0)
     info = DatasetInfo(image_size=(size, size), uniform=True, num_classes=100, labels="labels.npy", parts=(part,))
     save_description(folder, info)

@@ -22,12 +22,12 @@ from tools.pictures.drawing import vary
 from tools.pictures.rendering import Sheet, coverage, encode, render
 from tools.pictures.typefaces import Found
 from trainer import __version__
-from trainer.data import Dataset, open_dataset, store
+from trainer.data import Dataset, open_dataset
 from trainer.data.listing import Listing
 from trainer.data.packing import PackOptions, pack
 from trainer.data.splitting import SplitOptions, save_tables, split
 from trainer.errors import DataError
-from trainer.files import remove, replaced
+from trainer.files import remove, replaced, write_array, write_text
 
 SUMMARY = "characters.json"
 HELD_SETS = ("validation", "unseen", "seen", "unseen-typefaces")
@@ -111,8 +111,8 @@ def build(found: Sequence[Found], out: Path, recipe: Recipe, processes: int, bar
         options = PackOptions(size=None, encode="keep", seed=None)
         with bars(f"packing {name}") as report:
             result = pack(listing, out / name, options, processes=processes, progress=report or _silent)
-        store.save_array(out / name / "typefaces.npy", typefaces)
-        store.write_text(out / name / "typefaces.txt", "".join(f"{one}\n" for one in names))
+        write_array(out / name / "typefaces.npy", typefaces)
+        write_text(out / name / "typefaces.txt", "".join(f"{one}\n" for one in names))
         counts[name] = {"classes": result.classes, "images": result.records}
     splits = _split(open_dataset(out / "train"), listings["train"][1], out / "splits", recipe)
     figures = {
@@ -123,7 +123,7 @@ def build(found: Sequence[Found], out: Path, recipe: Recipe, processes: int, bar
         "sets": counts,
         "splits": splits,
     }
-    store.write_text(summary, json.dumps(figures, indent=1) + "\n")
+    write_text(summary, json.dumps(figures, indent=1) + "\n")
     remove(work)
     return figures
 
@@ -148,7 +148,7 @@ def _claim(out: Path, found: Sequence[Found], recipe: Recipe) -> str:
         if out.exists() and any(out.iterdir()):
             raise DataError(f"{out}: is not empty; choose another folder")
         (out / _WORK).mkdir(parents=True)
-        store.write_text(out / _WORK / "key", key)
+        write_text(out / _WORK / "key", key)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{out}: cannot be used: {error}") from None
     return key
@@ -276,7 +276,8 @@ def _split(dataset: Dataset, typefaces: NDArray[np.int64], folder: Path, recipe:
         options = SplitOptions(kind, recipe.old_share, seed=recipe.seed)
         tables = split(dataset, options, typefaces)
         name = kind.replace("group", "typeface")
-        save_tables(tables, folder / name, f"lce characters --old-share {recipe.old_share} --seed {recipe.seed}")
+        made_by = f"lce characters --old-share {recipe.old_share} --seed {recipe.seed}"
+        save_tables(tables, folder / name, dataset, made_by)
         counts[name] = {which: {"classes": len(t.classes), "images": t.images} for which, t in tables.items()}
     return counts
 

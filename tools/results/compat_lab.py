@@ -293,9 +293,9 @@ class Lab:
                 return dict(known["figures"])
         figures = self._figures(seed, part, names)
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.with_suffix(".partial")
-        beside.write_text(json.dumps({"models": hashes, "figures": figures}, indent=1))
-        beside.replace(place)
+        from trainer.files import write_text
+
+        write_text(place, json.dumps({"models": hashes, "figures": figures}, indent=1))
         return figures
 
     def _figures(self, seed: int, part: str, names: dict[str, str]) -> dict[str, Any]:

@@ -1,21 +1,15 @@
-"""Random numbers by counter: a pure, vectorised function of (seed, epoch, record, copy, stream).
+"""The numbers that augmentation draws: a pure, vectorised function of (seed, epoch, record, copy, stream).
 
 A sample's augmentation must not depend on the rank, the batch or the thread that handles it, so nothing here has a
-state. The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014).
+state.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+from trainer.randomness import GOLDEN, finalise
 
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * _FIRST
-    x = (x ^ (x >> np.uint64(27))) * _SECOND
-    return x ^ (x >> np.uint64(31))
+_GOLDEN = np.uint64(GOLDEN)
 
 
 def uniforms(
@@ -25,9 +19,9 @@ def uniforms(
     with np.errstate(over="ignore"):
         state = np.full(len(records), np.uint64(seed % 2**64))
         for counter in (np.full(len(records), epoch), records, copies):
-            state = _mix(state + _GOLDEN) ^ _mix(counter.astype(np.uint64) + _GOLDEN)
+            state = finalise(state + _GOLDEN) ^ finalise(counter.astype(np.uint64) + _GOLDEN)
         stream = np.arange(1, streams + 1, dtype=np.uint64) * _GOLDEN
-        bits = _mix(_mix(state)[:, None] + stream[None, :])
+        bits = finalise(finalise(state)[:, None] + stream[None, :])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.distributed import largest_share
 from trainer.errors import DataError
 
 Sampling = Literal["shuffle", "class_balanced"]
@@ -147,7 +148,7 @@ class Schedule:
     @property
     def largest_slice(self) -> int:
         """The most samples this rank ever gets in one batch."""
-        return -(-self.batch_size // self.world)
+        return largest_share(self.batch_size, self.world)
 
     def check(self, epoch: int, samples: int) -> None:
         """Raise :class:`DataError` unless (epoch, samples) is a position of this schedule."""

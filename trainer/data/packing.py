@@ -29,6 +29,7 @@ from trainer.data.listing import Listing
 from trainer.data.pixels import decode_image, image_problem, is_deep_png, upright_size
 from trainer.data.processes import worker_context
 from trainer.errors import ConfigError, DataError
+from trainer.files import write_array, write_text
 from trainer.reading import open_regular, read_json
 
 _SMALLEST_PART, _MOST_PARTS = 4096, 512
@@ -244,7 +245,7 @@ def _claim(out: Path, plan: str, listing: Listing, options: PackOptions) -> None
         if others:
             raise DataError(f"{out}: is not empty (it holds {others[0]}); choose another folder")
         about = {"plan": plan, "images": len(listing), "classes": listing.num_classes, "options": asdict(options)}
-        store.write_text(file, json.dumps(about, indent=1) + "\n")
+        write_text(file, json.dumps(about, indent=1) + "\n")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{out}: cannot be packed into: {error}") from None
 
@@ -342,11 +343,11 @@ def _write_part(part: _Part, count: Callable[[int], None]) -> None:
         offsets = np.array([*writer.offsets[-len(labels) :], writer.position], np.int64)
         if part.options.layout == "insightface":
             _write_identities(writer, np.array(labels))
-        store.save_array(store.offsets_path(writer.path), offsets)
-        store.save_array(_note_labels(part), np.array(labels, np.int64))
+        write_array(store.offsets_path(writer.path), offsets)
+        write_array(_note_labels(part), np.array(labels, np.int64))
         writer.close()
         about = {"records": len(labels), "bytes": writer.position, "first_id": first_id, "skipped": skipped}
-        store.write_text(_note(part), json.dumps({**about, "sizes": sorted(sizes)[:8], "plan": part.plan}))
+        write_text(_note(part), json.dumps({**about, "sizes": sorted(sizes)[:8], "plan": part.plan}))
         count(len(part.files))
     except BaseException:
         writer.abort()
@@ -397,15 +398,15 @@ def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[byt
 
 def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing: Listing, options: PackOptions) -> None:
     """All parts are there: labels, class names and, last, the description."""
-    store.save_array(out / _LABELS, np.concatenate([store.load_array(_note_labels(part), 1) for part in parts]))
+    write_array(out / _LABELS, np.concatenate([store.load_array(_note_labels(part), 1) for part in parts]))
     _write_names(out, listing)
     skipped = [line for note in notes for line in note["skipped"]]
     if skipped:
-        store.write_text(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
+        write_text(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
     sizes = sorted({tuple(size) for note in notes for size in note["sizes"]})
     size = options.size or sizes[0]
     if options.layout == "insightface":
-        store.write_text(out / "property", f"{listing.num_classes},{size[0]},{size[1]}\n")
+        write_text(out / "property", f"{listing.num_classes},{size[0]},{size[1]}\n")
     info = DatasetInfo(
         image_size=size,
         uniform=sizes == [size],
@@ -429,11 +430,11 @@ def _write_names(out: Path, listing: Listing) -> None:
         return
     text = "".join(f"{name}\n" for name in listing.names)
     if not (out / _NAMES).is_file() or (out / _NAMES).read_bytes() != text.encode():
-        store.write_text(out / _NAMES, text)
+        write_text(out / _NAMES, text)
 
 
 def _clean(out: Path) -> None:
     """Remove the notes, and what a killed run left under temporary names."""
     shutil.rmtree(out / _NOTES)
-    for stray in out.glob(".*.tmp"):
+    for stray in (*out.glob(".*.tmp"), *out.glob(".*.partial")):
         stray.unlink(missing_ok=True)

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from trainer.data import store
-from trainer.data.index import Dataset, LabelsInfo
+from trainer.data.index import Dataset, describe_table
 from trainer.errors import DataError
+from trainer.files import write_array
 
 Kind = Literal["extended-class", "extended-data", "extended-group", "open-class", "open-data", "open-group"]
 KINDS: tuple[Kind, ...] = ("extended-class", "extended-data", "extended-group", "open-class", "open-data", "open-group")
@@ -114,20 +113,15 @@ def _in_share(
     return np.isin(groups, chosen)
 
 
-def save_tables(tables: dict[str, Table], folder: Path, made_by: str) -> None:
-    """Write NAME.npy (labels), NAME.classes.npy and, last, NAME.yaml for each table."""
+def save_tables(tables: dict[str, Table], folder: Path, dataset: Dataset, made_by: str) -> None:
+    """Write NAME.npy (labels), NAME.classes.npy and, last, NAME.yaml for each table of ``dataset``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
-            store.save_array(folder / f"{name}.npy", table.labels)
-            store.save_array(folder / f"{name}.classes.npy", table.classes)
-            info = LabelsInfo(
-                num_classes=len(table.classes),
-                records=len(table.labels),
-                made_by=made_by,
-                classes=f"{name}.classes.npy",
-            )
-            store.write_text(folder / f"{name}.yaml", yaml.safe_dump(info.model_dump(), sort_keys=False))
+            labels, classes = folder / f"{name}.npy", folder / f"{name}.classes.npy"
+            write_array(labels, table.labels)
+            write_array(classes, table.classes)
+            describe_table(labels, dataset, len(table.classes), made_by, classes)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror}") from None
 

@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 
 from trainer.data import recordio
 from trainer.errors import DataError
+from trainer.files import write_array, write_text
 from trainer.reading import open_regular, read_array, read_bytes, read_json
+from trainer.seals import warn_once
 
 _GATHER_ROWS = 1 << 18
+_FOUND_VERSION = 2  # of what is kept beside a .rec; 1 believed an index that was cut short
 
 
 class Store(Protocol):
@@ -40,6 +43,10 @@ class Store(Protocol):
 
     def sizes(self) -> list[int]:
         """The sizes of the files, for the data set's fingerprint."""
+        ...
+
+    def lengths(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Bytes that each of the records [start, stop) takes, (stop − start,)."""
         ...
 
     def close(self) -> None:
@@ -91,6 +98,26 @@ class Part:
             )
         return record
 
+    def length(self, row: int) -> int:
+        """The bytes that record ``row`` takes by its own frames, whatever the table says of where the next one begins.
+
+        Raises:
+            DataError: no whole record is there.
+        """
+        start, stop = self.offsets.item(row), self.offsets.item(row + 1)
+        at = start
+        while True:
+            head = recordio.read_at(self._open(), at, 8)
+            word = int.from_bytes(head[4:], "little")
+            if len(head) < 8 or int.from_bytes(head[:4], "little") != recordio.MAGIC:
+                raise DataError(f"{self.path}: no record begins at byte {at}; the index or the file is damaged")
+            length = word & recordio.MAX_FRAME_BYTES
+            at += 8 + length + -length % 4
+            if at > stop:
+                raise DataError(f"{self.path}: the record at byte {start} ends behind byte {stop}; the file is damaged")
+            if word >> 29 in (0, 3):
+                return at - start
+
     def _open(self) -> int:
         if self._descriptor is None:
             with open_regular(self.path, DataError) as file:
@@ -139,6 +166,14 @@ class RecordStore:
         """See :class:`Store`."""
         return [int(part.offsets[-1]) for part in self.parts]
 
+    def lengths(self, start: int, stop: int) -> NDArray[np.int64]:
+        """See :class:`Store`."""
+        parts = [
+            np.diff(part.offsets[max(start - first, 0) : max(stop - first, 0) + 1])
+            for part, first in zip(self.parts, self._starts, strict=False)
+        ]
+        return np.concatenate(parts)
+
     def close(self) -> None:
         """Close all files."""
         for part in self.parts:
@@ -167,6 +202,10 @@ class FileStore:
     def sizes(self) -> list[int]:
         """See :class:`Store`."""
         return [path.stat().st_size for path in self.paths]
+
+    def lengths(self, start: int, stop: int) -> NDArray[np.int64]:
+        """See :class:`Store`."""
+        return np.array([path.stat().st_size for path in self.paths[start:stop]], np.int64)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -267,6 +306,7 @@ def find_images(rec: Path) -> Found:
             raise DataError(
                 f"{idx}: keys {keys[bad]} and {keys[bad + 1]} point to the same byte {offsets[bad]}; delete {idx.name}"
             )
+        _check_listed(rec, idx, offsets, size)
     else:
         offsets = np.fromiter(recordio.scan(rec), np.int64)
         keys = np.arange(len(offsets))
@@ -284,6 +324,41 @@ def find_images(rec: Path) -> Found:
         if len(offsets) == 0:
             raise DataError(f"{rec}: its header record announces images 1…{low - 1}, but the index lists none of them")
     return Found(np.append(offsets, ends[-1]), _header_labels(rec, offsets), identities)
+
+
+def _check_listed(rec: Path, idx: Path, offsets: NDArray[np.int64], size: int) -> None:
+    """Refuse an index that was cut short, and log one that leaves records out in the middle.
+
+    Args:
+        offsets: (n,) what the index lists, ascending. size: of the .rec, in bytes.
+
+    Raises:
+        DataError: more records lie before the first or behind the last that is listed.
+    """
+    last = Part(rec, np.array([offsets[-1], size]))
+    try:
+        end = int(offsets[-1]) + last.length(0)
+    finally:
+        last.close()
+    for where, missing in ((f"behind byte {end}", size - end), (f"before byte {offsets[0]}", int(offsets[0]))):
+        if missing > 0:
+            raise DataError(
+                f"{idx}: lists {len(offsets)} records, and {missing} bytes of {rec.name} {where} hold more: the index "
+                f"was cut short; delete {idx.name} and it is rebuilt"
+            )
+    heads = np.memmap(rec, np.uint8, "r")
+    skipped = 0
+    for start in range(0, len(offsets) - 1, _GATHER_ROWS):
+        rows = offsets[start : start + _GATHER_ROWS + 1]
+        words = heads[rows[:-1, None] + np.arange(8)].view("<u4")
+        whole = words[:, 1] >> 29 == 0
+        length = words[:, 1].astype(np.int64) & recordio.MAX_FRAME_BYTES
+        skipped += int((whole & (rows[:-1] + 8 + length + -length % 4 < rows[1:])).sum())
+    if skipped:
+        warn_once(
+            f"{idx}: leaves out records of {rec.name} at {skipped} place(s), and they are not used; if that is not "
+            f"meant, delete {idx.name} and it is rebuilt"
+        )
 
 
 def _header_labels(rec: Path, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -323,16 +398,16 @@ def load_or_find(rec: Path) -> Found:
     stamp, labels = rec.with_suffix(".found.json"), rec.with_suffix(".labels.npy")
     try:
         known = read_json(stamp, DataError)
-        if known["files"] == status:
+        if known["files"] == status and known["version"] == _FOUND_VERSION:
             return Found(load_array(offsets_path(rec), 1), load_array(labels, 1), known["identities"])
     except (OSError, KeyError, TypeError, DataError):
         pass
     found = find_images(rec)
     try:
         stamp.unlink(missing_ok=True)
-        save_array(offsets_path(rec), found.offsets)
-        save_array(labels, found.labels)
-        write_text(stamp, json.dumps({"files": status, "identities": found.identities}))
+        write_array(offsets_path(rec), found.offsets)
+        write_array(labels, found.labels)
+        write_text(stamp, json.dumps({"version": _FOUND_VERSION, "files": status, "identities": found.identities}))
     except OSError:
         pass  # a read-only folder: found again each time
     return found
@@ -340,37 +415,6 @@ def load_or_find(rec: Path) -> Found:
 
 def _stamp(path: Path) -> list[int] | None:
     return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
-
-
-def temporary(path: Path) -> Path:
-    """A name beside ``path`` for what is not complete yet."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write a .npy beside and rename it."""
-    beside = temporary(path)
-    try:
-        with beside.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside and rename it: UTF-8, and the bytes of file names that are not."""
-    beside = temporary(path)
-    try:
-        with beside.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def image_files(folder: Path) -> Iterator[tuple[str, Path]]:

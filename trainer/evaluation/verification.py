@@ -12,6 +12,7 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray, class_index
+from trainer.randomness import GOLDEN
 
 BINS = 1 << 20
 _BLOCK = 1 << 22  # scores held at a time (16 MiB of float32)
@@ -126,9 +127,7 @@ class _Keeper:
 
     def add(self, query: IntArray, gallery: IntArray, score: FloatArray) -> None:
         if self._stride > 1:
-            mixed = (query.astype(np.uint64) << np.uint64(32) | gallery.astype(np.uint64)) * np.uint64(
-                0x9E3779B97F4A7C15
-            )
+            mixed = (query.astype(np.uint64) << np.uint64(32) | gallery.astype(np.uint64)) * np.uint64(GOLDEN)
             drawn = (mixed >> np.uint64(33)) % np.uint64(self._stride) == 0
             query, gallery, score = query[drawn], gallery[drawn], score[drawn]
         self._kept.append((query, gallery, score))

@@ -22,6 +22,7 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.evaluation.identification import search as search_exactly
+from trainer.files import write_text
 from trainer.gallery.convert import Converter, usable
 from trainer.gallery.formats import FaissGallery, Format, batches, open_gallery
 
@@ -388,9 +389,4 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _save(work: Path, state: State) -> None:
-    partial = work / "state.json.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(asdict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(work / "state.json")
+    write_text(work / "state.json", json.dumps(asdict(state)))

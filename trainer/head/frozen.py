@@ -1,7 +1,7 @@
 """A frozen classifier over all ranks: the fused pass without rows' gradients, optimizer state or updates.
 
 BCT lets the old model's classifier judge the new embeddings. Its rows are sharded like the head's own, and the pass is
-the head's (:mod:`trainer.head.sharded_softmax`): chunks of rows, one constant shift, logits of size batch × rows never
+the head's (:mod:`trainer.head.fused`): chunks of rows, one constant shift, logits of size batch × rows never
 held. Classes without an old row are left out of the stored rows, so that they are outside the softmax exactly and
 cost nothing; their samples have no term. Memory beyond those rows: one int64 per local class, and chunks.
 
@@ -20,7 +20,7 @@ from trainer.distributed import all_reduce_sum
 from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.partition import ClassRange
 from trainer.head.sampling import draw_negatives
-from trainer.head.sharded_softmax import MASKED, constant_shift
+from trainer.head.step import MASKED, constant_shift
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 
+def chunk_rows(given: int, device_type: str) -> int:
+    """Rows of a chunk: ``head.chunk_rows`` where it is given, else what fits the device's caches and keeps it busy."""
+    return given or (4096 if device_type == "cpu" else 65536)
+
+
 @dataclass
 class Kernels:
-    """The element-wise work on a chunk, compiled where that pays; plain torch otherwise.
-
-    ``native`` allows the whole pass in C++ (trainer/head/native.py) where it can do the step.
-    """
+    """The element-wise work on a chunk, compiled where that pays; plain torch otherwise."""
 
     chunk_rows: int
     compiled: bool
-    native: bool = False
     _cache: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,5 @@
 // The two passes of the class-sharded head over blocks of rows that stay in the cache, for the plain case on a CPU:
-// float32 rows, SGD with momentum, one row per class. The mathematics, with every symbol, is in sharded_softmax.py and
+// float32 rows, SGD with momentum, one row per class. The mathematics, with every symbol, is in fused.py and
 // row_optimizer.py, whose torch code is the reference for this file; native.py builds it and hands over the tensors.
 //
 // A thread takes one contiguous share of the rows, in blocks: a block's rows are gathered, normalised, multiplied and
@@ -262,3 +262,5 @@ extern "C" void lce_second_pass(const Step* step, Sgemm gemm) {
 #pragma omp parallel for num_threads(step->threads) schedule(static, 1)
   for (int64_t thread = 0; thread < step->threads; thread++) second_pass(*step, gemm, thread);
 }
+
+extern "C" int64_t lce_step_size() { return sizeof(Step); }

@@ -8,23 +8,22 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.config import HeadConfig
+from trainer.head.fused import FusedSoftmax, OldCenters
 from trainer.head.row_optimizer import SgdRows
-
-if TYPE_CHECKING:
-    from trainer.head.sharded_softmax import FusedStep
+from trainer.head.step import FirstPass, LossGradient, PassInput, Step
+from trainer.machine import processor_features
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -32,7 +31,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class Step(ctypes.Structure):
+class StepFields(ctypes.Structure):
     """What native.cpp calls ``Step``: the numbers and tensors of one step; there is what each means."""
 
     _fields_ = [
@@ -59,67 +58,112 @@ class Native:
     library: ctypes.CDLL
     gemm: int
 
+    def first(self, fields: StepFields) -> None:
+        """The first pass; fills the tensors that ``fields`` point to."""
+        self.library.lce_first_pass(ctypes.byref(fields), ctypes.c_void_p(self.gemm))
 
-class NativePass:
-    """The two passes of one step; sets and fills what :class:`FusedStep`'s torch code would."""
+    def second(self, fields: StepFields) -> None:
+        """The second pass; updates the rows."""
+        self.library.lce_second_pass(ctypes.byref(fields), ctypes.c_void_p(self.gemm))
 
-    def __init__(self, native: Native) -> None:
-        self.native, self.fields, self.alive = native, Step(threads=torch.get_num_threads()), dict[str, Tensor]()
 
-    def first(self, step: "FusedStep") -> tuple[Tensor, Tensor]:
-        """Σ exp over the negatives (B,) and LCE's alignment (0-dim), float64; gathers the rows of the step."""
-        rows, drawn, batch, settings = step.rows, step.drawn, len(step.x), step.settings
-        optimizer, threads = step.optimizer, self.fields.threads
-        self._set(count=rows.count, dim=step.x.shape[1], batch=batch, rows=optimizer.rows, momentum=optimizer.tables[1])
-        if rows.index is not None:
-            assert isinstance(optimizer, SgdRows), "native_pass chose it"
-            self._set(index=rows.index, missed=optimizer.missed_by(rows.index), kept=rows.kept)
-        self._set(scaled=step.x * settings.scale, unit=step.x, shift=step.shift, scale=settings.scale)
-        self._set(log_weight=step.log_weight, targets=len(step.sorted_places))
-        self._set(target_place=step.sorted_places, target_sample=step.sorted_samples)
-        self._set(drawn=drawn.negatives, share=1.0 if rows.index is None else 1 / drawn.probability)
-        step.inverse = torch.empty(rows.count, 1)
+@dataclass(frozen=True)
+class NativeFirstPass(FirstPass):
+    """A first pass in C++: what its second one is handed again, and the tensors that this points to."""
+
+    fields: StepFields
+    alive: dict[str, Tensor]
+
+
+class NativeSoftmax(FusedSoftmax):
+    """The fused step with both passes in C++; what native.cpp cannot do (deferred or gated steps, no row or no sample)
+    torch does.
+    """
+
+    def __init__(self, library: Native, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.library = library
+
+    def first_pass(self, inputs: PassInput, deferred: bool) -> FirstPass:
+        """See :meth:`FusedSoftmax.first_pass`; gathers the rows of the step."""
+        rows, drawn, batch, x = inputs.rows, inputs.drawn, len(inputs.batch.x), inputs.batch.x
+        if deferred or self.gated or not batch or not rows.count:
+            return super().first_pass(inputs, deferred)
+        optimizer, index, threads = self.optimizer, inputs.targets.index, torch.get_num_threads()
+        assert isinstance(optimizer, SgdRows), "covers() chose it"
         sums, alignment = torch.zeros(threads, batch, dtype=torch.float64), torch.zeros(threads, dtype=torch.float64)
-        self._set(inverse=step.inverse, sums=sums, alignment=alignment)
-        if settings.keep_products:
-            self._set(products=torch.empty(rows.count, batch))
-        if step.compat is not None:
-            step.center_cosine = torch.empty(rows.count)
-            self._set(centers=step.compat.centers, mask=step.compat.mask, center_cosine=step.center_cosine)
-        step.kept = None
-        self.native.library.lce_first_pass(ctypes.byref(self.fields), ctypes.c_void_p(self.native.gemm))
-        return sums.sum(0), alignment.sum()
+        inverse = torch.empty(rows.count, 1)
+        center_cosine = None if self.old is None else torch.empty(rows.count)
+        values: dict[str, Tensor | float | None] = {
+            "count": rows.count,
+            "dim": x.shape[1],
+            "batch": batch,
+            "threads": threads,
+            "rows": optimizer.rows,
+            "momentum": optimizer.tables[1],
+            "scaled": x * self.settings.scale,
+            "unit": x,
+            "products": torch.empty(rows.count, batch) if inputs.keep_products else None,
+            "inverse": inverse,
+            "log_weight": inputs.log_weight,
+            "shift": inputs.shift,
+            "scale": self.settings.scale,
+            "targets": len(index.places),
+            "target_place": index.places,
+            "target_sample": index.samples,
+            "sums": sums,
+            "alignment": alignment,
+            "drawn": drawn.negatives,
+            "share": 1.0 if rows.index is None else 1 / drawn.probability,
+        }
+        if rows.index is not None:
+            values |= {"index": rows.index, "missed": optimizer.missed_by(rows.index), "kept": rows.kept}
+        if self.old is not None:
+            bank = self.old.bank
+            values |= {"centers": bank.centers, "mask": bank.mask, "center_cosine": center_cosine}
+        fields, alive = _filled(StepFields(), values)
+        self.library.first(fields)
+        return NativeFirstPass(sums.sum(0), alignment.sum(), inverse, center_cosine, None, fields, alive)
 
-    def second(self, step: "FusedStep", grad: Tensor, own_places: Tensor, own_grad: Tensor) -> Tensor:
-        """Σ_j P_ij w_j/‖w_j‖ (B, D); updates the rows.
-
-        Args:
-            grad: 0-dim, the gradient of the loss. own_places: (u,) ascending places of rows with a further gradient
-                ``own_grad`` (u, D).
-        """
-        batch, dim = step.x.shape
-        config = step.optimizer.config
-        log_sum = torch.where(step.valid, step.log_sum, 1e30).float()
-        self._set(log_sum=log_sum, target_pull=step.target_pull, target_cosine=step.sorted_cosine)
-        self._set(coefficient=float(step.coefficient), mu=config.momentum, decay=config.weight_decay)
-        self._set(lr=step.optimizer.lr, extras=len(own_grad), extra_place=own_places, extra=own_grad.contiguous())
-        if step.compat is not None and step.compat_total is not None:
-            weight = step.compat.alignment_weight * grad.double() / step.compat_total.clamp_min(1)
-            self._set(attraction=float(weight))
-        dx = torch.zeros(self.fields.threads, batch, dim)
-        self._set(dx=dx)
-        self.native.library.lce_second_pass(ctypes.byref(self.fields), ctypes.c_void_p(self.native.gemm))
+    def second_pass(self, step: Step, gradient: LossGradient, deferred: bool) -> Tensor:
+        """See :meth:`FusedSoftmax.second_pass`."""
+        first, inputs = step.first, step.inputs
+        if not isinstance(first, NativeFirstPass) or not inputs.rows.undisturbed:
+            return super().second_pass(step, gradient, deferred)
+        optimizer, index = self.optimizer, inputs.targets.index
+        dx = torch.zeros(first.fields.threads, *inputs.batch.x.shape)
+        values: dict[str, Tensor | float | None] = {
+            "log_sum": gradient.log_sum[0].nan_to_num(posinf=1e30),
+            "target_pull": gradient.target_pull,
+            "target_cosine": inputs.targets.cosine,
+            "coefficient": float(gradient.coefficient),
+            "mu": optimizer.config.momentum,
+            "decay": optimizer.config.weight_decay,
+            "lr": optimizer.lr,
+            "dx": dx,
+            "extras": len(gradient.own),
+            "extra_place": index.own,
+            "extra": gradient.own.contiguous(),
+        }
+        if self.old is not None:
+            weight = self.old.bank.alignment_weight * gradient.grad / self.old.total.clamp_min(1)
+            values["attraction"] = float(weight)
+        fields, alive = _filled(StepFields.from_buffer_copy(first.fields), values)
+        self.library.second(fields)
+        del alive
         return dx.sum(0)
 
-    def _set(self, **fields: Tensor | float | None) -> None:
-        """Set fields: numbers, tensors (kept alive with the step), or None."""
-        for name, value in fields.items():
-            if isinstance(value, Tensor):
-                assert value.is_contiguous(), name
-                self.alive[name] = value
-                setattr(self.fields, name, value.data_ptr())
-            else:
-                setattr(self.fields, name, value)
+
+def _filled(fields: StepFields, values: dict[str, Tensor | float | None]) -> tuple[StepFields, dict[str, Tensor]]:
+    """``fields`` with numbers and tensors set, and those tensors, which must live as long."""
+    alive = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            assert value.is_contiguous(), name
+            setattr(fields, name, value.data_ptr())
+        else:
+            setattr(fields, name, value)
+    return fields, alive
 
 
 def covers(config: HeadConfig) -> bool:
@@ -133,17 +177,9 @@ def covers(config: HeadConfig) -> bool:
     )
 
 
-def native_pass(step: "FusedStep") -> NativePass | None:
-    """For a step that native.cpp can do; None: torch does it."""
-    compat = step.compat
-    fits = (
-        step.kernels.native
-        and step.collect is None
-        and not step.always_gated
-        and (compat is None or (compat.centers.dtype == torch.float32 and compat.centers.device.type == "cpu"))
-    )
-    native = load() if fits and len(step.x) and step.rows.count else None
-    return None if native is None else NativePass(native)
+def holds(old: OldCenters | None) -> bool:
+    """Whether native.cpp can read these old centres."""
+    return old is None or (old.bank.centers.dtype == torch.float32 and old.bank.centers.device.type == "cpu")
 
 
 @functools.cache
@@ -153,6 +189,7 @@ def load() -> Native | None:
         return None
     try:
         library, torch_library = ctypes.CDLL(str(_built())), _torch_library()
+        _check_size(library)
         if _address(library, "omp_get_num_threads") != _address(torch_library, "omp_get_num_threads"):
             raise OSError("torch has an OpenMP of its own; two pools of threads would work against each other")
         return Native(library, _address(torch_library, "sgemm_"))
@@ -162,6 +199,13 @@ def load() -> Native | None:
             f"the head's C++ kernels cannot be built here, torch's run instead: {detail!s:.300}", stacklevel=2
         )
         return None
+
+
+def _check_size(library: ctypes.CDLL) -> None:
+    """Refuse a library whose ``Step`` is not the one above: raises OSError."""
+    library.lce_step_size.restype = ctypes.c_int64
+    if (size := library.lce_step_size()) != ctypes.sizeof(StepFields):
+        raise OSError(f"{SOURCE.name}: Step has {size} bytes, its mirror in native.py {ctypes.sizeof(StepFields)}")
 
 
 def _torch_library() -> ctypes.CDLL:
@@ -181,7 +225,8 @@ def _built() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler (g++) found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, version, torch.__version__, _processor()]).encode())
+    made_from = [SOURCE.read_text(), *FLAGS, version, torch.__version__, processor_features()]
+    key = hashlib.sha256("\n".join(made_from).encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lce-trainer"
     path = folder / f"head-{key.hexdigest()[:16]}.so"
     if not path.exists():
@@ -195,12 +240,3 @@ def _built() -> Path:
             )
             partial.replace(path)
     return path
-
-
-def _processor() -> str:
-    """What distinguishes processors for ``-march=native``."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

@@ -3,7 +3,7 @@
 Alignment ``L_a = mean_j (1 − cos(w_j, o_j))`` over the classes that have a centre and boundary ``L_b = mean_i max(0,
 b_y − cos(x_i, o_y))`` over the samples whose class has one (LCE, Meng et al., ICCV 2021, eq. 5 and 6, in (1 − cos)
 units; the paper's λ_a is ``alignment_weight · D/2``). Both are computed in the head's own pass over its rows, see
-trainer/head/sharded_softmax.py.
+trainer/head/fused.py.
 
 With a sample rate below 1 the mean over all rows is estimated from the classes that were *drawn* as negatives, each
 weighted by C/S (Horvitz–Thompson); a positive that was not drawn has no term. So the estimate is unbiased, whatever

@@ -19,15 +19,17 @@ from torch.distributed.tensor import DTensor
 from trainer.config import HeadConfig
 from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch, scale_gradient
 from trainer.errors import ConfigError, DataError
-from trainer.head.kernels import Kernels
-from trainer.head.margin import build_margin
-from trainer.head.native import covers
+from trainer.head import native
+from trainer.head.fused import FusedSoftmax, OldCenters
+from trainer.head.kernels import Kernels, chunk_rows
+from trainer.head.margin import Margin, build_margin
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partition import ClassRange, class_range
 from trainer.head.reference import ReferenceSoftmax
-from trainer.head.row_optimizer import RowGradient, build_row_optimizer
+from trainer.head.row_optimizer import build_row_optimizer
 from trainer.head.sampling import Drawn, draw_negatives, join_positives, stratum_count
-from trainer.head.sharded_softmax import KEEP_SHARE, FusedSoftmax, FusedStep, PassSettings, constant_shift
+from trainer.head.step import PassSettings, Softmax, Verdict, constant_shift
+from trainer.randomness import block_seed
 
 COMPILE_FROM_ROWS = 32768
 """Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""
@@ -108,31 +110,20 @@ class PartialFC(nn.Module):
         if compat is not None:
             compat.check(self.classes.size, dim)
         self.compat = compat
-        self.compat_total = None if compat is None else compat.total(ranks.device)
+        old = None if compat is None else OldCenters(compat, compat.total(ranks.device))
         self.margin = build_margin(config.margin)
         rows = initial_rows(config, self.classes, dim, ranks.device, seed)
-        self.sampled = config.sample_rate < 1
-        stateless = config.impl == "reference"  # torch's optimizer keeps the state then
-        self.optimizer = build_row_optimizer(config.optimizer, rows, self.sampled and not stateless, seed, stateless)
-        chunk = config.chunk_rows or (4096 if ranks.device.type == "cpu" else 65536)
-        large = len(rows) >= COMPILE_FROM_ROWS
-        self.kernels = Kernels(chunk, compiled=large, native=large and ranks.device.type == "cpu" and covers(config))
-        self.optimizer.fuse = self.kernels.fuse
-        self._collected: list[tuple[Tensor, Tensor]] = []
-        self._sum: Tensor | None = None  # of all rows' gradients, where all rows take part
+        self.softmax = _build_softmax(config, rows, self.margin, num_classes, old, ranks, seed)
         self._deferring = False
-        self.reference = ReferenceSoftmax(self) if config.impl == "reference" else None
 
     @property
     def rows(self) -> Tensor:
         """The classifier rows of this rank, (c·K, D); not a parameter, the head updates it itself."""
-        return self.optimizer.rows
+        return self.softmax.rows
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the coming updates."""
-        self.optimizer.set_lr(lr)
-        if self.reference is not None:
-            self.reference.set_lr(self.optimizer.lr)
+        self.softmax.set_lr(lr)
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int, companion: Companion | None = None) -> HeadOutput:
         """The loss of the global batch.
@@ -147,32 +138,17 @@ class PartialFC(nn.Module):
         x, every_label = gather_batch(embeddings, labels, self.ranks.world_size, capacity)
         if x.device.type == "cpu" and bool((every_label >= self.classes.total).any()):
             raise DataError(f"label {int(every_label.max())} in a batch, but the head has {self.classes.total} classes")
-        verdict: list[Tensor] = []  # filled below, read in backward
+        verdict = Verdict()  # settled below, read in backward
         x = _FiniteGradient.apply(x, verdict)
         with torch.no_grad():
             drawn = self._draw(every_label, step)
-        if self.reference is not None:
-            loss, own, report, finite = self.reference.step(x, every_label, drawn, self._deferring)
-            out = self._with_companion(companion, x, every_label, own, HeadOutput(loss, report, finite))
-            self.reference.finite = out.finite
-            verdict.append(out.finite)
-            return out
-        self.optimizer.reseed(hash((self.seed, step, self.classes.start)) & 0x7FFFFFFFFFFFFFFF)
-        fused = FusedStep(
-            self._settings(drawn, len(x)),
-            self.margin,
-            self.optimizer,
-            self.kernels,
-            self.classes.total,
-            self.compat,
-            self.compat_total,
-            self._collect if self._deferring else None,
+        rounding = hash((self.seed, step, self.classes.start)) & 0x7FFFFFFFFFFFFFFF
+        done = self.softmax.step(
+            x, every_label, drawn, verdict, training=self.training, deferred=self._deferring, seed=rounding
         )
-        loss, own = FusedSoftmax.apply(x, every_label, fused, drawn, self.training)
-        report = {k: v.detach() for k, v in fused.report.items()}
-        out = self._with_companion(companion, x, every_label, own, HeadOutput(loss, report, fused.finite))
-        fused.finite = out.finite
-        verdict.append(out.finite)
+        out = HeadOutput(done.loss, done.report, done.finite)
+        out = self._with_companion(companion, x, every_label, done.own, out)
+        verdict.finite = out.finite
         return out
 
     def _with_companion(
@@ -189,8 +165,6 @@ class PartialFC(nn.Module):
     def deferred(self) -> Iterator[None]:
         """Collect the rows' gradients of the forward calls made inside, instead of updating; end with
         :meth:`apply_update`.
-
-        Memory: the drawn rows' gradient per call, or one gradient of the whole shard when all rows take part.
         """
         self._deferring = True
         try:
@@ -200,41 +174,24 @@ class PartialFC(nn.Module):
 
     def apply_update(self, inverse_scale: float = 1.0) -> None:
         """Update the rows with the gradients collected since the last update, times ``inverse_scale``."""
-        if self.reference is not None:
-            self.reference.apply(inverse_scale)
-            return
-        if not self._collected and self._sum is None:
-            return
-        index, gradient = self._merge()
-        selection = self.optimizer.select(index)
-        for start in range(0, selection.count, self.kernels.chunk_rows):
-            stop = min(start + self.kernels.chunk_rows, selection.count)
-            selection.open(start, stop)
-            ones = torch.ones(stop - start, dtype=self.optimizer.work, device=self.rows.device)
-            pull = RowGradient(None, None, ones * 0, gradient[start:stop], ones * inverse_scale)
-            self.optimizer.update(selection, start, stop, pull, None)
-        self.optimizer.finish(index, None)
-        self._forget()
+        self.softmax.apply(inverse_scale)
 
     def discard_update(self) -> None:
         """Forget the collected gradients: the step is skipped."""
-        self._forget()
-        if self.reference is not None:
-            self.reference.discard()
+        self.softmax.discard()
+
+    def flush(self) -> None:
+        """Bring every row and its state up to date, also those that were not drawn for some time."""
+        self.softmax.flush()
 
     def shard_state(self) -> dict[str, DTensor | Tensor]:
         """Everything a checkpoint must keep, for torch.distributed.checkpoint: (C·K, D) and (C·K,) tensors as
         DTensor ``Shard(0)`` over the live memory (loading writes in place), running statistics of the margin as
         plain tensors.
         """
-        self.optimizer.flush()
-        state: dict[str, DTensor | Tensor] = dict(self.margin.state())
-        if self.reference is not None:
-            tables = {"rows": self.rows, **self.reference.state()}
-            state |= self.reference.counters()
-        else:
-            tables = dict(zip(("rows", *self.optimizer.state_names), self.optimizer.tables, strict=True))
-            tables |= self.optimizer.extra_state()
+        self.flush()
+        tables = self.softmax.tables()
+        state: dict[str, DTensor | Tensor] = {**self.margin.state(), **self.softmax.counters()}
         total = self.classes.total * self.config.sub_centers
         if not dist.is_initialized():
             return state | tables
@@ -246,7 +203,7 @@ class PartialFC(nn.Module):
         forgotten.
         """
         self.discard_update()
-        self.optimizer.loaded()
+        self.softmax.loaded()
 
     def _capacity(self, local: int) -> int:
         if self.local_batch is not None:
@@ -263,7 +220,7 @@ class PartialFC(nn.Module):
         samples = ((labels >= self.classes.start) & (labels < self.classes.stop)).nonzero()[:, 0]
         positives = labels[samples] - self.classes.start
         distinct, among = torch.unique(positives, return_inverse=True)
-        if not self.sampled:
+        if self.config.sample_rate >= 1:
             return Drawn(None, self.classes.size, samples, positives, 1.0, distinct)
         c, rate = self.classes, self.config.sample_rate
         negatives = draw_negatives(self.seed, step, c.total, rate, c.start, c.stop, labels.device)
@@ -271,52 +228,18 @@ class PartialFC(nn.Module):
         own = torch.empty_like(distinct).scatter_(0, among, places)
         return Drawn(index, len(negatives), samples, places, stratum_count(c.total, rate) / c.total, own)
 
-    def _settings(self, drawn: Drawn, batch: int) -> PassSettings:
-        c = self.config
-        count = len(self.rows) if drawn.index is None else len(drawn.index) * c.sub_centers
-        state_bytes = sum(t.numel() * t.element_size() for t in self.optimizer.tables)
-        return PassSettings(
-            scale=c.margin.scale,
-            sub_centers=c.sub_centers,
-            correction=c.sampling_correction,
-            inter_class_filter=c.margin.inter_class_filter,
-            compute=torch.bfloat16 if c.compute == "bfloat16" else self.optimizer.work,
-            keep_products=count * batch * 4 <= KEEP_SHARE * state_bytes,
-        )
-
-    def _collect(self, first: int, index: Tensor | None, gradient: Tensor) -> None:
-        """Keep the gradient (n, D) of the rows ``index``, or add that of rows ``first`` … to the sum of all rows'."""
-        if index is not None:
-            self._collected.append((index, gradient))
-            return
-        if self._sum is None:
-            self._sum = torch.zeros(self.rows.shape, dtype=self.optimizer.work, device=self.rows.device)
-        self._sum[first : first + len(gradient)] += gradient
-
-    def _merge(self) -> tuple[Tensor | None, Tensor]:
-        """The collected gradients, summed by row."""
-        if self._sum is not None:
-            return None, self._sum
-        index, inverse = torch.unique(torch.cat([i for i, _ in self._collected]), return_inverse=True)
-        out = torch.zeros(len(index), self.dim, dtype=self.optimizer.work, device=index.device)
-        return index, out.index_add_(0, inverse, torch.cat([g for _, g in self._collected]))
-
-    def _forget(self) -> None:
-        self._collected.clear()
-        self._sum = None
-
 
 class _FiniteGradient(torch.autograd.Function):
     """Identity whose gradient is zero where the step's verdict, known by then, is that it was not finite."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, verdict: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, value: Tensor, verdict: Verdict) -> Tensor:
         ctx.verdict = verdict
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return torch.where(ctx.verdict[0], grads[0], 0.0), None
+        return torch.where(ctx.verdict.finite, grads[0], 0.0), None
 
 
 def initial_rows(config: HeadConfig, classes: ClassRange, dim: int, device: torch.device, seed: int) -> Tensor:
@@ -327,12 +250,42 @@ def initial_rows(config: HeadConfig, classes: ClassRange, dim: int, device: torc
     rows = torch.empty(classes.size * k, dim, dtype=getattr(torch, config.rows), device=device)
     generator = torch.Generator(device)
     for block in range(classes.start // INIT_BLOCK, -(-classes.stop // INIT_BLOCK)):
-        generator.manual_seed((seed * 0x9E3779B1 + block * 0x85EBCA6B + 1) & 0x7FFFFFFFFFFFFFFF)
+        generator.manual_seed(block_seed(seed, block))
         values = torch.randn(INIT_BLOCK * k, dim, generator=generator, device=device)
         low, high = max(classes.start, block * INIT_BLOCK), min(classes.stop, (block + 1) * INIT_BLOCK)
         part = values[(low - block * INIT_BLOCK) * k : (high - block * INIT_BLOCK) * k] * config.init_std
         rows[(low - classes.start) * k : (high - classes.start) * k] = part
     return rows
+
+
+def _build_softmax(
+    config: HeadConfig,
+    rows: Tensor,
+    margin: Margin,
+    num_classes: int,
+    old: OldCenters | None,
+    ranks: Ranks,
+    seed: int,
+) -> Softmax:
+    """The implementation of the step for these rows: the C++ pass where it pays and can, else torch's, or the
+    reference.
+    """
+    if config.impl == "reference":
+        return ReferenceSoftmax(config, rows, margin, num_classes, old, ranks.world_size)
+    optimizer = build_row_optimizer(config.optimizer, rows, config.sample_rate < 1, seed)
+    settings = PassSettings(
+        scale=config.margin.scale,
+        sub_centers=config.sub_centers,
+        correction=config.sampling_correction,
+        inter_class_filter=config.margin.inter_class_filter,
+        compute=torch.bfloat16 if config.compute == "bfloat16" else optimizer.work,
+    )
+    cpu, large = ranks.device.type == "cpu", len(rows) >= COMPILE_FROM_ROWS
+    kernels = Kernels(chunk_rows(config.chunk_rows, ranks.device.type), compiled=large)
+    arguments = (settings, margin, optimizer, kernels, num_classes, old, not cpu)
+    if large and cpu and native.covers(config) and native.holds(old) and (library := native.load()):
+        return native.NativeSoftmax(library, *arguments)
+    return FusedSoftmax(*arguments)
 
 
 def _check(config: HeadConfig, compat: DirectCompat | None) -> None:

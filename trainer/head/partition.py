@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from trainer.distributed import largest_share
+
 
 @dataclass(frozen=True)
 class ClassRange:
@@ -28,6 +30,6 @@ def class_range(total: int, rank: int, world_size: int) -> ClassRange:
     """
     if total < 0 or world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"no class range for {total} classes, rank {rank} of {world_size}")
-    width = -(-total // world_size)
+    width = largest_share(total, world_size)
     start = min(rank * width, total)
     return ClassRange(start, min(start + width, total), total)

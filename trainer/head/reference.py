@@ -4,19 +4,20 @@
 shard, and torch's own optimizer touches every row. It costs what that costs.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.config import HeadConfig
 from trainer.distributed import all_reduce_sum
 from trainer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trainer.head.partial_fc import PartialFC
-    from trainer.head.sampling import Drawn
+from trainer.head.fused import OldCenters
+from trainer.head.margin import Margin, Target
+from trainer.head.sampling import Drawn
+from trainer.head.step import StepOutput, Verdict
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -32,23 +33,38 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class ReferenceSoftmax:
-    """The reference's step on the rows of a :class:`trainer.head.partial_fc.PartialFC`.
+    """The plain step on a rank's rows; see :class:`trainer.head.step.Softmax`.
+
+    Args:
+        config: validated settings.
+        rows: (c, D), this rank's; they are updated in place.
+        margin: of the targets.
+        num_classes: C.
+        old: LCE's direct mode; None: without.
+        world_size: W.
 
     Raises:
         ConfigError: settings that only the fused pass offers.
     """
 
-    def __init__(self, head: "PartialFC") -> None:
-        config = head.config
+    def __init__(
+        self,
+        config: HeadConfig,
+        rows: Tensor,
+        margin: Margin,
+        num_classes: int,
+        old: OldCenters | None,
+        world_size: int,
+    ) -> None:
         if config.sub_centers > 1 or config.margin.name == "curricular" or config.compute != "float32":
             raise ConfigError("head.impl = reference: without sub-centres, curricular margin and bfloat16 compute")
-        if config.optimizer.name == "adamw" and head.sampled:
+        if config.optimizer.name == "adamw" and config.sample_rate < 1:
             raise ConfigError(
                 "head.impl = reference: adamw at sample_rate 1 only (torch's AdamW also moves rows that were not drawn)"
             )
-        self.head = head
-        self.finite = torch.tensor(True)  # of the step under way; the head says so before backward
-        self.weight = torch.nn.Parameter(head.rows)
+        self.config, self.rows, self.margin = config, rows, margin
+        self.num_classes, self.old, self.world_size = num_classes, old, world_size
+        self.weight = torch.nn.Parameter(rows)
         o = config.optimizer
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD([self.weight], lr=0.0, momentum=o.momentum, weight_decay=o.weight_decay)
@@ -59,18 +75,15 @@ class ReferenceSoftmax:
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the coming updates."""
-        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.param_groups[0]["lr"] = lr * self.config.optimizer.lr_factor
 
     def step(
-        self, x: Tensor, labels: Tensor, drawn: "Drawn", deferred: bool
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-        """Loss, rows of the batch's own classes, report and finiteness for embeddings (B, D) and labels (B,) of all
-        ranks.
-
-        ``deferred`` leaves the gradient for :meth:`apply`.
-        """
-        self._deferred = deferred
-        head, scale = self.head, self.head.config.margin.scale
+        self, x: Tensor, labels: Tensor, drawn: Drawn, verdict: Verdict, *, training: bool, deferred: bool, seed: int
+    ) -> StepOutput:
+        """See :meth:`trainer.head.step.Softmax.step`; nothing is rounded here."""
+        del seed
+        self._verdict, self._deferred = verdict, deferred
+        scale = self.config.margin.scale
         x = x.to(self.weight.dtype)
         valid, count = labels >= 0, (labels >= 0).sum().clamp_min(1)
         norm = x.norm(dim=1).clamp_min(1e-12)
@@ -79,11 +92,11 @@ class ReferenceSoftmax:
         cosines = unit @ rows.t()
         own = torch.zeros_like(norm).index_put((drawn.samples,), cosines[drawn.samples, drawn.places])
         target_cosine = _SumOverRanks.apply(own)
-        psi = self._psi(target_cosine, norm, valid)
+        target, psi = self._psi(target_cosine, norm, valid, training)
         logits = scale * cosines
-        if head.config.margin.inter_class_filter:
-            logits = logits.masked_fill(cosines > head.config.margin.inter_class_filter, -torch.inf)
-        if head.config.sampling_correction and drawn.index is not None:
+        if self.config.margin.inter_class_filter:
+            logits = logits.masked_fill(cosines > self.config.margin.inter_class_filter, -torch.inf)
+        if self.config.sampling_correction and drawn.index is not None:
             weight = torch.zeros_like(logits[0])
             weight[: drawn.negatives] = -torch.log(torch.tensor(drawn.probability, dtype=weight.dtype))
             weight[drawn.places] = 0
@@ -92,44 +105,45 @@ class ReferenceSoftmax:
         largest = torch.maximum(
             logits.detach().amax(1) if logits.shape[1] else psi.new_full(psi.shape, -torch.inf), scale * psi.detach()
         )
-        if head.ranks.world_size > 1:
+        if self.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         negatives = _SumOverRanks.apply(torch.exp(logits - largest[:, None]).sum(1))
         loss = -(scale * psi - largest - torch.log(negatives + torch.exp(scale * psi - largest)))[valid].sum() / count
         report = {"classification": loss.detach(), "target_cosine": target_cosine.detach()[valid].sum() / count}
-        loss = self._penalty(loss, norm, valid, count, report)
+        loss = self._penalty(target, loss, norm, valid, count, report)
         loss = self._compatibility(loss, unit, rows, drawn, report)
-        finite = torch.isfinite(loss.detach()) & torch.isfinite(x.detach()).all() & (labels < head.classes.total).all()
+        finite = torch.isfinite(loss.detach()) & torch.isfinite(x.detach()).all() & (labels < self.num_classes).all()
         own = self.weight[drawn.own if drawn.index is None else drawn.index[drawn.own]]
-        return loss, own, report, finite
+        return StepOutput(loss, own, report, finite)
 
-    def _psi(self, cosine: Tensor, norm: Tensor, valid: Tensor) -> Tensor:
+    def _psi(self, cosine: Tensor, norm: Tensor, valid: Tensor, training: bool) -> tuple[Target, Tensor]:
         """ψ with the margin's own derivatives, for autograd: the value is exact, the slopes are constants of a
         linear map.
         """
         usable = torch.isfinite(norm.detach()).all()
-        target = self.head.margin.target(cosine[valid].detach(), norm[valid].detach(), self.head.training and usable)
+        target = self.margin.target(cosine[valid].detach(), norm[valid].detach(), training and usable)
         linear = cosine[valid] * target.slope
         if target.norm_slope is not None:
             # every rank sees every norm, but the sum over ranks must count it once
-            linear = linear + (norm[valid] - norm[valid].detach()) * target.norm_slope / self.head.ranks.world_size
-        self.target = target
-        return cosine.clone().index_put((valid,), linear + (target.psi - linear).detach())
+            linear = linear + (norm[valid] - norm[valid].detach()) * target.norm_slope / self.world_size
+        return target, cosine.clone().index_put((valid,), linear + (target.psi - linear).detach())
 
-    def _penalty(self, loss: Tensor, norm: Tensor, valid: Tensor, count: Tensor, report: dict[str, Tensor]) -> Tensor:
-        if self.target.penalty is None or self.target.penalty_slope is None:
+    def _penalty(
+        self, target: Target, loss: Tensor, norm: Tensor, valid: Tensor, count: Tensor, report: dict[str, Tensor]
+    ) -> Tensor:
+        if target.penalty is None or target.penalty_slope is None:
             return loss
-        value = self.target.penalty.sum() / count
+        value = target.penalty.sum() / count
         report["norm_penalty"] = value
-        slope = (norm[valid] - norm[valid].detach()) * self.target.penalty_slope / self.head.ranks.world_size
+        slope = (norm[valid] - norm[valid].detach()) * target.penalty_slope / self.world_size
         return loss + value + slope.sum() / count
 
     def _compatibility(
-        self, loss: Tensor, unit: Tensor, rows: Tensor, drawn: "Drawn", report: dict[str, Tensor]
+        self, loss: Tensor, unit: Tensor, rows: Tensor, drawn: Drawn, report: dict[str, Tensor]
     ) -> Tensor:
-        compat, total = self.head.compat, self.head.compat_total
-        if compat is None or total is None:
+        if self.old is None:
             return loss
+        compat, total = self.old.bank, self.old.total
         index = slice(None) if drawn.index is None else drawn.index
         centers, mask = (t.to(rows.dtype) for t in compat.rows(index, rows))
         share = torch.ones(len(rows), dtype=rows.dtype, device=rows.device)
@@ -149,7 +163,7 @@ class ReferenceSoftmax:
         return loss
 
     def _after_backward(self, _: Tensor) -> None:
-        if not bool(self.finite):
+        if not bool(self._verdict.finite):
             self.discard()
         elif not self._deferred:
             self.apply(1.0)
@@ -167,8 +181,14 @@ class ReferenceSoftmax:
         """Forget the gradient."""
         self.weight.grad = None
 
-    def state(self) -> dict[str, Tensor]:
-        """Torch's optimizer state under the fused pass's names (C, D), created if no step was taken yet."""
+    def flush(self) -> None:
+        """Every row is up to date after each step."""
+
+    def loaded(self) -> None:
+        """Nothing is remembered beside the tables."""
+
+    def tables(self) -> dict[str, Tensor]:
+        """Rows and torch's optimizer state under the fused pass's names (c, D), created if no step was taken yet."""
         slots = self.optimizer.state[self.weight]
         names = {"momentum_buffer": "momentum", "exp_avg": "first_moment", "exp_avg_sq": "second_moment"}
         wanted = ("momentum_buffer",) if isinstance(self.optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
@@ -177,7 +197,7 @@ class ReferenceSoftmax:
                 slots[slot] = torch.zeros_like(self.weight)
         if isinstance(self.optimizer, torch.optim.AdamW) and "step" not in slots:
             slots["step"] = torch.tensor(0.0)
-        return {names[slot]: slots[slot].detach() for slot in wanted}
+        return {"rows": self.rows} | {names[slot]: slots[slot].detach() for slot in wanted}
 
     def counters(self) -> dict[str, Tensor]:
         """AdamW's number of steps, as a checkpoint must keep it."""

@@ -160,14 +160,12 @@ class RowOptimizer(ABC):
 
     state_names: tuple[str, ...] = ()
 
-    def __init__(
-        self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int, stateless: bool = False
-    ) -> None:
+    def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
         self.config, self.rows, self.sampled = config, rows, sampled
         self.lr = 0.0
         self.selections = self.updates = 0
         self.work = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        self.tables = (rows, *(torch.zeros_like(rows) for _ in self.state_names if not stateless))
+        self.tables = (rows, *(torch.zeros_like(rows) for _ in self.state_names))
         self._noise = torch.Generator(rows.device).manual_seed(seed)
         self._space = [rows.new_empty(0) for _ in self.tables]
         self.fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
@@ -250,10 +248,8 @@ class SgdRows(RowOptimizer):
 
     state_names = ("momentum",)
 
-    def __init__(
-        self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int, stateless: bool = False
-    ) -> None:
-        super().__init__(config, rows, sampled, seed, stateless)
+    def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
+        super().__init__(config, rows, sampled, seed)
         if not sampled:
             return
         self._last = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
@@ -371,10 +367,8 @@ class AdamWRows(RowOptimizer):
 
     state_names = ("first_moment", "second_moment")
 
-    def __init__(
-        self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int, stateless: bool = False
-    ) -> None:
-        super().__init__(config, rows, sampled, seed, stateless)
+    def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
+        super().__init__(config, rows, sampled, seed)
         self._draws = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
 
     def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
@@ -409,16 +403,63 @@ class AdamWRows(RowOptimizer):
         return {"draws": self._draws}
 
 
-def build_row_optimizer(
-    config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int, stateless: bool = False
-) -> RowOptimizer:
-    """The row optimizer that a configuration names; ``stateless`` ones hold the rows alone and cannot update.
-    Raises :class:`ConfigError` for a dtype that it cannot store.
-    """
+def build_row_optimizer(config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> RowOptimizer:
+    """The row optimizer that a configuration names. Raises :class:`ConfigError` for a dtype that it cannot store."""
     if rows.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise ConfigError(f"head.rows = {rows.dtype}: rows are stored as float32, float64 or bfloat16")
     kind = SgdRows if config.name == "sgd" else AdamWRows
-    return kind(config, rows, sampled, seed, stateless)
+    return kind(config, rows, sampled, seed)
+
+
+class CollectedGradients:
+    """Gradients of rows that wait for their update, for gradient accumulation and loss scaling.
+
+    Memory: the drawn rows' gradient per call, or one gradient of the whole shard when all rows take part.
+    """
+
+    def __init__(self, optimizer: RowOptimizer) -> None:
+        self.optimizer = optimizer
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._sum: Tensor | None = None  # of all rows' gradients, where all rows take part
+
+    def add(self, first: int, index: Tensor | None, gradient: Tensor) -> None:
+        """Keep the gradient (n, D) of the rows ``index``, or (None) add that of rows ``first`` … to the sum."""
+        if index is not None:
+            self._parts.append((index, gradient))
+            return
+        if self._sum is None:
+            rows = self.optimizer.rows
+            self._sum = torch.zeros(rows.shape, dtype=self.optimizer.work, device=rows.device)
+        self._sum[first : first + len(gradient)] += gradient
+
+    def apply(self, factor: float, chunk: int) -> None:
+        """Update the rows with all that was kept, times ``factor``, in chunks of rows; then forget it."""
+        if not self._parts and self._sum is None:
+            return
+        optimizer = self.optimizer
+        index, gradient = self._merge()
+        selection = optimizer.select(index)
+        for start in range(0, selection.count, chunk):
+            stop = min(start + chunk, selection.count)
+            selection.open(start, stop)
+            ones = torch.ones(stop - start, dtype=optimizer.work, device=optimizer.rows.device)
+            pull = RowGradient(None, None, ones * 0, gradient[start:stop], ones * factor)
+            optimizer.update(selection, start, stop, pull, None)
+        optimizer.finish(index, None)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+        self._parts.clear()
+        self._sum = None
+
+    def _merge(self) -> tuple[Tensor | None, Tensor]:
+        """The gradients, summed by row."""
+        if self._sum is not None:
+            return None, self._sum
+        index, inverse = torch.unique(torch.cat([i for i, _ in self._parts]), return_inverse=True)
+        out = torch.zeros(len(index), self.optimizer.rows.shape[1], dtype=self.optimizer.work, device=index.device)
+        return index, out.index_add_(0, inverse, torch.cat([g for _, g in self._parts]))
 
 
 # The element-wise work on a block, plain torch that torch.compile fuses; the first argument has the block's length n.

@@ -19,6 +19,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from trainer.randomness import mix
+
 Counter = TypeVar("Counter", int, Tensor)
 _MASK = (1 << 64) - 1
 
@@ -61,8 +63,8 @@ def draw_negatives(
         device: where the result is wanted.
     """
     strata = stratum_count(total, rate)
-    key = _mix(_mix(seed) ^ (step & _MASK))
-    offset = _mix(key ^ _MASK) % max(total, 1)
+    key = mix(mix(seed) ^ (step & _MASK))
+    offset = mix(key ^ _MASK) % max(total, 1)
     parts = []
     for low, high in _rotated(start, stop, offset, total):
         first, last = ((low + 1) * strata - 1) // total, (high * strata - 1) // total
@@ -112,14 +114,6 @@ def _draw_one(k: int, key: int, total: int, strata: int) -> int:
     return begin + (_hash(k, key) >> 31) % ((k + 1) * total // strata - begin)
 
 
-def _mix(value: int) -> int:
-    """SplitMix64's finaliser (Steele et al., OOPSLA 2014) on a Python integer."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
 # The strata's hash must be the same on tensors and on Python integers. Torch has no unsigned 64-bit product, so it
 # works on 31-bit halves: two rounds of multiply-xorshift on values < 2**31 never leave int64, and the key enters
 # each round.
@@ -138,5 +132,5 @@ def _hash(k: Counter, key: int) -> Counter:
 
 
 def _round_keys(key: int) -> tuple[int, int, int, int]:
-    other = _mix(key)
+    other = mix(key)
     return key & 0x7FFFFFFF, (key >> 31) & 0x7FFFFFFF, other & 0x7FFFFFFF, (other >> 31) & 0x7FFFFFFF

@@ -18,6 +18,12 @@ from trainer.networks.transform import Orthogonal
 
 Normalisation = Literal["inside", "outside"]
 
+UNIT_ERROR = 1e-3
+"""How far the norm of an exported embedding may be from 1: float16 rounds each component by up to 5e-4 of itself."""
+
+SAME_COSINE = 0.999
+"""The cosine that an exported embedding has at least with torch's, where only their difference is bounded."""
+
 
 @dataclass(frozen=True)
 class Parity:
@@ -28,7 +34,7 @@ class Parity:
         largest_difference: largest absolute difference of a component of the unit embeddings.
         smallest_cosine: smallest cosine between the two embeddings of one image.
         bound: what ``largest_difference`` was allowed to be; None: only the cosine was bounded.
-        cosine_bound: what ``smallest_cosine`` had to be at least; None: only the difference was bounded.
+        cosine_bound: what ``smallest_cosine`` had to be at least; None: :data:`SAME_COSINE`, beside the difference.
         size_bytes: of the file.
     """
 
@@ -94,22 +100,40 @@ def compare(
 ) -> Parity:
     """Run what was written on one input alone and on all together, and compare with torch.
 
+    Args:
+        run: what was written, (n, …) → (n, D) rows as they come out of it.
+        expected: (n, D) unit rows of torch.
+
     Raises:
-        ModelError: a difference above ``bound``, or a cosine below ``cosine_bound``.
+        ModelError: a row that is not unit, torch's or the file's; a difference above ``bound``; a cosine below
+            ``cosine_bound`` (without one, below :data:`SAME_COSINE`).
     """
+    _check_unit(expected, f"{path}: torch's embedding")
     got, alone = run(inputs), run(inputs[:1])
+    _check_unit(np.concatenate([got, alone]), f"{path}: the exported file's embedding")
     # An int8 graph takes one scale for a whole batch, so one input alone may differ from itself among others a little.
     difference = float(max(np.abs(got - expected).max(), np.abs(alone - expected[:1]).max()))
     pairs = np.concatenate([got, alone]).astype(np.float64) * np.concatenate([expected, expected[:1]])
     cosine = float(pairs.sum(1).min())
-    if (bound is not None and not difference <= bound) or (cosine_bound is not None and not cosine >= cosine_bound):
-        limit = f"difference {bound:.2g}" if bound is not None else f"smallest cosine {cosine_bound:.7g}"
+    smallest = SAME_COSINE if cosine_bound is None else cosine_bound
+    if (bound is not None and not difference <= bound) or not cosine >= smallest:
+        limit = f"smallest cosine {smallest:.7g}" if bound is None else f"difference {bound:.2g}, cosine {smallest:.7g}"
         raise ModelError(
             f"{path}: the exported file differs from torch by {difference:.2g}, smallest cosine {cosine:.7f} (allowed: "
             f"{limit}) on {len(inputs)} real inputs; it was not kept"
         )
     size = sum(f.stat().st_size for f in written.rglob("*")) if written.is_dir() else written.stat().st_size
     return Parity(len(inputs), difference, cosine, bound, cosine_bound, size)
+
+
+def _check_unit(rows: np.ndarray, what: str) -> None:
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    wrong = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_ERROR))
+    if len(wrong):
+        raise ModelError(
+            f"{what} of input {wrong[0]} has norm {norms[wrong[0]]:.3g}, not 1 ({len(wrong)} of {len(norms)} are like "
+            "it); nothing can be compared by such rows, and no file was kept. Is the model trained, and its map alive?"
+        )
 
 
 def pick_images(card: ModelCard, dataset: Any, count: int) -> np.ndarray:

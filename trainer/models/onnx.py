@@ -102,6 +102,10 @@ class OnnxModel(EmbeddingModel):
         std = np.array(self.card.std[order], np.float32).reshape(3, 1, 1)
         return (pixels / 255 - mean) / std
 
+    def rows(self, images: np.ndarray) -> np.ndarray:
+        """(b, H, W, 3) uint8 RGB → (b, D) float32 as the graph gives them, not made unit."""
+        return self._embed(images)
+
     def _embed(self, images: np.ndarray) -> np.ndarray:
         if not len(images):
             return np.empty((0, self.dim), np.float32)

@@ -1,6 +1,7 @@
 """Models for torch's own users: a folder of safetensors with its card, and a ``torch.export`` program. Both are
 checked as ONNX is."""
 
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,23 @@ from trainer.models.open import load_model
 
 
 def export_folder(model: TorchModel, folder: str | Path, images: np.ndarray, card: ModelCard) -> Parity:
-    """Write the model folder anew with another ``card`` (licence, figures, …), and compare it with ``model``.
+    """Write the model folder anew with another ``card`` (licence, figures, …), and compare it with ``model``: the
+    network on ``images``, each map on random unit vectors.
 
     Raises:
-        ModelError: the card is of another network, or the folder cannot be written; then there is no folder.
+        ModelError: the card is of another network, a row that is not unit or differs, or the folder cannot be written;
+            then there is no folder.
     """
     folder = Path(folder)
     refuse_foreign(folder)
     with replaced(folder, ModelError) as partial:
         save_model(partial, model.backbone, card, model.transforms)
-        return compare(load_model(partial).embed, images, model.embed(images), folder, partial, 1e-6)
+        loaded = load_model(partial)
+        for direction, part in model.card.transforms.items():
+            given = np.random.default_rng(0).normal(size=(64, part.dim_in)).astype(np.float32)
+            expected = model.transform(direction, given)
+            compare(partial_of(loaded.transform, direction), given, expected, folder / direction, partial, 1e-6)
+        return compare(loaded.embed, images, model.embed(images), folder, partial, 1e-6)
 
 
 def export_program(

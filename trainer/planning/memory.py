@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.head import native
+from trainer.head.kernels import chunk_rows
 from trainer.head.partial_fc import COMPILE_FROM_ROWS
-from trainer.head.sharded_softmax import KEEP_SHARE
+from trainer.head.step import KEEP_SHARE
 from trainer.planning.activations import BackboneSizes
 from trainer.planning.setting import BYTES, Setting
 
@@ -28,8 +29,6 @@ NCCL_BYTES = 400 * 2**20
 CUDA_HOST_BYTES = 3 * 2**30
 """Host memory of a process that uses CUDA: its libraries and pinned buffers."""
 
-CHUNK_ROWS = {"cpu": 4096, "cuda": 65536}
-"""``head.chunk_rows`` = 0."""
 CHUNK_BLOCKS = 3
 """Blocks of chunk × B numbers that are alive at once: products, softmax weights, and one between."""
 NATIVE_ROWS = 512
@@ -131,7 +130,7 @@ def _head_step(setting: Setting) -> list[Part]:
         return _reference_step(setting)
     head, dim, work = setting.config.head, setting.config.backbone.dim, setting.work_bytes
     rows, batch = setting.step_rows, setting.gathered
-    chunk = min(rows, head.chunk_rows or CHUNK_ROWS[setting.device])
+    chunk = min(rows, chunk_rows(head.chunk_rows, setting.device))
     copies = setting.sampled or BYTES[head.rows] != work  # else blocks are views of the tables
     first = rows if setting.sampled else chunk
     spaces = (first + (0 if _native(setting) else _states(setting) * chunk)) * 65 // 64 * dim * work if copies else 0

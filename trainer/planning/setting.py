@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.config import Config
+from trainer.distributed import largest_share
 from trainer.errors import ConfigError
 from trainer.head.partition import class_range
 from trainer.head.sampling import stratum_count
@@ -36,7 +37,7 @@ class Setting:
     @property
     def local_batch(self) -> int:
         """⌈B/W⌉, the most samples that a rank handles of a batch; collectives are padded to it."""
-        return -(-self.config.data.batch_size // self.world_size)
+        return largest_share(self.config.data.batch_size, self.world_size)
 
     @property
     def gathered(self) -> int:

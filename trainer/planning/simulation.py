@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.compat.bank.center_bank import BankRows, CenterBank
 from trainer.compat.methods.inputs import Inputs
 from trainer.config import Config
-from trainer.data import build_loader
+from trainer.data import Batch, build_loader
+from trainer.data.index import Dataset
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.head.partition import class_range
@@ -83,6 +84,9 @@ class _Silent:
         pass
 
     def at(self, step: int, phase: str) -> None:
+        pass
+
+    def show_images(self, step: int, batch: Batch, dataset: Dataset | None) -> None:
         pass
 
 

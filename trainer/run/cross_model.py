@@ -23,10 +23,11 @@ from trainer.compat.methods.lce import (
     gather_pairs,
     half_distance,
     own_classes,
+    smallest_norm,
 )
 from trainer.config import Config
 from trainer.data import Batch
-from trainer.distributed import Ranks, gather_batch, on_main, scale_gradient
+from trainer.distributed import Ranks, gather_batch, largest_share, on_main, scale_gradient
 from trainer.head.partition import class_range
 from trainer.models.card import Direction, ModelCard, TransformCard
 from trainer.models.folder import save_model
@@ -50,7 +51,7 @@ class CrossModelTask:
         torch.manual_seed(config.run.seed)
         self.compat = TransformedCompat(config.compat, self.cross.dim_old, self.cross.dim_new)
         self.compat.to(ranks.device, self._dtype)
-        self.capacity = -(-config.data.batch_size // ranks.world_size)
+        self.capacity = largest_share(config.data.batch_size, ranks.world_size)
         own = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
         self._centers, self._rows = _own_rows(self.cross, own.start, own.stop)
 
@@ -177,20 +178,23 @@ def image_pairs_loss(
         classes: the batch's classes with their old centres.
 
     Returns:
-        The loss and ``alignment``, ``boundary`` detached; all 0 with fewer than two known images.
+        The loss, and ``alignment``, ``boundary``, ``t21_norm``, ``t12_norm`` (the smallest norm that the map gave)
+        detached; loss, alignment and boundary are 0 with fewer than two known images.
     """
     zero = x.new_zeros(())
     if int(known.sum()) < 2:
         return zero, {"alignment": zero, "boundary": zero}
     u, v, unit = normalize(x[known]), normalize(e[known]), not compat.config.authors_formula
     centers, place, has = _of_images(classes, known, v)
-    terms, bound = [], zero
+    terms, bound, norms = [], zero, dict[str, Tensor]()
     if compat.t21 is not None:
         mapped = compat.t21(u)
+        norms["t21_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, v, unit))
         cosines = boundary_cosines(mapped[has], centers[place], unit)
     if compat.t12 is not None:
         mapped, mapped_centers = compat.t12(torch.cat([v, centers])).split([len(v), len(centers)])
+        norms["t12_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, u, unit))
         if compat.t21 is None:
             cosines = boundary_cosines(u[has], mapped_centers[place], unit)
@@ -198,7 +202,7 @@ def image_pairs_loss(
     if classes is not None and bool(has.any()):
         bound = (classes.boundaries[classes.place[known][has]] - cosines).clamp_min(0).mean()
     loss = compat.config.alignment_weight * align + compat.config.boundary_weight * bound
-    return loss, {"alignment": align.detach(), "boundary": bound.detach()}
+    return loss, {"alignment": align.detach(), "boundary": bound.detach(), **norms}
 
 
 def _of_images(classes: Pairs | None, known: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

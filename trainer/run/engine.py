@@ -26,10 +26,12 @@ from trainer.data import Batch, Loader, build_loader
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
 from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
 from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
+from trainer.files import write_text
 from trainer.models.model import embed_batches
+from trainer.randomness import step_seed
 from trainer.run.arcface_start import backbone_momentum
 from trainer.run.cross_model import CrossModelTask
-from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, read_summary, write_beside
+from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, read_summary
 from trainer.run.monitor import Monitor
 from trainer.run.optim import Average, LossScale, Statistics, learning_rate
 from trainer.run.startup import identity, prepare, together
@@ -37,14 +39,16 @@ from trainer.run.task import Embeds, Task, TrainTask
 from trainer.run.watch import Vote, Watch
 from trainer.run.zero import build_updater
 
+NO_NORM = 1e-12
+"""A map's vector of at most this norm has no direction (torch's ``normalize`` leaves it as good as zero)."""
+
 SHOWN_EMBEDDINGS = 128
 """How many embeddings of the finished model TensorBoard's projector is given."""
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators for one batch: dropout and the like depend on nothing that would have to be saved."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) % (1 << 63)
-    torch.manual_seed(mixed)
+    torch.manual_seed(step_seed(seed, step, rank))
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -235,6 +239,13 @@ class Engine:
                 "changed nothing. Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
                 f"(limit: train.max_nonfinite_steps={limit})"
             )
+        for name, key in (("T₂₁", "t21_norm"), ("T₁₂", "t12_norm")):
+            if line.get(key, 1.0) <= NO_NORM:
+                raise TrainingError(
+                    f"compat.transform.name = {self.config.compat.transform.name}: {name} gives vectors of norm "
+                    f"{line[key]:.3g} at step {self.state.step}, which cannot be compared; lower optimizer.lr, or "
+                    "choose another compat.transform.name"
+                )
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Begin a checkpoint of the present state, unless this very state is saved already."""
@@ -419,5 +430,5 @@ def _finish(engine: Engine, summary: RunSummary) -> None:
     """Export the model and write the summary, which marks the run as finished."""
     figures = {k: float(v) for k, v in summary.last.items() if isinstance(v, int | float)}
     engine.task.export(engine.folder / "model", engine.weights(), summary.step, figures)
-    on_main(lambda: write_beside(engine.folder / SUMMARY, json.dumps(asdict(summary), indent=1)), engine.ranks)
+    on_main(lambda: write_text(engine.folder / SUMMARY, json.dumps(asdict(summary), indent=1)), engine.ranks)
     barrier()

@@ -8,6 +8,7 @@ import yaml
 
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
+from trainer.files import write_text
 from trainer.reading import read_json, read_yaml
 
 SUMMARY = "summary.json"
@@ -51,7 +52,7 @@ def open_folder(config: Config) -> list[str]:
         (folder / "ranks").mkdir(parents=True, exist_ok=True)
         for note in (folder / "ranks").iterdir():
             note.unlink()
-        write_beside(folder / "config.yaml", dump_config(config))
+        write_text(folder / "config.yaml", dump_config(config))
         return changes
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.dir}: cannot be written: {error.strerror}") from None
@@ -84,9 +85,3 @@ def read_summary(folder: Path, steps: int) -> RunSummary | None:
             f"{folder / SUMMARY}: not a summary of a run: {error}; remove it to continue the run"
         ) from None
     return summary if summary.step >= steps else None
-
-
-def write_beside(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text)
-    beside.replace(path)

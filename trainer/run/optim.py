@@ -6,6 +6,7 @@ An update never waits for the device: torch's fused optimizers take the factor t
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,8 @@ class LossScale:
 class Updater:
     """Applies gradients to the parameters of named modules: unscale, clip, skip when not finite, then SGD or AdamW.
 
-    Every parameter is decayed, as in the published face recognition recipes.
+    Every parameter is decayed, as in the published face recognition recipes, but for those behind a parametrisation
+    (:func:`undecayed`).
 
     Args:
         modules: name → module; parameters are known as ``name.parameter`` in :meth:`state`. Parameters may be DTensors
@@ -110,7 +112,8 @@ class Updater:
         self.modules = modules
         self._local = {key: nn.Parameter(local_part(p.detach())) for key, p in self.parameters.items()}
         if self._local:
-            self.optimizer = build_optimizer(config, list(self._local.values()))
+            exempt = [self._local[f"{name}.{key}"] for name, module in modules.items() for key in undecayed(module)]
+            self.optimizer = build_optimizer(config, list(self._local.values()), exempt)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -190,16 +193,37 @@ def _square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
 
 
-def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The fused optimizer, its state made at once: a checkpoint can be loaded into it before the first step."""
+def undecayed(module: nn.Module) -> list[str]:
+    """The trained parameters that stand behind a parametrisation (``torch.nn.utils.parametrize``), such as those of an
+    orthogonal matrix: they are coordinates and no weights, and decay would leave the set that they describe (torch's
+    householder map reads a stored ±1 as a whole number: 0.9999 makes the matrix 0)."""
+    return [
+        key
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad and "parametrizations" in key.split(".")
+    ]
+
+
+def build_optimizer(
+    config: OptimizerConfig, parameters: list[nn.Parameter], exempt: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The fused optimizer, its state made at once: a checkpoint can be loaded into it before the first step.
+
+    Args:
+        exempt: those of ``parameters`` that take no weight decay.
+    """
+    free = {id(parameter) for parameter in exempt}
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in free]}]
+    groups += [{"params": list(exempt), "weight_decay": 0.0}] if exempt else []
+    groups = [group for group in groups if group["params"]]
     optimizer: torch.optim.Optimizer
     if config.name == "sgd":
         optimizer = torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+            groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
         )
     else:
         optimizer = torch.optim.AdamW(
-            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
     for parameter in parameters:
         optimizer.state[parameter] = initial_state(config, parameter)

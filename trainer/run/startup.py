@@ -125,7 +125,8 @@ def _open_old(config: Config, dataset: Dataset | None, size: tuple[int, int], ra
         look = dataset.info if dataset is not None else DatasetInfo()
         return ModelEmbeddings(compat.old_model, look, size, ranks.device)
     assert compat.old_embeddings is not None
-    return StoredEmbeddings(compat.old_embeddings, config.data.synthetic_records if dataset is None else len(dataset))
+    records = config.data.synthetic_records if dataset is None else len(dataset)
+    return StoredEmbeddings(compat.old_embeddings, records, dataset=dataset)
 
 
 def _check_rival(config: Config, bank: CenterBank | None, old: OldEmbeddings | None) -> None:

@@ -19,7 +19,7 @@ from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.registry import build_method
 from trainer.config import Config
 from trainer.data import Batch, DatasetInfo
-from trainer.distributed import Ranks, on_main, scale_gradient
+from trainer.distributed import Ranks, largest_share, on_main, scale_gradient
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partial_fc import Companion, PartialFC
 from trainer.head.partition import class_range
@@ -132,7 +132,7 @@ class TrainTask:
             ranks,
             seed=config.run.seed,
             compat=compat,
-            local_batch=-(-config.data.batch_size // ranks.world_size),
+            local_batch=largest_share(config.data.batch_size, ranks.world_size),
         )
         if config.head.weights is not None:
             self._start_head(config.head.weights)

@@ -305,6 +305,7 @@ class Watch:
         }
         path = self._path(self.ranks.rank)
         try:
+            # Every second, from two threads, of value for seconds: without the care of trainer.files.beside.
             beside = path.with_suffix(f".{threading.get_ident()}")
             beside.write_text(json.dumps(note))
             beside.replace(path)

@@ -26,8 +26,8 @@ from torch import Tensor
 from trainer import __version__
 from trainer.data.index import Dataset, renumbered
 from trainer.errors import CenterBankError
-from trainer.files import TensorStream, partial_of, replace_folder, save_tensors
-from trainer.reading import open_regular, read_json
+from trainer.files import TensorStream, checksum, partial_of, replace_folder, save_tensors
+from trainer.reading import read_json
 
 SHARD_BYTES = 64 * 2**20
 NORM_TOLERANCE = 1e-3
@@ -213,7 +213,7 @@ class CenterBank:
     def _verify(self, part: _FileInfo) -> None:
         if part.file in self._verified:
             return
-        if _crc32_of(self.folder / part.file) != part.crc32:
+        if checksum(self.folder / part.file)[1] != part.crc32:
             raise CenterBankError(f"{self.folder / part.file}: damaged (its checksum differs); make the bank again")
         self._verified.add(part.file)
 
@@ -264,14 +264,6 @@ def _read_manifest(folder: Path) -> _Manifest:
     if any(Path(part.file).name != part.file for part in (manifest.classes, *parts)):
         raise CenterBankError(f"{path}: names a file outside the bank's folder")
     return manifest
-
-
-def _crc32_of(path: Path) -> int:
-    crc, block = 0, 4 * 2**20
-    with open_regular(path, CenterBankError) as file:
-        while data := file.read(block):
-            crc = zlib.crc32(data, crc)
-    return crc
 
 
 class BankWriter:
@@ -390,7 +382,7 @@ class BankWriter:
             save_tensors(per_class, path)
         except (OSError, SafetensorError) as error:
             raise CenterBankError(f"{self.path}: cannot be written: {error}") from None
-        size, crc32 = path.stat().st_size, _crc32_of(path)
+        size, crc32 = checksum(path)
         classes = _FileInfo(file=path.name, start=0, stop=self.num_classes, size_bytes=size, crc32=crc32)
         manifest = _Manifest(
             format="lce-center-bank",

@@ -19,7 +19,7 @@ from trainer.compat.bank.boundary import MINIMUM, BoundaryRule
 from trainer.compat.bank.center_bank import BankInfo, CenterBank
 from trainer.compat.bank.convert import Progress, bank_from_embeddings, check_centers
 from trainer.compat.bank.matrices import open_rows
-from trainer.data.index import Dataset
+from trainer.data.index import Dataset, RowsInfo, describe_rows
 from trainer.distributed import Ranks, agree, barrier, on_main
 from trainer.errors import CenterBankError, ConfigError, LceError
 from trainer.files import why_unwritable
@@ -235,6 +235,15 @@ def bank_from_model(
         if keep_embeddings is not None:
             keep_embeddings.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(file, keep_embeddings)
+            rows = RowsInfo(
+                records=len(dataset),
+                dim=model.dim,
+                model=str(model.path),
+                model_hash=model.hash,
+                dataset=str(dataset.path),
+                fingerprint=dataset.records_fingerprint,
+            )
+            describe_rows(keep_embeddings, rows)
         shutil.rmtree(work)
 
     on_main(convert, ranks)

@@ -10,7 +10,7 @@ from trainer.compat.methods.method import CompatMethod
 from trainer.config import Config
 from trainer.distributed import Ranks, scale_gradient
 from trainer.head.frozen import FrozenClassifier, FrozenRows
-from trainer.head.kernels import Kernels
+from trainer.head.kernels import Kernels, chunk_rows
 from trainer.head.partial_fc import COMPILE_FROM_ROWS
 from trainer.head.partition import ClassRange, class_range
 
@@ -27,9 +27,9 @@ class Bct(CompatMethod):
 
     def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
         self.weight, self.ranks = config.compat.weight, ranks
-        head, cpu = config.head, ranks.device.type == "cpu"
+        head = config.head
         known = self.rows(config, inputs, class_range(inputs.num_classes, ranks.rank, ranks.world_size))
-        chunk = head.chunk_rows or (4096 if cpu else 65536)
+        chunk = chunk_rows(head.chunk_rows, ranks.device.type)
         self.classifier = FrozenClassifier(
             FrozenRows(known.rows.to(ranks.device), known.mask.to(ranks.device), known.classes),
             scale=head.margin.scale,

@@ -92,7 +92,7 @@ def _embeddings(
 ) -> OldEmbeddings | None:
     """Stored embeddings where there are some (the model then only names itself), else the model run along."""
     if stored is not None:
-        return StoredEmbeddings(stored, len(dataset), f"compat.{which}_embeddings")
+        return StoredEmbeddings(stored, len(dataset), f"compat.{which}_embeddings", dataset)
     if model is not None:
         return ModelEmbeddings(model, dataset.info, dataset.info.image_size, device, f"compat.{which}_model")
     return None

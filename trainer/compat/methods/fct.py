@@ -5,6 +5,7 @@ from torch.nn.functional import normalize
 
 from trainer.compat.methods import losses
 from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.lce import smallest_norm
 from trainer.compat.methods.with_old import WithOld
 from trainer.config import Config
 from trainer.distributed import Ranks
@@ -30,10 +31,12 @@ class Fct(WithOld):
         return {"t12": self.t12}
 
     def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :class:`CompatMethod`: ``map`` is 1 − cos(T₁₂(old), new); 0 with fewer than two images (batch
-        statistics need two). The backbone gets no gradient of it."""
+        """See :class:`CompatMethod`: ``map`` is 1 − cos(T₁₂(old), new), ``t12_norm`` the smallest norm that T₁₂ gave; 0
+        and none with fewer than two images (batch statistics need two). The backbone gets no gradient of it."""
         del labels, rows, step
-        value = embeddings.new_zeros(())
-        if int(self.known.sum()) >= 2:
-            value = losses.fct(self.t12(normalize(self.old[self.known])), embeddings[self.known])
-        return self.config.weight * value, {"map": value.detach()}
+        if int(self.known.sum()) < 2:
+            zero = embeddings.new_zeros(())
+            return zero, {"map": zero}
+        mapped = self.t12(normalize(self.old[self.known]))
+        value = losses.fct(mapped, embeddings[self.known])
+        return self.config.weight * value, {"map": value.detach(), "t12_norm": smallest_norm(mapped)}

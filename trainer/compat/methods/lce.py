@@ -156,9 +156,9 @@ class TransformedCompat(nn.Module):
             pairs: of the global batch. embeddings: (B, D2) of all ranks in rank order, not normalised.
 
         Returns:
-            The loss with gradient to T, ``pairs.rows`` and ``embeddings``; ``alignment`` (1 − cos) and ``boundary``
-            detached. With fewer than two classes or samples that have a centre (batch statistics need two) everything
-            is 0.
+            The loss with gradient to T, ``pairs.rows`` and ``embeddings``; ``alignment`` (1 − cos), ``boundary`` and
+            the smallest norm that each map gave (``t21_norm``, ``t12_norm``), detached. With fewer than two classes or
+            samples that have a centre (batch statistics need two) everything is 0, and no norm is given.
         """
         has_center = torch.zeros(len(pairs.place), dtype=torch.bool, device=embeddings.device)
         known = pairs.place >= 0
@@ -172,19 +172,26 @@ class TransformedCompat(nn.Module):
         ours, x = not self.config.authors_formula, embeddings[has_center].to(dtype)
         x = normalize(x) if ours else x
         among = torch.cumsum(pairs.mask, 0)[place] - 1
-        b, terms = pairs.boundaries[place].to(dtype), []
+        b, terms, norms = pairs.boundaries[place].to(dtype), [], dict[str, Tensor]()
         if self.t21 is not None:
             mapped_w, mapped_x = self.t21(torch.cat([w, x])).split([len(w), len(x)])
+            norms["t21_norm"] = smallest_norm(mapped_w)
             terms.append(half_distance(mapped_w, o, ours))
             cosines = boundary_cosines(mapped_x, o[among], ours)
         if self.t12 is not None:
             mapped_o = self.t12(o)
+            norms["t12_norm"] = smallest_norm(mapped_o)
             terms.append(half_distance(mapped_o, w, ours))
             if self.t21 is None:
                 cosines = boundary_cosines(x, mapped_o[among], ours)
         align, bound = torch.stack(terms).mean(), (b - cosines).clamp_min(0).mean()
         loss = self.config.alignment_weight * align + self.config.boundary_weight * bound
-        return loss, {"alignment": align.detach(), "boundary": bound.detach()}
+        return loss, {"alignment": align.detach(), "boundary": bound.detach(), **norms}
+
+
+def smallest_norm(mapped: Tensor) -> Tensor:
+    """The smallest norm of a map's vectors (n, D), n ≥ 1, without gradient: 0 says that the map has died."""
+    return mapped.detach().norm(dim=1).min()
 
 
 def half_distance(mapped: Tensor, target: Tensor, unit: bool) -> Tensor:

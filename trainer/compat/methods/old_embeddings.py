@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data import Batch, DatasetInfo
+from trainer.data import Batch, Dataset, DatasetInfo
+from trainer.data.index import rows_info
 from trainer.data.store import load_array
 from trainer.errors import ConfigError
 from trainer.models.model import EmbeddingModel, TorchModel
@@ -45,14 +46,18 @@ class StoredEmbeddings:
         path: the file (`lce centers from-model … --embeddings FILE` writes one).
         records: N of the data set.
         key: the setting that names the file, for errors.
+        dataset: whose records the rows must be, where there is one.
 
     Raises:
-        DataError: no such array. ConfigError: another length, or values that are not finite or all zero.
+        DataError: no such array, or one of other records. ConfigError: another length, or values that are not finite or
+        all zero.
     """
 
     model: tuple[str, str] | None = None
 
-    def __init__(self, path: Path, records: int, key: str = "compat.old_embeddings") -> None:
+    def __init__(
+        self, path: Path, records: int, key: str = "compat.old_embeddings", dataset: Dataset | None = None
+    ) -> None:
         self.rows: NDArray[np.float32] = load_array(path, 2, np.float32)
         self.path, self.dim = path, int(self.rows.shape[1])
         if len(self.rows) != records:
@@ -60,6 +65,10 @@ class StoredEmbeddings:
                 f"{key} = {path}: {len(self.rows)} rows, the data set has {records} records; make it "
                 "from this data set (lce centers from-model … --embeddings)"
             )
+        if dataset is not None:
+            described = rows_info(path)
+            known = (None, None) if described is None else (described.fingerprint, described.dataset)
+            dataset.check_numbering(f"{key} = {path}", *known)
         numbers = np.unique(np.linspace(0, records - 1, min(records, SAMPLED_ROWS)).astype(np.int64))
         sample = self.rows[numbers]
         wrong = ~np.isfinite(sample).all(1)

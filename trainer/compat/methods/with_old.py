@@ -7,7 +7,7 @@ from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.method import CompatMethod
 from trainer.config import Config
 from trainer.data import Batch
-from trainer.distributed import Ranks, gather_batch
+from trainer.distributed import Ranks, gather_batch, largest_share
 
 
 class WithOld(CompatMethod):
@@ -19,7 +19,8 @@ class WithOld(CompatMethod):
     def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
         assert inputs.old is not None
         self.config, self.source, self.ranks = config.compat, inputs.old, ranks
-        self.capacity = -(-config.data.batch_size // ranks.world_size)  # as the head pads its own gathered batch
+        # As the head pads its own gathered batch.
+        self.capacity = largest_share(config.data.batch_size, ranks.world_size)
 
     def prepare(self, embeddings: Tensor, batch: Batch, step: int) -> Tensor:
         """See :class:`CompatMethod`: gathers ``old`` (B, D1), in the order of the head's gathered batch, and ``known``

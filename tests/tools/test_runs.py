@@ -1,0 +1,78 @@
+"""`lce runs`: what it says of run folders as the trainer leaves them."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.runs import config
+from tools.cli import main
+from trainer.distributed import Ranks
+from trainer.run.engine import train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("all")
+    for name, lr in (("slow", 0.01), ("quick", 0.1)):
+        train(config(folder / name, optimizer__lr=lr), Ranks())
+    return folder
+
+
+def listed(runs: Path, out: Path) -> dict[str, dict[str, object]]:
+    assert main(["runs", str(runs), "--json", str(out)]) == 0
+    return {Path(found["path"]).name: found for found in json.loads(out.read_text())}
+
+
+def test_finished_running_and_stopped_are_told_apart(runs: Path, tmp_path: Path) -> None:
+    found = listed(runs, tmp_path / "list.json")
+    assert set(found) == {"quick", "slow"}
+    assert (found["quick"]["state"], found["quick"]["step"], found["quick"]["steps"]) == ("finished", 8, 8)
+    (runs / "slow/summary.json").unlink()
+    rank = runs / "slow/ranks/rank-00000.json"
+    rank.write_text("{}")
+    assert listed(runs, tmp_path / "list.json")["slow"]["state"] == "running"
+    os.utime(rank, (1.0, 1.0))
+    assert listed(runs, tmp_path / "list.json")["slow"]["state"] == "stopped"
+    assert listed(runs, tmp_path / "list.json")["slow"]["step"] == 8  # of the last logged line
+
+
+def test_a_difference_names_the_changed_key_alone(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "diff", str(runs / "quick"), str(runs / "slow")]) == 0
+    out = capsys.readouterr().out
+    assert "optimizer.lr" in out
+    assert "0.01" in out
+    assert "optimizer.momentum" not in out
+    assert "last loss" in out
+
+
+def test_a_page_holds_a_plot_for_each_figure(runs: Path, tmp_path: Path) -> None:
+    assert main(["runs", "plot", str(runs), str(tmp_path / "curves.html")]) == 0
+    page = (tmp_path / "curves.html").read_text()
+    assert page.count("<img") >= 8
+    assert 'alt="loss over the steps"' in page
+    assert "<script" not in page
+
+
+@pytest.mark.parametrize("arguments", [["runs", "nowhere"], ["runs", "diff"], ["runs", "plot", "x"]])
+def test_wrong_use_is_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_broken_configuration_is_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("a: [")
+    assert main(["runs", str(tmp_path)]) == 2
+    assert "config.yaml: cannot be read" in capsys.readouterr().err
+
+
+def test_a_line_that_is_being_written_does_not_count(runs: Path, tmp_path: Path) -> None:
+    log = runs / "quick/log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 9, "lo')
+    assert listed(runs, tmp_path / "list.json")["quick"]["last"]["step"] == 8  # type: ignore[index]
+    log.write_text(whole)
