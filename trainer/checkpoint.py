@@ -1,15 +1,16 @@
 """Checkpoints: torch.distributed.checkpoint directories that are complete or not there.
 
 A save is written to ``.step-XXXXXXXX.partial`` by all ranks, sealed by rank 0 with ``state.json`` (counters, loader
-position, resolved configuration, and the size and CRC-32 of every file) and renamed to ``step-XXXXXXXX``. Replicated
-tensors are written once, sharded ones (DTensors) by their owners, so that any number of ranks can load it. Nothing in
-it is unpickled freely: tensors are read with ``weights_only``, the index with an unpickler that knows torch's own index
-classes alone.
+position, resolved configuration, the size and CRC-32 of every file, and a checksum of itself) and renamed to
+``step-XXXXXXXX``. Replicated tensors are written once, sharded ones (DTensors) by their owners, so that any number of
+ranks can load it. Nothing in it is unpickled freely: tensors are read with ``weights_only``, the index with an
+unpickler that knows torch's own index classes alone.
 """
 
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -33,11 +34,13 @@ from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects
 from trainer.errors import CheckpointError
 from trainer.files import checksum
 from trainer.reading import open_regular, read_json
+from trainer.seals import SEAL_KEY, find_change, sealed, unsealed
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is fine
 
 SEAL = "state.json"
-FORMAT = 1
+FORMAT = 2
+"""Of the seal; 1 had no checksum of itself."""
 _SAVE_ERRORS = (Exception, CheckpointException)  # torch derives its own from BaseException
 _INDEX = ".metadata"
 _INDEX_CLASSES = {
@@ -118,37 +121,34 @@ def read_seal(folder: Path) -> dict[str, Any]:
     """What ``state.json`` of a checkpoint says.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or of another format.
+        CheckpointError: there is none, it is damaged, of another format, or of another step than its folder's name.
     """
     path = folder / SEAL
     if not path.exists():
         raise CheckpointError(f"{folder}: no complete checkpoint ({SEAL} is missing)")
     try:
-        seal = read_json(path, CheckpointError)
-        if seal["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {seal['format']}, this version reads {FORMAT}")
+        tree = read_json(path, CheckpointError)
+        if tree["format"] not in (1, FORMAT):
+            raise CheckpointError(f"{path}: format {tree['format']}, this version reads {FORMAT}")
+        if tree["format"] == FORMAT and SEAL_KEY not in tree:
+            raise ValueError("its own checksum is missing")
+        seal = unsealed(tree, path, CheckpointError, "checkpoint")
         if not isinstance(seal["files"], dict) or not isinstance(seal["step"], int):
             raise ValueError("files or step missing")
-    except (ValueError, KeyError, TypeError) as error:
+        numbers = [*seal["files"].values(), list(seal.get("loader", {}).values())]
+        if not all(isinstance(known, list) and all(type(n) is int and n >= 0 for n in known) for known in numbers):
+            raise ValueError("files or loader hold something else than numbers")
+        named = re.fullmatch(r"step-(\d+)", folder.name)
+        if named is not None and int(named[1]) != seal["step"]:
+            raise ValueError(f"it says step {seal['step']}, its folder {folder.name}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     return dict(seal)
 
 
 def find_damage(folder: Path, files: dict[str, list[int]]) -> str | None:
     """The first of ``files`` (name → [bytes, CRC-32]) that is missing or changed, in words; None when all are whole."""
-    for name, (size, crc) in files.items():
-        path = folder / name
-        try:
-            found = path.stat().st_size
-            if found != size:
-                return f"{path}: {found} bytes, {size} were written"
-            if checksum(path)[1] != crc:
-                return f"{path}: content changed since it was written (CRC-32 differs)"
-        except OSError as error:
-            return f"{path}: {error.strerror or error}"
-        except CheckpointError as error:
-            return str(error)
-    return None
+    return next((change for name, known in files.items() if (change := find_change(folder / name, *known))), None)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -295,7 +295,7 @@ class Checkpoints:
         try:
             files[_INDEX] = list(checksum(saving.partial / _INDEX))
             with (saving.partial / SEAL).open("w") as file:
-                json.dump({"format": FORMAT, **saving.seal, "files": files}, file, indent=1)
+                json.dump(sealed({"format": FORMAT, **saving.seal, "files": files}), file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             shutil.rmtree(target, ignore_errors=True)

@@ -14,20 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import LceError
+from trainer.files import checksum
 
 SEAL_KEY = "seal"
 
 log = logging.getLogger(__name__)
 _logged: set[str] = set()
-
-
-def checksum(path: Path) -> tuple[int, int]:
-    """(size in bytes, CRC-32) of a file. Raises :class:`OSError`."""
-    crc, size = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return size, crc
 
 
 def find_change(path: Path, size: int, crc: int) -> str | None:

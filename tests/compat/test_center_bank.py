@@ -95,9 +95,11 @@ def damage(path: Path, change: str) -> str:
         save_file({"centers": torch.zeros(5, DIM - 1)}, shard, {"pad": "x" * (pad - 26)})
         tree = json.loads((path / "bank.json").read_text())
         tree["centers"][2]["size_bytes"] = shard.stat().st_size
+        del tree["seal"]
         (path / "bank.json").write_text(json.dumps(tree))
         return "holds"
     tree = json.loads((path / "bank.json").read_text())
+    del tree["seal"]  # as somebody who writes banks would leave it
     if change == "gap":
         del tree["centers"][1]
     if change == "outside":

@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer.data import store
 from trainer.data.pixels import decode_image, image_size
 from trainer.errors import DataError, ForeignRecordsError, MissingDataError
-from trainer.files import write_text
+from trainer.files import checksum, write_text
 from trainer.reading import read_text, read_yaml
-from trainer.seals import checksum, find_change, sealed, unsealed, warn_once
+from trainer.seals import find_change, sealed, unsealed, warn_once
 
 DESCRIPTION = "dataset.yaml"
 BAD_RECORDS = "bad_records.npy"

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from trainer.evaluation.templates import TemplateSet, pool
 from trainer.files import replaced
 from trainer.models.card import Color
 from trainer.models.model import EmbeddingModel, embed_dataset
-from trainer.reading import parse_json, read_array, read_text
+from trainer.reading import open_regular, parse_json, read_text
 
 Progress = Callable[[str, int, int], None]
 """Told what is being embedded, how many images are done and how many there are."""
@@ -63,9 +64,12 @@ class EmbeddingCache:
         if file is None or not file.exists():
             return None
         try:
-            known = np.array(read_array(file, DataError))
-        except DataError:
-            return None  # damaged: made anew and replaced
+            with open_regular(file, DataError) as stream:
+                known = np.load(stream, allow_pickle=False)
+                if stream.read() != _crc(known):
+                    return None  # damaged, or of an earlier version: made anew and replaced
+        except Exception:  # numpy fails as variously as a file can be damaged
+            return None
         return known if known.shape == (images, dim) and known.dtype == np.float32 else None
 
     def _write(self, file: Path | None, embeddings: FloatArray) -> None:
@@ -73,6 +77,12 @@ class EmbeddingCache:
             return
         with replaced(file, DataError) as partial, partial.open("wb") as stream:
             np.save(stream, embeddings)
+            stream.write(_crc(embeddings))
+
+
+def _crc(embeddings: FloatArray) -> bytes:
+    """What stands behind cached embeddings: their CRC-32, four bytes."""
+    return zlib.crc32(np.ascontiguousarray(embeddings).data).to_bytes(4, "little")
 
 
 def default_cache() -> Path:

@@ -1,5 +1,7 @@
 """The model card: what a user must know of a model, written beside its weights and into every export."""
 
+import json
+from pathlib import Path
 from typing import Literal
 
 import pydantic
@@ -8,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer import __version__
 from trainer.config import BackboneConfig, TransformConfig
 from trainer.errors import ModelError
-from trainer.reading import parse_json
+from trainer.reading import parse_json, read_json
+from trainer.seals import sealed, unsealed
 
 Color = Literal["RGB", "BGR"]
 
@@ -57,6 +60,32 @@ class ModelCard(BaseModel):
     licence: str = ""
     notes: str = ""
     version: str = Field(__version__, description="the lce-trainer that wrote it")
+
+
+Files = dict[str, tuple[int, int]]
+"""Name → (bytes, CRC-32)."""
+
+
+def card_text(card: ModelCard, files: Files) -> str:
+    """What ``model.json`` holds: the card, the checksums of the files beside it, and one of itself."""
+    return json.dumps(sealed({**card.model_dump(mode="json"), "files": files}), indent=2) + "\n"
+
+
+def read_folder_card(folder: Path) -> tuple[ModelCard, Files | None]:
+    """The card of a model folder, and the checksums of its files (None: written before there were any).
+
+    Raises:
+        ModelError: the file cannot be read or is not as it was written; it is named, with the key.
+    """
+    file = folder / CARD_FILE
+    try:
+        tree = unsealed(read_json(file, ModelError), file, ModelError, "model")
+        files = tree.pop("files", None) if isinstance(tree, dict) else None
+        known = pydantic.TypeAdapter(Files | None).validate_python(files)
+        return ModelCard.model_validate(tree), known
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        raise ModelError(f"{file}: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}") from None
 
 
 def read_card(data: bytes | str, source: str) -> ModelCard:

@@ -1,5 +1,5 @@
-"""Writing a model folder: ``model.json`` (the card), ``backbone.safetensors`` and, where there are any, the maps
-``t21.safetensors`` (new → old) and ``t12.safetensors`` (old → new)."""
+"""Writing a model folder: ``model.json`` (the card and the checksums of all), ``backbone.safetensors`` and, where there
+are any, the maps ``t21.safetensors`` (new → old) and ``t12.safetensors`` (old → new)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from trainer.errors import ModelError
-from trainer.files import replaced, save_tensors
-from trainer.models.card import CARD_FILE, Direction, ModelCard
+from trainer.files import checksum, replaced, save_tensors
+from trainer.models.card import CARD_FILE, Direction, ModelCard, card_text
 
 
 def save_model(
@@ -41,7 +41,8 @@ def save_model(
         for name, module in modules.items():
             state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
             save_tensors(state, partial / f"{name}.safetensors")
-        (partial / CARD_FILE).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        files = {file.name: checksum(file) for file in sorted(partial.iterdir())}
+        (partial / CARD_FILE).write_text(card_text(card, files), encoding="utf-8")
 
 
 def refuse_foreign(folder: Path) -> None:

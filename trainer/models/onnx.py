@@ -10,6 +10,7 @@ from trainer.errors import ModelError
 from trainer.models.card import Direction, ModelCard, read_card
 from trainer.models.model import EmbeddingModel
 from trainer.reading import regular
+from trainer.seals import warn_once
 
 CARD_KEY = "lce_model_card"
 INPUT_KEY = "lce_input"
@@ -18,6 +19,42 @@ InputKind = Literal["pixels", "normalised", "vectors"]
 IMAGES_INSIDE: InputKind = "pixels"
 IMAGES_OUTSIDE: InputKind = "normalised"
 VECTORS: InputKind = "vectors"
+
+
+_SEAL_KEY = b"lce_seal"
+_SEAL_BYTES = 64
+# The last entry of the file, a metadata entry as protobuf writes it: field 14 of the model, a message of key and value.
+_SEAL_HEAD = bytes([14 << 3 | 2, 4 + len(_SEAL_KEY) + _SEAL_BYTES, 10, len(_SEAL_KEY)]) + _SEAL_KEY + b"\x12\x40"
+
+
+def seal_onnx(path: Path) -> None:
+    """Append the SHA-256 of an ONNX file to it, as one more entry of its metadata."""
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, 2)
+        file.write(_SEAL_HEAD + digest.encode())
+
+
+def check_seal(path: Path) -> bool:
+    """Whether an ONNX file ends with a seal. Raises :class:`ModelError` when the file is not what was sealed."""
+    tail = len(_SEAL_HEAD) + _SEAL_BYTES
+    try:
+        left = path.stat().st_size - tail
+        if left < 0:
+            return False
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while left and (data := file.read(min(left, 1 << 22))):
+                digest.update(data)
+                left -= len(data)
+            end = file.read(tail)
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from None
+    if not end.startswith(_SEAL_HEAD):
+        return False
+    if end[len(_SEAL_HEAD) :] != digest.hexdigest().encode():
+        raise ModelError(f"{path}: is not what was exported (its checksum differs); copy or export it again")
+    return True
 
 
 def open_session(path: Path) -> Any:
@@ -29,10 +66,16 @@ def open_session(path: Path) -> Any:
     options.log_severity_level = 3
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
+    whole = check_seal(path)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        metadata = session.get_modelmeta().custom_metadata_map
     except Exception as error:
         raise ModelError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
+    if not whole and CARD_KEY in metadata:
+        why = "was saved again by another tool" if _SEAL_KEY.decode() in metadata else "was written without a checksum"
+        warn_once(f"{path}: {why}; damage in it would not be noticed")
+    return session
 
 
 def check_shapes(session: Any, path: Path, rank: int) -> None:

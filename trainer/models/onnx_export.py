@@ -22,7 +22,16 @@ from trainer.files import replaced
 from trainer.models.card import Direction
 from trainer.models.graph import ImageGraph, Normalisation, Parity, compare, graph_card, plain_copy
 from trainer.models.model import TorchModel
-from trainer.models.onnx import CARD_KEY, IMAGES_INSIDE, IMAGES_OUTSIDE, INPUT_KEY, VECTORS, OnnxModel, OnnxTransform
+from trainer.models.onnx import (
+    CARD_KEY,
+    IMAGES_INSIDE,
+    IMAGES_OUTSIDE,
+    INPUT_KEY,
+    VECTORS,
+    OnnxModel,
+    OnnxTransform,
+    seal_onnx,
+)
 
 OPSET = 18
 
@@ -118,7 +127,8 @@ def write_graph(
     metadata: dict[str, str],
     precision: Precision = "float32",
 ) -> None:
-    """Export with a free batch axis to one self-contained file, with client-known names of the normalising nodes."""
+    """Export with a free batch axis to one self-contained, sealed file; the normalising nodes have names that clients
+    know."""
     import onnx
 
     batch = torch.export.Dim("batch")
@@ -142,6 +152,7 @@ def write_graph(
         proto.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
+    seal_onnx(path)
 
 
 def _reduced(proto: Any, precision: Precision) -> Any:

@@ -1,6 +1,7 @@
 """Opening a model of any kind: model folder, run folder, checkpoint, ONNX file. The one file that knows them all."""
 
 import hashlib
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trainer.errors import ConfigError, ModelError
-from trainer.models.card import CARD_FILE, Direction, ModelCard, read_card
+from trainer.models.card import CARD_FILE, Direction, Files, ModelCard, read_folder_card
 from trainer.models.model import EmbeddingModel, NoNetwork, TorchModel
 from trainer.networks import build_backbone
 from trainer.networks.transform import build_transform
-from trainer.reading import open_regular, read_bytes, regular
+from trainer.reading import open_regular, regular
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> EmbeddingModel:
@@ -39,7 +40,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
         raise ModelError(
             f"{path}: no model ({reason}); give a model folder, a run folder, a checkpoint or an .onnx file"
         )
-    card = read_card(read_bytes(folder / CARD_FILE, ModelError), str(folder / CARD_FILE))
+    card, files = read_folder_card(folder)
     if card.backbone is None and not card.transforms:
         raise ModelError(f"{folder / CARD_FILE}: names no backbone")
     _check_size(card, folder)
@@ -49,11 +50,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
         raise ModelError(f"{folder / CARD_FILE}: {error}") from None
     digest = hashlib.sha256(card.model_dump_json(include={"backbone", "image_size", "color", "mean", "std"}).encode())
     if card.backbone is not None:
-        _load_state(backbone, folder / "backbone.safetensors", digest.update)
+        _load_state(backbone, folder / "backbone.safetensors", digest.update, files)
     transforms: dict[Direction, nn.Module] = {}
     for direction, part in card.transforms.items():
         transforms[direction] = build_transform(part.config, part.dim_in, part.dim_out)
-        _load_state(transforms[direction], folder / f"{direction}.safetensors", digest.update)
+        _load_state(transforms[direction], folder / f"{direction}.safetensors", digest.update, files)
     return TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device)
 
 
@@ -77,11 +78,15 @@ def _check_size(card: ModelCard, folder: Path) -> None:
             )
 
 
-def _load_state(module: nn.Module, path: Path, update: Callable[[bytes], None]) -> None:
+def _load_state(module: nn.Module, path: Path, update: Callable[[bytes], None], files: Files | None) -> None:
     try:
+        crc, size = 0, 0
         with open_regular(path, ModelError) as file:
             while data := file.read(2**22):
                 update(data)
+                crc, size = zlib.crc32(data, crc), size + len(data)
+        if files is not None and files.get(path.name) != (size, crc):
+            raise ModelError(f"{path}: is not what was written (its checksum in {CARD_FILE} differs); copy it again")
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -38,6 +38,7 @@ from trainer.run.startup import identity, prepare, together
 from trainer.run.task import Embeds, Task, TrainTask
 from trainer.run.watch import Vote, Watch
 from trainer.run.zero import build_updater
+from trainer.seals import sealed
 
 NO_NORM = 1e-12
 """A map's vector of at most this norm has no direction (torch's ``normalize`` leaves it as good as zero)."""
@@ -308,6 +309,14 @@ class Engine:
                     f"{checkpoint.folder}: was taken with {key}={was}, now {wanted}: its {checkpoint.step} updates are "
                     f"other epochs then; use {key}={was}, or give train.steps instead of train.epochs"
                 )
+        position, an_epoch = checkpoint.seal["loader"], self.state.loader.steps_per_epoch
+        epoch, batch = divmod(checkpoint.step * now.train.accumulate, an_epoch)
+        at_end = (epoch - 1, an_epoch * now.data.batch_size) if batch == 0 else None  # what drop_last leaves is behind
+        if (position["epoch"], position["samples"]) not in ((epoch, batch * now.data.batch_size), at_end):
+            raise CheckpointError(
+                f"{checkpoint.folder}: its loader stands at epoch {position['epoch']}, sample {position['samples']}, "
+                f"which step {checkpoint.step} does not reach; remove it, and the one before is taken"
+            )
 
 
 def train(config: Config, ranks: Ranks) -> RunSummary:
@@ -430,5 +439,5 @@ def _finish(engine: Engine, summary: RunSummary) -> None:
     """Export the model and write the summary, which marks the run as finished."""
     figures = {k: float(v) for k, v in summary.last.items() if isinstance(v, int | float)}
     engine.task.export(engine.folder / "model", engine.weights(), summary.step, figures)
-    on_main(lambda: write_text(engine.folder / SUMMARY, json.dumps(asdict(summary), indent=1)), engine.ranks)
+    on_main(lambda: write_text(engine.folder / SUMMARY, json.dumps(sealed(asdict(summary)), indent=1)), engine.ranks)
     barrier()

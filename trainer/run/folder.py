@@ -10,6 +10,7 @@ from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
 from trainer.files import write_text
 from trainer.reading import read_json, read_yaml
+from trainer.seals import unsealed
 
 SUMMARY = "summary.json"
 
@@ -76,12 +77,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_summary(folder: Path, steps: int) -> RunSummary | None:
-    if not (folder / SUMMARY).exists():
+    file = folder / SUMMARY
+    if not file.exists():
         return None
     try:
-        summary = RunSummary(**read_json(folder / SUMMARY, ConfigError))
+        summary = RunSummary(**unsealed(read_json(file, ConfigError), file, ConfigError))
     except (ConfigError, TypeError) as error:
-        raise ConfigError(
-            f"{folder / SUMMARY}: not a summary of a run: {error}; remove it to continue the run"
-        ) from None
+        raise ConfigError(f"{file}: not a summary of a run: {error}; remove it to continue the run") from None
     return summary if summary.step >= steps else None

@@ -2,7 +2,8 @@
 
 A bank is a folder::
 
-    bank.json                    counts, dimension, how it was made, and of every file its size and CRC-32
+    bank.json                    counts, dimension, how it was made, of every file its size and CRC-32, and a
+                                 checksum of itself
     classes.safetensors          boundaries (C,) float32 · counts (C,) int64 · mask (C,) bool · class_ids (C,) int64
                                  and, where centres are int8, their scales (C,) float32
     centers-00000.safetensors …  centers (n, D1) float32, bfloat16 or int8
@@ -11,6 +12,7 @@ It is written beside and renamed when complete. It is read by ranges of rows, so
 its own classes only; a shard's checksum is verified when its first row is read (a file lost to a power cut is noticed).
 """
 
+import json
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from trainer.data.index import Dataset, renumbered
 from trainer.errors import CenterBankError
 from trainer.files import TensorStream, checksum, partial_of, replace_folder, save_tensors
 from trainer.reading import read_json
+from trainer.seals import sealed, unsealed
 
 SHARD_BYTES = 64 * 2**20
 NORM_TOLERANCE = 1e-3
@@ -248,7 +251,8 @@ def _read_manifest(folder: Path) -> _Manifest:
     if not path.is_file():
         raise CenterBankError(f"{folder}: no centre bank (bank.json is missing); make one with `lce centers`")
     try:
-        manifest = _Manifest.model_validate(read_json(path, CenterBankError))
+        tree = unsealed(read_json(path, CenterBankError), path, CenterBankError, "centre bank")
+        manifest = _Manifest.model_validate(tree)
     except CenterBankError as error:
         raise CenterBankError(f"{error}: no description of a centre bank; make the bank again") from None
     except pydantic.ValidationError as error:
@@ -395,7 +399,8 @@ class BankWriter:
             classes=classes,
             centers=self._parts,
         )
-        (self._partial / "bank.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(sealed(manifest.model_dump(mode="json")), indent=2)
+        (self._partial / "bank.json").write_text(text + "\n", encoding="utf-8")
         replace_folder(self._partial, self.path)
 
     def _write(self, stored: Tensor) -> None:
