@@ -154,7 +154,9 @@ class HeadConfig(Section):
         1, ge=1, le=16, description="K rows per class, the nearest one counts (sub-center ArcFace)"
     )
     optimizer: RowOptimizerConfig = RowOptimizerConfig()
-    compute: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the matrix products")
+    compute: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype that the matrix products take; their results are float32"
+    )
     rows: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of rows and their state")
     chunk_rows: int = Field(0, ge=0, description="rows per chunk of the fused pass; 0: chosen for the device")
     init_std: float = Field(0.01, gt=0, description="standard deviation of the rows at the start")
