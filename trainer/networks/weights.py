@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from trainer.errors import ModelError
 from trainer.networks.scale import add_scale, fit_scale
+from trainer.reading import regular
 
 
 def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
@@ -54,6 +55,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if not found:
             raise ModelError(f"{path}: no .safetensors file in it; give a model folder, a run folder or a file")
         path = next((f for f in found if "backbone" in f.name), found[0])
+    regular(path, ModelError)
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
