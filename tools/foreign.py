@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from trainer.models.description import Reading
     from trainer.models.model import EmbeddingModel
-    from trainer.models.reading import Reading
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 
 def reading_of(args: argparse.Namespace) -> "Reading":
     """What the options state. Raises :class:`LceError`: options that do not agree."""
-    from trainer.models.reading import parse_reading
+    from trainer.models.description import parse_reading
 
     names = ("pixels", "color", "mean", "std", "size", "output", "backbone", "allow_collapsed")
     given = {name: getattr(args, name) for name in names}

@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
     """Describe; returns the exit status."""
     from trainer.data import open_named
     from trainer.errors import ModelError
+    from trainer.models.description import description_of, with_description, write_description
     from trainer.models.model import check_distinct
     from trainer.models.open import load_model
-    from trainer.models.reading import description_of, with_description, write_description
 
     stated = reading_of(args)
     replaces = args.write is not None and args.write.exists()

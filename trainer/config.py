@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trainer.errors import ConfigError
+from trainer.reading import parse_yaml, read_yaml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -112,8 +113,8 @@ class MarginConfig(Section):
     norm_momentum: float = Field(
         0.01, gt=0, le=1, description="adaface: share of the batch in the running norm statistics"
     )
-    lower_norm: float = Field(10.0, gt=0, description="magface: l_a")
-    upper_norm: float = Field(110.0, gt=0, description="magface: u_a")
+    lower_norm: float = Field(10.0, gt=0, description="magface: l_a; below √D, from where norms begin")
+    upper_norm: float = Field(110.0, gt=0, description="magface: u_a; above √D")
     lower_margin: float = Field(0.45, ge=0, description="magface: l_m")
     upper_margin: float = Field(0.8, ge=0, description="magface: u_m")
     norm_weight: float = Field(35.0, ge=0, description="magface: λ_g of the norm term")
@@ -411,10 +412,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected section.key=value, for example optimizer.lr=0.05")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
-        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+    value = parse_yaml(text, f"override {override!r}", ConfigError)
     _merge(tree, _nest(key.split("."), value))
 
 
@@ -435,12 +433,7 @@ def dump_config(config: Config) -> str:
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself: {' → '.join(str(p) for p in (*seen, path))}")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    tree = read_yaml(path, ConfigError) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `run:` and `data:`, found {type(tree).__name__}")
     base: dict[str, Any] = {}

@@ -212,8 +212,6 @@ def load_torch(path: Path, error_type: type[LceError]) -> Any:
     Raises:
         LceError: of ``error_type``: missing, or nothing that can be read so.
     """
-    if not path.is_file():
-        raise error_type(f"{path}: no such file")
     try:
         others = get_unsafe_globals_in_checkpoint(path)
     except Exception:

@@ -20,10 +20,10 @@ from PIL import Image
 from tools.cli import main
 from trainer.compat.bank.center_bank import CenterBank
 from trainer.errors import ModelError
+from trainer.models.description import Reading
 from trainer.models.onnx import OnnxModel, providers
 from trainer.models.open import load_model
 from trainer.models.preprocessing import read_beginning
-from trainer.models.reading import Reading
 
 ORIGINS = Path(__file__).parent / "origins"
 SIZE, DIM = (32, 32), 16
@@ -389,7 +389,7 @@ def test_a_description_is_kept_where_the_user_names_it(
             load_model(path)
     assert main([*words, "--force"]) == 0  # which is what it says
     beside.write_text(beside.read_text()[:-20])
-    with pytest.raises(ModelError, match="no description of a model"):
+    with pytest.raises(ModelError, match="is no readable JSON"):
         load_model(old)
     beside.unlink()
     old.unlink()

@@ -12,11 +12,11 @@ from torch import nn
 
 from trainer.errors import ConfigError, ModelError
 from trainer.models.card import Color, ModelCard
+from trainer.models.description import Reading, reading_hash
 from trainer.models.model import TorchModel
-from trainer.models.reading import Reading, reading_hash
 from trainer.networks import build_backbone
 from trainer.networks.guess import guess_backbone
-from trainer.networks.weights import fitting, read_weights
+from trainer.networks.weights import fitted, read_weights
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def open_weights(path: Path, device: str | torch.device, stated: Reading) -> Tor
         backbone = build_backbone(config, size)
     except ConfigError as error:
         raise ModelError(f"{path}: {error}") from None
-    state, prefix = fitting(given, backbone.state_dict(), path)
+    state, prefix = fitted(backbone, given, path)
     backbone.load_state_dict(state)
     origin = _origin(config.name, prefix, given.keys())
     color = stated.color or origin.color

@@ -10,9 +10,10 @@ import torch
 
 from trainer.errors import ModelError
 from trainer.models.card import Color, Direction, ModelCard, read_card
+from trainer.models.description import Pixels, Reading, Triple, reading_hash
 from trainer.models.model import EmbeddingModel
 from trainer.models.preprocessing import read_beginning
-from trainer.models.reading import Pixels, Reading, Triple, reading_hash
+from trainer.reading import regular
 from trainer.seals import warn_once
 
 CARD_KEY = "lce_model_card"
@@ -197,7 +198,7 @@ class OnnxModel(EmbeddingModel):
             device: where ONNX Runtime has CUDA's provider, a CUDA device is used; else the CPU.
             reading: what is stated of a foreign graph; our exports carry a card, which counts instead.
         """
-        session = open_session(path, device)
+        session = open_session(regular(path, ModelError), device)
         metadata = session.get_modelmeta().custom_metadata_map
         if metadata.get(INPUT_KEY) == VECTORS:
             raise ModelError(f"{path}: a transformation of embeddings, not a model of images")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.models.reading import Pixels
+from trainer.models.description import Pixels
 
 _UNCHANGED = ("Cast", "Transpose", "Identity", "Resize", "Upsample", "Dropout")
 _RESHAPED = ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape")

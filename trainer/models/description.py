@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer.errors import ModelError
 from trainer.files import replaced
 from trainer.models.card import Color
+from trainer.reading import open_regular, read_json
 
 Pixels = Literal["0..255", "0..1", "normalised"]
 
@@ -126,9 +127,7 @@ def read_description(path: Path) -> tuple[Path, Reading]:
         ModelError: damaged, of a file that is not there, or of one that has changed since.
     """
     try:
-        kept = Description.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+        kept = Description.model_validate(read_json(path, ModelError))
     except pydantic.ValidationError as error:
         raise ModelError(f"{path}: no description of a model: {_first(error)}; see lce model describe") from None
     model = path.parent / kept.file
@@ -162,11 +161,8 @@ def with_description(path: Path, given: Reading) -> tuple[Path, Reading]:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes. Raises :class:`ModelError`: it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    with open_regular(path, ModelError) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reading_hash(path: Path, *parts: object) -> str:
