@@ -161,8 +161,11 @@ def with_description(path: Path, given: Reading) -> tuple[Path, Reading]:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes. Raises :class:`ModelError`: it cannot be read."""
+    digest = hashlib.sha256()
     with open_regular(path, ModelError) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def reading_hash(path: Path, *parts: object) -> str:
