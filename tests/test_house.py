@@ -43,7 +43,7 @@ FORBIDDEN = (
 )
 """What the order would allow and the design does not: (who, whom)."""
 
-KNOWN_CIRCLES = ()
+KNOWN_CIRCLES: tuple[tuple[str, str], ...] = ()
 
 Arrows = Mapping[str, set[str]]
 

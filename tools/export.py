@@ -13,7 +13,6 @@ allowed is not kept (exit status 2).
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,14 +119,14 @@ def _write(args: argparse.Namespace, model: "TorchModel", images: "np.ndarray") 
 
 def _card_changes(args: argparse.Namespace) -> dict[str, Any]:
     from trainer.errors import ModelError
+    from trainer.reading import read_json
 
     named = {"licence": args.licence, "notes": args.notes, "compatible_with": args.compatible_with}
     changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if args.figures is not None:
         try:
-            tree = json.loads(args.figures.read_text(encoding="utf-8"))
-            changes["figures"] = _figures(tree)
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            changes["figures"] = _figures(read_json(args.figures, ModelError))
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ModelError(f"{args.figures}: no JSON object of figures ({error})") from None
         if not changes["figures"]:
             raise ModelError(f"{args.figures}: holds no number at its top level, and no sets of lce evaluate")

@@ -8,10 +8,10 @@
     lce gallery rollback faces.npy                                          the old vectors again
     lce gallery finish  faces.npy                                           the old vectors are dropped: no way back
 
-The gallery is a .npy, a .safetensors or a folder of such shards, a FAISS index (Flat, IVF-Flat, HNSW-Flat), or a table
-of PostgreSQL with pgvector (postgresql://user@host/database --table faces --column embedding --key id). An upgrade that
-was interrupted in any way continues when it is started again. On PostgreSQL any number of these commands, on any
-machines, share the work; the last one swaps. The next upgrade, to a third model, begins after `finish`.
+The gallery is a .npy, a .npz, a .safetensors or a folder of such shards, a .parquet, a FAISS index that holds whole
+vectors, or a table of PostgreSQL with pgvector (postgresql://user@host/database --table faces --column embedding --key
+id). An upgrade that was interrupted in any way continues when it is started again. On PostgreSQL any number of these
+commands, on any machine, share the work; the last one swaps. The next upgrade, to a third model, comes after `finish`.
 
 --order says which rows come first: stored, random, confidence (least certain first; needs --images), highest:WHERE or
 lowest:WHERE, where WHERE is a column of the table or a .npy of one number a row, for example how often it was searched.
@@ -102,18 +102,18 @@ def _converter(args: argparse.Namespace, dim_in: int) -> "Converter":
 
 def _file(args: argparse.Namespace) -> dict[str, Any]:
     from trainer.gallery import files
-    from trainer.gallery.formats import open_gallery
+    from trainer.gallery.open import open_gallery
 
     path = Path(args.store)
     if args.action == "status":
         state = files.status(path)
         return {"phase": "none", "rows": open_gallery(path).rows} if state is None else asdict(state)
     if args.action == "rollback":
-        files.rollback(path)
-        return {"phase": "none"}
+        kept = files.rollback(path)
+        return {"phase": "none"} if kept is None else {"phase": "none", "written_after_the_swap": str(kept)}
     if args.action == "finish":
         files.finish(path)
-        return {"phase": "none"}
+        return {"phase": "finished"}
     before = files.status(path)
     converter = _converter(args, open_gallery(path).dim if before is None else before.dim_in)
     if args.action == "plan":
@@ -124,6 +124,9 @@ def _file(args: argparse.Namespace) -> dict[str, Any]:
     from trainer.data import open_dataset
     from trainer.gallery.orders import order_rows
 
+    if before is None or before.phase == "finished":
+        for change in files.plan(path, converter, 1).not_kept:
+            print(f"not kept: {change}", file=sys.stderr)
     # An upgrade that continues has its order.
     order = None
     if before is None and args.order != "stored":

@@ -116,6 +116,8 @@ def _rank(setting: Setting, rank: int, store: str, pipe: Connection) -> None:
     world, cuda = setting.world_size, setting.device == "cuda"
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)

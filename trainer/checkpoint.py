@@ -33,6 +33,7 @@ from trainer.config import CheckpointConfig
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects
 from trainer.errors import CheckpointError
 from trainer.files import checksum
+from trainer.reading import open_regular, read_json
 from trainer.seals import SEAL_KEY, find_change, sealed, unsealed
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is fine
@@ -104,7 +105,7 @@ def read_index(folder: Path) -> Metadata:
         CheckpointError: missing, damaged, or holding anything but an index.
     """
     try:
-        with (folder / _INDEX).open("rb") as file:
+        with open_regular(folder / _INDEX, CheckpointError) as file:
             metadata = _IndexUnpickler(file).load()
     except Exception as error:
         raise CheckpointError(f"{folder / _INDEX}: not the index of a checkpoint: {error}") from None
@@ -123,8 +124,10 @@ def read_seal(folder: Path) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, of another format, or of another step than its folder's name.
     """
     path = folder / SEAL
+    if not path.exists():
+        raise CheckpointError(f"{folder}: no complete checkpoint ({SEAL} is missing)")
     try:
-        tree = json.loads(path.read_text())
+        tree = read_json(path, CheckpointError)
         if tree["format"] not in (1, FORMAT):
             raise CheckpointError(f"{path}: format {tree['format']}, this version reads {FORMAT}")
         if tree["format"] == FORMAT and SEAL_KEY not in tree:
@@ -138,9 +141,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
         named = re.fullmatch(r"step-(\d+)", folder.name)
         if named is not None and int(named[1]) != seal["step"]:
             raise ValueError(f"it says step {seal['step']}, its folder {folder.name}")
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no complete checkpoint ({SEAL} is missing)") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     return dict(seal)
 
@@ -301,7 +302,7 @@ class Checkpoints:
             saving.partial.rename(target)
             _sync_folder(self.folder)
             self._retain()
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             return _first_line(error)
         return None
 

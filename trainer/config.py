@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trainer.errors import ConfigError
+from trainer.reading import parse_yaml, read_yaml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -153,7 +154,9 @@ class HeadConfig(Section):
         1, ge=1, le=16, description="K rows per class, the nearest one counts (sub-center ArcFace)"
     )
     optimizer: RowOptimizerConfig = RowOptimizerConfig()
-    compute: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the matrix products")
+    compute: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype that the matrix products take; their results are float32"
+    )
     rows: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of rows and their state")
     chunk_rows: int = Field(0, ge=0, description="rows per chunk of the fused pass; 0: chosen for the device")
     init_std: float = Field(0.01, gt=0, description="standard deviation of the rows at the start")
@@ -409,10 +412,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected section.key=value, for example optimizer.lr=0.05")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
-        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+    value = parse_yaml(text, f"override {override!r}", ConfigError)
     _merge(tree, _nest(key.split("."), value))
 
 
@@ -433,12 +433,7 @@ def dump_config(config: Config) -> str:
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself: {' → '.join(str(p) for p in (*seen, path))}")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    tree = read_yaml(path, ConfigError) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `run:` and `data:`, found {type(tree).__name__}")
     base: dict[str, Any] = {}

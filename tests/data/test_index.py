@@ -236,7 +236,7 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "cannot be read"),
+        ("a: [", "is no readable YAML"),
         ("format: other", "format: Input should be 'lce-dataset-1'"),
         ("image_size: [1]", "image_size"),
         ("imagesize: [1, 1]", "imagesize: Extra inputs"),

@@ -9,6 +9,7 @@ class Rotation:
     """Old vectors times a fixed matrix with orthonormal rows; ids that it saw are appended to ``log``, a line each."""
 
     dim_in, dim_out = 16, 24
+    source, by_id = None, False
 
     def __init__(self, version="rotation-1", seconds=0.0, log=None):
         self.version, self._seconds, self._log = version, seconds, log

@@ -17,7 +17,7 @@ from tests.evaluation.samples import identities
 from tests.gallery.rotation import Rotation
 from trainer.errors import DataError
 from trainer.gallery.files import finish, plan, rollback, search, status, upgrade, verify, work_folder
-from trainer.gallery.formats import open_gallery
+from trainer.gallery.open import open_gallery
 from trainer.gallery.orders import order_rows
 
 faiss = pytest.importorskip("faiss", reason="needs FAISS (extra `gallery`)")
@@ -61,6 +61,18 @@ def shards(path, ids=True):
     (path / "about.txt").write_text("people")
 
 
+def parquet(path, fixed=-1):
+    """A table as a service would write it: person, picture, vector, in two row groups."""
+    arrow = pytest.importorskip("pyarrow", reason="needs pyarrow (extra `gallery`)")
+    import pyarrow.parquet
+
+    vectors = arrow.array(VECTORS.astype(np.float16 if fixed < 0 else np.float32).tolist())
+    vectors = vectors.cast(arrow.list_(arrow.float16() if fixed < 0 else arrow.float32(), fixed))
+    table = arrow.table({"id": IDS, "file": [f"{i}.jpg" for i in IDS], "face": vectors, "person": IDS // 7})
+    table = table.replace_schema_metadata({"made": "by a test"})
+    pyarrow.parquet.write_table(table, path, row_group_size=200, compression="ZSTD")
+
+
 MAKERS = {
     "shards": shards,
     "numbered": lambda path: shards(path, ids=False),
@@ -72,8 +84,15 @@ MAKERS = {
     "ivf.index": lambda path: faiss.write_index(ivf(IDS), str(path)),
     "hnsw.index": lambda path: faiss.write_index(hnsw(), str(path)),
     "map.index": lambda path: faiss.write_index(mapped(faiss.IndexFlatIP(16)), str(path)),
+    "named.npz": lambda path: np.savez(path, vectors=VECTORS, ids=IDS, label=IDS // 7, names=IDS.astype(str)),
+    "packed.npz": lambda path: np.savez_compressed(path, faces=VECTORS.astype(np.float16)),
+    "a.parquet": lambda path: parquet(path),
+    "fixed.parquet": lambda path: parquet(path, 16),
     "map1.faiss": lambda path: faiss.write_index(mapped(faiss.IndexHNSWFlat(16, 8), faiss.IndexIDMap), str(path)),
 }
+
+
+HALVES = ("half.npy", "packed.npz", "a.parquet")
 
 
 def content(path):
@@ -106,7 +125,7 @@ def test_every_kind_of_file_is_upgraded_and_rolled_back(tmp_path, name):
     after = open_gallery(path)
     assert (after.rows, after.dim) == (300, 24)
     for number, vector in zip(after.ids(slice(0, 300)).tolist(), after.read(slice(0, 300)), strict=True):
-        assert vector == pytest.approx(expected[number], abs=2e-3 if "half" in name else 1e-6)
+        assert vector == pytest.approx(expected[number], abs=2e-3 if name in HALVES else 1e-6)
     assert verify(path, Rotation(), sample=50).smallest_cosine > 0.9999
     assert upgrade(path, Rotation()).phase == "swapped"  # again: nothing to do
     rollback(path)
@@ -208,6 +227,9 @@ def test_rollback_and_finish_cut_off_go_on(tmp_path, name, monkeypatch):
                         upgrade(path, Rotation())
                 action(path)
             assert open_gallery(path).dim == wanted
+            left = [] if action is rollback else ["state.json"]
+            assert [p.name for p in tmp_path.glob("*.upgrade/*")] == left
+            shutil.rmtree(work_folder(path), ignore_errors=True)
             assert [p.name for p in tmp_path.iterdir()] == [name]
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -326,11 +348,6 @@ def test_what_cannot_be_upgraded_is_refused(tmp_path):
     faiss.write_index(index, str(path))
     with pytest.raises(DataError, match="IndexPQ keeps compressed codes"):
         upgrade(path, Rotation())
-    double = faiss.IndexIDMap2(faiss.IndexFlatIP(16))
-    double.add_with_ids(VECTORS[:3], np.array([1, 2, 1]))
-    faiss.write_index(double, str(path))
-    with pytest.raises(DataError, match="id 1 occurs 2 times"):
-        upgrade(path, Rotation())
     faiss.write_index(faiss.IndexFlatIP(16), str(path))
     with pytest.raises(DataError, match="empty"):
         upgrade(path, Rotation())
@@ -347,16 +364,10 @@ def test_what_cannot_be_upgraded_is_refused(tmp_path):
         upgrade(tmp_path / "none.npy", Rotation())
     with pytest.raises(DataError, match="no upgrade"):
         rollback(tmp_path / "wide.npy")
-    save_file({"vectors": VECTORS[:3], "ids": np.array([4, 5, 4])}, tmp_path / "double.safetensors")
-    with pytest.raises(DataError, match="id 4 occurs 2 times"):
-        upgrade(tmp_path / "double.safetensors", Rotation())
     np.save(tmp_path / "empty.npy", VECTORS[:0])
     with pytest.raises(DataError, match="expected float vectors"):
         upgrade(tmp_path / "empty.npy", Rotation())
     shards(tmp_path / "twice")
-    save_file({"vectors": VECTORS[:1], "ids": IDS[299:]}, tmp_path / "twice" / "part-4.safetensors")
-    with pytest.raises(DataError, match=f"id {IDS[299]} occurs 2 times"):
-        upgrade(tmp_path / "twice", Rotation())
     save_file({"vectors": np.ones((2, 8), np.float32), "ids": IDS[:2]}, tmp_path / "twice" / "part-4.safetensors")
     with pytest.raises(DataError, match=r"part-4.safetensors: dimension 8"):
         upgrade(tmp_path / "twice", Rotation())
@@ -393,9 +404,11 @@ def test_a_chain_of_upgrades(tmp_path):
     with pytest.raises(DataError, match="finish it or roll it back"):
         upgrade(path, Back())
     finish(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["flat.index"]
+    assert content(work_folder(path)).keys() == {"state.json"}
     upgrade(path, Back())
     assert open_gallery(path).read(slice(0, 300)) == pytest.approx(VECTORS, abs=1e-5)
+    rollback(path)
+    assert (status(path).phase, status(path).through) == ("finished", ("rotation-1",))
 
 
 @pytest.mark.parametrize("name", ["a.npy", "map.index", "shards"])
@@ -499,3 +512,337 @@ def test_another_version_or_a_changed_file_is_refused(tmp_path):
         upgrade(path, Rotation())
     rollback(path)
     assert upgrade(path, Rotation("rotation-2")).phase == "swapped"
+
+
+class Meanwhile(Rotation):
+    """Does something once, when the conversion is half done."""
+
+    def __init__(self, action):
+        super().__init__()
+        self._action, self._calls = action, 0
+
+    def __call__(self, ids, vectors):
+        self._calls += 1
+        if self._calls == 3:
+            self._action()
+        return super().__call__(ids, vectors)
+
+
+def _append(path):
+    np.save(path.with_suffix(".partial.npy"), np.concatenate([VECTORS, VECTORS[:50]]))
+    path.with_suffix(".partial.npy").rename(path)
+
+
+def _write(path):
+    array = np.load(path, mmap_mode="r+")
+    array[10:20] = array[20:30]
+    array.flush()
+
+
+CHANGES = {
+    "replaced by a longer one": _append,
+    "replaced by one as long": lambda path: np.save(path, VECTORS[::-1]),
+    "written in place": _write,
+    "cut short": lambda path: os.truncate(path, 1000),
+    "removed": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("order", ["stored", "random"])
+def test_a_gallery_that_changes_while_its_upgrade_runs_is_not_swapped(tmp_path, change, order):
+    path = tmp_path / "a.npy"
+    MAKERS["a.npy"](path)
+    with pytest.raises(DataError, match=r"cut short|was written to, replaced or removed"):
+        upgrade(path, Meanwhile(lambda: CHANGES[change](path)), batch=50, order=order_rows(order, path))
+    if change in ("cut short", "removed"):
+        return
+    now = path.read_bytes()
+    with pytest.raises(DataError, match="changed since its upgrade began; roll back"):
+        upgrade(path, Rotation())
+    rollback(path)
+    assert path.read_bytes() == now
+    assert upgrade(path, Rotation()).rows == (350 if "longer" in change else 300)
+
+
+@pytest.mark.parametrize("name", ["map.index", "shards", "named.npz"])
+def test_a_gallery_of_another_kind_that_changes_meanwhile_is_not_swapped(tmp_path, name):
+    path = tmp_path / name
+    MAKERS[name](path)
+    part = path / "part-1.safetensors" if path.is_dir() else path
+    with pytest.raises(DataError, match="was written to, replaced or removed"):
+        upgrade(path, Meanwhile(lambda: part.write_bytes(part.read_bytes() + b" ")), batch=50)
+    assert (status(path).phase, _before_names(path)) == ("converting", [])
+
+
+def _before_names(path):
+    return [found.name for found in work_folder(path).glob("before*")]
+
+
+@pytest.mark.parametrize("name", ["a.npy", "shards"])
+def test_what_is_written_at_the_very_swap_is_kept(tmp_path, name, monkeypatch):
+    path, rename = tmp_path / name, pathlib.Path.rename
+    MAKERS[name](path)
+    part = path / "part-1.safetensors" if path.is_dir() else path
+    with part.open("r+b") as writer:  # a process that has it open
+
+        def late(self, target):
+            if self.name.startswith("new"):
+                writer.seek(0, 2)
+                writer.write(b"late")
+                writer.flush()
+            return rename(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "rename", late)
+            with pytest.raises(DataError, match="was written to, replaced or removed"):
+                upgrade(path, Rotation())
+    assert part.read_bytes().endswith(b"late")  # the old gallery has its name again
+    assert _before_names(path) == []
+
+
+def test_what_is_written_to_the_old_file_after_the_swap_is_not_dropped(tmp_path):
+    path = tmp_path / "a.npy"
+    MAKERS["a.npy"](path)
+    old = np.load(path, mmap_mode="r+")
+    upgrade(path, Rotation())
+    old[5] = old[6]
+    old.flush()
+    with pytest.raises(DataError, match=r"before\.npy: was written to after the swap"):
+        finish(path)
+
+
+def test_what_is_enrolled_after_the_swap_is_kept_by_a_rollback(tmp_path):
+    path = tmp_path / "a.npy"
+    MAKERS["a.npy"](path)
+    upgrade(path, Rotation())
+    enrolled = np.concatenate([np.load(path), np.eye(2, 24, dtype=np.float32)])
+    np.save(path, enrolled)
+    check = verify(path, Rotation())
+    assert (check.rows_before, check.rows_now, check.missing) == (300, 302, 0)
+    assert check.smallest_cosine > 0.9999
+    assert np.array_equal(np.load(rollback(path)), enrolled)
+    assert open_gallery(path).rows == 300
+
+
+def test_verify_counts_rows_that_are_gone(tmp_path):
+    path = tmp_path / "map.index"
+    MAKERS["map.index"](path)
+    upgrade(path, Rotation())
+    index = faiss.read_index(str(path))
+    index.remove_ids(IDS[:30])
+    faiss.write_index(index, str(path))
+    check = verify(path, Rotation())
+    assert (check.rows, check.rows_before, check.rows_now, check.missing) == (270, 300, 270, 30)
+    assert check.smallest_cosine > 0.9999  # found by their ids
+
+
+def test_two_upgrades_of_one_gallery_at_once(tmp_path):
+    path, log = tmp_path / "a.npy", tmp_path / "log"
+    MAKERS["a.npy"](path)
+    first = multiprocessing.get_context("fork").Process(target=_slowly, args=(path, log))
+    first.start()
+    while not log.exists():
+        first.join(0.01)
+    for action in (lambda: upgrade(path, Rotation()), lambda: rollback(path), lambda: finish(path)):
+        with pytest.raises(DataError, match=rf"a\.npy: in use by .*process {first.pid}"):
+            action()
+    first.join(60)
+    assert (first.exitcode, status(path).phase) == (0, "swapped")
+    assert verify(path, Rotation()).smallest_cosine > 0.9999
+
+
+class Same(Rotation):
+    """From 16 dimensions to 16, which the dimension does not tell apart."""
+
+    dim_out = 16
+
+    def __init__(self, version="t12-new", source=None):
+        super().__init__(version)
+        self.matrix, self.source = np.eye(16, dtype=np.float32)[::-1], source
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.safetensors", "shards", "named.npz", "a.parquet", "map.index"])
+def test_a_finished_upgrade_is_not_done_again(tmp_path, name):
+    path = tmp_path / name
+    MAKERS[name](path)
+    upgrade(path, Same())
+    finish(path)
+    before = content(path)
+    with pytest.raises(DataError, match="was converted to t12-new already, and converting it again would spoil it"):
+        upgrade(path, Same())
+    with pytest.raises(DataError, match="was converted to t12-new already"):
+        plan(path, Same())
+    with pytest.raises(DataError, match="are in the space of t12-new, and t12-third converts those of model other"):
+        upgrade(path, Same("t12-third", "other"))
+    assert content(path) == before
+    if name not in ("a.npy", "map.index"):  # a copy says so itself
+        shutil.rmtree(work_folder(path))
+        with pytest.raises(DataError, match="was converted to t12-new already"):
+            upgrade(path, Same())
+    images = Same("images-new")
+    images.by_id = True
+    upgrade(path, images)  # whatever is stored
+    finish(path)
+    assert upgrade(path, Same("t12-third", "new")).applied[-2:] == ("t12-new", "images-new")
+
+
+def test_a_gallery_that_was_replaced_by_an_old_one_is_upgraded_again(tmp_path):
+    path = tmp_path / "a.npy"
+    for _ in range(2):
+        MAKERS["a.npy"](path)
+        upgrade(path, Rotation())
+        finish(path)
+    assert open_gallery(path).dim == 24
+
+
+def several():
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(16))
+    index.add_with_ids(VECTORS, np.arange(300) // 3)
+    return index
+
+
+def made(text, metric=faiss.METRIC_INNER_PRODUCT):
+    index = faiss.index_factory(16, text, metric)
+    index.train(VECTORS)
+    index.add_with_ids(VECTORS, IDS) if text.startswith("IDMap") else index.add(VECTORS)
+    return index
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["L2norm,Flat", "IDMap2,L2norm,Flat", "IVF8,PQ8x4,RFlat", "NSG16,Flat", "SQfp16", "IVF16_HNSW8,Flat", "people"],
+)
+def test_more_indexes_that_hold_whole_vectors(tmp_path, text):
+    path, old = tmp_path / "a.index", several() if text == "people" else made(text)
+    faiss.write_index(old, str(path))
+    ids = open_gallery(path).ids(slice(0, 300))
+    upgrade(path, Rotation())
+    gallery, new = open_gallery(path), faiss.read_index(str(path))
+    assert type(faiss.downcast_index(new)) is type(faiss.downcast_index(faiss.read_index(str(_before(path)))))
+    assert np.array_equal(gallery.ids(slice(0, 300)), ids)
+    assert gallery.read(slice(0, 300)) == pytest.approx(Rotation()(None, VECTORS), abs=2e-3)
+    check = verify(path, Rotation())
+    assert check.smallest_cosine > 0.9999
+    assert check.recall > check.recall_before - 0.1
+    if text.startswith("IDMap"):
+        assert new.search(Rotation()(None, VECTORS[:5]) * 7, 1)[0] == pytest.approx(1, abs=1e-5)  # normalised in front
+    if "HNSW8" in text:
+        coarse = faiss.downcast_index(faiss.downcast_index(new).quantizer)
+        assert (type(coarse).__name__, coarse.hnsw.nb_neighbors(1)) == ("IndexHNSWFlat", 8)
+
+
+def _before(path):
+    return work_folder(path) / f"before{path.suffix}"
+
+
+@pytest.mark.parametrize("kind", [faiss.DirectMap.Array, faiss.DirectMap.Hashtable])
+def test_an_index_with_a_direct_map_still_gives_vectors_by_id(tmp_path, kind):
+    index = ivf(None if kind == faiss.DirectMap.Array else IDS)
+    index.set_direct_map_type(kind)
+    path, number = tmp_path / "a.index", 17 if kind == faiss.DirectMap.Array else int(IDS[17])
+    faiss.write_index(index, str(path))
+    upgrade(path, Rotation())
+    found = faiss.read_index(str(path)).reconstruct(number)
+    assert found == pytest.approx(Rotation()(None, VECTORS[17:18])[0], abs=1e-6)
+
+
+def test_an_index_with_fewer_vectors_than_lists(tmp_path):
+    path = tmp_path / "a.index"
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(16), 16, 64, faiss.METRIC_INNER_PRODUCT)
+    index.train(VECTORS)
+    index.add_with_ids(VECTORS, IDS)
+    index.remove_ids(IDS[40:])
+    index.nprobe = 8
+    faiss.write_index(index, str(path))
+    assert plan(path, Rotation()).not_kept == ["its 64 lists become 40: there are no more vectors to train them on"]
+    upgrade(path, Rotation())
+    new = faiss.downcast_index(faiss.read_index(str(path)))
+    assert (new.nlist, new.nprobe, new.ntotal) == (40, 8, 40)
+    assert verify(path, Rotation()).smallest_cosine > 0.9999
+
+
+def test_indexes_that_cannot_be_rebuilt_say_why_before_a_row_is_converted(tmp_path):
+    path = tmp_path / "a.index"
+    once = faiss.IndexIVFFlatDedup(faiss.IndexFlatIP(16), 16, 8, faiss.METRIC_INNER_PRODUCT)
+    once.train(VECTORS)
+    once.add_with_ids(np.concatenate([VECTORS[:100], VECTORS[:9]]), np.arange(109))
+    for index, message in (
+        (made("PCA8,Flat"), "a PCAMatrix changes the vectors before they are stored"),
+        (made("PQ16x4,RFlat"), "its base PQ16x4 cannot be built for dimension 24"),
+        (made("IVF8,SQ8"), "IndexIVFScalarQuantizer keeps compressed codes"),
+        (once, "keeps equal vectors once and hides whose they are"),
+    ):
+        faiss.write_index(index, str(path))
+        with pytest.raises(DataError, match=message):
+            upgrade(path, Rotation())
+        assert not work_folder(path).exists()
+    small = faiss.IndexNSGFlat(16, 8)
+    small.add(VECTORS)
+    faiss.write_index(small, str(path))
+    gallery = open_gallery(path)
+    gallery.rows = 60
+    with pytest.raises(DataError, match="builds no NSG graph of fewer than 101 vectors"):
+        gallery.changes(24)
+
+
+def test_images_need_an_id_of_their_own_for_every_vector(tmp_path):
+    path, images = tmp_path / "a.index", Rotation("images-new")
+    images.by_id = True
+    faiss.write_index(several(), str(path))
+    with pytest.raises(DataError, match="3 vectors have the id 0, so that it names no picture"):
+        upgrade(path, images)
+
+
+def test_files_of_other_kinds_are_refused_with_what_is_taken(tmp_path):
+    import pickle
+
+    arrow = pytest.importorskip("pyarrow", reason="needs pyarrow (extra `gallery`)")
+    import pyarrow.parquet
+
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"p1": VECTORS[0]}))
+    (tmp_path / "unnamed").write_bytes(pickle.dumps({"p1": VECTORS[0]}))
+    np.savez(tmp_path / "two.npz", a=VECTORS, b=VECTORS)
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "two.npz").read_bytes()[:-100])
+    uneven = arrow.table({"face": [[1.0, 2.0], [1.0]]})
+    pyarrow.parquet.write_table(uneven, tmp_path / "uneven.parquet")
+    pyarrow.parquet.write_table(arrow.table({"face": [[1.0], None]}), tmp_path / "null.parquet")
+    pyarrow.parquet.write_table(arrow.table({"n": [1]}), tmp_path / "none.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "none.parquet").read_bytes()[:-9])
+    (tmp_path / "a.csv").write_text("1,2")
+    for name, message in (
+        ("a.pkl", r"a \.pkl file is not taken \(nothing is unpickled\); taken are \.npy, \.npz"),
+        ("unnamed", "a pickled file is not taken"),
+        ("a.csv", r"a \.csv file is not taken"),
+        ("two.npz", "expected one float matrix"),
+        ("objects.npz", "is no .npz of plain arrays"),
+        ("cut.npz", "is no .npz of plain arrays"),
+        ("uneven.parquet", "the lists of face have 1 to 2 numbers"),
+        ("null.parquet", "a row of face has no vector"),
+        ("none.parquet", "expected one column of float lists"),
+        ("cut.parquet", "is no .parquet file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_gallery(tmp_path / name)
+
+
+def test_parquet_and_npz_keep_what_else_is_in_them(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pyarrow (extra `gallery`)")
+    import pyarrow.parquet
+
+    for name in ("a.parquet", "fixed.parquet"):
+        path = tmp_path / name
+        MAKERS[name](path)
+        old = pyarrow.parquet.read_table(path)
+        upgrade(path, Rotation())
+        new = pyarrow.parquet.read_table(path)
+        assert new.schema.names == old.schema.names
+        assert new.drop(["face"]).equals(old.drop(["face"]))
+        assert new.schema.field("face").type.value_type == old.schema.field("face").type.value_type
+        assert new.schema.metadata == {b"made": b"by a test", b"lce_converted": b"rotation-1"}
+    MAKERS["named.npz"](tmp_path / "named.npz")
+    upgrade(tmp_path / "named.npz", Rotation())
+    with np.load(tmp_path / "named.npz") as file:
+        assert set(file.files) == {"vectors", "ids", "label", "names"}
+        assert np.array_equal(file["names"], IDS.astype(str))

@@ -136,12 +136,12 @@ def test_one_class_and_equal_labels() -> None:
 
 
 def test_bfloat16_compute_is_close() -> None:
-    """The stated error of bfloat16 products: below 2 % of the gradient's norm; a wrong term would give far more."""
+    """The stated error of bfloat16 products, 0.3 % of the gradient's norm; a wrong term would give far more."""
     case = Case(classes=1003, dim=64, batch=32, steps=1)
     exact = single(config(sample_rate=0.5), case)[0]["gradient"][0]
     ours = single(config(sample_rate=0.5, rows="float32", compute="bfloat16"), case)[0]["gradient"][0]
     error = (ours.double() - exact).norm() / exact.norm()
-    assert 1e-5 < error < 2e-2, error
+    assert 1e-5 < error < 3e-3, error
 
 
 def cosines_at_bound(sign: float) -> dict:

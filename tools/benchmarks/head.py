@@ -130,6 +130,8 @@ def summary(figures: dict[str, Any]) -> str:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run, as the JSON holds them."""
+    from trainer.head.products import bfloat16_instructions
+
     names = ["reference", "ours"] if args.only == "both" else [args.only]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     figures: dict[str, Any] = {
@@ -137,6 +139,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         **{k: getattr(args, k) for k in ("classes", "rate", "batch", "dim", "device", "world_size", "lce", "margin")},
         "dtype": f"rows {args.rows}, compute {args.compute}",
         "optimizer": args.optimizer,
+        "bfloat16": bfloat16_instructions() if args.device == "cpu" else None,
         "alternating": not args.sequential,
         **origin(),
     }
@@ -243,6 +246,8 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
     device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)  # else NCCL and the events of every rank are GPU 0's
     if args.world_size > 1:
         backend = "nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=args.world_size)

@@ -15,6 +15,7 @@ import numpy as np
 from trainer.data import store
 from trainer.errors import DataError
 from trainer.files import checksum, write_array, write_text
+from trainer.reading import read_json
 from trainer.seals import find_change, sealed, unsealed
 
 CHECKSUMS = "checksums.json"
@@ -33,14 +34,14 @@ def crcs_path(rec: Path) -> Path:
 def read_sums(folder: Path) -> Sums | None:
     """What ``checksums.json`` says, or None. Raises :class:`DataError`: it is damaged."""
     file = folder / CHECKSUMS
+    if not file.exists():
+        return None
     try:
-        tree = unsealed(json.loads(file.read_text(encoding="utf-8")), file, DataError)
+        tree = unsealed(read_json(file, DataError), file, DataError)
         if tree["format"] != _FORMAT:
             raise DataError(f"{file}: format {tree['format']}, this version reads {_FORMAT}")
         return {str(name): (int(size), int(crc)) for name, (size, crc) in tree["files"].items()}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: holds no checksums ({error}); `lce check {folder} --seal` writes them anew") from None
 
 

@@ -21,6 +21,7 @@ from trainer.data import checksums, store
 from trainer.data.pixels import decode_image, image_size
 from trainer.errors import DataError, ForeignRecordsError, MissingDataError
 from trainer.files import checksum, write_text
+from trainer.reading import read_text, read_yaml
 from trainer.seals import find_change, sealed, unsealed, warn_once
 
 DESCRIPTION = "dataset.yaml"
@@ -263,10 +264,7 @@ class Dataset:
         if self.info.class_names is None:
             return None
         file = self.path / self.info.class_names
-        try:
-            names = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from None
+        names = read_text(file, DataError).removesuffix("\n").split("\n")
         if self.info.num_classes is not None and len(names) != self.info.num_classes:
             raise DataError(
                 f"{file}: names {len(names)} classes of {self.info.num_classes}; it needs one line for each class"
@@ -452,10 +450,7 @@ def load_description(folder: Path) -> DatasetInfo:
     """Read dataset.yaml. Raises :class:`DataError` naming the file, the key and what is allowed."""
     file = folder / DESCRIPTION
     try:
-        tree: Any = yaml.safe_load(file.read_text())
-        return DatasetInfo.model_validate(tree)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
+        return DatasetInfo.model_validate(read_yaml(file, DataError))
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         raise DataError(f"{file}: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}") from None
@@ -524,8 +519,8 @@ _Info = TypeVar("_Info", bound=BaseModel)
 
 def _read_beside(file: Path, kind: type[_Info], what: str) -> _Info:
     try:
-        return kind.model_validate(unsealed(yaml.safe_load(file.read_text()), file, DataError))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, pydantic.ValidationError) as error:
+        return kind.model_validate(unsealed(read_yaml(file, DataError), file, DataError))
+    except pydantic.ValidationError as error:
         raise DataError(f"{file}: does not describe {what}: {error}") from None
 
 
@@ -564,9 +559,9 @@ def _open_records(folder: Path, recs: list[Path]) -> tuple[DatasetInfo, store.St
     if not file.exists():
         return DatasetInfo(image_size=_first_size(images)), images, labels
     try:
-        classes, height, width = (int(word) for word in file.read_text().strip().split(","))
+        classes, height, width = (int(word) for word in read_text(file, DataError).strip().split(","))
         return DatasetInfo(image_size=(height, width), num_classes=classes), images, labels
-    except (ValueError, OSError, pydantic.ValidationError):
+    except (ValueError, pydantic.ValidationError):
         raise DataError(f"{file}: expected classes,height,width (for example 85742,112,112)") from None
 
 

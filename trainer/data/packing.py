@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -37,6 +38,7 @@ from trainer.data.pixels import decode_image, image_problem, is_deep_png, uprigh
 from trainer.data.processes import worker_context
 from trainer.errors import ConfigError, DataError
 from trainer.files import checksum, write_array, write_text
+from trainer.reading import open_regular, read_json
 from trainer.seals import find_change
 
 _SMALLEST_PART, _MOST_PARTS = 4096, 512
@@ -45,6 +47,8 @@ _NOTES = ".pack"
 _PLAN = "pack.json"
 _LABELS, _NAMES = "labels.npy", "classes.txt"
 _KEPT_FORMATS = ("JPEG", "PNG")
+_MOST_PIXELS = 50_000_000
+_DAMAGE = (OSError, ValueError, SyntaxError, DataError)  # what Pillow makes of damaged files, and ours of no files
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class PackOptions:
         part_records: records per part; 0: at least 4,096, at most 512 parts.
         layout: ``insightface`` writes one part in class order with header record 0 and identity records.
         skip_damaged: leave out images that do not decode (they are listed in ``skipped.txt``) instead of stopping.
+        max_pixels: an image of more counts as damaged: one small file may declare thousands of millions.
         color, mean, std: how loaders deliver the images; see :class:`trainer.data.index.DatasetInfo`.
     """
 
@@ -70,6 +75,7 @@ class PackOptions:
     part_records: int = 0
     layout: str = "plain"
     skip_damaged: bool = False
+    max_pixels: int = _MOST_PIXELS
     color: str = "RGB"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -144,7 +150,7 @@ def pack(
         (out / _NOTES).mkdir(exist_ok=True)
         missing = [part for part in parts[job[0] :: job[1]] if not _note(part).exists()]
         _write_parts(missing, processes, progress)
-        notes = [json.loads(_note(part).read_text()) for part in parts if _note(part).exists()]
+        notes = [read_json(_note(part), DataError) for part in parts if _note(part).exists()]
         if len(notes) < len(parts):
             done, size = sum(note["records"] for note in notes), sum(note["bytes"] for note in notes)
             left_out = sum(len(note["skipped"]) for note in notes)
@@ -201,7 +207,7 @@ def _mend(
     for part in mine:
         known, stop = described[part.number], ends[part.number]
         kept = labels[stop - (known.records or 0) : stop]
-        given = np.load(_note_labels(part))
+        given = store.load_array(_note_labels(part), 1)
         if len(given) != len(kept) or ((kept != given) & (kept >= 0)).any() or not _is_whole(part, known, sums):
             raise DataError(f"{out / known.rec}: its images are not those that were packed; {again}")
     if mine and job[1] == 1:
@@ -227,7 +233,9 @@ def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
         random = np.random.Generator(np.random.Philox(key=options.seed or 0))
         order = np.arange(n) if options.seed is None else random.permutation(n)
         width = options.part_records or max(_SMALLEST_PART, -(-n // _MOST_PARTS))
-    plan = hashlib.blake2b((listing.digest() + json.dumps(asdict(options))).encode(), digest_size=16).hexdigest()
+    # Data sets that were packed before there was a limit are still the same packing.
+    chosen = {key: value for key, value in asdict(options).items() if (key, value) != ("max_pixels", _MOST_PIXELS)}
+    plan = hashlib.blake2b((listing.digest() + json.dumps(chosen)).encode(), digest_size=16).hexdigest()
     count = -(-n // width)
     parts = []
     for k in range(count):
@@ -244,7 +252,7 @@ def _claim(out: Path, plan: str, listing: Listing, options: PackOptions) -> None
     try:
         out.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            if json.loads(file.read_text())["plan"] != plan:
+            if read_json(file, DataError)["plan"] != plan:
                 raise DataError(
                     f"{out}: holds another packing (other images or options); remove it or choose another folder"
                 )
@@ -330,10 +338,11 @@ def _write_part(part: _Part, count: Callable[[int], None]) -> None:
         for file, (start, length), label in zip(part.files, part.spans.tolist(), part.labels.tolist(), strict=True):
             try:
                 image, size = _load(file, start, length, part.options)
-            except (OSError, ValueError) as error:
+            except _DAMAGE as error:
+                reason = str(error) if isinstance(error, DataError) else f"{file}: {error}"
                 if not part.options.skip_damaged:
-                    raise DataError(f"{file}: {error}; mend or remove it, or use --skip-damaged") from None
-                skipped.append(f"{file}: {error}")
+                    raise DataError(f"{reason}; repair or remove it, or use --skip-damaged") from None
+                skipped.append(reason)
                 continue
             id = first_id + len(labels)
             # Above 2^24 the header cannot hold the label: −1 says so, and labels.npy has it.
@@ -382,13 +391,19 @@ def _write_identities(writer: recordio.RecordWriter, labels: NDArray[np.int64]) 
 
 
 def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[bytes, tuple[int, int]]:
-    """An image as it is to be stored, and its (H, W). Raises :class:`OSError` or :class:`ValueError`."""
-    with Path(file).open("rb") as handle:
+    """An image as it is to be stored, and its (H, W). Raises: see :data:`_DAMAGE`."""
+    with open_regular(file, DataError) as handle:
         handle.seek(start)
         data = handle.read(length)
-    with Image.open(io.BytesIO(data)) as opened:
-        kind, shape = opened.format, upright_size(opened)
-        opened.load()
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as opened:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            kind, shape = opened.format, upright_size(opened)
+            if shape[0] * shape[1] > options.max_pixels:
+                raise ValueError(f"its {shape[0]} × {shape[1]} pixels are more than --max-pixels {options.max_pixels}")
+            opened.load()
+    except Image.DecompressionBombError:
+        raise ValueError(f"declares more pixels than any picture has; the limit is {options.max_pixels}") from None
     as_wanted = shape == (options.size or shape) and kind in _KEPT_FORMATS and not is_deep_png(data)
     if options.encode == "keep" and as_wanted and image_problem(data) is None:
         return data, shape
@@ -407,7 +422,7 @@ def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing:
         change = find_change(_note_labels(part), *note["files"][_note_labels(part).name])
         if change is not None:
             raise DataError(f"{change}; remove {out} and pack again")
-    write_array(out / _LABELS, np.concatenate([np.load(_note_labels(part)) for part in parts]))
+    write_array(out / _LABELS, np.concatenate([store.load_array(_note_labels(part), 1) for part in parts]))
     _write_names(out, listing)
     skipped = [line for note in notes for line in note["skipped"]]
     if skipped:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import DataError
+from trainer.reading import open_regular
 
 MAGIC = 0xCED7230A
 MAX_FRAME_BYTES = (1 << 29) - 1
@@ -147,8 +148,8 @@ def scan(path: Path) -> Iterator[int]:
     Raises:
         DataError: a frame without the magic, or a file that ends inside a record (the offset is named).
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path, DataError) as file:
+        size = os.fstat(file.fileno()).st_size
         base, buffer, at, inside = 0, b"", 0, False
         while at < size:
             if at - base + _FRAME.size > len(buffer):
@@ -175,7 +176,7 @@ def read_index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         DataError: a line that is not two whole numbers.
     """
     blocks: list[NDArray[np.int64]] = []
-    with path.open("rb") as file:
+    with open_regular(path, DataError) as file:
         while text := file.read(_INDEX_BYTES):
             text += file.readline()
             if text.translate(None, b"0123456789 \t\r\n"):

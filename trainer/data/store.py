@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from trainer.data import recordio
 from trainer.errors import DataError
 from trainer.files import checksum, write_array, write_text
+from trainer.reading import open_regular, read_array, read_bytes, read_json
 from trainer.seals import sealed, unsealed, warn_once
 
 _GATHER_ROWS = 1 << 18
@@ -132,7 +133,8 @@ class Part:
 
     def _open(self) -> int:
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            with open_regular(self.path, DataError) as file:
+                self._descriptor = os.dup(file.fileno())
         return self._descriptor
 
     def close(self) -> None:
@@ -205,17 +207,14 @@ class FileStore:
         """See :class:`Store`."""
         if not 0 <= record < len(self.paths):
             raise DataError(f"there is no record {record}; the data set has {len(self)}")
-        try:
-            data = self.paths[record].read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.paths[record]}: record {record} cannot be read: {error.strerror}") from None
+        data = read_bytes(self.paths[record], DataError)
         if self.crcs is not None and zlib.crc32(data) != self.crcs.item(record):
             raise DataError(f"{self.paths[record]}: changed since the data set was sealed (CRC-32 differs)")
         return data
 
     def crc(self, record: int) -> int:
-        """The CRC-32 of a file. Raises :class:`OSError`."""
-        return zlib.crc32(self.paths[record].read_bytes())
+        """The CRC-32 of a file. Raises :class:`DataError`."""
+        return zlib.crc32(read_bytes(self.paths[record], DataError))
 
     def where(self, record: int) -> str:
         """See :class:`Store`."""
@@ -282,18 +281,10 @@ def file_size(path: Path) -> int:
 def load_array(path: Path, dimensions: int, dtype: type[np.generic] | None = np.int64) -> NDArray[Any]:
     """A .npy, memory-mapped read-only. Raises :class:`DataError` unless it has that dtype (None: any whole numbers) and
     number of dimensions."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
-        raise DataError(
-            f"{path}: is no readable .npy file: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from None
-    known = isinstance(array, np.ndarray)
-    fits = known and (array.dtype.kind in "iu" if dtype is None else array.dtype == dtype)
+    array = read_array(path, DataError)
+    fits = array.dtype.kind in "iu" if dtype is None else array.dtype == dtype
     if not fits or array.ndim != dimensions:
-        found = f"{array.dtype} {array.shape}" if known else "an archive of arrays"
+        found = f"{array.dtype} {array.shape}"
         wanted = "whole numbers" if dtype is None else str(np.dtype(dtype))
         raise DataError(f"{path}: expected {wanted} with {dimensions} dimension(s), found {found}")
     return array
@@ -427,11 +418,11 @@ def load_or_find(rec: Path) -> Found:
     status = [_stamp(rec), _stamp(idx)]
     stamp, labels = rec.with_suffix(".found.json"), rec.with_suffix(".labels.npy")
     try:
-        known = unsealed(json.loads(stamp.read_text()), stamp, DataError)
+        known = unsealed(read_json(stamp, DataError), stamp, DataError)
         sums = [list(checksum(offsets_path(rec))), list(checksum(labels))]
         if known["files"] == status and known["version"] == _FOUND_VERSION and known["tables"] == sums:
             return Found(load_array(offsets_path(rec), 1), load_array(labels, 1), known["identities"])
-    except (OSError, ValueError, KeyError, TypeError, DataError):
+    except (OSError, KeyError, TypeError, DataError):
         pass
     found = find_images(rec)
     try:

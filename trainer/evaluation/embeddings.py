@@ -1,9 +1,7 @@
 """From models and data sets on disk to the embeddings that are evaluated; a cache keeps them for the next time."""
 
 import hashlib
-import json
 import os
-import tokenize
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ from trainer.evaluation.templates import TemplateSet, pool
 from trainer.files import replaced
 from trainer.models.card import Color
 from trainer.models.model import EmbeddingModel, embed_dataset
+from trainer.reading import open_regular, parse_json, read_text
 
 Progress = Callable[[str, int, int], None]
 """Told what is being embedded, how many images are done and how many there are."""
@@ -65,11 +64,11 @@ class EmbeddingCache:
         if file is None or not file.exists():
             return None
         try:
-            with file.open("rb") as stream:
+            with open_regular(file, DataError) as stream:
                 known = np.load(stream, allow_pickle=False)
                 if stream.read() != _crc(known):
                     return None  # damaged, or of an earlier version: made anew and replaced
-        except (OSError, ValueError, EOFError, TypeError, SyntaxError, tokenize.TokenError):
+        except Exception:  # numpy fails as variously as a file can be damaged
             return None
         return known if known.shape == (images, dim) and known.dtype == np.float32 else None
 
@@ -237,11 +236,11 @@ def training_curves(
     file = run / "log.jsonl"
     curves: dict[str, list[tuple[float, float]]] = {key: [] for key in keys}
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
+        for line in read_text(file, DataError).splitlines():
+            entry = parse_json(line, str(file), DataError)
             for key in keys:
                 if isinstance(entry.get(key), (int, float)) and "step" in entry:
                     curves[key].append((float(entry["step"]), float(entry[key])))
-    except (OSError, ValueError, AttributeError) as error:
+    except (DataError, ValueError, AttributeError) as error:
         raise DataError(f"{file}: no readable training log ({error}); name run folders with --runs") from None
     return {key: curve for key, curve in curves.items() if curve}

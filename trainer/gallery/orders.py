@@ -14,7 +14,7 @@ from trainer.data.index import Dataset
 from trainer.errors import DataError
 from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.evaluation.backfill import backfill_order
-from trainer.gallery.formats import open_gallery
+from trainer.gallery.open import open_gallery
 
 KINDS = ("stored", "random", "confidence", "highest", "lowest")
 

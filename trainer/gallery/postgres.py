@@ -437,7 +437,7 @@ class PostgresGallery:
             ]
         made = converter(np.array([row[0] for row in rows], np.int64), _unit(rows, self.name))
         stored = np.stack([_array(row[2]) for row in rows])
-        return Check(len(rows), smallest_cosine(made, stored), *recalls)
+        return Check(len(rows), smallest_cosine(made, stored), recalls[0], recalls[1])
 
     def _recall(self, connection: Any, column: str, queries: list[FloatArray], k: int = 10) -> float | None:
         """The share of the ``k`` exact neighbours of stored vectors that the column's index finds; None without one."""

@@ -9,6 +9,7 @@ import numpy as np
 from trainer.errors import ModelError
 from trainer.models.card import Direction, ModelCard, read_card
 from trainer.models.model import EmbeddingModel
+from trainer.reading import regular
 from trainer.seals import warn_once
 
 CARD_KEY = "lce_model_card"
@@ -113,7 +114,7 @@ class OnnxModel(EmbeddingModel):
     def open(path: Path) -> "OnnxModel":
         """Open a file. Raises :class:`ModelError` for a graph that does not map a batch of images to one embedding
         each."""
-        session = open_session(path)
+        session = open_session(regular(path, ModelError))
         metadata = session.get_modelmeta().custom_metadata_map
         if metadata.get(INPUT_KEY) == VECTORS:
             raise ModelError(f"{path}: a transformation of embeddings, not a model of images")

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trainer.errors import ConfigError, ModelError
-from trainer.models.card import CARD_FILE, Direction, Files, read_folder_card
+from trainer.models.card import CARD_FILE, Direction, Files, ModelCard, read_folder_card
 from trainer.models.model import EmbeddingModel, NoNetwork, TorchModel
 from trainer.networks import build_backbone
 from trainer.networks.transform import build_transform
+from trainer.reading import open_regular, regular
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> EmbeddingModel:
@@ -42,6 +43,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
     card, files = read_folder_card(folder)
     if card.backbone is None and not card.transforms:
         raise ModelError(f"{folder / CARD_FILE}: names no backbone")
+    _check_size(card, folder)
     try:
         backbone = NoNetwork(path) if card.backbone is None else build_backbone(card.backbone, card.image_size)
     except ConfigError as error:
@@ -56,10 +58,30 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
     return TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device)
 
 
+def _check_size(card: ModelCard, folder: Path) -> None:
+    """Refuse a card whose networks have more numbers than their files have bytes, before they are built."""
+    parts: dict[str, Callable[[], nn.Module]] = {}
+    if (backbone := card.backbone) is not None:
+        parts["backbone"] = lambda: build_backbone(backbone, card.image_size)
+    for direction, part in card.transforms.items():
+        parts[direction] = lambda part=part: build_transform(part.config, part.dim_in, part.dim_out)  # type: ignore[misc]
+    for name, build in parts.items():
+        try:
+            with torch.device("meta"):
+                count = sum(value.numel() for value in build().parameters())
+        except (ConfigError, RuntimeError, OverflowError) as error:
+            raise ModelError(f"{folder / CARD_FILE}: {name}: {' '.join(str(error).split())[:200]}") from None
+        size = regular(folder / f"{name}.safetensors", ModelError).stat().st_size
+        if count > size:
+            raise ModelError(
+                f"{folder / CARD_FILE}: describes a {name} of {count:,} numbers, its file has {size:,} bytes"
+            )
+
+
 def _load_state(module: nn.Module, path: Path, update: Callable[[bytes], None], files: Files | None) -> None:
     try:
         crc, size = 0, 0
-        with path.open("rb") as file:
+        with open_regular(path, ModelError) as file:
             while data := file.read(2**22):
                 update(data)
                 crc, size = zlib.crc32(data, crc), size + len(data)

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.errors import ModelError
+from trainer.reading import regular
 
 
 def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
@@ -48,6 +49,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if not found:
             raise ModelError(f"{path}: no .safetensors file in it; give a model folder, a run folder or a file")
         path = next((f for f in found if "backbone" in f.name), found[0])
+    regular(path, ModelError)
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:

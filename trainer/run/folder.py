@@ -1,6 +1,5 @@
 """The run folder: its configuration, what changed since the last start, and the summary that marks it as finished."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ import yaml
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
 from trainer.files import write_text
+from trainer.reading import read_json, read_yaml
 from trainer.seals import unsealed
 
 SUMMARY = "summary.json"
@@ -63,7 +63,7 @@ def changes_since(before: Path, config: Config) -> list[str]:
     """The settings that differ from those the folder was last run with, as ``key: old → new``."""
     if not before.exists():
         return []
-    old = flat(yaml.safe_load(before.read_text()))
+    old = flat(read_yaml(before, ConfigError) or {})
     new = flat(yaml.safe_load(dump_config(config)))
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
 
@@ -77,12 +77,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_summary(folder: Path, steps: int) -> RunSummary | None:
-    try:
-        summary = RunSummary(**unsealed(json.loads((folder / SUMMARY).read_text()), folder / SUMMARY, ConfigError))
-    except FileNotFoundError:
+    file = folder / SUMMARY
+    if not file.exists():
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{folder / SUMMARY}: not a summary of a run: {error}; remove it to continue the run"
-        ) from None
+    try:
+        summary = RunSummary(**unsealed(read_json(file, ConfigError), file, ConfigError))
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{file}: not a summary of a run: {error}; remove it to continue the run") from None
     return summary if summary.step >= steps else None

@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed import Ranks
+from trainer.errors import LceError
+from trainer.reading import read_json
 
 EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED = 0, 2, 70, 71, 75, 130
 PHASES = ("data", "forward", "update", "evaluate", "log", "save")
@@ -49,8 +51,8 @@ def read_notes(folder: Path) -> list[dict[str, Any]]:
     """The notes of all ranks in ``<run>/ranks`` that can be read, in the order of the ranks."""
     notes = []
     for path in sorted(folder.glob("rank-*.json")):
-        with suppress(OSError, ValueError):
-            notes.append(json.loads(path.read_text()))
+        with suppress(LceError):
+            notes.append(read_json(path, LceError))
     return notes
 
 

@@ -29,6 +29,7 @@ from trainer import __version__
 from trainer.data.index import Dataset, renumbered
 from trainer.errors import CenterBankError
 from trainer.files import TensorStream, checksum, partial_of, replace_folder, save_tensors
+from trainer.reading import read_json
 from trainer.seals import sealed, unsealed
 
 SHARD_BYTES = 64 * 2**20
@@ -250,14 +251,13 @@ def _read_manifest(folder: Path) -> _Manifest:
     if not path.is_file():
         raise CenterBankError(f"{folder}: no centre bank (bank.json is missing); make one with `lce centers`")
     try:
-        tree = unsealed(json.loads(path.read_text(encoding="utf-8")), path, CenterBankError, "centre bank")
+        tree = unsealed(read_json(path, CenterBankError), path, CenterBankError, "centre bank")
         manifest = _Manifest.model_validate(tree)
+    except CenterBankError as error:
+        raise CenterBankError(f"{error}: no description of a centre bank; make the bank again") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise CenterBankError(f"{path}: no description of a centre bank ({reason}); make the bank again") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
         raise CenterBankError(f"{path}: no description of a centre bank ({reason}); make the bank again") from None
     parts = manifest.centers
     ends = [0, *(part.stop for part in parts)]

@@ -24,6 +24,7 @@ from trainer.distributed import Ranks, agree, barrier, on_main
 from trainer.errors import CenterBankError, ConfigError, LceError
 from trainer.files import why_unwritable
 from trainer.models.model import EmbeddingModel, embed_batches
+from trainer.reading import read_json
 
 BLOCK_RECORDS = 2048
 
@@ -61,10 +62,7 @@ class _Work:
                 note.write_text(json.dumps(self.job, indent=1), encoding="utf-8")
             except OSError as error:
                 raise CenterBankError(f"{self.folder}: cannot be written: {error.strerror}") from None
-        try:
-            known = json.loads(note.read_text(encoding="utf-8"))
-        except ValueError:
-            known = None
+        known = read_json(note, CenterBankError)
         if known != self.job:
             raise CenterBankError(
                 f"{self.folder}: unfinished work of another model, data set or setting; finish or remove it"

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from trainer.data.store import load_array
 from trainer.errors import CenterBankError, DataError
+from trainer.reading import regular
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -109,9 +110,7 @@ def open_arrays(path: str | Path) -> dict[str, Tensor]:
         CenterBankError: missing, damaged, of an unknown kind, or a pickle that wants more than tensors and plain
         values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CenterBankError(f"{path}: no such file")
+    path = regular(path, CenterBankError)
     try:
         if path.suffix == ".npy":
             return {"array": _from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))}
@@ -121,8 +120,12 @@ def open_arrays(path: str | Path) -> dict[str, Tensor]:
             return _safetensors_arrays(path)
         if path.suffix in TORCH_SUFFIXES:
             return _flatten(load_torch(path))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, SafetensorError, TypeError) as error:
-        raise CenterBankError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    except CenterBankError:
+        raise
+    except Exception as error:  # numpy, zipfile and safetensors fail as variously as files can be damaged
+        raise CenterBankError(
+            f"{path}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
     known = ".npy, .npz, .safetensors, " + ", ".join(TORCH_SUFFIXES)
     raise CenterBankError(f"{path}: unknown kind of file; known are {known}")
 
