@@ -14,6 +14,7 @@ from trainer.errors import ConfigError, ModelError
 from trainer.models.card import CARD_FILE, Direction, Files, ModelCard, read_folder_card
 from trainer.models.model import EmbeddingModel, NoNetwork, TorchModel
 from trainer.networks import build_backbone
+from trainer.networks.scale import fit_scale
 from trainer.networks.transform import build_transform
 from trainer.reading import open_regular, regular
 
@@ -87,7 +88,9 @@ def _load_state(module: nn.Module, path: Path, update: Callable[[bytes], None], 
                 crc, size = zlib.crc32(data, crc), size + len(data)
         if files is not None and files.get(path.name) != (size, crc):
             raise ModelError(f"{path}: is not what was written (its checksum in {CARD_FILE} differs); copy it again")
-        module.load_state_dict(load_file(path))
+        state = load_file(path)
+        fit_scale(module, state)
+        module.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: missing, damaged or not of the network in {CARD_FILE}: {reason}") from None

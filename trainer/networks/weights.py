@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.errors import ModelError
+from trainer.networks.scale import add_scale, fit_scale
 from trainer.reading import regular
 
 
@@ -18,10 +19,15 @@ def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
 def matching_weights(backbone: nn.Module, path: Path) -> dict[str, Tensor]:
     """The state dict in ``path``, for a backbone of the same names and shapes (it may be on the meta device).
 
+    Only the factors and shifts of the last batch norm may be on one side alone: where the backbone has none it gets
+    them, where the file has none they are 1 and 0 (:mod:`trainer.networks.scale`).
+
     Raises:
         ModelError: missing, not a state dict, or of another network; the first differing names are listed.
     """
     state = read_weights(path)
+    fit_scale(backbone, state)
+    add_scale(backbone, state)
     have = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     wrong = [f"{n} is missing" for n in have if n not in given] + [f"{n} is unknown" for n in given if n not in have]

@@ -22,6 +22,7 @@ from trainer.distributed import Ranks, agree, gather_objects, on_main
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
 from trainer.files import why_unwritable
 from trainer.networks import build_backbone
+from trainer.networks.scale import usual_norm
 from trainer.networks.weights import matching_weights
 from trainer.run import zero
 from trainer.run.arcface_start import head_rows
@@ -93,8 +94,8 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
         if config.head.sub_centers > 1:
             raise ConfigError("head.weights: one row per class; use head.sub_centers=1")
         head_rows(config.head.weights, classes, config.backbone.dim)
-    if config.backbone.weights is not None:
-        matching_weights(backbone, config.backbone.weights)
+    weights = None if config.backbone.weights is None else matching_weights(backbone, config.backbone.weights)
+    _check_norms(config, usual_norm(backbone, weights))
     if ranks.is_main:
         check_writable(config.run.dir)
     return Inputs(dataset, classes, size, bank, old)
@@ -147,6 +148,19 @@ def _check_rival(config: Config, bank: CenterBank | None, old: OldEmbeddings | N
             f"head.margin.name = {config.head.margin.name}: it reads the embeddings' norms, which mixbct makes 1; "
             "use cosface or arcface"
         )
+
+
+def _check_norms(config: Config, norm: float | None) -> None:
+    """Refuse MagFace where its terms have no gradient from the first update on, and so never get one."""
+    margin = config.head.margin
+    if margin.name != "magface" or norm is None or margin.lower_norm < norm < margin.upper_norm:
+        return
+    raise ConfigError(
+        f"head.margin.lower_norm = {margin.lower_norm:g}, upper_norm = {margin.upper_norm:g}: embeddings of dimension "
+        f"{config.backbone.dim} begin with norms of about {norm:.3g}, and outside of its range magface moves none; "
+        f"take one around that, such as lower_norm={norm / 2.26:.2g} and upper_norm={norm * 4.86:.2g} (the paper's for "
+        "D = 512, in proportion)"
+    )
 
 
 def _check_sync(config: Config, ranks: Ranks) -> None:
