@@ -134,8 +134,8 @@ def _find(metric: str, old: Cell, new: Cell, rules: Rules) -> Finding:
         outcome = "worse"
     elif difference.low >= -rules.tolerance:
         outcome = "level"
-    figures = (cell.figure(metric, rules.level) for cell in (old, new))
-    return Finding(metric, *figures, difference, outcome)
+    before, after = old.figure(metric, rules.level), new.figure(metric, rules.level)
+    return Finding(metric, before, after, difference, outcome)
 
 
 def decide(
