@@ -109,18 +109,33 @@ def judge_set(
         answer = "NOT SAFE"
         reason = f"worse than {_named(gallery)}: " + " and ".join(f.metric for f in findings if f.outcome == "worse")
     elif "unclear" in outcomes:
-        unclear = " and ".join(f.metric for f in findings if f.outcome == "unclear")
-        reason = "; ".join([f"the interval of the difference in {unclear} holds zero", *missing])
+        reason = "; ".join([*(_unclear(f, rules) for f in findings if f.outcome == "unclear"), *missing])
     elif missing:
         reason = "; ".join(missing)
     elif "better" not in outcomes:
+        within = [f for f in findings if f.difference.high < 0]
         reason = "no metric tells the models apart on this set; a harder one is needed"
+        if within:
+            worse = " and ".join(f.metric for f in within)
+            reason = f"no metric is better, and {worse} is worse by no more than the tolerance of {rules.tolerance:g}, "
+            reason += "which counts as level"
     else:
         answer, reason = (
             "SAFE",
             f"better than {_named(gallery)}: " + " and ".join(f.metric for f in findings if f.outcome == "better"),
         )
     return SetVerdict(name, answer, identities, images, findings, reason, gallery)
+
+
+def _unclear(finding: Finding, rules: Rules) -> str:
+    """Why a metric is neither better nor worse nor level."""
+    low, high = finding.difference.low, finding.difference.high
+    if high >= 0:
+        return f"the interval of the difference in {finding.metric} holds zero"
+    return (
+        f"{finding.metric} is worse, by between {-high:.3f} and {-low:.3f}, and whether by more than the tolerance of "
+        f"{rules.tolerance:g} is not shown"
+    )
 
 
 def _find(metric: str, old: Cell, new: Cell, rules: Rules) -> Finding:
