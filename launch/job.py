@@ -58,6 +58,7 @@ class Job:
         out["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restarted group finds the addresses of dead ranks
         if "OMP_NUM_THREADS" not in os.environ:  # the trainer sets its own threads; this silences torchrun's warning
             out["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.nproc))
+        out["LCE_LAUNCHED"] = "1"  # the ranks end when their launcher has died
         return out
 
 
