@@ -113,8 +113,8 @@ class MarginConfig(Section):
     norm_momentum: float = Field(
         0.01, gt=0, le=1, description="adaface: share of the batch in the running norm statistics"
     )
-    lower_norm: float = Field(10.0, gt=0, description="magface: l_a")
-    upper_norm: float = Field(110.0, gt=0, description="magface: u_a")
+    lower_norm: float = Field(10.0, gt=0, description="magface: l_a; below √D, from where norms begin")
+    upper_norm: float = Field(110.0, gt=0, description="magface: u_a; above √D")
     lower_margin: float = Field(0.45, ge=0, description="magface: l_m")
     upper_margin: float = Field(0.8, ge=0, description="magface: u_m")
     norm_weight: float = Field(35.0, ge=0, description="magface: λ_g of the norm term")

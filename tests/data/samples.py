@@ -57,6 +57,13 @@ def packed(folder: Path, classes: int = 5, images: int = 9, size: tuple[int, int
     return folder / "packed"
 
 
+def unsealed(folder: Path) -> Path:
+    """The data set without its checksums, as earlier versions and other tools write them."""
+    for file in (folder / "checksums.json", *folder.glob("*.crc.npy")):
+        file.unlink(missing_ok=True)
+    return folder
+
+
 def mxnet_copy(name: str, folder: Path) -> Path:
     """A copy of one of MXNet's files, so that tables are not written beside the committed ones."""
     return Path(shutil.copytree(MXNET / name, folder / name))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.samples import MXNET, encoded, identity_folders, loader_of, mxnet_copy, packed, take
+from tests.data.samples import MXNET, encoded, identity_folders, loader_of, mxnet_copy, packed, take, unsealed
 from tests.data.test_damage import overwrite, spoil
 from tools import check as check_tool
 from tools import cli
@@ -102,7 +102,7 @@ def test_uniform_sets_with_an_odd_image_are_damage(tmp_path: Path) -> None:
     pack(list_source(people), tmp_path / "out", PackOptions())
     report = check(open_dataset(tmp_path / "out"))
     assert (report.sizes, report.damage) == ({"32x32": 6, "48x48": 1}, [])
-    described = tmp_path / "out" / "dataset.yaml"
+    described = unsealed(tmp_path / "out") / "dataset.yaml"
     described.write_text(described.read_text().replace("uniform: false", "uniform: true"))
     assert check(open_dataset(tmp_path / "out")).damage == ["1 image(s) are not 32x32, as dataset.yaml says"]
 

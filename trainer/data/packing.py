@@ -26,15 +26,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.data import recordio, store
-from trainer.data.index import DESCRIPTION, DatasetInfo, PartInfo, load_description, save_description
+from trainer.data.checksums import Sums, crcs_path, read_sums, sum_of_text, write_sums
+from trainer.data.index import (
+    DESCRIPTION,
+    DatasetInfo,
+    PartInfo,
+    description_text,
+    load_description,
+    save_description,
+)
 from trainer.data.listing import Listing
 from trainer.data.pixels import decode_image, image_problem, is_deep_png, upright_size
 from trainer.data.processes import worker_context
 from trainer.distributed import end_with_parent
 from trainer.errors import ConfigError, DataError
-from trainer.files import write_array, write_text
+from trainer.files import checksum, write_array, write_text
 from trainer.owner import owned
 from trainer.reading import open_regular, read_json
+from trainer.seals import find_change
 
 _SMALLEST_PART, _MOST_PARTS = 4096, 512
 _COUNTED = 32  # images between two reports of progress
@@ -202,11 +211,15 @@ def _mend(
         labels = store.load_array(out / _LABELS, 1)
     except DataError as error:
         raise DataError(f"{error}; {again}") from None
+    sums = read_sums(out) or {}
+    change = find_change(out / _LABELS, *sums[_LABELS]) if _LABELS in sums else None
+    if change is not None:
+        raise DataError(f"{change}; {again}, or, if the change is meant, `lce check {out} --seal` first")
     ends = np.cumsum([part.records or 0 for part in described])
     if [part.rec for part in described] != [f"{part.name}.rec" for part in parts] or len(labels) != ends[-1]:
         raise DataError(f"{out}: {DESCRIPTION} or {_LABELS} is not what was packed; {again}")
     _write_names(out, listing)
-    broken = [part for part in parts if not _is_whole(part, described[part.number])]
+    broken = [part for part in parts if not _is_whole(part, described[part.number], sums)]
     mine = [part for part in broken if part.number % job[1] == job[0]]
     if mine:
         (out / _NOTES).mkdir(exist_ok=True)
@@ -215,18 +228,21 @@ def _mend(
         known, stop = described[part.number], ends[part.number]
         kept = labels[stop - (known.records or 0) : stop]
         given = store.load_array(_note_labels(part), 1)
-        if len(given) != len(kept) or ((kept != given) & (kept >= 0)).any() or not _is_whole(part, known):
+        if len(given) != len(kept) or ((kept != given) & (kept >= 0)).any() or not _is_whole(part, known, sums):
             raise DataError(f"{out / known.rec}: its images are not those that were packed; {again}")
     if mine and job[1] == 1:
         _clean(out)
     return len(mine), len(mine) == len(broken)
 
 
-def _is_whole(part: _Part, known: PartInfo) -> bool:
-    """Whether a written part's files are there, the .rec as long as it was."""
+def _is_whole(part: _Part, known: PartInfo, sums: Sums) -> bool:
+    """Whether a written part's files are there, the .rec as long as it was, and its tables are as they were."""
     rec = part.out / known.rec
-    beside = (rec.with_suffix(".idx"), store.offsets_path(rec))
-    return all(path.is_file() for path in (rec, *beside)) and rec.stat().st_size == known.bytes
+    tables = (store.offsets_path(rec), crcs_path(rec))
+    beside = (rec.with_suffix(".idx"), *(path for path in tables if path.name in sums or path == tables[0]))
+    if not all(path.is_file() for path in (rec, *beside)) or rec.stat().st_size != known.bytes:
+        return False
+    return not any(find_change(path, *sums[path.name]) for path in tables if path.name in sums)
 
 
 def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
@@ -362,13 +378,17 @@ def _write_part(part: _Part, count: Callable[[int], None]) -> None:
                 f"{part.out / part.name}.rec: none of its {len(part.files)} images can be read ({skipped[0]})"
             )
         offsets = np.array([*writer.offsets[-len(labels) :], writer.position], np.int64)
+        crcs = np.array(writer.crcs[-len(labels) :], np.uint32)
         if part.options.layout == "insightface":
             _write_identities(writer, np.array(labels))
         write_array(store.offsets_path(writer.path), offsets)
+        write_array(crcs_path(writer.path), crcs)
         write_array(_note_labels(part), np.array(labels, np.int64))
         writer.close()
         about = {"records": len(labels), "bytes": writer.position, "first_id": first_id, "skipped": skipped}
-        write_text(_note(part), json.dumps({**about, "sizes": sorted(sizes)[:8], "plan": part.plan}))
+        files = (_note_labels(part), store.offsets_path(writer.path), crcs_path(writer.path))
+        about |= {"sizes": sorted(sizes)[:8], "plan": part.plan, "files": {f.name: checksum(f) for f in files}}
+        write_text(_note(part), json.dumps(about))
         count(len(part.files))
     except BaseException:
         writer.abort()
@@ -418,7 +438,11 @@ def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[byt
 
 
 def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing: Listing, options: PackOptions) -> None:
-    """All parts are there: labels, class names and, last, the description."""
+    """All parts are there: labels, class names, checksums and, last, the description."""
+    for part, note in zip(parts, notes, strict=True):
+        change = find_change(_note_labels(part), *note["files"][_note_labels(part).name])
+        if change is not None:
+            raise DataError(f"{change}; remove {out} and pack again")
     write_array(out / _LABELS, np.concatenate([store.load_array(_note_labels(part), 1) for part in parts]))
     _write_names(out, listing)
     skipped = [line for note in notes for line in note["skipped"]]
@@ -442,6 +466,10 @@ def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing:
             for part, note in zip(parts, notes, strict=True)
         ),
     )
+    tables = {name: known for note in notes for name, known in note["files"].items() if (out / name).is_file()}
+    texts = [name for name in (_LABELS, _NAMES, "property") if (out / name).is_file()]
+    sums = {**tables, **{name: checksum(out / name) for name in texts}}
+    write_sums(out, {DESCRIPTION: sum_of_text(description_text(info)), **sums})
     save_description(out, info)
 
 

@@ -11,6 +11,7 @@ All functions take bytes or a file's path and name the place in their errors; no
 
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,7 @@ class RecordWriter:
         self._rec = self._rec_temporary.open("wb")
         self._idx = self._idx_temporary.open("w")
         self.offsets: list[int] = []
+        self.crcs: list[int] = []
         self.position = 0
 
     def write(self, key: int, data: bytes) -> None:
@@ -220,6 +222,7 @@ class RecordWriter:
         self._rec.write(framed)
         self._idx.write(f"{key}\t{self.position}\n")
         self.offsets.append(self.position)
+        self.crcs.append(zlib.crc32(framed))
         self.position += len(framed)
 
     def close(self) -> None:

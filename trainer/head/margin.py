@@ -85,8 +85,9 @@ class AdaFace(Margin):
     """AdaFace: the margin grows with the embedding's norm relative to a running mean and deviation (eq. 5–9).
 
     ẑ = clip((‖x‖ − μ)/(σ + ε)·h, −1, 1), ψ = f(clip(θ − m·ẑ, 0, π)) − (m + m·ẑ). The norm is a constant for the
-    gradient, as in the paper. μ and σ are running means over global batches with the share ``norm_momentum``,
-    starting at 20 and 100.
+    gradient, as in the paper, and counts relative to those of other images only: a last batch norm without a learned
+    scale, such as the authors' own network has, does not matter to it. μ and σ are running means over global batches
+    with the share ``norm_momentum``, starting at 20 and 100.
     """
 
     def __init__(self, config: MarginConfig) -> None:
@@ -117,7 +118,9 @@ class MagFace(Margin):
     """MagFace: m(a) = l_m + (u_m − l_m)/(u_a − l_a)·(a − l_a) with a = clip(‖x‖, l_a, u_a), and λ_g·(1/a + a/u_a²)
     (eq. 4).
 
-    The gradient flows through the norm, in the margin and in the norm term; outside [l_a, u_a] it is zero.
+    The gradient flows through the norm, in the margin and in the norm term; outside [l_a, u_a] it is zero. The network
+    learns its embeddings' scale (:mod:`trainer.networks.scale`): with a batch norm of fixed scale at its end every norm
+    would stay at about √D.
     """
 
     def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:

@@ -13,6 +13,7 @@ from trainer.errors import LceError, ModelError
 from trainer.models.card import ModelCard
 from trainer.models.model import TorchModel
 from trainer.networks import build_backbone
+from trainer.networks.scale import fit_scale
 
 # The moving average is what a finished run would hand over.
 _PREFIXES = ("average.backbone.", "module.backbone.")
@@ -47,7 +48,9 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
             raise ModelError(f"{path}: holds no backbone")
         load_tensors(checkpoint, state)
         backbone = build_backbone(config.backbone, look.image_size)
-        backbone.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()})
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+        fit_scale(backbone, state)
+        backbone.load_state_dict(state)
     except ModelError:
         raise
     except (LceError, RuntimeError, KeyError) as error:

@@ -27,6 +27,7 @@ from trainer.models.card import Direction, ModelCard, TransformCard
 from trainer.models.folder import save_model
 from trainer.models.model import EmbeddingModel, TorchModel
 from trainer.networks import build_backbone
+from trainer.networks.scale import fit_scale, learn_scale
 from trainer.networks.weights import load_backbone_weights
 from trainer.run.arcface_start import head_momentum, head_rows
 from trainer.run.optim import local_part
@@ -144,7 +145,10 @@ class TrainTask:
         self._dtype = dtype
 
     def _build(self) -> nn.Module:
-        return build_backbone(self.config.backbone, self.inputs.image_size)
+        backbone = build_backbone(self.config.backbone, self.inputs.image_size)
+        if self.config.head.margin.name == "magface":
+            learn_scale(backbone)
+        return backbone
 
     def _start_head(self, path: Path) -> None:
         """Take this rank's rows, and their momentum where it is wanted and there."""
@@ -241,6 +245,7 @@ class TrainTask:
             for name, part in weights.items()
         }
         backbone = self._build()
+        fit_scale(backbone, whole["backbone"])
         backbone.to(self._dtype).load_state_dict(whole["backbone"])
         dataset = self.inputs.dataset
         old_name, old_hash = self.inputs.old_model

@@ -23,7 +23,7 @@ from trainer.data.index import Dataset, RowsInfo, describe_rows
 from trainer.distributed import Ranks, agree, barrier, on_main
 from trainer.errors import CenterBankError, ConfigError, LceError
 from trainer.files import why_unwritable
-from trainer.models.model import EmbeddingModel, embed_batches
+from trainer.models.model import EmbeddingModel, check_distinct, embed_batches
 from trainer.owner import owned
 from trainer.reading import read_json
 
@@ -212,6 +212,7 @@ def bank_from_model(
     )
 
     def check() -> None:
+        check_distinct(model, dataset)
         _check_targets(path, keep_embeddings, bool(options.get("overwrite")))
         if centers is not None:
             check_centers(centers, dataset.num_classes, model.dim, info)
@@ -233,6 +234,7 @@ def bank_from_model(
                 rule=rule,
                 centers=centers,
                 progress=bank_progress,
+                allow_collapsed=model.allow_collapsed or not model.foreign,
                 **options,
             )
             if keep_embeddings is not None:
