@@ -60,6 +60,7 @@ class Job:
         out["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restarted group finds the addresses of dead ranks
         if "OMP_NUM_THREADS" not in os.environ:  # else torchrun sets 1, with a warning
             out["OMP_NUM_THREADS"] = str(threads_of_a_rank(self.nproc))
+        out["LCE_LAUNCHED"] = "1"  # the ranks end when their launcher has died
         return out
 
 

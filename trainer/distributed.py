@@ -3,13 +3,15 @@
 Everything works without a process group too (one process, no collective), so that no caller needs to ask.
 """
 
+import ctypes
 import datetime
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,9 @@ from trainer.errors import ConfigError
 from trainer.machine import threads_of_a_rank
 
 T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1
+_LAUNCHED = ("TORCHELASTIC_RUN_ID", "LCE_LAUNCHED")  # of torchrun, and of lce launch under mpirun and DeepSpeed
 
 # Newer releases of torch renamed these two collectives.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -135,6 +140,18 @@ def peak_memory_bytes(device: torch.device) -> int:
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def launched_by() -> int:
+    """The process whose end is to end this rank: the launcher's on this machine; 0 where none started it."""
+    return os.getppid() if any(name in os.environ for name in _LAUNCHED) else 0
+
+
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Have the kernel send this process the signal when its parent ends, however that ends (Linux; elsewhere nothing
+    happens)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from trainer.models.model import embed_batches
 from trainer.randomness import step_seed
 from trainer.run.arcface_start import backbone_momentum
 from trainer.run.cross_model import CrossModelTask
-from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, read_summary
+from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, owned_run, read_summary
 from trainer.run.monitor import Monitor
 from trainer.run.optim import Average, LossScale, Statistics, learning_rate
 from trainer.run.startup import identity, prepare, together
@@ -342,6 +342,11 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
     """
     began = time.perf_counter()
     inputs = prepare(config, ranks)
+    with owned_run(config.run.dir, ranks):
+        return _start(config, ranks, inputs, began)
+
+
+def _start(config: Config, ranks: Ranks, inputs: Inputs, began: float) -> RunSummary:
     evaluation = together(lambda: open_periodic(config.evaluate, inputs.image_size, ranks))
     images = inputs.cross is None or inputs.cross.images
     loader = together(lambda: build_loader(config, inputs.dataset, ranks, images))
