@@ -103,7 +103,7 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
         results[one.name] = _describe(one, cells, far, points[one.name], share, options)
         notify(f"{one.name}: backfill")
         results[one.name]["backfill"] = backfill(one, far, options)
-    verdict = decide(judged, points, shares)
+    verdict = decide(judged, points, shares, options.rules.level)
     result: Result = plain({"verdict": verdict, "options": options, "sets": results})
     return result
 

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from trainer.checkpoint import SEAL, find_damage, list_checkpoints, read_index, read_seal
 from trainer.compat.bank.matrices import Rows, open_arrays
 from trainer.errors import CenterBankError, CheckpointError
+from trainer.reading import open_regular
 
 Layout = Literal["auto", "rows", "columns"]
 
@@ -240,7 +241,8 @@ class _Window(io.RawIOBase):
     """Bytes [start, start + length) of a file as a file of its own."""
 
     def __init__(self, path: Path, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = path.open("rb"), start, length, 0
+        self._file = open_regular(path, CenterBankError)
+        self._start, self._length, self._at = start, length, 0
 
     def seekable(self) -> bool:
         return True
