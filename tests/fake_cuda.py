@@ -360,7 +360,7 @@ def configuration(case: dict[str, Any], folder: Path, world: int, chunk: int) ->
 
     from tests.runs import tree
     from trainer.compat.bank.center_bank import BankInfo, write_bank
-    from trainer.config import parse_config
+    from trainer.run.config import parse_config
 
     case = dict(case)
     base: dict[str, Any] = {
@@ -398,9 +398,9 @@ def configuration(case: dict[str, Any], folder: Path, world: int, chunk: int) ->
             "bank": ("bank", "bank"),
             "new_bank": ("new_bank", "new-bank"),
         }
+        base = {"run__device": "cpu", "data__batch_size": 12 * world, "train__precision": "float32"}
         base |= {"data__loader": "torch", "data__path": str(folder / "packed"), "data__workers": 0}
         base |= {**LCE, "compat__mode": "cross-model"}
-        base.pop("compat__bank")
         base |= {f"compat__{files[name][0]}": str(folder / files[name][1]) for name in cross}
     return parse_config(tree(folder / "run", **(base | case)), "fake-cuda")
 
@@ -429,7 +429,7 @@ def losses_and_log(config: Any, world: int, device: torch.device, updates: int) 
     LOG.on = False
     inputs = prepare(config, Ranks())
     ranks = Ranks(1 if world > 1 else 0, world, 0, device)
-    loader = build_loader(config, inputs.dataset, ranks, inputs.cross is None or inputs.cross.images)
+    loader = build_loader(config.data, config.seed, inputs.dataset, ranks, inputs.cross is None or inputs.cross.images)
     kind = TrainTask if inputs.cross is None else CrossModelTask
     engine = Engine(config, ranks, inputs, kind(config, inputs, ranks), loader)
     batches = engine.state.loader.batches()

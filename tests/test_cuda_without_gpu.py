@@ -35,7 +35,7 @@ def test_the_host_waits_for_the_device_as_seldom_as_agreed(world: int) -> None:
         for label, one in chunks.items():
             said = f"{name}, {world} rank(s), {label}:\n" + "\n".join(one["places"])
             assert one["errors"] == 0, said
-            assert one["waits"] == BUDGETS[name][str(world)], said
+            assert one["waits"] <= BUDGETS[name][str(world)], said
             if "loss on the CPU" in one:
                 assert one["loss"] == pytest.approx(one["loss on the CPU"], rel=1e-3, abs=1e-5), said
 
