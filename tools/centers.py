@@ -169,6 +169,13 @@ def _run_model(args: argparse.Namespace, ranks: Any) -> int:
         )
     if ranks.is_main:
         _report(args, bank, time.perf_counter() - started)
+        unused = int((dataset.sound_labels < 0).sum())
+        if args.embeddings is not None and unused:
+            print(
+                f"{args.embeddings}: one row per record; the {unused} records without a class (label −1, or damaged) "
+                "were not embedded and have rows of zeros",
+                file=sys.stderr,
+            )
     return 0
 
 
