@@ -15,7 +15,9 @@ Models are run folders, checkpoints, model folders or ONNX files; data sets are 
 folder of identity folders, with a label table behind an @ (unseen=data/packed@splits/unseen.npy). Give identities that
 no setting was chosen on. A set's answer is by rank-1 and by the TAR at the smallest of the FARs that its pairs can
 resolve: SAFE when one of them is better (its whole 95 % interval above zero) and the other better or level, with at
-least --min-identities; NOT SAFE when one is worse; else NOT ENOUGH DATA. Several ranks share the embedding:
+least --min-identities; NOT SAFE when one is worse; else NOT ENOUGH DATA. A set with identities
+that a model was trained on, found by itself or declared by --seen, is judged apart: it neither makes nor blocks the
+verdict. Several ranks share the embedding:
 
     torchrun --nproc-per-node 2 -m tools.cli evaluate …
 
@@ -66,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=DATASET",
         help="labelled sets: the verdict is theirs; with a label table of lce split: NAME=DATASET@LABELS.npy",
+    )
+    parser.add_argument(
+        "--seen",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="sets of --data whose identities were trained on: judged apart, no part of the verdict",
     )
     parser.add_argument(
         "--pairs",
@@ -189,6 +198,11 @@ class _Study:
         self.models = {role: load_model(path, ranks.device) for role, path in paths.items()}
         self.size = self.models["old"].card.image_size
         self.datasets = {name: open_named(text) for name, text in _named("--data", args.data).items()}
+        stray = next((name for name in args.seen if name not in self.datasets), None)
+        if stray is not None:
+            raise LceError(
+                f"--seen {stray}: no set of --data has this name; it has {', '.join(self.datasets) or 'none'}"
+            )
         self.pairs = {}
         for name, text in _named("--pairs", args.pairs).items():
             file, separator, folder = text.partition("@")
@@ -222,7 +236,9 @@ class _Study:
         cache = EmbeddingCache(None if place == "none" else Path(place) if place else default_cache())
         with _progress(self.ranks.is_main) as (counted, staged):
             sets = [
-                embed_set(name, self.models, dataset, cache, self.ranks, counted, self.args.flip)
+                embed_set(
+                    name, self.models, dataset, cache, self.ranks, counted, self.args.flip, name in self.args.seen
+                )
                 for name, dataset in self.datasets.items()
             ]
             more = {
@@ -236,7 +252,7 @@ class _Study:
         result["models"] = {role: _describe(model) for role, model in self.models.items()}
         given = {
             option: getattr(self.args, option)
-            for option in ("data", "pairs", "templates", "flip", "score_weights", "norm_weights")
+            for option in ("data", "seen", "pairs", "templates", "flip", "score_weights", "norm_weights")
         }
         result["settings"], result["provenance"] = given, provenance()
         return result

@@ -14,6 +14,7 @@ from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import FloatArray, IntArray, check_unit
 from trainer.evaluation.chain import carried, check_links
 from trainer.evaluation.compatibility import Spaces
+from trainer.evaluation.overlap import overlaps
 from trainer.evaluation.results import NamedSet
 from trainer.evaluation.templates import TemplateSet, pool
 from trainer.files import replaced
@@ -159,10 +160,13 @@ def embed_set(
     ranks: Ranks,
     progress: Progress | None = None,
     flip: bool = False,
+    declared_seen: bool = False,
 ) -> NamedSet:
-    """Embed the labelled records of a set under every model. Every rank must call it."""
+    """Embed the labelled records of a set under every model, and find which of its identities they were trained on.
+    Every rank must call it."""
     spaces = embed_spaces(name, models, dataset, dataset.kept, cache, ranks, progress, flip)
-    return NamedSet(name, spaces, np.asarray(dataset.labels[dataset.kept]), dataset.kept, dataset.class_names)
+    known = overlaps(dataset, models, declared_seen)
+    return NamedSet(name, spaces, np.asarray(dataset.labels[dataset.kept]), dataset.kept, dataset.class_names, known)
 
 
 def pool_spaces(

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trainer import __version__
 from trainer.config import BackboneConfig, TransformConfig
+from trainer.data.identities import IdentitiesCard
 from trainer.errors import ModelError
 from trainer.reading import parse_json, read_json
 from trainer.seals import sealed, unsealed
@@ -20,6 +21,7 @@ Direction = Literal["t21", "t12"]
 
 
 CARD_FILE = "model.json"
+IDENTITIES = "identities.npy"
 
 
 class TransformCard(BaseModel):
@@ -56,6 +58,7 @@ class ModelCard(BaseModel):
     step: int = Field(0, ge=0, description="updates that it was trained for")
     trained_on: str = ""
     classes: int = Field(0, ge=0, description="identities that it was trained on")
+    identities: IdentitiesCard | None = Field(None, description="which they were; None: not known")
     figures: dict[str, float] = Field(default_factory=dict, description="measured figures, by name")
     licence: str = ""
     notes: str = ""

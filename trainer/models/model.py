@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.data.identities import Identities
 from trainer.distributed import Ranks, agree, all_gather_rows
 from trainer.errors import LceError, ModelError
 from trainer.models.card import Color, Direction, ModelCard
@@ -27,11 +28,12 @@ class EmbeddingModel(ABC):
 
     Attributes:
         card: what is known of it. path: where it was loaded from. hash: of its weights and preprocessing, for caches
-        and checks.
+        and checks. identities: which it was trained on; None: not known.
     """
 
     def __init__(self, card: ModelCard, path: Path, content_hash: str) -> None:
         self.card, self.path, self.hash = card, path, content_hash
+        self.identities: Identities | None = None
 
     @property
     def dim(self) -> int:

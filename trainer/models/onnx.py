@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.data.identities import load_identities
 from trainer.errors import ModelError
-from trainer.models.card import Direction, ModelCard, read_card
+from trainer.models.card import IDENTITIES, Direction, ModelCard, read_card
 from trainer.models.model import EmbeddingModel
 from trainer.reading import regular
 from trainer.seals import warn_once
@@ -129,7 +130,9 @@ class OnnxModel(EmbeddingModel):
             raise ModelError(f"{path}: its input is {shape}, its model card says images of {card.image_size}")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        return OnnxModel(card, path, digest, session, kind)
+        model = OnnxModel(card, path, digest, session, kind)
+        model.identities = load_identities(card.identities, path.with_suffix(f".{IDENTITIES}"))
+        return model
 
     def embed(self, images: np.ndarray, color: Any = "RGB", flip: bool = False, unit: bool = True) -> np.ndarray:
         """As :meth:`EmbeddingModel.embed`; graphs take RGB always, whatever the network inside was trained on."""

@@ -27,6 +27,7 @@ from trainer.compat.methods.lce import (
 )
 from trainer.config import Config
 from trainer.data import Batch
+from trainer.data.identities import identities
 from trainer.distributed import Ranks, gather_batch, largest_share, on_main, scale_gradient
 from trainer.head.partition import class_range
 from trainer.models.card import Direction, ModelCard, TransformCard
@@ -123,7 +124,9 @@ class CrossModelTask:
             "figures": figures,
         }
         if cross.model is not None:
-            save_model(folder, cross.model.backbone, cross.model.card.model_copy(update=known), maps)
+            seen = identities(dataset)
+            both = None if seen is None else seen.and_of(cross.model.identities)
+            save_model(folder, cross.model.backbone, cross.model.card.model_copy(update=known), maps, both)
             return
         look = dataset.info
         card = ModelCard(
@@ -138,7 +141,7 @@ class CrossModelTask:
             notes=f"maps alone, from the embeddings {config.compat.new_embeddings}",
             **known,
         )
-        save_model(folder, None, card, maps)
+        save_model(folder, None, card, maps, identities(dataset))
 
     def _card(self, direction: Direction) -> TransformCard:
         sizes = (self.cross.dim_new, self.cross.dim_old)
