@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from trainer.distributed import end_with_parent
 from trainer.errors import ConfigError
 from trainer.run.watch import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ask_to_stop, ranks_left, ranks_lost
 
@@ -41,7 +42,12 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
         :func:`stopped_status`.
     """
     began, asked = time.time(), 0
-    child = subprocess.Popen(words, env=os.environ | dict(environment), start_new_session=True)
+    child = subprocess.Popen(
+        words,
+        env=os.environ | dict(environment),
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked

@@ -26,6 +26,7 @@ COMMANDS = (
     "check",
     "split",
     "launch",
+    "model",
     "centers",
     "evaluate",
     "export",

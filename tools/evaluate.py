@@ -27,6 +27,7 @@ Exit status: 0 done (1 with --fail-unsafe unless the verdict is SAFE), 2 wrong u
 import argparse
 import io
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.arguments import at_least_zero, whole_number
 from tools.evaluate_tables import print_tables
+from tools.foreign import add_reading_arguments, open_model
 from tools.output import write_json
 from trainer.errors import LceError
 
@@ -126,6 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", metavar="FOLDER", help="where embeddings are kept; none: nowhere (default: user's cache)"
     )
+    add_reading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -183,7 +186,6 @@ class _Study:
         from trainer.evaluation.results import Options
         from trainer.evaluation.templates import read_templates
         from trainer.evaluation.verdict import Rules
-        from trainer.models.open import load_model
 
         if not (args.data or args.pairs or args.templates):
             raise LceError("nothing to measure on: give --data NAME=DATASET, --pairs or --templates")
@@ -195,7 +197,7 @@ class _Study:
         if wrong is not None:
             raise LceError(f"--between {wrong}: this name is taken; give the model another, for example v2")
         paths = {"old": args.old, **between, "new": args.new} | ({"paragon": args.paragon} if args.paragon else {})
-        self.models = {role: load_model(path, ranks.device) for role, path in paths.items()}
+        self.models = {role: open_model(path, args, ranks.device, ranks.is_main) for role, path in paths.items()}
         self.size = self.models["old"].card.image_size
         self.datasets = {name: open_named(text) for name, text in _named("--data", args.data).items()}
         stray = next((name for name in args.seen if name not in self.datasets), None)
@@ -218,9 +220,16 @@ class _Study:
         """Refuse what cannot be compared. Raises :class:`LceError`."""
         from trainer.distributed import on_main
         from trainer.evaluation.arrays import class_index
-        from trainer.evaluation.embeddings import check_colours, check_models
+        from trainer.evaluation.chain import check_links
+        from trainer.evaluation.embeddings import check_colours
+        from trainer.models.model import check_distinct, resizing
 
-        check_models(self.models, self.datasets | {name: pairs.dataset for name, pairs in self.pairs.items()})
+        check_links(self.models)
+        sets = self.datasets | {name: pairs.dataset for name, pairs in self.pairs.items()}
+        for dataset, model in itertools.product(sets.values(), self.models.values()):
+            if self.ranks.is_main and resizing(model, dataset):
+                print(resizing(model, dataset), file=sys.stderr)
+            on_main(partial(check_distinct, model, dataset), self.ranks)
         for name, dataset in self.datasets.items():
             class_index(dataset.labels[dataset.kept], f"{name} ({dataset.path})")
         for name, dataset in {} if self.args.no_colour_check else self.datasets.items():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.arguments import whole_number
+from tools.foreign import add_reading_arguments, open_model
 from tools.output import write_json
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ HELP = "write a model as ONNX, torch.export program or folder, checked against t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce export``."""
-    parser.add_argument("model", type=Path, help="run folder or model folder")
+    parser.add_argument("model", type=Path, help="run folder, model folder or torch weights")
     parser.add_argument("out", type=Path, help="NAME.onnx, NAME.pt2 or a folder")
     parser.add_argument("--dataset", type=Path, required=True, help="real images for the check")
     parser.add_argument("--images", type=whole_number(1), default=64, help="how many of them")
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     card.add_argument("--compatible-with", help="the old model, in the users' words")
     card.add_argument("--figures", type=Path, help="what lce evaluate --json wrote, or any JSON of numbers")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
+    add_reading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,9 +63,8 @@ def run(args: argparse.Namespace) -> int:
     from trainer.errors import ModelError
     from trainer.models.graph import pick_images
     from trainer.models.model import TorchModel
-    from trainer.models.open import load_model
 
-    model = load_model(args.model)
+    model = open_model(args.model, args)
     if not isinstance(model, TorchModel):
         raise ModelError(f"{args.model}: is an ONNX file already; export from the run or the model folder")
     parity = _write(args, model, pick_images(model.card, open_dataset(args.dataset), args.images))
@@ -147,8 +148,7 @@ def _figures(tree: dict[str, Any]) -> dict[str, float]:
 
 def _old_model(args: argparse.Namespace) -> Any:
     from trainer.errors import ModelError
-    from trainer.models.open import load_model
 
     if args.old is None:
         raise ModelError("--only t12 is compared on old embeddings: give the old model with --old")
-    return load_model(args.old)
+    return open_model(args.old, args)

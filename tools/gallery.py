@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.foreign import add_reading_arguments, open_model
 from tools.output import write_json
 from trainer.errors import LceError
 
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
     parser.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
+    add_reading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,11 +94,10 @@ def _converter(args: argparse.Namespace, dim_in: int) -> "Converter":
     from trainer.data import open_dataset
     from trainer.distributed import choose_device
     from trainer.gallery.convert import Forward, Reencode
-    from trainer.models.open import load_model
 
     if args.model is None:
         raise LceError(f"gallery {args.action}: give the new model with --model")
-    model = load_model(args.model, choose_device(args.device, 0))
+    model = open_model(args.model, args, choose_device(args.device, 0))
     return Reencode(model, open_dataset(args.images), dim_in) if args.images else Forward(model)
 
 

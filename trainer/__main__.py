@@ -17,7 +17,7 @@ if __name__ == "__main__":  # until the loop watches for signals there is nothin
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from trainer.config import Config, load_config
-from trainer.distributed import process_group
+from trainer.distributed import end_with_parent, launched_by, process_group
 from trainer.errors import LceError
 from trainer.run.watch import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, EXIT_PEER, EXIT_TERMINATED, EXIT_USAGE, is_echo
 
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter(
         "ignore", FutureWarning
     )  # torch renames collectives; the oldest supported version has the old names
+    if launched_by():
+        end_with_parent()
     try:
         config = load_config(args.config, args.overrides)
         return _run(config)

@@ -34,7 +34,11 @@ class RunConfig(Section):
     dir: Path = Field(description="run folder: config.yaml, logs, checkpoints and the final model are written here")
     seed: int = Field(0, ge=0, description="seeds initialisation, data order, augmentation and negative sampling")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA when there is one")
-    threads: int = Field(0, ge=0, description="intra-op threads per rank; 0: the machine's cores / ranks on this node")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="intra-op threads per rank; 0: OMP_NUM_THREADS, else the cores / all ranks on this machine",
+    )
     timeout_seconds: float = Field(600.0, gt=0, description="a collective that takes longer ends the run")
     deterministic: bool = Field(
         False, description="cuda: only algorithms that repeat to the last bit, slower; a CPU's always do"

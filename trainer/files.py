@@ -5,8 +5,10 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 import socket
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from trainer.errors import LceError
 
@@ -186,3 +189,51 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     mode = path.stat().st_mode
     save_file(dict(tensors), path)
     path.chmod(mode)
+
+
+class _Inert:
+    """Stands for an object of a class that a file names beside its tensors (a trainer's settings, a callback): nothing
+    of that class is imported or run, and the object is empty."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def load_torch(path: Path, error_type: type[LceError]) -> Any:
+    """What ``torch.save`` wrote, on the CPU, mapped where the format allows; read with ``weights_only=True``: tensors
+    and plain containers.
+
+    Objects of other classes beside them become empty stand-ins, so that the checkpoints of other trainers can be read
+    without running anything of what they name.
+
+    Raises:
+        LceError: of ``error_type``: missing, or nothing that can be read so.
+    """
+    try:
+        others = get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        others = []  # no zip archive: files of torch < 1.6
+    stand_ins = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in others]
+    try:
+        with safe_globals(stand_ins), warnings.catch_warnings():  # type: ignore[arg-type]
+            warnings.simplefilter("ignore")  # of TorchScript archives, which are refused next
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # not a zip archive, which cannot be mapped
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise error_type(
+            f"{path}: refused: it is no file of plain tensors ({_reason(error)}); nothing of it was executed. "
+            "Save the weights alone (a state dict, or .safetensors) and try again"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what is the matter."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    wanted = [line for line in lines if re.search(r"GLOBAL|global|TorchScript|Unsupported|blocked", line)]
+    return (wanted or lines or [type(error).__name__])[0][:200]

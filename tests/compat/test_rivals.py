@@ -27,6 +27,7 @@ from trainer.head.partial_fc import PartialFC
 from trainer.head.sampling import draw_negatives
 from trainer.models.card import ModelCard
 from trainer.models.folder import save_model
+from trainer.models.model import resized
 from trainer.models.open import load_model
 from trainer.run.engine import train
 from trainer.run.startup import prepare
@@ -286,7 +287,7 @@ def test_the_old_model_run_along(tmp_path: Path) -> None:
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - torch.tensor(look.mean).view(3, 1, 1)) / (
         torch.tensor(look.std).view(3, 1, 1)
     )
-    source = ModelEmbeddings(tmp_path / "old", look, (8, 8), torch.device("cpu"))
+    source = ModelEmbeddings(tmp_path / "old", look, torch.device("cpu"))
     labels = torch.zeros(4, dtype=torch.int64)
     found = torch.nn.functional.normalize(source.of(Batch(images, labels, labels)))
     np.testing.assert_allclose(found.numpy(), load_model(tmp_path / "old").embed(pixels, "RGB"), atol=1e-5)
@@ -294,8 +295,10 @@ def test_the_old_model_run_along(tmp_path: Path) -> None:
     settings = {"compat__method": "l2", "compat__old_model": str(tmp_path / "old"), "train__steps": 2}
     run_ranks(train_rank, 2, tmp_path / "run", settings)
     assert load_model(tmp_path / "run").card.compatible_with_hash == source.fingerprint
-    with pytest.raises(ConfigError, match=r"takes images of \(8, 8\)"):
-        train(config(tmp_path / "b", **settings, data__synthetic_size=16), Ranks())
+    larger = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    found = torch.nn.functional.normalize(source.of(Batch(larger, labels, labels)))
+    stored = resized(pixels.repeat(2, 1).repeat(2, 2), (8, 8))
+    np.testing.assert_allclose(found.numpy(), load_model(tmp_path / "old").embed(stored, "RGB"), atol=0.02)
 
 
 @pytest.mark.parametrize(

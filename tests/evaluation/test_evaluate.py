@@ -309,8 +309,6 @@ def test_wrong_use_is_one_line_and_status_2(place, capsys):
     assert "is a folder" in refused("--json", str(place))
     assert "log.jsonl" in refused("--runs", str(place / "old"), "--report", str(place / "r.html"))
     assert "expected NAME=PATH" in refused("--data", "unseen")
-    pictures(place / "large", 2, 2, seed=3, size=40)
-    assert "40 × 40" in refused(data=("large",))
     pictures(place / "one", 1, 4, seed=3)
     assert "one identity" in refused(data=("one",))
     pictures(place / "single", 4, 1, seed=3)

@@ -1,5 +1,7 @@
 """The fused head equals the reference, and W ranks equal one, after several steps including momentum."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,8 @@ from tests.head.cases import Case, largest_difference, run_head
 from tests.ranks import run_ranks
 from trainer.config import HeadConfig, MarginConfig, RowOptimizerConfig
 from trainer.distributed import Ranks
+from trainer.head.partial_fc import PartialFC
+from trainer.head.sampling import draw_negatives
 
 TIGHT = 1e-9  # float64, after several steps; the scale 16 multiplies rounding errors in every exponent
 
@@ -80,9 +84,50 @@ def test_more_ranks_than_some_have_rows() -> None:
     assert largest_difference(run_ranks(run_head, 4, head, case), single(head, case)) < TIGHT
 
 
-def test_negative_control_another_seed_differs() -> None:
-    head = config(sample_rate=0.3)
-    assert largest_difference(single(head, Case()), single(head, Case(seed=4))) > 1e-3
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_negative_control_another_draw_of_the_same_rows_differs(impl: str) -> None:
+    """Where all rows take part the seed of the draw changes nothing; where some are drawn, seed and step do."""
+    x = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    y = torch.tensor([0, 3, 3, 29, 11, 7])
+
+    def loss(rate: float, seed: int, step: int) -> float:
+        head = PartialFC(config(impl, sample_rate=rate), 103, 8, Ranks(), seed=seed)
+        head.rows.copy_(PartialFC(config(impl), 103, 8, Ranks(), seed=0).rows)
+        return head(x, y, step).loss.item()
+
+    assert loss(1.0, 3, 0) == loss(1.0, 4, 5)
+    first = loss(0.3, 3, 0)
+    assert first == loss(0.3, 3, 0)
+    assert abs(first - loss(0.3, 4, 0)) > 1e-3
+    assert abs(first - loss(0.3, 3, 1)) > 1e-3
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("correction", [False, True])
+def test_sampling_correction_by_the_dense_formula(impl: str, correction: bool) -> None:
+    """log C/S is added to the logits of the classes that only the draw brought in, and to no other."""
+    changes = {"sample_rate": 0.25, "sampling_correction": correction}
+    head = PartialFC(config(impl, **changes), 40, 8, Ranks(), seed=1)
+    x = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    y = torch.tensor([0, 3, 3, 29, 11, 7])
+    step = 5
+    drawn = torch.zeros(40, dtype=torch.bool)
+    drawn[draw_negatives(1, step, 40, 0.25, 0, 40)] = True
+    own = torch.zeros(40, dtype=torch.bool)
+    own[y] = True
+    assert (drawn & own).any()
+    weight = torch.where(drawn | own, 0.0, -torch.inf).double()
+    if correction:
+        weight[drawn & ~own] = math.log(40 / 10)
+    z = x.detach().clone().requires_grad_()
+    cosine = torch.nn.functional.normalize(z) @ torch.nn.functional.normalize(head.rows.clone()).T
+    logits = 16 * (cosine - 0.3 * torch.nn.functional.one_hot(y, 40).double()) + weight
+    truth = torch.nn.functional.cross_entropy(logits, y)
+    truth.backward()
+    loss = head(x, y, step).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(truth.item(), abs=1e-10)
+    torch.testing.assert_close(x.grad, z.grad, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -75,6 +75,25 @@ def test_slopes_by_finite_differences(name: str) -> None:
         np.testing.assert_allclose(target.norm_slope, slope, rtol=1e-5, atol=1e-7)
 
 
+def test_adaface_stops_at_the_ends_of_the_half_circle() -> None:
+    """θ − m·ẑ is clipped to [0, π] (eq. 9): there the value stands still and no gradient flows."""
+    margin = build_margin(MarginConfig(name="adaface", **SETTINGS))
+    margin.state()["margin_norm_deviation"].fill_(1.0)  # ẑ is 1 for a norm of 60, −1 for one of 2
+    cosine = torch.tensor([0.999, 0.95, 0.85, -0.5, -0.999, -0.95, -0.85, 0.5], dtype=torch.float64)
+    norm = torch.tensor([60.0] * 4 + [2.0] * 4, dtype=torch.float64)
+    clipped = torch.tensor([True, True, False, False] * 2)
+
+    def psi(t: torch.Tensor) -> torch.Tensor:
+        return margin.target(t, norm, training=False).psi
+
+    target = margin.target(cosine, norm, training=False)
+    truth = [expected("adaface", t, a, 20.0, 1.0) for t, a in zip(cosine.tolist(), norm.tolist(), strict=True)]
+    np.testing.assert_allclose(target.psi.numpy(), truth, rtol=1e-12, atol=1e-12)
+    assert torch.equal(target.slope == 0, clipped)
+    slope = (psi(cosine + 1e-6) - psi(cosine - 1e-6)) / 2e-6
+    np.testing.assert_allclose(target.slope, slope, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["arcface", "combined", "magface"])
 def test_monotone_and_continuous_past_pi(name: str) -> None:
     margin = build_margin(MarginConfig(name=name, **SETTINGS))

@@ -316,13 +316,14 @@ class Lab:
         """A seed's set under the models that ``names`` gives for each role."""
         from trainer.data import open_dataset
         from trainer.distributed import Ranks
-        from trainer.evaluation.embeddings import EmbeddingCache, check_models, embed_set
+        from trainer.evaluation.chain import check_links
+        from trainer.evaluation.embeddings import EmbeddingCache, embed_set
         from trainer.models.open import load_model
 
         folder = self.folder(seed)
         models = {role: load_model(folder / name) for role, name in names.items()}
         dataset = open_dataset(self.dataset(seed, part))
-        check_models(models, {part: dataset})
+        check_links(models)
         return embed_set(part, models, dataset, EmbeddingCache(folder / "embeddings"), Ranks())
 
     def centre_queries(self, seed: int, part: str, old: str) -> dict[str, float]:

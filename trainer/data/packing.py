@@ -5,11 +5,13 @@ part is complete when its note in ``.pack/`` exists; a second run writes only wh
 appears when nothing is. After that, a run writes the parts again whose files are missing or of another length.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -36,8 +38,10 @@ from trainer.data.index import (
 from trainer.data.listing import Listing
 from trainer.data.pixels import decode_image, image_problem, is_deep_png, upright_size
 from trainer.data.processes import worker_context
+from trainer.distributed import end_with_parent
 from trainer.errors import ConfigError, DataError
 from trainer.files import checksum, write_array, write_text
+from trainer.owner import owned
 from trainer.reading import open_regular, read_json
 from trainer.seals import find_change
 
@@ -138,11 +142,27 @@ def pack(
         progress: called with (images done, images to do).
 
     Raises:
-        DataError: the folder holds something else, cannot be written, or an image is damaged (nothing of its part
-            stays).
+        DataError: another process packs into the folder (it is named), the folder holds something else, cannot be
+            written, or an image is damaged (nothing of its part stays).
     """
+    parts, (part, jobs) = _plan(listing, out, options), job
+    partners = f"{parts[0].plan} in {jobs} parts" if jobs > 1 else ""
+    with owned(out, DataError, lock=out / ".owner", partners=partners), contextlib.ExitStack() as own:
+        if jobs > 1:
+            own.enter_context(owned(out, DataError, lock=out / f".owner-{part + 1}-of-{jobs}"))
+        return _pack(listing, out, options, parts, processes, job, progress)
+
+
+def _pack(
+    listing: Listing,
+    out: Path,
+    options: PackOptions,
+    parts: list[_Part],
+    processes: int,
+    job: tuple[int, int],
+    progress: Callable[[int, int], None],
+) -> PackResult:
     began = time.monotonic()
-    parts = _plan(listing, out, options)
     _claim(out, parts[0].plan, listing, options)
     if (out / DESCRIPTION).exists():
         written, complete = _mend(out, parts, listing, job, processes, progress)
@@ -280,6 +300,7 @@ _done: Any = None  # the shared counter of images, in the worker processes
 def _start_worker(counter: Any) -> None:
     global _done
     _done = counter
+    end_with_parent(signal.SIGKILL)
 
 
 def _write_parts(parts: list[_Part], processes: int, progress: Callable[[int, int], None]) -> None:

@@ -12,14 +12,14 @@ from trainer.data.index import Dataset
 from trainer.distributed import Ranks, on_main
 from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import FloatArray, IntArray, check_unit
-from trainer.evaluation.chain import carried, check_links
+from trainer.evaluation.chain import carried
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.overlap import overlaps
 from trainer.evaluation.results import NamedSet
 from trainer.evaluation.templates import TemplateSet, pool
 from trainer.files import replaced
 from trainer.models.card import Color
-from trainer.models.model import EmbeddingModel, embed_dataset
+from trainer.models.model import EmbeddingModel, embed_dataset, resized
 from trainer.reading import open_regular, parse_json, read_text
 
 Progress = Callable[[str, int, int], None]
@@ -89,27 +89,6 @@ def _crc(embeddings: FloatArray) -> bytes:
 def default_cache() -> Path:
     """``lce-trainer/embeddings`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lce-trainer" / "embeddings"
-
-
-def check_models(models: Mapping[str, EmbeddingModel], datasets: Mapping[str, Dataset]) -> None:
-    """Refuse, before anything is embedded, models that cannot be compared or cannot read the images.
-
-    Raises:
-        ModelError: models of other dimensions without a transformation, or with one for other dimensions.
-        DataError: images of another size.
-    """
-    check_links(models)
-    for name, dataset in datasets.items():
-        for role, model in models.items():
-            if tuple(model.card.image_size) != tuple(dataset.info.image_size):
-                raise DataError(
-                    f"{name} ({dataset.path}): images of {_size(dataset.info.image_size)}, the {role} model "
-                    f"{model.path} takes {_size(model.card.image_size)}; pack the set in that size"
-                )
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]} × {size[1]}"
 
 
 def embed_spaces(
@@ -214,7 +193,8 @@ def check_colours(name: str, models: Mapping[str, EmbeddingModel], dataset: Data
         return
     swapped: dict[Color, Color] = {"RGB": "BGR", "BGR": "RGB"}
     for role, model in models.items():
-        given, other = (_told_apart(model.embed(images, c)) for c in (dataset.info.color, swapped[dataset.info.color]))
+        fitted = resized(images, model.card.image_size)
+        given, other = (_told_apart(model.embed(fitted, c)) for c in (dataset.info.color, swapped[dataset.info.color]))
         gain = other - given
         if gain.mean() > max(0.03, 4 * float(gain.std(ddof=1)) / len(gain) ** 0.5):
             raise DataError(

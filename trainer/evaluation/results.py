@@ -107,7 +107,7 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
         notify(f"{one.name}: backfill")
         results[one.name]["backfill"] = backfill(one, far, options)
     trained_on = {one.name: one.known for one in sets if one.known is not None}
-    verdict = decide(judged, points, shares, unknown_words(trained_on))
+    verdict = decide(judged, points, shares, options.rules.level, unknown_words(trained_on))
     result: Result = plain({"verdict": verdict, "options": options, "sets": results, "trained_on": trained_on})
     return result
 

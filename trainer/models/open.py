@@ -13,25 +13,38 @@ from torch import nn
 from trainer.data.identities import identities_of_run, load_identities
 from trainer.errors import ConfigError, ModelError
 from trainer.models.card import CARD_FILE, IDENTITIES, Direction, Files, ModelCard, read_folder_card
+from trainer.models.description import Reading, is_description, with_description
+from trainer.models.foreign_weights import open_weights
 from trainer.models.model import EmbeddingModel, NoNetwork, TorchModel
 from trainer.networks import build_backbone
 from trainer.networks.scale import fit_scale
 from trainer.networks.transform import build_transform
+from trainer.networks.weights import SUFFIXES
 from trainer.reading import open_regular, regular
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> EmbeddingModel:
-    """Open a model folder, a run folder (its ``model/``, else its newest checkpoint), a checkpoint or an ONNX file.
+def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Reading | None = None) -> EmbeddingModel:
+    """Open a model folder, a run folder (its ``model/``, else its newest checkpoint), a checkpoint, an ONNX file, torch
+    weights without a card (:mod:`trainer.models.foreign_weights`), or the description of a foreign model
+    (``NAME.model.json``).
+
+    Args:
+        reading: what is stated of a foreign model (one without a card of ours); it counts before what its description
+            states. Models with a card are read as the card says.
 
     Raises:
         ModelError: nothing there, an unfinished run, damaged files, weights that do not fit the card, or an ONNX graph
             that does not map a batch of images to one embedding each.
     """
     path = Path(path)
+    if is_description(path) or path.is_file() or path.suffix == ".onnx":
+        path, reading = with_description(path, reading or Reading())
     if path.suffix == ".onnx":
         from trainer.models.onnx import OnnxModel  # onnxruntime takes a second to import
 
-        return OnnxModel.open(path)
+        return OnnxModel.open(path, device, reading)
+    if path.suffix in SUFFIXES and not path.is_dir():
+        return open_weights(path, device, reading or Reading())
     folder = path if (path / CARD_FILE).is_file() else path / "model"
     if not (folder / CARD_FILE).is_file():
         from trainer.models.checkpointed import is_checkpointed, open_checkpoint
@@ -40,7 +53,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
             return open_checkpoint(path, device)
         reason = "the run has no checkpoint yet" if (path / "checkpoints").is_dir() else f"no {CARD_FILE} in it"
         raise ModelError(
-            f"{path}: no model ({reason}); give a model folder, a run folder, a checkpoint or an .onnx file"
+            f"{path}: no model ({reason}); give a model folder, a run folder, a checkpoint, "
+            "an .onnx file or torch weights"
         )
     card, files = read_folder_card(folder)
     if card.backbone is None and not card.transforms:

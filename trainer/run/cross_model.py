@@ -64,7 +64,7 @@ class CrossModelTask:
         both: dict[Direction, nn.Module | None] = {"t21": self.compat.t21, "t12": self.compat.t12}
         return {direction: module for direction, module in both.items() if module is not None}
 
-    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
+    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
         """See :class:`trainer.run.task.Task`."""
         del step, last
         parts = [source.of(batch).to(self._dtype) for source in (self.cross.new, self.cross.old) if source is not None]
@@ -80,7 +80,7 @@ class CrossModelTask:
             loss, report = image_pairs_loss(self.compat, x, e, known, pairs)
         finite = torch.isfinite(loss.detach())
         if loss.requires_grad:
-            scale_gradient(loss, factor).backward()
+            scale_gradient(loss, factor * weight).backward()
         return StepOutput({"loss": loss.detach(), **report}, finite)
 
     def _pairs(self, labels: Tensor) -> Pairs | None:

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -31,7 +31,7 @@ from trainer.models.model import embed_batches
 from trainer.randomness import step_seed
 from trainer.run.arcface_start import backbone_momentum
 from trainer.run.cross_model import CrossModelTask
-from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, read_summary
+from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, owned_run, read_summary
 from trainer.run.monitor import Monitor
 from trainer.run.optim import Average, LossScale, Statistics, learning_rate
 from trainer.run.startup import identity, prepare, together
@@ -55,6 +55,17 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose name begins with ``prefix``, named by what follows it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def weighted_mean(reports: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The mean of each figure over the batches that have it, by the batches' weights."""
+    if len(reports) == 1:
+        return reports[0]
+    out = dict[str, Tensor]()
+    for name in dict.fromkeys(name for report in reports for name in report):
+        given = [(report[name], weight) for report, weight in zip(reports, weights, strict=True) if name in report]
+        out[name] = torch.stack([value * weight for value, weight in given]).sum() / sum(weight for _, weight in given)
+    return out
 
 
 class RunState:
@@ -148,7 +159,10 @@ class Engine:
         self.statistics.remember()
         state.updater.zero_grad()
         finite = torch.ones((), dtype=torch.bool, device=self.ranks.device)
-        for part in range(count):
+        sizes = state.loader.sizes(count)
+        weights = [count * size / sum(sizes) for size in sizes]
+        reports: list[dict[str, Tensor]] = []
+        for part, weight in enumerate(weights):
             watch.at(state.step, "data")
             with monitor.waiting_for_data():
                 batch = next(batches)
@@ -159,8 +173,9 @@ class Engine:
             watch.at(state.step, "forward")
             number = state.step * count + part
             seed_step(self.config.run.seed, number, self.ranks.rank)
-            out = self.task.compute(batch, number, part == count - 1, state.scale.value / count)
+            out = self.task.compute(batch, number, part == count - 1, state.scale.value / count, weight)
             finite = finite & out.finite
+            reports.append(out.report)
         watch.at(state.step, "update")
         norm = state.updater.gradient_norm()
         finite = finite & norm.isfinite()
@@ -170,7 +185,7 @@ class Engine:
         scale = state.scale.value.clone()
         state.scale.update(finite)
         state.step += 1
-        values: dict[str, float | Tensor] = {"epoch": state.step / self.epoch_steps, **out.report}
+        values: dict[str, float | Tensor] = {"epoch": state.step / self.epoch_steps, **weighted_mean(reports, weights)}
         values |= {"lr": lr, "grad_norm": norm / scale}
         return values if state.scale.fixed else {**values, "loss_scale": scale}
 
@@ -327,6 +342,11 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
     """
     began = time.perf_counter()
     inputs = prepare(config, ranks)
+    with owned_run(config.run.dir, ranks):
+        return _start(config, ranks, inputs, began)
+
+
+def _start(config: Config, ranks: Ranks, inputs: Inputs, began: float) -> RunSummary:
     evaluation = together(lambda: open_periodic(config.evaluate, inputs.image_size, ranks))
     images = inputs.cross is None or inputs.cross.images
     loader = together(lambda: build_loader(config, inputs.dataset, ranks, images))

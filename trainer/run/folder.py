@@ -1,5 +1,7 @@
 """The run folder: its configuration, what changed since the last start, and the summary that marks it as finished."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -7,8 +9,10 @@ from typing import Any, Literal
 import yaml
 
 from trainer.config import Config, dump_config
+from trainer.distributed import Ranks, launched_by, on_main
 from trainer.errors import ConfigError
 from trainer.files import write_text
+from trainer.owner import owned
 from trainer.reading import read_json, read_yaml
 from trainer.seals import unsealed
 
@@ -39,6 +43,22 @@ class RunSummary:
     seconds: float
     last: dict[str, Any]
     bad_records: int = 0
+
+
+@contextmanager
+def owned_run(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """One run owns its folder: rank 0 holds the lock, and all ranks raise what it meets.
+
+    Raises:
+        ConfigError: another run owns it; its process is named.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(owned(folder, ConfigError, lock=folder / ".owner", launcher=launched_by()))
+
+        on_main(enter, ranks)
+        yield
 
 
 def open_folder(config: Config) -> list[str]:

@@ -5,7 +5,7 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from trainer.data import Dataset, DatasetInfo, open_dataset
 from trainer.distributed import Ranks, agree, gather_objects, on_main
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
 from trainer.files import why_unwritable
+from trainer.models.model import introduce
 from trainer.networks import build_backbone
 from trainer.networks.scale import usual_norm
 from trainer.networks.weights import matching_weights
@@ -77,13 +78,15 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
         )
     if config.compat.mode == "cross-model":
         cross = open_cross(config, dataset, ranks.device)
+        _introduce((cross.new, cross.old), dataset, ranks)
         if ranks.is_main:
             check_writable(config.run.dir)
         return Inputs(dataset, classes, size, None, None, cross)
     bank = (
         None if config.compat.method == "none" or config.compat.bank is None else _open_bank(config, classes, dataset)
     )
-    old = _open_old(config, dataset, size, ranks)
+    old = _open_old(config, dataset, ranks)
+    _introduce((old,), dataset, ranks)
     if config.compat.method not in ("none", "lce"):
         _check_rival(config, bank, old)
     with torch.device("meta"):
@@ -118,16 +121,23 @@ def _open_bank(config: Config, classes: int, dataset: Dataset | None) -> CenterB
     return bank
 
 
-def _open_old(config: Config, dataset: Dataset | None, size: tuple[int, int], ranks: Ranks) -> OldEmbeddings | None:
+def _open_old(config: Config, dataset: Dataset | None, ranks: Ranks) -> OldEmbeddings | None:
     compat = config.compat
     if compat.method in ("none", "lce", "bct"):
         return None
     if compat.old_model is not None:
         look = dataset.info if dataset is not None else DatasetInfo()
-        return ModelEmbeddings(compat.old_model, look, size, ranks.device)
+        return ModelEmbeddings(compat.old_model, look, ranks.device)
     assert compat.old_embeddings is not None
     records = config.data.synthetic_records if dataset is None else len(dataset)
     return StoredEmbeddings(compat.old_embeddings, records, dataset=dataset)
+
+
+def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, ranks: Ranks) -> None:
+    """Say once how foreign models that run along are read, and refuse one that is fed wrongly."""
+    for source in sources:
+        if isinstance(source, ModelEmbeddings):
+            introduce(source.old, dataset, ranks.is_main)
 
 
 def _check_rival(config: Config, bank: CenterBank | None, old: OldEmbeddings | None) -> None:

@@ -58,14 +58,15 @@ class Task(Protocol):
     def modules(self) -> dict[str, nn.Module]:
         """The modules that the optimizer updates, by name; parameters may be sharded."""
 
-    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
-        """Forward and backward of one batch; parameter gradients are added up.
+    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
+        """Forward and backward of one batch; all gradients are added up.
 
         Args:
             batch: this rank's slice; images (b, 3, H, W), b may be 0.
             step: number of the batch, from which random draws are seeded.
             last: whether this is the last batch of the update (earlier ones need not reduce gradients over ranks).
             factor: float32 scalar on the modules' gradients: the loss scale, divided by the batches per update.
+            weight: on all gradients of this batch: its samples, relative to the mean of the update's batches.
         """
 
     def set_lr(self, lr: float) -> None:
@@ -173,7 +174,7 @@ class TrainTask:
     def _transforms(self) -> dict[Direction, nn.Module]:
         return {} if self.method is None else self.method.transforms()
 
-    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
+    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
         """See :class:`Task`."""
         images = batch.images.to(self._dtype)
         if self.config.train.channels_last:
@@ -186,7 +187,7 @@ class TrainTask:
                 embeddings = self.method.prepare(embeddings, batch, step)
             with self.head.deferred() if self._deferred else nullcontext():
                 out = self.head(embeddings, batch.labels, step, self._companion(factor, step))
-            out.loss.backward()
+            out.loss.backward(torch.full_like(out.loss, weight))
         report = {"loss": out.loss.detach(), **out.report}
         if "alignment" in report:  # in the paper's unit too: mean_d (u − v)² = (2 − 2 cos) / D on unit vectors
             report["alignment_mse"] = report["alignment"] * (2 / self.config.backbone.dim)

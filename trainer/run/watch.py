@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, launched_by
 from trainer.errors import LceError
 from trainer.reading import read_json
 
@@ -37,6 +37,7 @@ BEAT_SECONDS = 2.0
 GRACE_SECONDS = 8.0  # after Ctrl-C: a rank whose step takes longer (and thrice as long as any before) is ended
 AGAIN_SECONDS = 3.0  # a signal so long after a Ctrl-C is a second one, and not the first that the launcher sends on
 STUCK_SECONDS = 10.0  # in one phase: look whether another rank has failed
+ORPHAN_SECONDS = 60.0  # after the launcher's death
 SILENT_SECONDS = 15.0  # without a word while we are told to stop: that rank is gone
 _UPDATE = ("data", "forward", "update")
 _STOP, _FAILED = "stop", "failed"
@@ -134,8 +135,9 @@ class Vote:
 class Watch:
     """Keeps an eye on this rank and, when something fails, on the others.
 
-    Use as a context manager around the loop, on the main thread. While it is open, SIGINT and SIGTERM only set
-    :attr:`stop_signal`; a second Ctrl-C (which torchrun turns into SIGTERM) ends the process at once.
+    Use as a context manager around the loop, on the main thread. While it is open, SIGINT, SIGTERM and SIGHUP (as
+    SIGTERM) only set :attr:`stop_signal`; a second Ctrl-C (which torchrun turns into SIGTERM) ends the process at once.
+    The death of the launcher counts as a SIGTERM.
 
     Args:
         folder: ``<run>/ranks``.
@@ -156,13 +158,15 @@ class Watch:
         self._echo = False
         self._handlers: dict[int, Any] = {}
         self._end = threading.Event()
+        self._launcher, self._orphaned = launched_by(), 0.0
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._handlers[number] = signal.signal(number, self._on_signal)
         self._thread.start()
         return self
 
@@ -191,13 +195,14 @@ class Watch:
             self._stopped_at = time.time()
         elif signal.SIGINT in (number, self.stop_signal) and time.time() - self._stopped_at > AGAIN_SECONDS:
             self._twice = True
-        self.stop_signal = max(self.stop_signal, number)
+        self.stop_signal = max(self.stop_signal, signal.SIGTERM if number == signal.SIGHUP else number)
 
     def _run(self) -> None:
         while not self._end.wait(BEAT_SECONDS if not self.stop_signal else 0.25):
             self._write()
             if not self.stop_signal:
                 self._look_for_request()
+            self._look_for_launcher()
             now = time.time()
             if now - self._since > self.timeout_seconds:
                 self._leave(f"no progress for {now - self._since:.0f} s", EXIT_PEER, hanging=True)
@@ -209,6 +214,17 @@ class Watch:
             late = self.stop_signal == signal.SIGINT and now - self._stopped_at > grace
             if late and self._phase not in ("evaluate", "save"):
                 self._leave(f"interrupted; the step did not end within {grace:.0f} s", EXIT_INTERRUPTED)
+
+    def _look_for_launcher(self) -> None:
+        """Stop when the launcher has died; who does not come to the next step within a minute ends."""
+        if not self._launcher or os.getppid() == self._launcher:
+            return
+        if not self._orphaned:
+            self._orphaned = time.monotonic()
+            if not self.stop_signal:
+                self._on_signal(signal.SIGTERM, None)
+        elif time.monotonic() - self._orphaned > ORPHAN_SECONDS and self._phase not in ("evaluate", "save"):
+            self._leave("its launcher has died", EXIT_TERMINATED)
 
     def _look_for_request(self) -> None:
         try:

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from trainer import files
 from trainer.data.store import load_array
 from trainer.errors import CenterBankError, DataError
 from trainer.reading import regular
@@ -131,19 +132,8 @@ def open_arrays(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_torch(path: Path) -> Any:
-    """``torch.load`` with ``weights_only=True`` and memory mapping. Raises :class:`CenterBankError` for anything it
-    refuses."""
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CenterBankError(
-            f"{path}: refused: it is no file of plain tensors ({reason}); nothing of it was executed. "
-            "Save the weights alone (a state dict, or .safetensors) and try again"
-        ) from None
+    """See :func:`trainer.files.load_torch`. Raises :class:`CenterBankError`."""
+    return files.load_torch(path, CenterBankError)
 
 
 def read_labels(path: str | Path, what: str = "labels") -> np.ndarray:

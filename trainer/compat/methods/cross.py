@@ -94,7 +94,7 @@ def _embeddings(
     if stored is not None:
         return StoredEmbeddings(stored, len(dataset), f"compat.{which}_embeddings", dataset)
     if model is not None:
-        return ModelEmbeddings(model, dataset.info, dataset.info.image_size, device, f"compat.{which}_model")
+        return ModelEmbeddings(model, dataset.info, device)
     return None
 
 
