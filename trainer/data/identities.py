@@ -110,7 +110,7 @@ def identities_of_run(folder: Path) -> Identities | None:
         return None
 
 
-def identities_of(path: Path | None, labels: Path | None, weights: object) -> Identities | None:
+def identities_of(path: str | Path | None, labels: str | Path | None, weights: object) -> Identities | None:
     """Those of a training by its settings, where the data set is still there."""
     try:
         found = None if path is None else identities(open_dataset(path, labels))

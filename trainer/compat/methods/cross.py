@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from trainer.compat.bank.center_bank import CenterBank
+from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
-from trainer.config import Config
 from trainer.data import Dataset
 from trainer.errors import CenterBankError, ConfigError
 from trainer.models.model import TorchModel
@@ -46,20 +46,14 @@ class CrossInputs:
         return "; ".join("none" if part is None else part.fingerprint for part in parts)
 
 
-def open_cross(config: Config, dataset: Dataset | None, device: torch.device) -> CrossInputs:
+def open_cross(compat: LceCrossConfig, dataset: Dataset | None, device: torch.device) -> CrossInputs:
     """Open and check what ``compat.mode = cross-model`` works on.
 
     Raises:
         LceError: what is missing, or does not fit: number of records or classes, dimensions.
     """
-    compat, train = config.compat, config.train
     if dataset is None:
         raise ConfigError("compat.mode = cross-model: needs labelled records; set data.path")
-    if train.parallel != "ddp" or train.precision not in ("float32", "float64"):
-        raise ConfigError(
-            f"train.parallel = {train.parallel}, train.precision = {train.precision}: cross-model training has nothing "
-            "to shard and no backbone to speed up; use ddp and float32 (or float64)"
-        )
     new = _embeddings("new", compat.new_embeddings, compat.new_model, dataset, device)
     if new is None:
         raise ConfigError(
