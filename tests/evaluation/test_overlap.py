@@ -13,7 +13,6 @@ from tests.data.samples import identity_folders, packed
 from tests.evaluation.test_verdict import OPTIONS, upgrade
 from tests.models.test_export import images
 from tools import cli
-from trainer.config import BackboneConfig
 from trainer.data import Dataset, open_dataset
 from trainer.data.identities import identities, named_identities
 from trainer.data.splitting import SplitOptions, save_tables, split
@@ -26,6 +25,7 @@ from trainer.models.model import EmbeddingModel, TorchModel
 from trainer.models.onnx_export import export_onnx
 from trainer.models.open import load_model
 from trainer.networks import build_backbone
+from trainer.networks.config import BackboneConfig
 
 SEEN = Known(False, 60, {"old": Overlap(3, ["ann", "bob", "eve"]), "new": Overlap(0)})
 
