@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.compat.bank.matrices import open_rows, read_labels
 from trainer.data.index import Dataset
 from trainer.distributed import Ranks, on_main
 from trainer.errors import DataError, ModelError
-from trainer.evaluation.arrays import FloatArray, IntArray, check_unit
-from trainer.evaluation.chain import carried
+from trainer.evaluation.arrays import FloatArray, IntArray, check_unit, class_index
+from trainer.evaluation.chain import carried, check_links
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.results import NamedSet
 from trainer.evaluation.templates import TemplateSet, pool
 from trainer.files import replaced
 from trainer.models.card import Color
+from trainer.models.mapped import MappedModel, StoredModel
 from trainer.models.model import EmbeddingModel, embed_dataset, resized
 from trainer.reading import open_regular, parse_json, read_text
 
@@ -142,6 +144,42 @@ def embed_set(
     """Embed the labelled records of a set under every model. Every rank must call it."""
     spaces = embed_spaces(name, models, dataset, dataset.kept, cache, ranks, progress, flip)
     return NamedSet(name, spaces, np.asarray(dataset.labels[dataset.kept]), dataset.kept, dataset.class_names)
+
+
+def stored_set(
+    old: Path, new: Path, labels: Path, maps: EmbeddingModel | None = None
+) -> tuple[NamedSet, dict[str, EmbeddingModel]]:
+    """Embeddings on disk as a set: rows (n, D1) and (n, D2) of the same n images, made unit, and their labels (n,), of
+    which −1 leaves an image out.
+
+    Returns:
+        The set, and the two models that the files stand for (the new one with ``maps``).
+
+    Raises:
+        LceError: files that cannot be read, of other lengths, rows without a direction, or that cannot be compared.
+    """
+    rows = {"old": open_rows([old]), "new": open_rows([new])}
+    identities = read_labels(labels, "the identity of each embedding")
+    for role, path in (("old", old), ("new", new)):
+        if len(rows[role]) != len(identities):
+            raise DataError(f"{path}: {len(rows[role])} embeddings, {labels} has {len(identities)} labels")
+    stand_in: EmbeddingModel = StoredModel(new, rows["new"].dim)
+    models: dict[str, EmbeddingModel] = {
+        "old": StoredModel(old, rows["old"].dim),
+        "new": stand_in if maps is None else MappedModel(stand_in, maps),
+    }
+    check_links(models)
+    kept = np.flatnonzero(identities >= 0)
+    native = {}
+    for role, path in (("old", old), ("new", new)):
+        vectors = rows[role].take(kept).numpy()
+        norms = np.linalg.norm(vectors, axis=1)
+        wrong = np.flatnonzero(~((norms > 1e-12) & np.isfinite(norms)))
+        if len(wrong):
+            raise DataError(f"{path}, row {kept[wrong[0]]}: a vector of norm {norms[wrong[0]]:g} has no direction")
+        native[role] = vectors / norms[:, None]
+    class_index(identities[kept], str(labels))
+    return NamedSet("embeddings", Spaces(native, carried(models, native)), identities[kept], kept), models
 
 
 def pool_spaces(

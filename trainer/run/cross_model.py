@@ -31,6 +31,7 @@ from trainer.distributed import Ranks, gather_batch, largest_share, on_main, sca
 from trainer.head.partition import class_range
 from trainer.models.card import Direction, ModelCard, TransformCard
 from trainer.models.folder import save_model
+from trainer.models.model import TorchModel
 from trainer.run.task import DTYPES, StepOutput
 
 
@@ -122,10 +123,11 @@ class CrossModelTask:
             "compatible_with_hash": content,
             "figures": figures,
         }
-        if cross.model is not None:
+        if isinstance(cross.model, TorchModel):
             save_model(folder, cross.model.backbone, cross.model.card.model_copy(update=known), maps)
             return
-        look = dataset.info
+        look = dataset.info if cross.model is None else cross.model.card
+        source = config.compat.new_embeddings if cross.model is None else cross.model.path
         card = ModelCard(
             dim=cross.dim_new,
             image_size=look.image_size,
@@ -135,7 +137,8 @@ class CrossModelTask:
             step=step,
             trained_on=str(dataset.path),
             classes=self.inputs.num_classes,
-            notes=f"maps alone, from the embeddings {config.compat.new_embeddings}",
+            maps_of=None if cross.model is None else cross.model.hash,
+            notes=f"maps alone, of the embeddings of {source}",
             **known,
         )
         save_model(folder, None, card, maps)
