@@ -185,18 +185,22 @@ def _options(args: argparse.Namespace, fars: tuple[float, ...]) -> "Options":
 
 
 def _measure_stored(args: argparse.Namespace, fars: tuple[float, ...]) -> dict[str, Any]:
+    from trainer.compat.bank.matrices import open_rows, read_labels
     from trainer.evaluation.embeddings import stored_set
     from trainer.evaluation.provenance import provenance
     from trainer.evaluation.results import stages, study
     from trainer.models.open import load_model
 
     maps = None if args.maps is None else load_model(args.maps)
-    one, models = stored_set(args.old_embeddings, args.new_embeddings, args.labels, maps)
+    files = {"old": args.old_embeddings, "new": args.new_embeddings}
+    opened = {role: open_rows([path]) for role, path in files.items()}
+    rows = {role: found.read(0, len(found)).numpy() for role, found in opened.items()}
+    one, models = stored_set(files, rows, read_labels(args.labels, "the identity of each embedding"), maps)
     with _progress(True) as (_, staged):
         result = study([one], _options(args, fars), staged(stages(1, models)))
     result["models"] = {role: _describe(model) for role, model in models.items()}
-    files = ("old_embeddings", "new_embeddings", "labels", "maps")
-    result["settings"] = {name: None if getattr(args, name) is None else str(getattr(args, name)) for name in files}
+    named = ("old_embeddings", "new_embeddings", "labels", "maps")
+    result["settings"] = {name: None if getattr(args, name) is None else str(getattr(args, name)) for name in named}
     result |= {"pair_sets": {}, "template_sets": {}, "provenance": provenance()}
     return result
 

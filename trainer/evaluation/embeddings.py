@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.compat.bank.matrices import open_rows, read_labels
 from trainer.data.index import Dataset
 from trainer.distributed import Ranks, on_main
 from trainer.errors import DataError, ModelError
@@ -147,39 +146,41 @@ def embed_set(
 
 
 def stored_set(
-    old: Path, new: Path, labels: Path, maps: EmbeddingModel | None = None
+    files: Mapping[str, Path], rows: Mapping[str, FloatArray], labels: IntArray, maps: EmbeddingModel | None = None
 ) -> tuple[NamedSet, dict[str, EmbeddingModel]]:
-    """Embeddings on disk as a set: rows (n, D1) and (n, D2) of the same n images, made unit, and their labels (n,), of
-    which −1 leaves an image out.
+    """Embeddings of the same n images by the two models as a set.
+
+    Args:
+        files: ``old``, ``new`` → where the rows were read, for messages.
+        rows: ``old``, ``new`` → (n, D1), (n, D2), of any norm.
+        labels: (n,) identities; −1 leaves an image out.
+        maps: of the new embeddings, where there are some.
 
     Returns:
         The set, and the two models that the files stand for (the new one with ``maps``).
 
     Raises:
-        LceError: files that cannot be read, of other lengths, rows without a direction, or that cannot be compared.
+        LceError: other lengths, rows without a direction, or embeddings that cannot be compared.
     """
-    rows = {"old": open_rows([old]), "new": open_rows([new])}
-    identities = read_labels(labels, "the identity of each embedding")
-    for role, path in (("old", old), ("new", new)):
-        if len(rows[role]) != len(identities):
-            raise DataError(f"{path}: {len(rows[role])} embeddings, {labels} has {len(identities)} labels")
-    stand_in: EmbeddingModel = StoredModel(new, rows["new"].dim)
+    stand_in: EmbeddingModel = StoredModel(files["new"], rows["new"].shape[1])
     models: dict[str, EmbeddingModel] = {
-        "old": StoredModel(old, rows["old"].dim),
+        "old": StoredModel(files["old"], rows["old"].shape[1]),
         "new": stand_in if maps is None else MappedModel(stand_in, maps),
     }
     check_links(models)
-    kept = np.flatnonzero(identities >= 0)
-    native = {}
-    for role, path in (("old", old), ("new", new)):
-        vectors = rows[role].take(kept).numpy()
+    kept = np.flatnonzero(labels >= 0)
+    native: dict[str, FloatArray] = {}
+    for role, path in files.items():
+        if len(rows[role]) != len(labels):
+            raise DataError(f"{path}: {len(rows[role])} embeddings, but {len(labels)} labels")
+        vectors = rows[role][kept]
         norms = np.linalg.norm(vectors, axis=1)
         wrong = np.flatnonzero(~((norms > 1e-12) & np.isfinite(norms)))
         if len(wrong):
             raise DataError(f"{path}, row {kept[wrong[0]]}: a vector of norm {norms[wrong[0]]:g} has no direction")
         native[role] = vectors / norms[:, None]
-    class_index(identities[kept], str(labels))
-    return NamedSet("embeddings", Spaces(native, carried(models, native)), identities[kept], kept), models
+    class_index(labels[kept], "the labels of the embeddings")
+    return NamedSet("embeddings", Spaces(native, carried(models, native)), labels[kept], kept), models
 
 
 def pool_spaces(
