@@ -65,7 +65,7 @@ def _rank() -> int:
 def _launch() -> int:
     import tests.runs  # noqa: F401
     from launch import torchrun
-    from trainer.config import load_config
+    from trainer.run.config import load_config
 
     path, ranks, restarts, *overrides = sys.argv[1:]
     run_dir = load_config(path, overrides).run.dir

@@ -19,8 +19,8 @@ from trainer.compat.bank.center_bank import BankInfo
 from trainer.compat.bank.convert import bank_from_embeddings
 from trainer.compat.bank.matrices import open_rows
 from trainer.compat.methods import losses
+from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.lce import Pairs, TransformedCompat
-from trainer.config import BackboneConfig, CompatConfig
 from trainer.data import build_loader, open_dataset
 from trainer.distributed import Ranks, gather_batch
 from trainer.errors import CenterBankError, ConfigError, LceError, ModelError
@@ -28,6 +28,7 @@ from trainer.gallery.convert import Forward
 from trainer.models.card import ModelCard
 from trainer.models.folder import save_model
 from trainer.models.open import load_model
+from trainer.networks.config import BackboneConfig
 from trainer.run import cross_model
 from trainer.run.cross_model import CrossModelTask, image_pairs_loss
 from trainer.run.engine import train
@@ -86,7 +87,7 @@ def steps(ranks: Ranks, scene: str, control: bool = False) -> list[dict[str, Any
         settings = config(Path(scene) / "unused", **changes(Path(scene), *given, **more))
         inputs = prepare(settings, ranks)
         task = CrossModelTask(settings, inputs, ranks)
-        batches = build_loader(settings, inputs.dataset, ranks, images=False).batches()
+        batches = build_loader(settings.data, settings.seed, inputs.dataset, ranks, images=False).batches()
         parameters = [p for module in task.modules().values() for p in module.parameters()]
         optimizer, values = torch.optim.SGD(parameters, 0.05), []
         for step in range(4):
@@ -121,7 +122,7 @@ def test_image_pairs_are_the_plain_formula(maps: Any, authors: bool) -> None:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    compat_config = CompatConfig.model_validate(
+    compat_config = LceCrossConfig.model_validate(
         {
             "mode": "cross-model",
             "maps": maps,
@@ -196,7 +197,7 @@ def test_refusals_leave_nothing_behind(scene: Path, tmp_path: Path) -> None:
         (ConfigError, "nothing to align", changes(scene, "new", "bank")),
         (ConfigError, "set compat.bank", changes(scene, "new", "new_bank")),
         (ConfigError, "3 rows", changes(scene, "old", compat__new_embeddings=str(short))),
-        (ConfigError, "cross-model trains the maps", changes(scene, "new", "old", compat__method="bct")),
+        (ConfigError, "compat.mode belongs to lce", changes(scene, "new", "old", compat__method="bct")),
         (ConfigError, "set data.path", changes(scene, "new", "old", data__loader="synthetic")),
         (ConfigError, "train.parallel = fsdp", changes(scene, "new", "old", train__parallel="fsdp")),
         (

@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from trainer import __version__
-from trainer.config import BackboneConfig, TransformConfig
 from trainer.errors import ModelError
+from trainer.networks.config import AnyTransform, BackboneConfig
 from trainer.reading import parse_json, read_json
 from trainer.seals import sealed, unsealed
 
@@ -27,9 +27,19 @@ class TransformCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    config: TransformConfig
+    config: AnyTransform
     dim_in: int = Field(ge=1)
     dim_out: int = Field(ge=1)
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _own_keys(cls, value: Any) -> Any:
+        """Version 0.1 wrote the keys of every kind of map."""
+        kinds = ("blocks", "paths", "bottleneck", "hidden")
+        if not isinstance(value, dict) or not all(key in value for key in kinds):
+            return value
+        kept = {"rbt": kinds[:3], "mlp": kinds[3:]}.get(value.get("name", "rbt"), ())
+        return {key: one for key, one in value.items() if key in kept or key not in kinds}
 
 
 class ModelCard(BaseModel):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from trainer.compat.bank.center_bank import BankRows
+from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.cross import CrossInputs
 from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.lce import (
@@ -25,13 +26,13 @@ from trainer.compat.methods.lce import (
     own_classes,
     smallest_norm,
 )
-from trainer.config import Config
 from trainer.data import Batch
 from trainer.distributed import Ranks, gather_batch, largest_share, on_main, scale_gradient
 from trainer.head.partition import class_range
 from trainer.models.card import Direction, ModelCard, TransformCard
 from trainer.models.folder import save_model
 from trainer.models.model import TorchModel
+from trainer.run.config import Config
 from trainer.run.task import DTYPES, StepOutput
 
 
@@ -47,10 +48,12 @@ class CrossModelTask:
 
     def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
         assert inputs.cross is not None
+        assert isinstance(config.method, LceCrossConfig)
+        self.method = config.method
         self.config, self.inputs, self.ranks, self.cross = config, inputs, ranks, inputs.cross
         self._dtype = DTYPES[config.train.precision]
         torch.manual_seed(config.run.seed)
-        self.compat = TransformedCompat(config.compat, self.cross.dim_old, self.cross.dim_new)
+        self.compat = TransformedCompat(config.method, self.cross.dim_old, self.cross.dim_new)
         self.compat.to(ranks.device, self._dtype)
         self.capacity = largest_share(config.data.batch_size, ranks.world_size)
         own = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
@@ -113,7 +116,7 @@ class CrossModelTask:
         for direction, module in maps.items():
             module.load_state_dict(weights[direction])
             module.float()
-        cross, dataset, config = self.cross, self.inputs.dataset, self.config
+        cross, dataset = self.cross, self.inputs.dataset
         assert dataset is not None
         name, content = self._old_model()
         known = {
@@ -127,7 +130,7 @@ class CrossModelTask:
             save_model(folder, cross.model.backbone, cross.model.card.model_copy(update=known), maps)
             return
         look = dataset.info if cross.model is None else cross.model.card
-        source = config.compat.new_embeddings if cross.model is None else cross.model.path
+        source = self.method.new_embeddings if cross.model is None else cross.model.path
         card = ModelCard(
             dim=cross.dim_new,
             image_size=look.image_size,
@@ -146,7 +149,7 @@ class CrossModelTask:
     def _card(self, direction: Direction) -> TransformCard:
         sizes = (self.cross.dim_new, self.cross.dim_old)
         dim_in, dim_out = sizes if direction == "t21" else sizes[::-1]
-        return TransformCard(config=self.config.compat.transform, dim_in=dim_in, dim_out=dim_out)
+        return TransformCard(config=self.method.transform, dim_in=dim_in, dim_out=dim_out)
 
     def _old_model(self) -> tuple[str | None, str | None]:
         """Name and hash of the old model, as far as known."""

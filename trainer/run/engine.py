@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import Checkpoint, Checkpoints, list_checkpoints, load_tensors, read_seal
+from trainer.compat.methods.config import FctConfig, LceMapsConfig
 from trainer.compat.methods.inputs import Inputs
-from trainer.config import Config
 from trainer.data import Batch, Loader, build_loader
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
 from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
@@ -30,10 +30,11 @@ from trainer.files import write_text
 from trainer.models.model import embed_batches
 from trainer.randomness import step_seed
 from trainer.run.arcface_start import backbone_momentum
+from trainer.run.config import Config, dump_tree
 from trainer.run.cross_model import CrossModelTask
 from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, owned_run, read_summary
 from trainer.run.monitor import Monitor
-from trainer.run.optim import Average, LossScale, Statistics, learning_rate
+from trainer.run.optim import Average, LossScale, Statistics, learning_rate, starts_momentum
 from trainer.run.startup import identity, prepare, together
 from trainer.run.task import Embeds, Task, TrainTask
 from trainer.run.watch import Vote, Watch
@@ -85,7 +86,7 @@ class RunState:
         self.skipped = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self.streak = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self.average = Average(task.modules(), config.train.ema) if config.train.ema else None
-        if config.optimizer.start_momentum and config.backbone.weights is not None:
+        if starts_momentum(config.optimizer) and config.backbone.weights is not None:
             momentum = backbone_momentum(config.backbone.weights)
             self.updater.start({f"backbone.{name}/momentum_buffer": value for name, value in momentum.items()})
 
@@ -255,10 +256,11 @@ class Engine:
                 "changed nothing. Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
                 f"(limit: train.max_nonfinite_steps={limit})"
             )
+        method = self.config.method
         for name, key in (("T₂₁", "t21_norm"), ("T₁₂", "t12_norm")):
-            if line.get(key, 1.0) <= NO_NORM:
+            if line.get(key, 1.0) <= NO_NORM and isinstance(method, LceMapsConfig | FctConfig):
                 raise TrainingError(
-                    f"compat.transform.name = {self.config.compat.transform.name}: {name} gives vectors of norm "
+                    f"compat.transform.name = {method.transform.name}: {name} gives vectors of norm "
                     f"{line[key]:.3g} at step {self.state.step}, which cannot be compared; lower optimizer.lr, or "
                     "choose another compat.transform.name"
                 )
@@ -277,7 +279,7 @@ class Engine:
             "num_classes": self.inputs.num_classes,
             "old_model": list(self.inputs.old_model),
             "figures": self._figures,
-            "config": self.config.model_dump(mode="json"),
+            "config": dump_tree(self.config),
             "time": time.time(),
         }
         checkpoints.save(self.state.tensors(), seal)
@@ -349,7 +351,7 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
 def _start(config: Config, ranks: Ranks, inputs: Inputs, began: float) -> RunSummary:
     evaluation = together(lambda: open_periodic(config.evaluate, inputs.image_size, ranks))
     images = inputs.cross is None or inputs.cross.images
-    loader = together(lambda: build_loader(config, inputs.dataset, ranks, images))
+    loader = together(lambda: build_loader(config.data, config.seed, inputs.dataset, ranks, images))
     try:
         kind = TrainTask if inputs.cross is None else CrossModelTask
         try:

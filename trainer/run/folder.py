@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.config import Config, dump_config
 from trainer.distributed import Ranks, launched_by, on_main
 from trainer.errors import ConfigError
 from trainer.files import write_text
 from trainer.owner import owned
 from trainer.reading import read_json, read_yaml
+from trainer.run.config import Config, dump_config
+from trainer.run.idle import without_idle
 from trainer.seals import unsealed
 
 SUMMARY = "summary.json"
@@ -83,7 +84,8 @@ def changes_since(before: Path, config: Config) -> list[str]:
     """The settings that differ from those the folder was last run with, as ``key: old → new``."""
     if not before.exists():
         return []
-    old = flat(read_yaml(before, ConfigError) or {})
+    tree, _ = without_idle(read_yaml(before, ConfigError) or {})
+    old = flat(tree)
     new = flat(yaml.safe_load(dump_config(config)))
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
 

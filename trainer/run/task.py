@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainer.compat.bank.center_bank import CenterBank
+from trainer.compat.methods.config import FctConfig, LceDirectConfig, LceTransformedConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.registry import build_method
-from trainer.config import Config
 from trainer.data import Batch, DatasetInfo
 from trainer.distributed import Ranks, largest_share, on_main, scale_gradient
 from trainer.head.old_centers import DirectCompat
@@ -30,7 +30,8 @@ from trainer.networks import build_backbone
 from trainer.networks.scale import fit_scale, learn_scale
 from trainer.networks.weights import load_backbone_weights
 from trainer.run.arcface_start import head_momentum, head_rows
-from trainer.run.optim import local_part
+from trainer.run.config import Config
+from trainer.run.optim import local_part, starts_momentum
 from trainer.run.parallel import autocast, embed, gradient_sync, wrap
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float16": torch.float32, "float64": torch.float64}
@@ -122,9 +123,10 @@ class TrainTask:
             backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = backbone
         self.network = wrap(backbone, config.train, ranks, config.optimizer)
-        fused = inputs.bank is not None and config.compat.method == "lce" and config.compat.mode == "direct"
-        compat = build_compat(config, inputs.bank, ranks) if inputs.bank is not None and fused else None
-        self.method = build_method(config, inputs, ranks)
+        compat = None
+        if isinstance(config.method, LceDirectConfig) and inputs.bank is not None:
+            compat = build_compat(config.method, inputs.bank, ranks)
+        self.method = build_method(config.method, config, inputs, ranks)
         for module in self._extra().values():
             module.to(ranks.device, dtype)
         self.head = PartialFC(
@@ -155,7 +157,7 @@ class TrainTask:
         """Take this rank's rows, and their momentum where it is wanted and there."""
         mine, state = self.head.classes, self.head.shard_state()
         tables = {"rows": head_rows(path, mine.total, self.config.backbone.dim)}
-        momentum = head_momentum(path) if self.config.optimizer.start_momentum and "momentum" in state else None
+        momentum = head_momentum(path) if starts_momentum(self.config.optimizer) and "momentum" in state else None
         if momentum is not None:
             tables["momentum"] = momentum
         for name, table in tables.items():
@@ -258,7 +260,7 @@ class TrainTask:
             color=look.color,
             mean=look.mean,
             std=look.std,
-            mode=self.config.compat.way,
+            mode=self.config.label,
             compatible_with=old_name,
             compatible_with_hash=old_hash,
             step=step,
@@ -277,18 +279,20 @@ class TrainTask:
         assert source is not None
         new, old = self.config.backbone.dim, source.dim
         sizes = {"dim_in": new, "dim_out": old} if direction == "t21" else {"dim_in": old, "dim_out": new}
-        return TransformCard(config=self.config.compat.transform, **sizes)
+        method = self.config.method
+        assert isinstance(method, LceTransformedConfig | FctConfig)
+        return TransformCard(config=method.transform, **sizes)
 
 
-def build_compat(config: Config, bank: CenterBank, ranks: Ranks) -> DirectCompat:
+def build_compat(config: LceDirectConfig, bank: CenterBank, ranks: Ranks) -> DirectCompat:
     """The old model's centres and boundaries of this rank's classes, with the weights of the losses."""
     mine = class_range(bank.num_classes, ranks.rank, ranks.world_size)
     rows = bank.rows(mine.start, mine.stop)
-    where = ranks.device if config.compat.centers == "device" else torch.device("cpu")
+    where = ranks.device if config.centers == "device" else torch.device("cpu")
     return DirectCompat(
         rows.centers.to(where),
         rows.boundaries.to(where),
         rows.mask.to(where),
-        config.compat.alignment_weight,
-        0.0 if config.compat.authors_formula else config.compat.boundary_weight,  # theirs: AuthorsBoundary
+        config.alignment_weight,
+        0.0 if config.authors_formula else config.boundary_weight,  # theirs: AuthorsBoundary
     )

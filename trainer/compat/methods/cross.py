@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from trainer.compat.bank.center_bank import CenterBank
+from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
-from trainer.config import Config
 from trainer.data import Dataset
 from trainer.errors import CenterBankError, ConfigError
 from trainer.models.model import EmbeddingModel
@@ -47,20 +47,14 @@ class CrossInputs:
         return "; ".join("none" if part is None else part.fingerprint for part in parts)
 
 
-def open_cross(config: Config, dataset: Dataset | None, device: torch.device) -> CrossInputs:
+def open_cross(compat: LceCrossConfig, dataset: Dataset | None, device: torch.device) -> CrossInputs:
     """Open and check what ``compat.mode = cross-model`` works on.
 
     Raises:
         LceError: what is missing, or does not fit: number of records or classes, dimensions.
     """
-    compat, train = config.compat, config.train
     if dataset is None:
         raise ConfigError("compat.mode = cross-model: needs labelled records; set data.path")
-    if train.parallel != "ddp" or train.precision not in ("float32", "float64"):
-        raise ConfigError(
-            f"train.parallel = {train.parallel}, train.precision = {train.precision}: cross-model training has nothing "
-            "to shard and no backbone to speed up; use ddp and float32 (or float64)"
-        )
     new = _embeddings("new", compat.new_embeddings, compat.new_model, dataset, device)
     if new is None:
         raise ConfigError(
@@ -85,7 +79,7 @@ def open_cross(config: Config, dataset: Dataset | None, device: torch.device) ->
         raise CenterBankError(f"{compat.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")
     dim_old = old.dim if old is not None else bank.dim if bank is not None else 0
     images = any(isinstance(source, ModelEmbeddings) for source in (new, old))
-    return CrossInputs(new, old, bank, new_bank, _new_model(config, new, device), dim_old, new.dim, images)
+    return CrossInputs(new, old, bank, new_bank, _new_model(compat.new_model, new, device), dim_old, new.dim, images)
 
 
 def _embeddings(
@@ -105,11 +99,10 @@ def _bank(key: str, path: Path, dataset: Dataset) -> CenterBank:
     return bank
 
 
-def _new_model(config: Config, new: OldEmbeddings, device: torch.device) -> EmbeddingModel | None:
+def _new_model(path: Path | None, new: OldEmbeddings, device: torch.device) -> EmbeddingModel | None:
     """The model that gives the new embeddings, where it is known. Raises :class:`ConfigError`: of another dimension."""
     if isinstance(new, ModelEmbeddings):
         return new.old
-    path = config.compat.new_model
     model = None if path is None else load_model(path, device)
     if model is not None and model.dim != new.dim:
         raise ConfigError(
