@@ -65,6 +65,7 @@ class ModelCard(BaseModel):
     )
     compatible_with: str | None = Field(None, description="the old model")
     compatible_with_hash: str | None = None
+    maps_of: str | None = Field(None, description="of maps alone: the hash of the model whose embeddings they map")
     step: int = Field(0, ge=0, description="updates that it was trained for")
     trained_on: str = ""
     classes: int = Field(0, ge=0, description="identities that it was trained on")
