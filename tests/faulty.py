@@ -65,7 +65,7 @@ def _rank() -> int:
 def _launch() -> int:
     import tests.runs  # noqa: F401
     from launch import child, torchrun
-    from trainer.config import load_config
+    from trainer.run.config import load_config
 
     child.STUCK_SECONDS = float(os.environ.get("STUCK", child.STUCK_SECONDS))
 

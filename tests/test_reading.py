@@ -16,7 +16,6 @@ from trainer.checkpoint import read_seal
 from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.bank.class_map import ClassMap
 from trainer.compat.bank.matrices import open_arrays
-from trainer.config import load_config
 from trainer.data.index import open_dataset
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
@@ -25,6 +24,7 @@ from trainer.evaluation.pairs import read_bin
 from trainer.models.open import load_model
 from trainer.networks.weights import read_weights
 from trainer.reading import open_regular, parse_json, read_array, read_json, read_text, read_yaml
+from trainer.run.config import load_config
 from trainer.run.folder import read_summary
 
 YAMLS = {

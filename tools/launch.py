@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from launch.job import Job
-    from trainer.config import load_config
     from trainer.distributed import choose_device
     from trainer.errors import ConfigError
+    from trainer.run.config import load_config
 
     config = load_config(args.config, args.overrides)
     cuda = config.run.device != "cpu" and torch.cuda.is_available()

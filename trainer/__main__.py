@@ -16,9 +16,9 @@ from typing import NoReturn
 if __name__ == "__main__":  # until the loop watches for signals there is nothing to save: Ctrl-C ends it at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from trainer.config import Config, load_config
 from trainer.distributed import end_with_parent, launched_by, process_group
 from trainer.errors import BrokenRunError, LceError
+from trainer.run.config import Config, load_config
 from trainer.run.watch import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, EXIT_PEER, EXIT_TERMINATED, EXIT_USAGE, is_echo
 
 TIMEOUT_SLACK_SECONDS = 30.0  # collectives give up this long after the watch, which can say who is missing

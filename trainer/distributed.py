@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from trainer.errors import ConfigError
+from trainer.machine import threads_of_a_rank
 
 T = TypeVar("T")
 
@@ -160,7 +161,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
     Args:
         device: ``auto``, ``cpu`` or ``cuda``. gloo for the CPU; NCCL for CUDA tensors beside gloo for objects.
         timeout_seconds: a collective that takes longer raises on the ranks that wait.
-        threads: intra-op threads; 0 shares the cores among the ranks of this node.
+        threads: intra-op threads; 0: :func:`trainer.machine.threads_of_a_rank`.
 
     Without RANK and WORLD_SIZE in the environment it is a single process and no group is made.
 
@@ -171,7 +172,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
     local = int(os.environ.get("LOCAL_RANK", 0))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # DeepSpeed says the latter
     where = choose_device(device, local)
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // on_node))
+    torch.set_num_threads(threads or threads_of_a_rank(on_node))
     if where.type == "cuda":
         torch.cuda.set_device(where)
     started = world > 1 or "RANK" in os.environ

@@ -137,6 +137,26 @@ def test_splits_are_what_they_are_called(tmp_path: Path, kind: str) -> None:
     assert all((again[name].labels == table.labels).all() for name, table in tables.items())
 
 
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_open_data_of_uneven_classes_names_no_class_without_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+) -> None:
+    people = tmp_path / "people"
+    for label, images in enumerate([1, 1, 2, 3, 7, 1, 4]):
+        (people / f"p{label}").mkdir(parents=True)
+        for k in range(images):
+            (people / f"p{label}" / f"{k}.jpg").write_bytes(encoded(10 * label + k))
+    pack(list_source(people), tmp_path / "packed", PackOptions())
+    command = ["split", str(tmp_path / "packed"), str(tmp_path / "splits"), "--kind", "open-data", "--seen", "1"]
+    assert cli.main([*command, "--share", str(share)]) == 0
+    said = capsys.readouterr().out
+    assert "4 classes of old.npy are not in new.npy: all of their images are the old model's" in said
+    for name, classes in (("old", 7), ("new", 3), ("seen", 4)):  # of the class of two one image is held out
+        labels = np.load(tmp_path / "splits" / f"{name}.npy")
+        assert sorted(set(labels[labels >= 0].tolist())) == list(range(classes)), name
+        assert len(np.load(tmp_path / "splits" / f"{name}.classes.npy")) == classes
+
+
 def test_tables_open_as_label_tables(tmp_path: Path) -> None:
     folder = packed(tmp_path, 6, 3)
     out = tmp_path / "splits"

@@ -11,12 +11,12 @@ import pytest
 
 from tests.data.samples import encoded, loader_of, mxnet_copy, packed, take
 from tests.ranks import run_ranks
-from trainer.config import parse_config
 from trainer.data import Dataset, open_dataset, recordio, store
 from trainer.data.checking import check
 from trainer.data.index import load_description, save_description
 from trainer.distributed import Ranks
 from trainer.errors import DataError
+from trainer.run.config import parse_config
 from trainer.run.engine import train
 
 KINDS = ("dali", "torch")

@@ -153,6 +153,23 @@ def test_the_level_of_the_intervals_is_the_rules_and_is_said() -> None:
     assert "80 % interval" in verdict["paragraph"]
 
 
+def test_the_reason_is_the_rule_that_decided():
+    from trainer.evaluation.verdict import Rules
+
+    def judged(tolerance):
+        options = Options(fars=(1e-2,), replicates=200, backfill_images=0, rules=Rules(tolerance=tolerance))
+        return answer(upgrade(0.0, noise=1.5), options=options)["sets"][0]
+
+    tolerated = judged(0.9)
+    assert tolerated["answer"] == "NOT ENOUGH DATA"
+    assert all(f["difference"]["high"] < 0 for f in tolerated["findings"])
+    assert "is worse by no more than the tolerance of 0.9, which counts as level" in tolerated["reason"]
+    middle = -tolerated["findings"][-1]["difference"]["value"]
+    unclear = judged(middle)["reason"]
+    assert "holds zero" not in unclear
+    assert f"whether by more than the tolerance of {middle:g} is not shown" in unclear
+
+
 def test_the_result_is_plain_and_complete():
     result = study([upgrade(1.0)], dataclasses.replace(OPTIONS, backfill_images=5000))
     assert json.loads(json.dumps(result, allow_nan=False)) == result

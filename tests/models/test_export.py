@@ -14,9 +14,9 @@ from torch.nn.functional import normalize
 from tests.ranks import run_ranks
 from tests.run.test_modes import bank, changes_for
 from tests.runs import config
+from tests.sections import variant
 from trainer.compat.bank.center_bank import BankInfo
 from trainer.compat.bank.classifiers import open_classifier
-from trainer.config import BackboneConfig, TransformConfig
 from trainer.distributed import Ranks
 from trainer.errors import DataError, ModelError
 from trainer.evaluation.chain import check_links
@@ -28,6 +28,7 @@ from trainer.models.onnx_export import export_onnx, export_transform
 from trainer.models.open import load_model
 from trainer.models.program_export import export_folder, export_program
 from trainer.networks import build_backbone
+from trainer.networks.config import AnyTransform, BackboneConfig
 from trainer.networks.transform import build_transform
 from trainer.run.engine import train
 
@@ -65,7 +66,7 @@ def saved(folder: Path, transform: str | None = None, direction: Direction = "t2
         dims = (DIM, 24) if direction == "t21" else (24, DIM)
         parts = {
             direction: TransformCard(
-                config=TransformConfig(name=transform, blocks=1, paths=2), dim_in=dims[0], dim_out=dims[1]
+                config=variant(AnyTransform, name=transform, blocks=1, paths=2), dim_in=dims[0], dim_out=dims[1]
             )
         }
         transforms = {direction: trained(build_transform(parts[direction].config, *dims))}
@@ -313,7 +314,7 @@ def test_what_is_no_usable_model_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "model").embed(np.zeros((1, 16, 16, 3), np.uint8))
     weights = tmp_path / "model" / "backbone.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(ModelError, match=r"backbone.safetensors: missing, damaged"):
+    with pytest.raises(ModelError, match=r"backbone.safetensors: is not what was written"):
         load_model(tmp_path / "model")
     (tmp_path / "model" / "model.json").write_text('{"dim": 0}')
     with pytest.raises(ModelError, match=r"model\.json: dim"):

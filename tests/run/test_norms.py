@@ -11,7 +11,6 @@ from PIL import Image, ImageFilter
 from torch import nn
 
 from tests.runs import config, log_of
-from trainer.config import BackboneConfig
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.distributed import Ranks
@@ -19,6 +18,7 @@ from trainer.errors import ConfigError
 from trainer.models.model import EmbeddingModel
 from trainer.models.open import load_model
 from trainer.networks import BACKBONES, build_backbone
+from trainer.networks.config import BackboneConfig
 from trainer.networks.scale import embedding_norm, learn_scale
 from trainer.networks.weights import load_backbone_weights
 from trainer.run.engine import train

@@ -279,16 +279,18 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
 
 
 def _config(args: argparse.Namespace, plain: bool) -> Any:
-    from trainer.config import HeadConfig, MarginConfig, RowOptimizerConfig
+    from trainer.config import parse_section
+    from trainer.head.config import HeadConfig
 
-    return HeadConfig(
-        impl="reference" if plain else "fused",
-        margin=MarginConfig(name=args.margin, scale=64.0, m=0.4),
-        sample_rate=args.rate,
-        optimizer=RowOptimizerConfig(name=args.optimizer),
-        rows="float32" if plain else args.rows,
-        compute="float32" if plain else args.compute,
-    )
+    tree = {
+        "impl": "reference" if plain else "fused",
+        "margin": {"name": args.margin, "scale": 64.0},
+        "sample_rate": args.rate,
+        "optimizer": {"name": args.optimizer},
+        "rows": "float32" if plain else args.rows,
+        "compute": "float32" if plain else args.compute,
+    }
+    return parse_section(HeadConfig, tree, "lce bench head")
 
 
 def _head(name: str, args: argparse.Namespace, ranks: Any) -> Any:
@@ -330,13 +332,13 @@ def _companion(args: argparse.Namespace, ranks: Any) -> tuple[Any, Any]:
     import torch
 
     from trainer.compat.bank.center_bank import BankRows
+    from trainer.compat.methods.config import LceTransformedConfig
     from trainer.compat.methods.lce import TransformedCompat, gather_pairs
-    from trainer.config import CompatConfig
 
     made_up = _bank(args, ranks)
     unknown = torch.zeros(len(made_up.mask), dtype=torch.int64)
     bank = BankRows(made_up.centers, made_up.boundaries, made_up.mask, unknown, unknown)
-    compat = TransformedCompat(CompatConfig(method="lce", mode=args.lce, bank=Path("made-up")), args.dim, args.dim)
+    compat = TransformedCompat(LceTransformedConfig(mode=args.lce, bank=Path("made-up")), args.dim, args.dim)
     compat.to(ranks.device)
 
     def loss(embeddings: Any, labels: Any, rows: Any) -> Any:

@@ -149,7 +149,7 @@ class Lab:
 
     def check(self) -> None:
         """Refuse what would fail only after a while. Raises :class:`ConfigError`."""
-        from trainer.config import load_config
+        from trainer.run.config import load_config
 
         if min(self.classes, self.old_classes, self.steps, self.old_steps, self.parallel) < 1:
             raise ConfigError("classes, steps and parallel runs: each at least 1")
@@ -226,7 +226,7 @@ class Lab:
         Raises:
             TrainingFailed: the trainer ended with an error.
         """
-        from trainer.config import dump_config, load_config
+        from trainer.run.config import dump_config, load_config
 
         run = self.folder(seed) / name
         config, words = self._recipe(seed, recipe, run)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from trainer.config import AugmentConfig
 from trainer.data import augment, index
+from trainer.data.config import AugmentConfig
 from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
 from trainer.data.order import Samples, Schedule, Slot
 from trainer.data.pixels import decode_image

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import EvaluateConfig
 from trainer.data import Dataset, open_named
 from trainer.distributed import Ranks, gather_objects
 from trainer.errors import ConfigError, DataError, LceError
 from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.evaluation.compatibility import Spaces
+from trainer.evaluation.config import EvaluateConfig
 from trainer.evaluation.pairs import PairSet, pair_cosines, read_bin
 from trainer.evaluation.verification import fold_accuracy, score_pairs
 from trainer.models.model import EmbeddingModel, embed_dataset, introduce

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import HeadConfig
+from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.head.fused import FusedSoftmax, OldCenters
 from trainer.head.products import address, bfloat16_gemm, torch_library
 from trainer.head.row_optimizer import SgdRows
@@ -151,14 +151,16 @@ class NativeSoftmax(FusedSoftmax):
         if not isinstance(first, NativeFirstPass) or not inputs.rows.undisturbed:
             return super().second_pass(step, gradient, deferred)
         optimizer, index = self.optimizer, inputs.targets.index
+        config = optimizer.config
+        assert isinstance(config, SgdRowsConfig)
         dx = torch.zeros(first.fields.threads, *inputs.batch.x.shape)
         values: dict[str, Tensor | float | None] = {
             "log_sum": gradient.log_sum[0].nan_to_num(posinf=1e30),
             "target_pull": gradient.target_pull,
             "target_cosine": inputs.targets.cosine,
             "coefficient": float(gradient.coefficient),
-            "mu": optimizer.config.momentum,
-            "decay": optimizer.config.weight_decay,
+            "mu": config.momentum,
+            "decay": config.weight_decay,
             "lr": optimizer.lr,
             "dx": dx,
             "extras": len(gradient.own),

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import RowOptimizerConfig
 from trainer.errors import ConfigError
+from trainer.head.config import AdamWRowsConfig, RowOptimizerConfig, SgdRowsConfig
 from trainer.head.products import product
 
 HORIZON = 1024
@@ -250,8 +250,9 @@ class SgdRows(RowOptimizer):
 
     state_names = ("momentum",)
 
-    def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
+    def __init__(self, config: SgdRowsConfig, rows: Tensor, sampled: bool, seed: int) -> None:
         super().__init__(config, rows, sampled, seed)
+        self.config: SgdRowsConfig = config
         if not sampled:
             return
         self._last = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
@@ -369,8 +370,9 @@ class AdamWRows(RowOptimizer):
 
     state_names = ("first_moment", "second_moment")
 
-    def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
+    def __init__(self, config: AdamWRowsConfig, rows: Tensor, sampled: bool, seed: int) -> None:
         super().__init__(config, rows, sampled, seed)
+        self.config: AdamWRowsConfig = config
         self._draws = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
 
     def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
@@ -409,8 +411,10 @@ def build_row_optimizer(config: RowOptimizerConfig, rows: Tensor, sampled: bool,
     """The row optimizer that a configuration names. Raises :class:`ConfigError` for a dtype that it cannot store."""
     if rows.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise ConfigError(f"head.rows = {rows.dtype}: rows are stored as float32, float64 or bfloat16")
-    kind = SgdRows if config.name == "sgd" else AdamWRows
-    return kind(config, rows, sampled, seed)
+    if isinstance(config, SgdRowsConfig):
+        return SgdRows(config, rows, sampled, seed)
+    assert isinstance(config, AdamWRowsConfig)
+    return AdamWRows(config, rows, sampled, seed)
 
 
 class CollectedGradients:

@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 from torch import nn
 
-from trainer.config import BackboneConfig
 from trainer.errors import ConfigError
 from trainer.networks import ir
+from trainer.networks.config import BackboneConfig
 from trainer.networks.iresnet import UNITS, IResNet
 from trainer.networks.mobilefacenet import MobileFaceNet
 from trainer.networks.small import Small, SmallResNet

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.config import BackboneConfig
 from trainer.errors import ModelError
 from trainer.networks import ir, iresnet, vit
+from trainer.networks.config import BackboneConfig
 from trainer.networks.weights import listed
 
 Size = tuple[int, int]

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.config import Config, dump_config
 from trainer.distributed import Ranks, launched_by, on_main
 from trainer.errors import ConfigError
 from trainer.files import write_text
 from trainer.owner import owned
 from trainer.reading import read_json, read_yaml
+from trainer.run.config import Config, dump_config
+from trainer.run.idle import without_idle
 from trainer.seals import unsealed
 
 SUMMARY = "summary.json"
@@ -84,7 +85,8 @@ def changes_since(before: Path, config: Config, common: bool = False) -> list[st
     that both have (another version may know other keys)."""
     if not before.exists():
         return []
-    old = flat(read_yaml(before, ConfigError) or {})
+    tree, _ = without_idle(read_yaml(before, ConfigError) or {})
+    old = flat(tree)
     new = flat(yaml.safe_load(dump_config(config)))
     keys = sorted(old.keys() & new.keys() if common else old.keys() | new.keys())
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.profiler import profile
 
-from trainer.config import LogConfig
 from trainer.data import Batch, Dataset
 from trainer.distributed import COMMUNICATION, Ranks, peak_memory_bytes
 from trainer.errors import ConfigError
 from trainer.files import replaced
+from trainer.run.config import LogConfig
 from trainer.run.display import Display
 from trainer.run.writers import Writer, open_writers
 

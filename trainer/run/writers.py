@@ -23,9 +23,9 @@ from typing import Any, Protocol
 import yaml
 from numpy.typing import NDArray
 
-from trainer.config import LogConfig
 from trainer.errors import ConfigError
 from trainer.reading import read_yaml
+from trainer.run.config import LogConfig
 from trainer.run.folder import flat
 
 GROUP = "lce_trainer.monitors"
