@@ -72,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--old-classes", type=whole_number(1), help="the old class count: settles guesses, finds lost ranks"
     )
     classifier.add_argument(
+        "--ranks", type=whole_number(1), help="how many files of ranks there are: needed for a lone checkpoint_gpu_0.pt"
+    )
+    classifier.add_argument(
         "--map", type=Path, help="which old class each new class is: .npy (−1: none) or .csv new,old"
     )
     classifier.add_argument("--new-dataset", type=Path, help="the new training set, for class names and count")
@@ -169,6 +172,13 @@ def _run_model(args: argparse.Namespace, ranks: Any) -> int:
         )
     if ranks.is_main:
         _report(args, bank, time.perf_counter() - started)
+        unused = int((dataset.sound_labels < 0).sum())
+        if args.embeddings is not None and unused:
+            print(
+                f"{args.embeddings}: one row per record; the {unused} records without a class (label −1, or damaged) "
+                "were not embedded and have rows of zeros",
+                file=sys.stderr,
+            )
     return 0
 
 
@@ -226,7 +236,7 @@ def _from_classifier(args: argparse.Namespace) -> int:
     from trainer.data.index import open_dataset
 
     new, old = (None if path is None else open_dataset(path) for path in (args.new_dataset, args.old_dataset))
-    classifier = open_classifier(args.source, args.key, args.layout, args.old_classes)
+    classifier = open_classifier(args.source, args.key, args.layout, args.old_classes, args.ranks)
     class_map = _class_map(args.map, new, old)
     print(classifier.found, file=sys.stderr)
     if class_map is not None:

@@ -1,13 +1,8 @@
 """Two commands on one target: one works, the other is refused with status 2 and the first one's name."""
 
-import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,62 +10,13 @@ import pytest
 import yaml
 
 from tests.attack import amounts, tally
+from tests.attack.commands import alive, ended, launched, rank_pids, start, wait_for_step
 from tests.data.samples import identity_folders
-from tests.runs import log_of, tree
+from tests.runs import log_of
 from trainer.checkpoint import list_checkpoints
 from trainer.data.index import open_dataset
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
-
-
-def start(words: Sequence[object], **environment: str) -> "subprocess.Popen[str]":
-    """A command of ours in the background."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def ended(process: "subprocess.Popen[str]", seconds: float = 120) -> tuple[int, str]:
-    """Its exit status and what it printed."""
-    output, _ = process.communicate(timeout=seconds)
-    return process.returncode, output
-
-
-def launched(folder: Path, ranks: int = 2, slow: float = 0.05, **changes: object) -> "subprocess.Popen[str]":
-    """A run in ``folder/run`` by the launcher of tests/faulty.py."""
-    file = folder / f"{len(list(folder.glob('*.yaml')))}.yaml"
-    file.write_text(yaml.safe_dump(tree(folder / "run", **changes)))
-    return start(["-m", "tests.faulty", file, ranks, 0], SLOW=str(slow))
-
-
-def wait_for_step(folder: Path, step: int, seconds: float = 120) -> None:
-    """Until the run has logged ``step`` lines."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        log = folder / "run/log.jsonl"
-        if log.exists() and len(log.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no step {step} in {seconds} s")
-
-
-def rank_pids(folder: Path) -> list[int]:
-    """The processes of a run's ranks."""
-    return [json.loads(note.read_text())["pid"] for note in sorted((folder / "run/ranks").glob("rank-*.json"))]
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (not: waits to be reaped)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:

@@ -172,9 +172,11 @@ class Dataset:
         source: Path,
         own_labels: Path | None = None,
         checks: Checks = "all",
+        before: NDArray[np.int64] | None = None,
     ) -> None:
         self.path, self.info, self.store, self.labels, self.num_classes = path, info, images, labels, num_classes
         self._labels_source, self._own_labels, self._checks = source, own_labels, checks
+        self._before = labels if before is None else before  # what the data set itself says, whatever the label table
         if num_classes > MOST_CLASSES:
             raise DataError(f"{source}: {num_classes} classes; more than {MOST_CLASSES} are not supported")
         if len(labels) != len(images):
@@ -284,6 +286,16 @@ class Dataset:
         if len(classes) != self.num_classes or int(classes.min(initial=0)) < 0:
             raise DataError(f"{file}: expected the data set's class of each of the table's {self.num_classes} classes")
         return classes
+
+    @property
+    def own_classes(self) -> tuple[NDArray[np.int64], list[str] | None]:
+        """The data set's own classes of the records in use, ascending (k,) int64, and the names of all its classes."""
+        there = np.zeros(int(np.asarray(self._before).max(initial=-1)) + 1, bool)
+        for start in range(0, len(self.labels), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            used = self._before[rows][self.labels[rows] >= 0]
+            there[used[used >= 0]] = True
+        return np.flatnonzero(there), self._own_names()
 
     @property
     def sound_labels(self) -> NDArray[np.int64]:
@@ -413,7 +425,7 @@ def _open(folder: Path, labels: Path | None, checks: Checks) -> Dataset:
     if checks != "none":
         checksums.attach(folder, images)
     source = folder / (info.labels or DESCRIPTION)
-    classes = info.num_classes
+    classes, before = info.num_classes, found
     if labels is not None:
         source = labels
         described = table_info(source)
@@ -424,7 +436,7 @@ def _open(folder: Path, labels: Path | None, checks: Checks) -> Dataset:
         classes = max(int(found[start : start + _CHUNK].max()) for start in range(0, max(1, len(found)), _CHUNK)) + 1
         if classes < 1:
             raise DataError(f"{source}: every label is −1; there is nothing to train on")
-    return Dataset(folder, info, images, found, classes, source, labels, checks)
+    return Dataset(folder, info, images, found, classes, source, labels, checks, before)
 
 
 def _check_table(table: Path, described: LabelsInfo) -> None:

@@ -150,7 +150,13 @@ def pack(
     with owned(out, DataError, lock=out / ".owner", partners=partners), contextlib.ExitStack() as own:
         if jobs > 1:
             own.enter_context(owned(out, DataError, lock=out / f".owner-{part + 1}-of-{jobs}"))
-        return _pack(listing, out, options, parts, processes, job, progress)
+        try:
+            return _pack(listing, out, options, parts, processes, job, progress)
+        except OSError as error:
+            file = error.filename or out
+            raise DataError(
+                f"{file}: {error.strerror or error}; the same command continues when that is repaired"
+            ) from None
 
 
 def _pack(
@@ -417,11 +423,12 @@ def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[byt
         handle.seek(start)
         data = handle.read(length)
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as opened:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as opened:
+            if opened.width * opened.height > options.max_pixels:
+                raise ValueError(
+                    f"its {opened.height} × {opened.width} pixels are more than --max-pixels {options.max_pixels}"
+                )
             kind, shape = opened.format, upright_size(opened)
-            if shape[0] * shape[1] > options.max_pixels:
-                raise ValueError(f"its {shape[0]} × {shape[1]} pixels are more than --max-pixels {options.max_pixels}")
             opened.load()
     except Image.DecompressionBombError:
         raise ValueError(f"declares more pixels than any picture has; the limit is {options.max_pixels}") from None

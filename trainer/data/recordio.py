@@ -9,6 +9,7 @@ then the encoded image.
 All functions take bytes or a file's path and name the place in their errors; nothing here knows what a data set is.
 """
 
+import contextlib
 import os
 import struct
 import zlib
@@ -237,7 +238,8 @@ class RecordWriter:
     def abort(self) -> None:
         """Leave nothing behind."""
         for file, temporary in ((self._rec, self._rec_temporary), (self._idx, self._idx_temporary)):
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
+                file.close()
             temporary.unlink(missing_ok=True)
 
 

@@ -11,13 +11,15 @@ import numpy as np
 from trainer.data.index import Dataset
 from trainer.distributed import Ranks, on_main
 from trainer.errors import DataError, ModelError
-from trainer.evaluation.arrays import FloatArray, IntArray, check_unit
-from trainer.evaluation.chain import carried
+from trainer.evaluation.arrays import FloatArray, IntArray, check_unit, class_index
+from trainer.evaluation.chain import carried, check_links
 from trainer.evaluation.compatibility import Spaces
+from trainer.evaluation.overlap import overlaps
 from trainer.evaluation.results import NamedSet
 from trainer.evaluation.templates import TemplateSet, pool
 from trainer.files import replaced
 from trainer.models.card import Color
+from trainer.models.mapped import MappedModel, StoredModel
 from trainer.models.model import EmbeddingModel, embed_dataset, resized
 from trainer.reading import open_regular, parse_json, read_text
 
@@ -138,10 +140,51 @@ def embed_set(
     ranks: Ranks,
     progress: Progress | None = None,
     flip: bool = False,
+    declared_seen: bool = False,
 ) -> NamedSet:
-    """Embed the labelled records of a set under every model. Every rank must call it."""
+    """Embed the labelled records of a set under every model, and find which of its identities they were trained on.
+    Every rank must call it."""
     spaces = embed_spaces(name, models, dataset, dataset.kept, cache, ranks, progress, flip)
-    return NamedSet(name, spaces, np.asarray(dataset.labels[dataset.kept]), dataset.kept, dataset.class_names)
+    known = overlaps(dataset, models, declared_seen)
+    return NamedSet(name, spaces, np.asarray(dataset.labels[dataset.kept]), dataset.kept, dataset.class_names, known)
+
+
+def stored_set(
+    files: Mapping[str, Path], rows: Mapping[str, FloatArray], labels: IntArray, maps: EmbeddingModel | None = None
+) -> tuple[NamedSet, dict[str, EmbeddingModel]]:
+    """Embeddings of the same n images by the two models as a set.
+
+    Args:
+        files: ``old``, ``new`` → where the rows were read, for messages.
+        rows: ``old``, ``new`` → (n, D1), (n, D2), of any norm.
+        labels: (n,) identities; −1 leaves an image out.
+        maps: of the new embeddings, where there are some.
+
+    Returns:
+        The set, and the two models that the files stand for (the new one with ``maps``).
+
+    Raises:
+        LceError: other lengths, rows without a direction, or embeddings that cannot be compared.
+    """
+    stand_in: EmbeddingModel = StoredModel(files["new"], rows["new"].shape[1])
+    models: dict[str, EmbeddingModel] = {
+        "old": StoredModel(files["old"], rows["old"].shape[1]),
+        "new": stand_in if maps is None else MappedModel(stand_in, maps),
+    }
+    check_links(models)
+    kept = np.flatnonzero(labels >= 0)
+    native: dict[str, FloatArray] = {}
+    for role, path in files.items():
+        if len(rows[role]) != len(labels):
+            raise DataError(f"{path}: {len(rows[role])} embeddings, but {len(labels)} labels")
+        vectors = rows[role][kept]
+        norms = np.linalg.norm(vectors, axis=1)
+        wrong = np.flatnonzero(~((norms > 1e-12) & np.isfinite(norms)))
+        if len(wrong):
+            raise DataError(f"{path}, row {kept[wrong[0]]}: a vector of norm {norms[wrong[0]]:g} has no direction")
+        native[role] = vectors / norms[:, None]
+    class_index(labels[kept], "the labels of the embeddings")
+    return NamedSet("embeddings", Spaces(native, carried(models, native)), labels[kept], kept), models
 
 
 def pool_spaces(

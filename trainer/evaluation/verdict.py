@@ -9,6 +9,8 @@ example), and *unclear* otherwise.
 - NOT SAFE: a metric is worse on some set.
 - SAFE: on every set at least one metric is better and the others better or level, and there are enough identities.
 - NOT ENOUGH DATA: anything else; the reason says what is missing.
+
+Sets with identities that a model was trained on are judged apart: they neither make nor block the answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +53,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class SetVerdict:
-    """The answer on one set, its findings and the reason in words; gallery: of which model."""
+    """The answer on one set, its findings and the reason in words; gallery: of which model. seen: in words, which of
+    its identities were trained on; such a set is judged apart."""
 
     name: str
     answer: Answer
@@ -60,6 +63,7 @@ class SetVerdict:
     findings: list[Finding]
     reason: str
     gallery: str = "old"
+    seen: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def judge_set(
     fars: Sequence[float],
     rules: Rules,
     gallery: str = "old",
+    seen: str = "",
 ) -> SetVerdict:
     """Judge one set by its cells old→old and new→old; ``size``: its identities and images. gallery: the old model's
     name in a longer chain."""
@@ -124,7 +129,7 @@ def judge_set(
             "SAFE",
             f"better than {_named(gallery)}: " + " and ".join(f.metric for f in findings if f.outcome == "better"),
         )
-    return SetVerdict(name, answer, identities, images, findings, reason, gallery)
+    return SetVerdict(name, answer, identities, images, findings, reason, gallery, seen)
 
 
 def _unclear(finding: Finding, rules: Rules) -> str:
@@ -158,16 +163,24 @@ def decide(
     points: Mapping[str, OperatingPoint],
     shares: Mapping[str, PointToSet],
     level: float = LEVEL,
+    unknown: str = "",
 ) -> Verdict:
-    """The verdict over all sets; operating point and point-to-set shares, by set, and the intervals' level are for the
-    paragraph alone."""
-    answers = {s.answer for s in sets}
+    """The verdict over all sets of identities that nobody was trained on; operating point and point-to-set shares, by
+    set, the intervals' level, and what is ``unknown`` of the identities, are for the paragraph alone."""
+    counted = [s for s in sets if not s.seen]
+    apart = {s.name.partition(", gallery of ")[0]: s.seen for s in sets if s.seen}
+    answers = {s.answer for s in counted}
     answer: Answer = "NOT ENOUGH DATA"
     if "NOT SAFE" in answers:
         answer = "NOT SAFE"
     elif answers == {"SAFE"}:
         answer = "SAFE"
-    sentences = [_OPENINGS[answer], *(_sentence(s, level) for s in sets)]
+    sentences = [_OPENINGS[answer]]
+    if apart and not counted:
+        sentences.append("No set of identities that nobody was trained on was given.")
+    sentences += [f"{name} is not part of this answer: {words}." for name, words in apart.items()]
+    sentences += [unknown] if unknown else []
+    sentences += [_sentence(s, level) for s in [*counted, *(s for s in sets if s.seen)]]
     if not sets:
         sentences.append("No set with labelled identities was given.")
     if shares:

@@ -8,6 +8,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from trainer import __version__
+from trainer.data.identities import IdentitiesCard
 from trainer.errors import ModelError
 from trainer.networks.config import AnyTransform, BackboneConfig
 from trainer.reading import parse_json, read_json
@@ -20,6 +21,7 @@ Direction = Literal["t21", "t12"]
 
 
 CARD_FILE = "model.json"
+IDENTITIES = "identities.npy"
 
 
 class TransformCard(BaseModel):
@@ -63,9 +65,11 @@ class ModelCard(BaseModel):
     )
     compatible_with: str | None = Field(None, description="the old model")
     compatible_with_hash: str | None = None
+    maps_of: str | None = Field(None, description="of maps alone: the hash of the model whose embeddings they map")
     step: int = Field(0, ge=0, description="updates that it was trained for")
     trained_on: str = ""
     classes: int = Field(0, ge=0, description="identities that it was trained on")
+    identities: IdentitiesCard | None = Field(None, description="which they were; None: not known")
     figures: dict[str, float] = Field(default_factory=dict, description="measured figures, by name")
     licence: str = ""
     notes: str = ""

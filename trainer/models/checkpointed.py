@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer.checkpoint import SEAL, Checkpoint, find_damage, list_checkpoints, load_tensors, read_index, read_seal
 from trainer.config import parse_section
+from trainer.data.identities import identities_of
 from trainer.data.index import DatasetInfo, open_dataset
 from trainer.errors import LceError, ModelError
 from trainer.models.card import ModelCard
@@ -76,7 +77,9 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
         notes=f"from the checkpoint {path}",
     )
     content = hashlib.sha256(repr(sorted(checkpoint.seal["files"].items())).encode()).hexdigest()[:16]
-    return TorchModel(card, path, content, backbone, {}, device)
+    model = TorchModel(card, path, content, backbone, {}, device)
+    model.identities = identities_of(config["data"].get("path"), config["data"].get("labels"), chosen.weights)
+    return model
 
 
 def _look(data: dict[str, Any]) -> DatasetInfo:

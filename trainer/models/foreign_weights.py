@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from trainer.errors import ConfigError, ModelError
 from trainer.models.card import Color, ModelCard
@@ -18,6 +18,8 @@ from trainer.networks import build_backbone
 from trainer.networks.guess import guess_backbone
 from trainer.networks.weights import fitted, read_weights
 
+EPSILON = 1e-5  # of our batch norms
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -26,7 +28,7 @@ class Origin:
     name: str
     color: Color | None = "RGB"
     reading: Reading = Reading(pixels="normalised")  # noqa: RUF009  (frozen)
-    epsilon: float | None = None
+    epsilon: float = EPSILON
 
 
 def open_weights(path: Path, device: str | torch.device, stated: Reading) -> TorchModel:
@@ -45,16 +47,14 @@ def open_weights(path: Path, device: str | torch.device, stated: Reading) -> Tor
     except ConfigError as error:
         raise ModelError(f"{path}: {error}") from None
     state, prefix = fitted(backbone, given, path)
-    backbone.load_state_dict(state)
-    origin = _origin(config.name, prefix, given.keys())
+    origin = _origin(config.name, prefix)
+    backbone.load_state_dict(_with_epsilon(state, origin.epsilon))
     color = stated.color or origin.color
     if color is None:
         raise ModelError(
             f"{path}: an IR network without AdaFace's or CVLface's wrapping: AdaFace trains it on BGR, CVLface on RGB; "
             "state which with --color"
         )
-    if origin.epsilon is not None:
-        _set_epsilon(backbone, origin.epsilon)
     mean, std = stated.preprocessing() or origin.reading.preprocessing() or ((0.5,) * 3, (0.5,) * 3)
     card = ModelCard(
         backbone=config, dim=config.dim, image_size=size, color=color, mean=mean, std=std, notes=f"weights of {path}"
@@ -73,7 +73,7 @@ def open_weights(path: Path, device: str | torch.device, stated: Reading) -> Tor
     return model
 
 
-def _origin(backbone: str, prefix: str, names: object) -> Origin:
+def _origin(backbone: str, prefix: str) -> Origin:
     parts = prefix.split(".")
     if backbone.startswith("iresnet") and "features" in parts:
         return Origin("MagFace", "BGR", Reading(pixels="0..1"), 2e-5)
@@ -84,7 +84,8 @@ def _origin(backbone: str, prefix: str, names: object) -> Origin:
     return Origin("arcface_torch")
 
 
-def _set_epsilon(network: nn.Module, epsilon: float) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eps = epsilon
+def _with_epsilon(state: dict[str, Tensor], epsilon: float) -> dict[str, Tensor]:
+    """The weights of batch norms with another epsilon, for ours: the variances take the difference."""
+    if epsilon == EPSILON:
+        return state
+    return {k: v + (epsilon - EPSILON) if k.endswith("running_var") else v for k, v in state.items()}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.data.identities import Identities
 from trainer.distributed import Ranks, agree, all_gather_rows
 from trainer.errors import LceError, ModelError
 from trainer.models.card import Color, Direction, ModelCard
@@ -30,7 +31,7 @@ class EmbeddingModel(ABC):
 
     Attributes:
         card: what is known of it. path: where it was loaded from. hash: of its weights and preprocessing, for caches
-        and checks.
+        and checks. identities: which it was trained on; None: not known.
         foreign: without a card of ours: how images enter it was read, stated or assumed. reading: which, in words.
         allow_collapsed: :func:`check_distinct` lets it pass.
     """
@@ -41,6 +42,7 @@ class EmbeddingModel(ABC):
 
     def __init__(self, card: ModelCard, path: Path, content_hash: str) -> None:
         self.card, self.path, self.hash = card, path, content_hash
+        self.identities: Identities | None = None
 
     @property
     def dim(self) -> int:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from trainer.data.identities import load_identities
 from trainer.errors import ModelError
-from trainer.models.card import Color, Direction, ModelCard, read_card
+from trainer.models.card import IDENTITIES, Color, Direction, ModelCard, read_card
 from trainer.models.description import Pixels, Reading, Triple, reading_hash
 from trainer.models.model import EmbeddingModel
 from trainer.models.preprocessing import read_beginning
@@ -219,7 +220,9 @@ class OnnxModel(EmbeddingModel):
             "RGB",
             (card.mean[order], card.std[order]) if outside else None,  # type: ignore[arg-type]
         )
-        return OnnxModel(card, path, digest, session, way)
+        model = OnnxModel(card, path, digest, session, way)
+        model.identities = load_identities(card.identities, path.with_suffix(f".{IDENTITIES}"))
+        return model
 
     @property
     def input_kind(self) -> InputKind:

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from trainer.data.identities import identities_of_run, load_identities
 from trainer.errors import ConfigError, ModelError
-from trainer.models.card import CARD_FILE, Direction, Files, ModelCard, read_folder_card
+from trainer.models.card import CARD_FILE, IDENTITIES, Direction, Files, ModelCard, read_folder_card
 from trainer.models.description import Reading, is_description, with_description
 from trainer.models.foreign_weights import open_weights
 from trainer.models.model import EmbeddingModel, NoNetwork, TorchModel
@@ -70,7 +71,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Re
     for direction, part in card.transforms.items():
         transforms[direction] = build_transform(part.config, part.dim_in, part.dim_out)
         _load_state(transforms[direction], folder / f"{direction}.safetensors", digest.update, files)
-    return TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device)
+    model = TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device)
+    model.identities = load_identities(card.identities, folder / IDENTITIES) or identities_of_run(path)
+    return model
 
 
 def _check_size(card: ModelCard, folder: Path) -> None:

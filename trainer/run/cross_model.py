@@ -27,10 +27,12 @@ from trainer.compat.methods.lce import (
     smallest_norm,
 )
 from trainer.data import Batch
+from trainer.data.identities import identities
 from trainer.distributed import Labels, Ranks, gather_batch, largest_share, on_main, scale_gradient, send
 from trainer.head.partition import class_range
 from trainer.models.card import Direction, ModelCard, TransformCard
 from trainer.models.folder import save_model
+from trainer.models.model import TorchModel
 from trainer.run.config import Config
 from trainer.run.task import DTYPES, StepOutput
 
@@ -125,10 +127,13 @@ class CrossModelTask:
             "compatible_with_hash": content,
             "figures": figures,
         }
-        if cross.model is not None:
-            save_model(folder, cross.model.backbone, cross.model.card.model_copy(update=known), maps)
+        seen = identities(dataset)
+        both = seen if seen is None or cross.model is None else seen.and_of(cross.model.identities)
+        if isinstance(cross.model, TorchModel):
+            save_model(folder, cross.model.backbone, cross.model.card.model_copy(update=known), maps, both)
             return
-        look = dataset.info
+        look = dataset.info if cross.model is None else cross.model.card
+        source = self.method.new_embeddings if cross.model is None else cross.model.path
         card = ModelCard(
             dim=cross.dim_new,
             image_size=look.image_size,
@@ -138,10 +143,11 @@ class CrossModelTask:
             step=step,
             trained_on=str(dataset.path),
             classes=self.inputs.num_classes,
-            notes=f"maps alone, from the embeddings {self.method.new_embeddings}",
+            maps_of=None if cross.model is None else cross.model.hash,
+            notes=f"maps alone, of the embeddings of {source}",
             **known,
         )
-        save_model(folder, None, card, maps)
+        save_model(folder, None, card, maps, both)
 
     def _card(self, direction: Direction) -> TransformCard:
         sizes = (self.cross.dim_new, self.cross.dim_old)

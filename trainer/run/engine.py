@@ -48,6 +48,13 @@ SHOWN_EMBEDDINGS = 128
 """How many embeddings of the finished model TensorBoard's projector is given."""
 
 
+_INDIFFERENT = (
+    *("run.dir:", "run.threads:", "run.timeout_seconds:", "data.workers:", "train.steps:", "train.epochs:"),
+    *("log.", "checkpoint.", "evaluate."),
+)
+"""Settings that do not change what a finished run has made."""
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators for one batch: dropout and the like depend on nothing that would have to be saved."""
     torch.manual_seed(step_seed(seed, step, rank))
@@ -422,6 +429,7 @@ def _finished(engine: Engine) -> RunSummary | None:
 
     Raises:
         CheckpointError: it was made with other data.
+        ConfigError: it was made with other settings that decide what comes out.
     """
     folder = engine.folder
     summary = read_summary(folder, engine.steps)
@@ -433,11 +441,16 @@ def _finished(engine: Engine) -> RunSummary | None:
         except CheckpointError:
             continue  # nothing is continued from it
         engine.check_origin(found)
-    print(f"{folder}: finished already, {summary.step} steps; nothing to do", file=sys.stderr)
-    for change in changes_since(folder / "config.yaml", engine.config):
-        print(
-            f"{folder}: it was made with another setting, {change}; choose another run.dir to use it", file=sys.stderr
+    changes = changes_since(folder / "config.yaml", engine.config, common=True)
+    decisive = [change for change in changes if not change.startswith(_INDIFFERENT)]
+    if decisive:
+        raise ConfigError(
+            f"{folder}: finished already, with other settings ({'; '.join(decisive[:5])}); choose another run.dir to "
+            "use the new ones"
         )
+    print(f"{folder}: finished already, {summary.step} steps; nothing to do", file=sys.stderr)
+    for change in changes:
+        print(f"{folder}: it was made with another setting, {change}", file=sys.stderr)
     return summary
 
 

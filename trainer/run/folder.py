@@ -80,14 +80,16 @@ def open_folder(config: Config) -> list[str]:
         raise ConfigError(f"run.dir = {config.run.dir}: cannot be written: {error.strerror}") from None
 
 
-def changes_since(before: Path, config: Config) -> list[str]:
-    """The settings that differ from those the folder was last run with, as ``key: old → new``."""
+def changes_since(before: Path, config: Config, common: bool = False) -> list[str]:
+    """The settings that differ from those the folder was last run with, as ``key: old → new``; ``common``: only those
+    that both have (another version may know other keys)."""
     if not before.exists():
         return []
     tree, _ = without_idle(read_yaml(before, ConfigError) or {})
     old = flat(tree)
     new = flat(yaml.safe_load(dump_config(config)))
-    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    keys = sorted(old.keys() & new.keys() if common else old.keys() | new.keys())
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

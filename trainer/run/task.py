@@ -6,7 +6,7 @@ centres, directly (fused into the head's pass) or through learned transformation
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from trainer.compat.methods.config import FctConfig, LceDirectConfig, LceTransfo
 from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.registry import build_method
 from trainer.data import Batch, DatasetInfo
+from trainer.data.identities import identities
 from trainer.distributed import Labels, Ranks, largest_share, on_main, scale_gradient
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partial_fc import Companion, PartialFC
@@ -233,7 +234,14 @@ class TrainTask:
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]) -> None:
         """See :class:`Task`: the backbone and the transformations with their card."""
         card, backbone, transforms = self._plain(weights, step, figures)
-        on_main(lambda: save_model(folder, backbone, card, transforms), self.ranks)
+
+        def save() -> None:
+            known = identities(self.inputs.dataset)
+            if known is not None and self.config.backbone.weights is not None:
+                known = replace(known, complete=False)  # those weights have seen others
+            save_model(folder, backbone, card, transforms, known)
+
+        on_main(save, self.ranks)
 
     def model(self, weights: dict[str, dict[str, Tensor]], step: int) -> EmbeddingModel:
         """See :class:`Embeds`."""

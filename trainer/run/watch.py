@@ -57,13 +57,14 @@ def read_notes(folder: Path) -> list[dict[str, Any]]:
     return notes
 
 
-class _Heard:
+class Silence:
     """For how long each rank's note has been the same, by our own clock."""
 
     def __init__(self) -> None:
         self._heard: dict[int, tuple[float, float]] = {}  # rank → (the time in its note, when we first read that)
 
     def silent_seconds(self, note: dict[str, Any]) -> float:
+        """For how long a rank's note has been this one; 0 at its first reading."""
         now = time.monotonic()
         said, since = self._heard.get(note["rank"], (math.nan, now))
         if said != note["time"]:
@@ -72,6 +73,7 @@ class _Heard:
         return now - since
 
     def forget(self) -> None:
+        """Begin again."""
         self._heard.clear()
 
 
@@ -84,7 +86,7 @@ def ranks_left(run_dir: Path, since: float) -> list[dict[str, Any]]:
 def ranks_lost(run_dir: Path, since: float) -> list[int]:
     """The ranks among :func:`ranks_left` that will not come to the end: waits for those that still live, here by their
     process, elsewhere by notes that are renewed."""
-    heard, here = _Heard(), socket.gethostname()
+    heard, here = Silence(), socket.gethostname()
 
     def lives(note: dict[str, Any]) -> bool:
         return _is_running(note["pid"]) if note["host"] == here else heard.silent_seconds(note) < SILENT_SECONDS
@@ -152,7 +154,7 @@ class Watch:
         self._stopped_at = 0.0
         self._twice = False
         self._updating, self._update_seconds, self._longest_update = -1, 0.0, 0.0
-        self._heard = _Heard()
+        self._heard = Silence()
         self._looked, self._mute = 0.0, False
         self._reason: str | None = None
         self._echo = False

@@ -13,7 +13,7 @@ from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
 from trainer.data import Dataset
 from trainer.errors import CenterBankError, ConfigError
-from trainer.models.model import TorchModel
+from trainer.models.model import EmbeddingModel
 from trainer.models.open import load_model
 
 
@@ -25,7 +25,8 @@ class CrossInputs:
         new: the new model's embedding of every image.
         old: the old model's; None when the pairs to align are the centres of two banks.
         bank, new_bank: old and new centres by class. The boundary needs the old ones.
-        model: the new model, to be handed over with the maps; None: the maps are handed over alone.
+        model: the new model; a network of torch is handed over with the maps. None, or an ONNX graph: the maps are
+        handed over alone.
         dim_old, dim_new: D1, D2.
         images: whether images have to be read at all.
     """
@@ -34,7 +35,7 @@ class CrossInputs:
     old: OldEmbeddings | None
     bank: CenterBank | None
     new_bank: CenterBank | None
-    model: TorchModel | None
+    model: EmbeddingModel | None
     dim_old: int
     dim_new: int
     images: bool
@@ -78,7 +79,7 @@ def open_cross(compat: LceCrossConfig, dataset: Dataset | None, device: torch.de
         raise CenterBankError(f"{compat.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")
     dim_old = old.dim if old is not None else bank.dim if bank is not None else 0
     images = any(isinstance(source, ModelEmbeddings) for source in (new, old))
-    return CrossInputs(new, old, bank, new_bank, _model(compat.new_model, device), dim_old, new.dim, images)
+    return CrossInputs(new, old, bank, new_bank, _new_model(compat.new_model, new, device), dim_old, new.dim, images)
 
 
 def _embeddings(
@@ -98,13 +99,14 @@ def _bank(key: str, path: Path, dataset: Dataset) -> CenterBank:
     return bank
 
 
-def _model(path: Path | None, device: torch.device) -> TorchModel | None:
-    if path is None:
-        return None
-    model = load_model(path, device)
-    if not isinstance(model, TorchModel):
+def _new_model(path: Path | None, new: OldEmbeddings, device: torch.device) -> EmbeddingModel | None:
+    """The model that gives the new embeddings, where it is known. Raises :class:`ConfigError`: of another dimension."""
+    if isinstance(new, ModelEmbeddings):
+        return new.old
+    model = None if path is None else load_model(path, device)
+    if model is not None and model.dim != new.dim:
         raise ConfigError(
-            f"compat.new_model = {path}: an ONNX graph cannot be handed over with the maps; give the model's run or "
-            "model folder, or compat.new_embeddings alone"
+            f"compat.new_model = {path}: gives dimension {model.dim}, compat.new_embeddings have {new.dim}; these are "
+            "of another model"
         )
     return model
