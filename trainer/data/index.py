@@ -28,6 +28,8 @@ DESCRIPTION = "dataset.yaml"
 BAD_RECORDS = "bad_records.npy"
 MOST_CLASSES = 1_000_000_000
 """More is refused: such a label is a mistake, and tables with an entry for each class would fill the memory."""
+MOST_COMPARED_BYTES = 16 << 30
+"""Embeddings by record in a larger file are not read whole when a run starts."""
 Checks = Literal["all", "records", "none"]
 """Which checksums are compared: of tables at the opening and of records as they are read; of records; none."""
 _CHUNK = 1 << 22
@@ -122,18 +124,26 @@ class RowsInfo(BaseModel):
     model_hash: str
     dataset: str
     fingerprint: str = Field(description="of the records: Dataset.records_fingerprint")
+    file: tuple[int, int] | None = Field(None, description="(bytes, CRC-32) of the embeddings")
 
 
 def describe_rows(rows: Path, info: RowsInfo) -> None:
-    """Write what stands beside embeddings by record."""
+    """Write what stands beside embeddings by record, with their checksum."""
+    info = info.model_copy(update={"file": checksum(rows)})
     tree = sealed(info.model_dump(mode="json"))
     write_text(rows.with_suffix(".yaml"), yaml.safe_dump(tree, sort_keys=False))
 
 
 def rows_info(rows: Path) -> RowsInfo | None:
-    """What stands beside embeddings by record, or None. Raises :class:`DataError`: it cannot be read."""
+    """What stands beside embeddings by record, or None; the embeddings are compared with their checksum, up to
+    :data:`MOST_COMPARED_BYTES` of them. Raises :class:`DataError`: damage in either."""
     file = rows.with_suffix(".yaml")
-    return _read_beside(file, RowsInfo, "embeddings by record") if file.exists() else None
+    known = _read_beside(file, RowsInfo, "embeddings by record") if file.exists() else None
+    if known is not None and known.file is not None and known.file[0] <= MOST_COMPARED_BYTES:
+        change = find_change(rows, *known.file)
+        if change is not None:
+            raise DataError(f"{change}; make the embeddings again")
+    return known
 
 
 def check_rows(rows: Path, labels: "Dataset | Path") -> None:
