@@ -543,7 +543,9 @@ def _read_beside(file: Path, kind: type[_Info], what: str) -> _Info:
     try:
         return kind.model_validate(unsealed(read_yaml(file, DataError), file, DataError))
     except pydantic.ValidationError as error:
-        raise DataError(f"{file}: does not describe {what}: {error}") from None
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or "content"
+        raise DataError(f"{file}: does not describe {what}: {key}: {problem['msg']}") from None
 
 
 def _open_described(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.int64]]:
