@@ -7,6 +7,7 @@ too) and a folder of identity folders with image files.
 """
 
 import hashlib
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,8 +27,12 @@ from trainer.seals import find_change, sealed, unsealed, warn_once
 
 DESCRIPTION = "dataset.yaml"
 BAD_RECORDS = "bad_records.npy"
+OUTSIDE = "LCE_OUTSIDE"
+"""The variable that allows, as 1, a dataset.yaml to name files outside its folder."""
 MOST_CLASSES = 1_000_000_000
 """More is refused: such a label is a mistake, and tables with an entry for each class would fill the memory."""
+MOST_COMPARED_BYTES = 16 << 30
+"""Embeddings by record in a larger file are not read whole when a run starts."""
 Checks = Literal["all", "records", "none"]
 """Which checksums are compared: of tables at the opening and of records as they are read; of records; none."""
 _CHUNK = 1 << 22
@@ -122,18 +127,26 @@ class RowsInfo(BaseModel):
     model_hash: str
     dataset: str
     fingerprint: str = Field(description="of the records: Dataset.records_fingerprint")
+    file: tuple[int, int] | None = Field(None, description="(bytes, CRC-32) of the embeddings")
 
 
 def describe_rows(rows: Path, info: RowsInfo) -> None:
-    """Write what stands beside embeddings by record."""
+    """Write what stands beside embeddings by record, with their checksum."""
+    info = info.model_copy(update={"file": checksum(rows)})
     tree = sealed(info.model_dump(mode="json"))
     write_text(rows.with_suffix(".yaml"), yaml.safe_dump(tree, sort_keys=False))
 
 
 def rows_info(rows: Path) -> RowsInfo | None:
-    """What stands beside embeddings by record, or None. Raises :class:`DataError`: it cannot be read."""
+    """What stands beside embeddings by record, or None; the embeddings are compared with their checksum, up to
+    :data:`MOST_COMPARED_BYTES` of them. Raises :class:`DataError`: damage in either."""
     file = rows.with_suffix(".yaml")
-    return _read_beside(file, RowsInfo, "embeddings by record") if file.exists() else None
+    known = _read_beside(file, RowsInfo, "embeddings by record") if file.exists() else None
+    if known is not None and known.file is not None and known.file[0] <= MOST_COMPARED_BYTES:
+        change = find_change(rows, *known.file)
+        if change is not None:
+            raise DataError(f"{change}; make the embeddings again")
+    return known
 
 
 def check_rows(rows: Path, labels: "Dataset | Path") -> None:
@@ -523,7 +536,10 @@ def _digest(data: bytes) -> str:
 def table_info(table: Path) -> LabelsInfo | None:
     """What stands beside a label table, or None. Raises :class:`DataError`: it cannot be read."""
     file = table.with_suffix(".yaml")
-    return _read_beside(file, LabelsInfo, "a label table") if file.exists() else None
+    described = _read_beside(file, LabelsInfo, "a label table") if file.exists() else None
+    if described is not None and described.classes is not None and Path(described.classes).name != described.classes:
+        raise DataError(f"{file}: classes = {described.classes}: names a file outside the table's folder")
+    return described
 
 
 _Info = TypeVar("_Info", bound=BaseModel)
@@ -533,11 +549,24 @@ def _read_beside(file: Path, kind: type[_Info], what: str) -> _Info:
     try:
         return kind.model_validate(unsealed(read_yaml(file, DataError), file, DataError))
     except pydantic.ValidationError as error:
-        raise DataError(f"{file}: does not describe {what}: {error}") from None
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or "content"
+        raise DataError(f"{file}: does not describe {what}: {key}: {problem['msg']}") from None
+
+
+def _check_inside(folder: Path, info: DatasetInfo) -> None:
+    """Refuse names that lead out of the data set's folder, unless the user allows them."""
+    names = [info.labels, info.class_names, *(name for part in info.parts for name in (part.rec, part.label_map))]
+    outside = next((n for n in names if n is not None and (Path(n).is_absolute() or ".." in Path(n).parts)), None)
+    if outside is not None and os.environ.get(OUTSIDE) != "1":
+        raise DataError(
+            f"{folder / DESCRIPTION}: names {outside}, which is outside its folder; if you trust it, set {OUTSIDE}=1"
+        )
 
 
 def _open_described(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.int64]]:
     info = load_description(folder)
+    _check_inside(folder, info)
     if not info.parts:
         raise DataError(f"{folder / DESCRIPTION}: lists no parts; the data set is empty")
     if info.labels is not None:

@@ -50,6 +50,7 @@ class MappedModel(EmbeddingModel):
         }
         super().__init__(model.card.model_copy(update=kept), model.path, model.hash)
         self.model, self.maps = model, maps
+        self.identities = model.identities if maps.identities is None else maps.identities  # those of the maps: of both
         self.foreign, self.allow_collapsed, self.reading = model.foreign, model.allow_collapsed, model.reading
 
     def embed(self, images: np.ndarray, color: Color = "RGB", flip: bool = False, unit: bool = True) -> np.ndarray:
