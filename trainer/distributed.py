@@ -122,12 +122,23 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         raise ConfigError("run.device = cuda: this machine has no usable CUDA device; use run.device=cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if _bound_to_one_gpu():
+        return torch.device("cuda", 0)
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; "
             "start fewer ranks"
         )
     return torch.device("cuda", local_rank)
+
+
+def _bound_to_one_gpu() -> bool:
+    """Whether SLURM shows each rank a GPU of its own (srun --gpus-per-task=1, --gpu-bind): the only one then, number 0.
+
+    torchrun's ranks share one environment, in which a single GPU is one for all of them.
+    """
+    bound = os.environ.keys() & {"SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND"}
+    return bool(bound) and "TORCHELASTIC_RUN_ID" not in os.environ and torch.cuda.device_count() == 1
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -182,7 +193,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         _check_network(where.type == "cuda")
         try:
-            _join(backend, rank, world, datetime.timedelta(seconds=timeout_seconds))
+            _join(backend, rank, world, datetime.timedelta(seconds=timeout_seconds), where)
         except dist.DistError as error:
             raise ConfigError(
                 f"rank {rank} on {socket.gethostname()}: no group of {world} ranks by the master {_master()} within "
@@ -220,17 +231,21 @@ def _check_network(nccl: bool) -> None:
         raise ConfigError(f"MASTER_ADDR={address}: unknown on {socket.gethostname()}: {error.strerror}") from None
 
 
-def _join(backend: str, rank: int, world: int, timeout: datetime.timedelta) -> None:
-    """Make the default group from the environment; a restarted one must not find the addresses of dead ranks."""
+def _join(backend: str, rank: int, world: int, timeout: datetime.timedelta, device: torch.device) -> None:
+    """Make the default group from the environment; a restarted one must not find the addresses of dead ranks.
+
+    With its device NCCL connects the ranks here, where a wrong network shows, and not in the first step.
+    """
+    own_device = device if device.type == "cuda" else None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=own_device)
         return
     # torchrun keeps one store over all its attempts, with everything that the ranks of earlier ones have left in it.
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))  # type: ignore[attr-defined]
     own = dist.PrefixStore(  # type: ignore[attr-defined]
         f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
     )
-    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout, device_id=own_device)
 
 
 def all_gather_rows(local: Tensor, sizes: list[int]) -> Tensor:

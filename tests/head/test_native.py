@@ -1,5 +1,6 @@
 """The C++ pass equals the torch pass and the float64 reference, and steps aside where it does not fit."""
 
+import contextlib
 import ctypes
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,27 @@ def test_without_a_compiler_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
         assert not list(tmp_path.glob("lce-trainer/*.so")), "nothing half-built is left"
     finally:
         native.load.cache_clear()
+
+
+def test_a_step_in_cpp_makes_norms_that_torch_has_kept_invalid() -> None:
+    """Deferred steps are torch's: one before and one after a step in C++, which changes the rows unseen by torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        as_if_large(patch)
+        quick = PartialFC(config(rows="float32"), 700, 24, Ranks(), seed=0)
+    plain = PartialFC(config(rows="float32"), 700, 24, Ranks(), seed=0)
+    assert isinstance(quick.softmax, native.NativeSoftmax)
+    losses: list[list[float]] = [[], []]
+    for head, found in zip((quick, plain), losses, strict=True):
+        head.set_lr(0.5)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(6):
+            x = torch.randn(8, 24, generator=generator).requires_grad_()
+            with head.deferred() if step % 2 == 0 else contextlib.nullcontext():
+                loss = head(x, torch.arange(8), step).loss
+                loss.backward()
+            head.apply_update()
+            found.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_library_whose_struct_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

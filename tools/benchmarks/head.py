@@ -11,6 +11,7 @@ Examples:
   lce bench head --classes 100000 --rate 1.0 --json -
   lce bench head --classes 100000 --rate 0.1 --lce direct --world-size 2
   lce bench head --classes 5500000 --rows bfloat16 --only ours
+  lce bench head --classes 100000 --rate 0.1 --trace
   lce bench head --ladder --lce direct --centers mapped --markdown ladder.md --json ladder.json
   lce bench head --ladder --every-rows --device cuda --batch 1024 --rate 0.1 --markdown ladder-cuda.md
 """
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--margin", default="cosface", help="the margin (cosface)")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="of the rows (sgd)")
     parser.add_argument("--rows", choices=("float32", "bfloat16"), default="float32", help="dtype of rows and state")
-    parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="dtype of the products")
+    parser.add_argument("--compute", choices=("float32", "tf32", "bfloat16"), default="float32", help="of the products")
     parser.add_argument(
         "--lce", choices=("none", "direct", *MAPPED), default="none", help="with LCE's losses, maps included (rbt)"
     )
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=("both", "ours", "reference"), default="both", help="leave a side out")
     parser.add_argument("--sequential", action="store_true", help="one side after the other, not alternating")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
+    parser.add_argument("--trace", action="store_true", help="not measured: every pass of a step, counted")
     ladder.add_options(parser)
 
 
@@ -76,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: sizes, a rate, a margin or a device that no head can have.
     """
     _check(args)
+    if args.trace:
+        return _trace(args)
     if args.ladder:
         ladder.climb(args, measure)
         return 0
@@ -83,6 +87,39 @@ def run(args: argparse.Namespace) -> int:
     write_json(figures, args.json)
     if args.json != "-":
         print(summary(figures))
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    """Print what a step consists of, and on CUDA what the profiler says of it."""
+    import os
+
+    import torch
+
+    from tools.benchmarks.passes import counting, table
+    from trainer.distributed import Ranks
+    from trainer.errors import ConfigError
+
+    if args.world_size > 1:
+        raise ConfigError("--trace: one rank's step is counted; use --world-size 1")
+    os.environ["LCE_NATIVE"] = "0"  # the C++ pass has no operators to count
+    device = torch.device(args.device)
+    head = _head("ours", args, Ranks(device=device))
+    rows = len(head.rows) if args.rate == 1 else round(args.rate * len(head.rows))
+    labels = torch.randint(0, args.classes, (args.batch,)).to(device)
+
+    def step(number: int) -> None:
+        head(torch.randn(args.batch, args.dim, device=device).requires_grad_(), labels, number).loss.backward()
+
+    step(0)  # leaves the norms of the rows behind, as every step does
+    with counting(head, args.dim, min(rows, head.softmax.kernels.chunk_rows) // 2) as passes:
+        step(1)
+    print(table(passes, rows))
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step(2)
+            torch.cuda.synchronize()
+        print(profile.key_averages().table(sort_by="device_time_total", row_limit=40))
     return 0
 
 
@@ -384,7 +421,7 @@ def bound_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
 
     from trainer.head.kernels import chunk_rows
 
-    chunk = chunk_rows(0, device.type)
+    chunk = chunk_rows(0, device.type, args.batch)
     dtype = torch.bfloat16 if args.compute == "bfloat16" else torch.float32
     a = torch.randn(chunk, args.dim, device=device).to(dtype)
     b = torch.randn(args.dim, args.batch, device=device).to(dtype)

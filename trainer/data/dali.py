@@ -170,6 +170,7 @@ class DaliLoader(PositionedLoader):
         pipeline, names = build_pipeline(
             self.dataset.info, self.config, max(1, self.schedule.largest_slice), self.threads, self._device_id
         )
+        held = _Held()
         ahead = _Ahead(self._job(slot) for slot in self.schedule.slots(epoch, samples))
 
         def feed() -> None:
@@ -189,6 +190,7 @@ class DaliLoader(PositionedLoader):
                 job = jobs.popleft()
                 feed()
                 yield job.slot, self._batch(job, tensor)
+                held.hold(tensor)
         finally:
             ahead.close()
 
@@ -239,6 +241,27 @@ class DaliLoader(PositionedLoader):
         if self.dataset.info.uniform and (height, width) != tuple(wanted):
             return f"it is {height}x{width}, not {wanted[0]}x{wanted[1]} as all others"
         return None
+
+
+class _Held:
+    """Keeps a GPU's batches until what read them is over.
+
+    DALI hands its own memory to torch without a copy and uses it again once the tensor is gone. The host drops a batch
+    while the last of its readers, the first convolution's weight gradient, may still be queued.
+    """
+
+    def __init__(self) -> None:
+        self.kept: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def hold(self, images: Tensor) -> None:
+        """Keep a batch whose work has been queued; let go of those before it whose work is done."""
+        if not images.is_cuda:
+            return
+        over = torch.cuda.Event()
+        over.record()
+        self.kept.append((images, over))
+        while self.kept[0][1].query() and len(self.kept) > 1:
+            self.kept.popleft()
 
 
 class _Ahead:

@@ -142,8 +142,10 @@ class HeadConfig(Section):
         1, ge=1, le=16, description="K rows per class, the nearest one counts (sub-center ArcFace)"
     )
     optimizer: AnyRowOptimizer = Field(SgdRowsConfig(), description="how the rows are updated")
-    compute: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype that the products take; results are float32"
+    compute: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32",
+        description="what the products take, their results are float32; tf32: float32 rounded to 11 bits on CUDA, in "
+        "the head's products alone (on the CPU float32)",
     )
     rows: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of rows and their state")
     chunk_rows: int = Field(0, ge=0, description="impl fused: rows per chunk of the pass; 0: chosen for the device")

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from trainer.distributed import all_reduce_sum
 from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.partition import ClassRange
-from trainer.head.products import product
+from trainer.head.products import matmul_precision, product
 from trainer.head.sampling import Draw
 from trainer.head.step import MASKED, constant_shift
 
@@ -46,7 +46,8 @@ class FrozenClassifier:
         known: this rank's rows, on its device.
         scale, margin: of the logits.
         kernels: chunk length and compilation of the element-wise work.
-        compute: dtype of the matrix products; sums are in float32, or float64 for float64 rows.
+        compute: dtype that the matrix products take; sums are in float32, or float64 for float64 rows.
+        tf32: whether CUDA may round float32 products' inputs.
         sample_rate: share of the classes that take part as negatives in a step, by the head's own draw (same seed,
             same step: the same classes); the batch's classes always do. The smaller sum is not corrected.
         seed: of the draw.
@@ -63,13 +64,14 @@ class FrozenClassifier:
         margin: float = 0.0,
         kernels: Kernels,
         compute: torch.dtype,
+        tf32: bool = False,
         sample_rate: float = 1.0,
         seed: int = 0,
     ) -> None:
         self.rows, self.mask, self.classes = known.rows, known.mask, known.classes
         self.work = torch.float64 if self.rows.dtype == torch.float64 else torch.float32
         self.compute = self.work if self.work == torch.float64 else compute
-        self.scale, self.margin, self.kernels = scale, margin, kernels
+        self.scale, self.margin, self.kernels, self.tf32 = scale, margin, kernels, tf32
         self.sample_rate, self.seed = sample_rate, seed
         self.shift = constant_shift(scale, self.work, "use a lower scale: compat.method bct and unibct need it")
         self.place = torch.cumsum(self.mask, 0) - 1  # where a class's row stands, for those that have one
@@ -106,9 +108,10 @@ class FrozenClassifier:
         packed[1, samples] = target.double()
         packed[2, samples] = 1.0
         done = _Pass(self, unit, norm, drawn, samples, places)
-        for first, last in done.chunks():
-            _, products, ones = done.products(first, last)
-            packed[0] += self.kernels.fuse(exp_sum)(products, ones, ones * self.shift)
+        with matmul_precision(self.tf32):
+            for first, last in done.chunks():
+                _, products, ones = done.products(first, last)
+                packed[0] += self.kernels.fuse(exp_sum)(products, ones, ones * self.shift)
         done.finish(*all_reduce_sum(packed))
         return done
 
@@ -207,4 +210,6 @@ class _FrozenSoftmax(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         with torch.no_grad():
-            return ctx.step.gradient(grads[0]).to(ctx.dtype), None, None, None
+            with matmul_precision(ctx.step.owner.tf32):
+                dx = ctx.step.gradient(grads[0])
+            return dx.to(ctx.dtype), None, None, None

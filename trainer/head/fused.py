@@ -26,7 +26,7 @@ from trainer.distributed import all_reduce_sum
 from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.margin import Margin
 from trainer.head.old_centers import DirectCompat
-from trainer.head.products import product
+from trainer.head.products import matmul_precision, product
 from trainer.head.row_optimizer import CollectedGradients, RowGradient, RowOptimizer, Selection
 from trainer.head.sampling import Drawn
 from trainer.head.step import (
@@ -151,7 +151,8 @@ class FusedSoftmax:
         log_weight = self._log_weights(drawn, rows) if self.settings.correction else None
         keep = rows.count * len(x) * 4 <= KEEP_SHARE * sum(t.nbytes for t in self.optimizer.tables)
         inputs = PassInput(batch, drawn, rows, targets, shift, log_weight, curriculum, keep)
-        first = self.first_pass(inputs, deferred)
+        with matmul_precision(self.settings.tf32):
+            first = self.first_pass(inputs, deferred)
         boundary = self._boundary(inputs)
         zero = first.alignment.new_zeros(())
         scalars = [first.alignment, *((zero, zero) if boundary is None else (boundary.total, boundary.count))]
@@ -257,7 +258,8 @@ class FusedSoftmax:
         elif not bool(finite):
             return torch.zeros_like(batch.x)
         gradient = self._loss_gradient(step, grad.double(), own_grad, gate)
-        dx = self.second_pass(step, gradient, deferred)
+        with matmul_precision(self.settings.tf32):
+            dx = self.second_pass(step, gradient, deferred)
         if not deferred:
             self.optimizer.finish(rows.index, gate)
         elif rows.index is not None and rows.count == 0:
@@ -298,17 +300,27 @@ class FusedSoftmax:
         """Walk the rows for Σ exp over the negatives and LCE's alignment; ``deferred`` steps do not update."""
         del deferred
         x, k, total, work = inputs.batch.x, self.settings.sub_centers, inputs.rows.count, self.optimizer.work
-        scaled = self._scaled(x)
+        scaled, compute = self._scaled(x), self.settings.compute
+        direct = inputs.rows.direct(compute)
         sums = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         alignment = torch.zeros((), dtype=torch.float64, device=x.device)
         kept: list[Tensor] | None = [] if inputs.keep_products else None
         inverse = torch.empty(total, 1, dtype=work, device=x.device)
         center_cosine = None if self.old is None else torch.empty(total, dtype=work, device=x.device)
         for number, first, last in self._chunks(inputs):
-            w = inputs.rows.open(first * k, last * k)
-            part = torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min_(1e-12).reciprocal_()
+            known = self.optimizer.inverse(inputs.rows, first * k, last * k)
+            if known is not None and direct and self.old is None:  # no need of them in working precision
+                w = inputs.rows.stored(first * k, last * k)
+            else:
+                w = inputs.rows.open(first * k, last * k)
+            part = (
+                torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min_(1e-12).reciprocal_()
+                if known is None
+                else known
+            )
             inverse[first * k : last * k] = part
-            products = self._products(inputs, scaled, w, number, first)
+            narrow = inputs.rows.stored(first * k, last * k) if direct else w.to(compute)
+            products = self._products(inputs, scaled, narrow, number, first)
             if kept is not None:
                 kept.append(products)
             sums += self._sum_negatives(inputs, products, part, first, last)
@@ -323,17 +335,19 @@ class FusedSoftmax:
         """Σ_j P_ij w_j/‖w_j‖ (B, D); updates the rows, or collects their gradient."""
         inputs, index = step.inputs, step.inputs.targets.index
         x, rows, k = inputs.batch.x, inputs.rows, self.settings.sub_centers
-        scaled, narrow = self._scaled(x), x.to(self.settings.compute)
+        compute, direct = self.settings.compute, rows.direct(self.settings.compute)
+        scaled, narrow = self._scaled(x), x.to(compute)
         transposed = torch.zeros_like(x.t(), memory_format=torch.contiguous_format)
         for number, first, last in self._chunks(inputs):
-            w = rows.rows(first * k, last * k)
+            w = rows.stored(first * k, last * k) if direct and not deferred else rows.rows(first * k, last * k)
+            of_products = rows.stored(first * k, last * k) if direct else w.to(compute)
             kept = step.first.products
-            products = self._products(inputs, scaled, w, number, first) if kept is None else kept[number]
+            products = self._products(inputs, scaled, of_products, number, first) if kept is None else kept[number]
             q, radial = self._chunk_weights(step, gradient, products, number, first, last)
             if q.dtype == transposed.dtype:
-                transposed.addmm_(w.t(), q)  # (D, B): this order of the product is the quicker one
+                transposed.addmm_(of_products.t(), q)  # (D, B): this order of the product is the quicker one
             else:
-                transposed += product(w.to(q.dtype).t(), q)
+                transposed += product(of_products.t(), q)
             pull, pull_scale, radial = self._alignment_gradient(step, gradient, first, last, radial)
             change = RowGradient(q, narrow, radial, pull, pull_scale)
             low, high = index.own_bounds[number], index.own_bounds[number + 1]
@@ -358,8 +372,8 @@ class FusedSoftmax:
         return [(n, first, min(first + step, total)) for n, first in enumerate(range(0, total, step))]
 
     def _products(self, inputs: PassInput, scaled: Tensor, w: Tensor, number: int, first: int) -> Tensor:
-        """s·‖w‖·cos of a chunk (n·K, B) in working precision, the targets masked out."""
-        out = product(w.to(self.settings.compute), scaled)
+        """s·‖w‖·cos of a chunk (n·K, B) in working precision, the targets masked out; w in the products' dtype."""
+        out = product(w, scaled)
         index, k = inputs.targets.index, self.settings.sub_centers
         low, high = index.bounds[number], index.bounds[number + 1]
         if high > low:

@@ -3,15 +3,25 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+CHUNK_NUMBERS = 1 << 26
+"""Logits of a chunk on CUDA: 268 MB in float32, whatever the batch."""
 
-def chunk_rows(given: int, device_type: str) -> int:
-    """Rows of a chunk: ``head.chunk_rows`` where it is given, else what fits the device's caches and keeps it busy."""
-    return given or (4096 if device_type == "cpu" else 65536)
+
+def chunk_rows(given: int, device_type: str, batch: int) -> int:
+    """Rows of a chunk: ``head.chunk_rows`` where it is given, else what fits the CPU's caches or keeps a GPU busy.
+
+    Args:
+        batch: B, the global batch.
+    """
+    if given:
+        return given
+    return 4096 if device_type == "cpu" else max(1, CHUNK_NUMBERS // max(1, batch) // 4096) * 4096
 
 
 @dataclass
@@ -20,15 +30,25 @@ class Kernels:
 
     chunk_rows: int
     compiled: bool
+    observer: Callable[[Callable[..., Any], tuple[Any, ...]], Any] | None = None
     _cache: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` compiled: once for full chunks, and once more for any other length of a chunk."""
+        """``function`` compiled: once for full chunks, and once more for any other length of a chunk.
+
+        An ``observer`` is handed every call instead, to count it as the one kernel that it becomes.
+        """
+        if self.observer is not None:
+            return partial(_observed, self.observer, function)
         if not self.compiled:
             return function
         if function not in self._cache:
             self._cache[function] = _with_fallback(function, self)
         return self._cache[function]
+
+
+def _observed(observer: Callable[..., Any], function: Callable[..., Any], *arguments: Any) -> Any:
+    return observer(function, arguments)
 
 
 def _with_fallback(function: Callable[..., Any], kernels: Kernels) -> Callable[..., Any]:

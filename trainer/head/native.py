@@ -197,7 +197,7 @@ def covers(config: HeadConfig) -> bool:
     return (
         (config.impl, config.optimizer.name) == ("fused", "sgd")
         and config.rows in ("float32", "bfloat16")
-        and (config.compute == "float32" or bfloat16_gemm() is not None)
+        and (config.compute != "bfloat16" or bfloat16_gemm() is not None)
         and config.sub_centers == 1
         and margin.name != "curricular"
         and not margin.inter_class_filter

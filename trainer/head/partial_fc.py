@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from trainer.distributed import Labels, Ranks, as_sharded, class_mesh, gather_batch, gather_rows, scale_gradient
@@ -113,8 +114,10 @@ class PartialFC(nn.Module):
         old = None if compat is None else OldCenters(compat, compat.total(ranks.device))
         self.margin = build_margin(config.margin, ranks.device)
         rows = initial_rows(config, self.classes, dim, ranks.device, seed)
-        self.softmax = _build_softmax(config, rows, self.margin, num_classes, old, ranks, seed)
+        batch = 1024 if local_batch is None else local_batch * ranks.world_size
+        self.softmax = _build_softmax(config, rows, self.margin, num_classes, old, ranks, seed, batch)
         self._deferring = False
+        self._mesh: DeviceMesh | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -211,7 +214,9 @@ class PartialFC(nn.Module):
         total = self.classes.total * self.config.sub_centers
         if not dist.is_initialized():
             return state | tables
-        mesh = class_mesh(self.ranks)
+        if self._mesh is None:
+            self._mesh = class_mesh(self.ranks)  # once: each call may make a process group
+        mesh = self._mesh
         return state | {name: as_sharded(table, total, mesh) for name, table in tables.items()}
 
     def load_shard_state(self) -> None:
@@ -270,9 +275,10 @@ def _build_softmax(
     old: OldCenters | None,
     ranks: Ranks,
     seed: int,
+    batch: int,
 ) -> Softmax:
-    """The implementation of the step for these rows: the C++ pass where it pays and can, else torch's, or the
-    reference.
+    """The implementation of the step for these rows and about ``batch`` samples: the C++ pass where it pays and can,
+    else torch's, or the reference.
     """
     if config.impl == "reference":
         return ReferenceSoftmax(config, rows, margin, num_classes, old, ranks.world_size)
@@ -283,9 +289,10 @@ def _build_softmax(
         correction=config.sampling_correction,
         inter_class_filter=config.margin.inter_class_filter,
         compute=torch.bfloat16 if config.compute == "bfloat16" else optimizer.work,
+        tf32=config.compute == "tf32",
     )
     cpu, large = ranks.device.type == "cpu", len(rows) >= COMPILE_FROM_ROWS
-    kernels = Kernels(chunk_rows(config.chunk_rows, ranks.device.type), compiled=large)
+    kernels = Kernels(chunk_rows(config.chunk_rows, ranks.device.type, batch), compiled=large)
     arguments = (settings, margin, optimizer, kernels, num_classes, old, not cpu)
     if large and cpu and native.covers(config) and native.holds(old) and (library := native.load()):
         return native.NativeSoftmax(library, *arguments)

@@ -8,6 +8,8 @@ elsewhere the rounded inputs are multiplied in float32, which gives the same num
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +33,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     out = torch.empty(a.shape[0], b.shape[1])
     _multiply(gemm, a, b, out)
     return out
+
+
+@contextmanager
+def matmul_precision(tf32: bool) -> Iterator[None]:
+    """Within it CUDA's float32 products round their inputs to TF32, or do not, whatever holds outside."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def bfloat16_instructions() -> str | None:

@@ -57,7 +57,7 @@ class ReferenceSoftmax:
         world_size: int,
     ) -> None:
         if config.sub_centers > 1 or config.margin.name == "curricular" or config.compute != "float32":
-            raise ConfigError("head.impl = reference: without sub-centres, curricular margin and bfloat16 compute")
+            raise ConfigError("head.impl = reference: float32 compute alone, no sub-centres, no curricular margin")
         if config.optimizer.name == "adamw" and config.sample_rate < 1:
             raise ConfigError(
                 "head.impl = reference: adamw at sample_rate 1 only (torch's AdamW also moves rows that were not drawn)"

@@ -32,7 +32,7 @@ from trainer.head.products import product
 HORIZON = 1024
 """After so many updates all rows are brought up to date, so that no row can miss more steps than the table holds."""
 FLUSH_ROWS = 1024
-"""Rows per block of that sweep."""
+"""Rows per block of that sweep on the CPU."""
 FUSE_FROM_ROWS = 2048
 """Fewer rows, a batch's own or those of the sweep, are copied by torch as it is: compiling would not pay."""
 
@@ -67,15 +67,15 @@ class RowGradient:
             out.addcmul_(self.pull.to(out.dtype), self.pull_scale[:, None])
         self.add_extra(out)
 
-    def product(self, like: Tensor) -> Tensor:
-        """``q @ x`` in the dtype of ``like`` (n, D)."""
+    def product(self, dim: int) -> Tensor:
+        """``q @ x`` (n, D) in working precision; zeros where there is none."""
         if self.q is None or self.x is None:
-            return torch.zeros_like(like)
-        return product(self.q, self.x).to(like.dtype)
+            return self.radial.new_zeros(len(self.radial), dim)
+        return product(self.q, self.x).to(self.radial.dtype)
 
     def dense(self, w: Tensor) -> Tensor:
         """The gradient itself (n, D) at the rows ``w``."""
-        out = self.product(w)
+        out = self.product(w.shape[1])
         self.add_to(out, w)
         return out
 
@@ -114,6 +114,14 @@ class Selection:
         """Raise RuntimeError when the tables were updated since this selection was made: its step is out of date."""
         if self._updates != self.owner.updates:
             raise RuntimeError("the head's rows were updated between a forward and its backward; end one step first")
+
+    def direct(self, dtype: torch.dtype) -> bool:
+        """Whether all rows take part and are stored in ``dtype``: :meth:`stored` then gives what products take."""
+        return self.index is None and self.owner.rows.dtype == dtype
+
+    def stored(self, start: int, stop: int) -> Tensor:
+        """A view of the table's rows [start, stop), where all take part."""
+        return self.owner.rows[start:stop]
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The same rows once more, in the second pass."""
@@ -198,6 +206,13 @@ class RowOptimizer(ABC):
         for table, block in zip(self.tables[1:], out, strict=True):
             block.copy_(table.index_select(0, index))
 
+    def inverse(self, selection: Selection, start: int, stop: int) -> Tensor | None:
+        """1/‖w‖ (n, 1) of rows of a selection, None where it has to be computed: a pass over the rows is saved where
+        the last update of all of them has left it behind.
+        """
+        del selection, start, stop
+        return None
+
     def round(self, value: Tensor) -> Tensor:
         """In the tables' dtype; to bfloat16 stochastically: E[result] = value."""
         if self.rows.dtype != torch.bfloat16:
@@ -254,6 +269,10 @@ class SgdRows(RowOptimizer):
         super().__init__(config, rows, sampled, seed)
         self.config: SgdRowsConfig = config
         if not sampled:
+            # 1/‖w‖ as the last update left it, for the next pass, and the version of the rows that it belongs to.
+            self._inverse = torch.empty(len(rows), 1, dtype=self.work, device=rows.device)
+            self._inverse_of = -1
+            self._left_inverse = False  # whether the update under way leaves it behind (not the one in C++)
             return
         self._last = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
         self._now = torch.zeros((), dtype=torch.int32, device=rows.device)
@@ -264,6 +283,11 @@ class SgdRows(RowOptimizer):
         identity = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=rows.device)
         self._missed = identity.repeat(HORIZON + 1, 1)
         self._coefficients = self._missed.to(self.work)
+
+    def inverse(self, selection: Selection, start: int, stop: int) -> Tensor | None:
+        """See :meth:`RowOptimizer.inverse`."""
+        known = selection.index is None and not self.sampled and self._inverse_of == self.rows._version
+        return self._inverse[start:stop] if known else None
 
     def missed_by(self, index: Tensor) -> Tensor:
         """What the rows at ``index`` missed, (n, 4)."""
@@ -287,32 +311,41 @@ class SgdRows(RowOptimizer):
 
     def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.update`."""
+        radial = gradient.radial
+        on = torch.ones((), dtype=self.work, device=radial.device) if gate is None else gate.to(self.work)
+        lr, keep = self.lr * on, 1 + on * (self.config.momentum - 1)
+        beta = (radial + self.config.weight_decay * on)[:, None]
+        move = gradient.product(self.rows.shape[1])
+        gradient.add_extra(move)
+        scale = None if gradient.pull_scale is None else gradient.pull_scale[:, None]
+        pull = None if scale is None else gradient.pull
+        if selection.index is None and not selection.in_place and not self.sampled:
+            by_row, (of_w, of_v) = self.noise(stop - start, 2)
+            stored = (self.rows[start:stop], self.tables[1][start:stop])
+            noise = (by_row[:, None], of_w[None], of_v[None])
+            self._left_inverse = True
+            kernel = self.fuse(_descend_rounding)
+            self._inverse[start:stop] = kernel(stored, noise, move, pull, scale, beta, lr, keep)
+            return
         w = selection.rows(start, stop)
+        if selection.index is not None and self.rows.dtype == self.work and self.sampled:
+            index = selection.index[start:stop]
+            missed = self.missed_by(index)
+            self.fuse(_descend_into)(index, self.tables, missed, w, move, pull, scale, beta, lr, keep)
+            return
         (v,) = selection.state(start, stop, w)
-        mu, decay = self.config.momentum, self.config.weight_decay
-        step = torch.full((), self.lr, dtype=w.dtype, device=w.device)  # as_tensor would wait for the device
-        if gate is not None:
-            gate = gate.to(w.dtype)
-            step = step * gate
-            v.mul_(1 + gate * (mu - 1)).add_(gradient.product(w))
-        elif gradient.q is not None and gradient.x is not None and gradient.q.dtype == v.dtype:
-            v.addmm_(gradient.q, gradient.x, beta=mu)  # one product that also applies μ: no further pass over v
+        if selection.in_place:
+            self._left_inverse = True
+            self._inverse[start:stop] = self.fuse(_descend)(w, v, move, pull, scale, beta, lr, keep)
         else:
-            v.mul_(mu).add_(gradient.product(w))
-        beta = (gradient.radial + (decay if gate is None else decay * gate))[:, None]
-        gradient.add_extra(v)
-        if gradient.pull is not None and gradient.pull_scale is not None:
-            self.fuse(_pull)(v, gradient.pull, gradient.pull_scale[:, None])
-        if selection.index is not None and self.rows.dtype == self.work:
-            self.fuse(_descend_into)(selection.index[start:stop], self.tables, (w, v), beta, step)
-        else:
-            self.fuse(_descend)(w, v, beta, step)
+            self.fuse(_descend)(w, v, move, pull, scale, beta, lr, keep)
             selection.store(start, stop, (w, v))
 
     def finish(self, index: Tensor | None, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.finish`."""
         self.updates += 1
         if not self.sampled:
+            self._inverse_of, self._left_inverse = (self.rows._version if self._left_inverse else -1), False
             return
         mu, decay, lr = self.config.momentum, self.config.weight_decay, self.lr
         a, b, c, d = self._missed[:-1].unbind(1)
@@ -348,6 +381,8 @@ class SgdRows(RowOptimizer):
     def loaded(self) -> None:
         """See :meth:`RowOptimizer.loaded`."""
         super().loaded()
+        if not self.sampled:
+            self._inverse_of = -1
         if self.sampled:
             self._mark(None)
             self._since_flush, self._shrunk = 0, 1.0
@@ -356,8 +391,9 @@ class SgdRows(RowOptimizer):
         """See :meth:`RowOptimizer.flush`."""
         if not self.sampled:
             return
-        for first in range(0, len(self.rows), FLUSH_ROWS):
-            index = torch.arange(first, min(first + FLUSH_ROWS, len(self.rows)), device=self.rows.device)
+        step = FLUSH_ROWS * (64 if self.rows.is_cuda else 1)  # on CUDA the launches of small blocks would be the cost
+        for first in range(0, len(self.rows), step):
+            index = torch.arange(first, min(first + step, len(self.rows)), device=self.rows.device)
             selection = self.select(index)
             w = selection.open(0, len(index))
             selection.store(0, len(index), (w, *selection.state(0, len(index), w)))
@@ -471,23 +507,70 @@ class CollectedGradients:
 # The element-wise work on a block, plain torch that torch.compile fuses; the first argument has the block's length n.
 
 
-def _descend(w: Tensor, v: Tensor, beta: Tensor, lr: Tensor) -> None:
-    v.addcmul_(w, beta)
-    w.sub_(v * lr)
+def _descend(
+    w: Tensor,
+    v: Tensor,
+    move: Tensor,
+    pull: Tensor | None,
+    scale: Tensor | None,
+    beta: Tensor,
+    lr: Tensor,
+    keep: Tensor,
+) -> Tensor:
+    """v ← keep·v + move + β·w + scale·pull, w ← w − η·v, in one pass over each; 1/‖w‖ (n, 1)."""
+    new = v * keep + move + w * beta
+    if pull is not None and scale is not None:
+        new = new + pull.to(v.dtype) * scale
+    v.copy_(new)
+    moved = w - new * lr
+    w.copy_(moved)
+    return torch.linalg.vector_norm(moved, dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
+
+
+def _descend_rounding(
+    stored: tuple[Tensor, Tensor],
+    noise: tuple[Tensor, Tensor, Tensor],
+    move: Tensor,
+    pull: Tensor | None,
+    scale: Tensor | None,
+    beta: Tensor,
+    lr: Tensor,
+    keep: Tensor,
+) -> Tensor:
+    """:func:`_descend` on bfloat16 rows and momentum as they are stored, rounded stochastically."""
+    rows, momentum = stored
+    by_row, of_w, of_v = noise
+    w, v = rows.to(move.dtype), momentum.to(move.dtype)
+    new = v * keep + move + w * beta
+    if pull is not None and scale is not None:
+        new = new + pull.to(move.dtype) * scale
+    momentum.copy_(_round_stochastically(new, by_row, of_v))
+    moved = _round_stochastically(w - new * lr, by_row, of_w)
+    rows.copy_(moved)
+    return torch.linalg.vector_norm(moved.to(move.dtype), dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
 
 
 def _descend_into(
-    index: Tensor, tables: tuple[Tensor, Tensor], blocks: tuple[Tensor, Tensor], beta: Tensor, lr: Tensor
+    index: Tensor,
+    tables: tuple[Tensor, Tensor],
+    missed: Tensor,
+    w: Tensor,
+    move: Tensor,
+    pull: Tensor | None,
+    scale: Tensor | None,
+    beta: Tensor,
+    lr: Tensor,
+    keep: Tensor,
 ) -> None:
-    """:func:`_descend`, its result written to the tables at ``index``."""
-    w, v = blocks
-    new = v + w * beta
+    """:func:`_descend` of drawn rows: the momentum is read from its table and brought up to date, the result is written
+    to the tables at ``index``.
+    """
+    v = _up_to_date(tables[1][index].to(w.dtype), missed, w)
+    new = v * keep + move + w * beta
+    if pull is not None and scale is not None:
+        new = new + pull.to(v.dtype) * scale
     tables[1][index] = new
     tables[0][index] = w - new * lr
-
-
-def _pull(v: Tensor, centers: Tensor, scale: Tensor) -> None:
-    v.addcmul_(centers.to(v.dtype), scale)
 
 
 def _copy_rows(index: Tensor, rows: Tensor, momentum: Tensor, missed: Tensor, out: Tensor) -> None:
@@ -500,8 +583,12 @@ def _copy_rows(index: Tensor, rows: Tensor, momentum: Tensor, missed: Tensor, ou
 
 def _copy_momentum(index: Tensor, momentum: Tensor, missed: Tensor, w: Tensor, out: Tensor) -> None:
     """v' = c·w + d·v at ``index``, with w = (w' − b·v) / a taken from the w' that was copied before."""
+    out.copy_(_up_to_date(momentum[index].to(out.dtype), missed, w))
+
+
+def _up_to_date(v: Tensor, missed: Tensor, w: Tensor) -> Tensor:
     a, b, c, d = missed[:, 0:1], missed[:, 1:2], missed[:, 2:3], missed[:, 3:4]
-    out.copy_(c / a * w + (d - b * c / a) * momentum[index].to(out.dtype))
+    return c / a * w + (d - b * c / a) * v
 
 
 def _round_stochastically(value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:

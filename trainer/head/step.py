@@ -58,6 +58,7 @@ class PassSettings:
     correction: bool
     inter_class_filter: float
     compute: torch.dtype
+    tf32: bool
 
 
 @dataclass(frozen=True)

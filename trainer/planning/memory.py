@@ -138,7 +138,7 @@ def _head_step(setting: Setting) -> list[Part]:
         return _reference_step(setting)
     head, dim, work = setting.config.head, setting.config.backbone.dim, setting.work_bytes
     rows, batch = setting.step_rows, setting.gathered
-    chunk = min(rows, chunk_rows(head.chunk_rows, setting.device))
+    chunk = min(rows, chunk_rows(head.chunk_rows, setting.device, batch))
     copies = setting.sampled or BYTES[head.rows] != work  # else blocks are views of the tables
     first = rows if setting.sampled else chunk
     spaces = (first + (0 if _native(setting) else _states(setting) * chunk)) * 65 // 64 * dim * work if copies else 0

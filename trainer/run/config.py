@@ -143,6 +143,10 @@ class TrainConfig(Section):
     epochs: float = Field(20.0, gt=0, description="passes over the data; or give steps")
     steps: int | None = Field(None, ge=1, description="number of updates, instead of epochs")
     accumulate: int = Field(1, ge=1, description="batches per update")
+    matmul: Literal["float32", "tf32"] = Field(
+        "float32",
+        description="tf32: CUDA rounds what the backbone's float32 products take to 11 bits (the head: head.compute)",
+    )
     precision: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="dtype of the backbone's arithmetic; the half precisions are autocast over float32"
     )

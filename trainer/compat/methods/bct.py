@@ -29,13 +29,14 @@ class Bct(CompatMethod):
         self.weight, self.ranks = config.weight, ranks
         head = run.head
         known = self.rows(run, inputs, class_range(inputs.num_classes, ranks.rank, ranks.world_size))
-        chunk = chunk_rows(head.chunk_rows, ranks.device.type)
+        chunk = chunk_rows(head.chunk_rows, ranks.device.type, run.data.batch_size)
         self.classifier = FrozenClassifier(
             FrozenRows(known.rows.to(ranks.device), known.mask.to(ranks.device), known.classes),
             scale=head.margin.scale,
             margin=config.old_margin,
             kernels=Kernels(chunk, compiled=len(known.rows) >= COMPILE_FROM_ROWS),
-            compute=getattr(torch, head.compute),
+            compute=torch.bfloat16 if head.compute == "bfloat16" else torch.float32,
+            tf32=head.compute == "tf32",
             sample_rate=head.sample_rate,
             seed=run.seed,
         )
