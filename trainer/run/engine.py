@@ -27,6 +27,7 @@ from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects
 from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
 from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
 from trainer.files import write_text
+from trainer.head.kernels import why_eager
 from trainer.models.model import embed_batches
 from trainer.randomness import step_seed
 from trainer.run.arcface_start import backbone_momentum
@@ -401,6 +402,9 @@ def _train(engine: Engine, began: float) -> RunSummary:
             bad |= met
         for record in sorted(bad)[:10]:
             monitor.say(f"damaged record passed over: {bad[record]}")
+        eager = next((reason for reason in gather_objects(why_eager()) if reason is not None), None)
+        if eager is not None:
+            monitor.say(f"head: eager, which is slower: torch.compile failed ({eager})")
         summary = RunSummary(
             "interrupted" if stopped else "finished",
             stopped,
@@ -411,6 +415,7 @@ def _train(engine: Engine, began: float) -> RunSummary:
             round(time.perf_counter() - began, 3),
             monitor.last,
             len(bad),
+            "" if eager is None else "eager",
         )
         if stopped:
             monitor.say(
