@@ -15,7 +15,8 @@ from tools import cli
 STORY = ("quick-start", "upgrades", "gallery-upgrade")  # each goes on in the folder of the one before
 SINGLE = tuple(page.stem for page in PAGES if page.parent.name == "docs" and page.stem not in STORY)
 FIXTURE = ROOT / "tests" / "data" / "mxnet" / "insightface"
-NOT_OURS = ("apt-get", "make", "pip", ".venv/bin/python", "torchrun")
+NOT_OURS = ("apt-get", "make", "pip", ".venv/bin/python", "torchrun", "paddle2onnx")
+ORIGINS = ROOT / "tests" / "models" / "origins"
 
 
 def run_page(name: str, folder: Path) -> None:
@@ -73,6 +74,7 @@ def test_the_story_runs_from_pictures_to_an_upgraded_gallery(tmp_path: Path, mon
 def test_a_page_of_its_own_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_home(tmp_path, monkeypatch)
     shutil.copytree(FIXTURE, tmp_path / "insightface")
+    shutil.copytree(ORIGINS, tmp_path / "origins")
     run_page(name, tmp_path)
 
 
