@@ -12,7 +12,7 @@ import torch
 from tests.docs.pages import PAGES, ROOT, Block, blocks, words_of
 from tools import cli
 
-STORY = ("quick-start", "upgrades", "gallery-upgrade")  # each goes on in the folder of the one before
+STORY = ("quick-start", "python", "upgrades", "gallery-upgrade")  # each goes on in the folder of the one before
 SINGLE = tuple(page.stem for page in PAGES if page.parent.name == "docs" and page.stem not in STORY)
 FIXTURE = ROOT / "tests" / "data" / "mxnet" / "insightface"
 NOT_OURS = ("apt-get", "make", "pip", ".venv/bin/python", "torchrun")
@@ -101,7 +101,7 @@ def check(words: list[str], dry: bool) -> None:
     """Parse a command of ours; a launch of files that exist is shown as well, if it is not run anyway."""
     if "--help" in words or "…" in words:
         return
-    args = cli.parse(cli.build_parser(), words)
+    args = cli.parse(words)
     if dry and words[0] == "launch" and Path(args.config).is_file():
         assert cli.main([*words, "--dry-run", "run.device=cpu"]) == 0
 
