@@ -18,7 +18,7 @@ from trainer import __version__
 from trainer.config import is_layer
 from trainer.errors import LceError
 
-EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 70, 130, 141
+EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_PIPE = 2, 70, 130, 141
 
 # A subcommand is a module with HELP (one line), add_arguments(parser) and run(args) -> exit status. It imports what is
 # heavy or optional inside run(), so that `lce --help` stays quick and works without the extras.
