@@ -28,6 +28,7 @@ COMMANDS = (
     "pack",
     "check",
     "split",
+    "config",
     "launch",
     "model",
     "centers",

@@ -107,7 +107,7 @@ class Node:
                 raise ConfigError(f"{source}: {prefix}{tag} = {value!r}: unknown; {hint}known: {', '.join(known)}")
         return left[0]
 
-    def keys(self) -> list[str]:
+    def all_keys(self) -> list[str]:
         """The keys of all variants, each once."""
         return list(dict.fromkeys(key for kind in self.kinds for key in kind.model_fields))
 
@@ -117,17 +117,19 @@ class Node:
         return None if owner is None else node_of(owner.model_fields[key])
 
     def owners(self, key: str) -> list[str]:
-        """How the variants that have ``key`` are called: ``arcface``; where a second tag decides, ``lce/both``."""
+        """How the variants that have ``key`` are called."""
+        return self.called([kind for kind in self.kinds if key in kind.model_fields])
+
+    def called(self, kinds: Sequence[type[Section]]) -> list[str]:
+        """How some of the variants are called: ``arcface``; where a second tag decides, ``lce/both``."""
         first, *rest = self.tags
         out: list[str] = []
-        for kind in self.kinds:
+        for kind in kinds:
             values = values_of(kind, first)
-            same = [k for k in self.kinds if values_of(k, first) == values]
-            more = [v for tag in rest for v in values_of(kind, tag)]
-            if all(key in k.model_fields for k in same):
+            if all(k in kinds for k in self.kinds if values_of(k, first) == values):
                 out += values
-            elif key in kind.model_fields:
-                out += [f"{value}/{one}" for value in values for one in more]
+            else:
+                out += [f"{value}/{one}" for value in values for tag in rest for one in values_of(kind, tag)]
         return list(dict.fromkeys(out))
 
 
@@ -206,7 +208,7 @@ class Layers:
         return self._sources.get(key, default)
 
     def _merge(self, node: Node, into: dict[str, Any], layer: Mapping[str, Any], prefix: str, source: str) -> None:
-        known, before = node.keys(), node.kind(into, prefix, source)
+        known, before = node.all_keys(), node.kind(into, prefix, source)
         chosen = node.kind(into | {tag: layer[tag] for tag in node.tags if tag in layer}, prefix, source)
         if chosen is not before:
             self._drop(into, (k for k in before.model_fields if k not in chosen.model_fields), prefix)
@@ -229,7 +231,7 @@ class Layers:
                 return self._section(node, None, value[0], key, source)
             return [self._section(node, None, one, f"{key}.{place}", source) for place, one in enumerate(value)]
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{source}: {key} is a section; known keys: {', '.join(node.keys())}")
+            raise ConfigError(f"{source}: {key} is a section; known keys: {', '.join(node.all_keys())}")
         if isinstance(below, list):
             raise ConfigError(f"{source}: {key}: a list was given before; give the whole list")
         into = dict(below or {})
@@ -331,7 +333,7 @@ def _nest(layer: dict[str, Any], override: str) -> None:
 
 
 def _refuse_unknown(node: Node, key: str, prefix: str, source: str) -> typing.NoReturn:
-    known = node.keys()
+    known = node.all_keys()
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
     raise ConfigError(f"{source}: unknown key {prefix}{key}; {hint}")

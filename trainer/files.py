@@ -1,13 +1,17 @@
 """Files that appear whole or not at all."""
 
+import atexit
 import contextlib
 import errno
+import functools
 import glob
 import json
 import os
 import re
 import shutil
 import socket
+import stat
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -63,6 +67,51 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def cache_folder(kind: str = "") -> Path:
+    """The user's own cache folder for ``kind`` of files, made if missing: ``lce-trainer`` in ``$XDG_CACHE_HOME``, else
+    in ``~/.cache``.
+
+    What lies in it is loaded, and partly run: a folder that belongs to somebody else, or that others could exchange, is
+    not used, but ``lce-trainer-UID`` in the folder for temporary files, or else a new one for this process alone.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for base in (home / "lce-trainer", Path(tempfile.gettempdir()) / f"lce-trainer-{os.geteuid()}"):
+        if _is_private(base) and _is_private(base / kind):
+            return base / kind
+    return _fresh_folder() / kind
+
+
+@functools.cache
+def _fresh_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="lce-trainer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether a folder is there (it is made) that belongs to this user, and nobody else may write to or exchange."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        here, above = folder.lstat(), folder.parent.stat()
+        if not stat.S_ISDIR(here.st_mode) or here.st_uid != os.geteuid():
+            return False
+        if here.st_mode & 0o022:
+            folder.chmod(here.st_mode & 0o755)
+    except OSError:
+        return False
+    guarded = above.st_uid in (0, os.geteuid()) and (not above.st_mode & 0o022 or bool(above.st_mode & stat.S_ISVTX))
+    return guarded and os.access(folder, os.W_OK)
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file belongs to this user and nobody else may write to it."""
+    try:
+        status = file.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def why_unwritable(folder: Path) -> str | None:

@@ -52,13 +52,15 @@ def test_a_read_only_folder_opens_too(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_kept_tables_are_used_until_a_file_changes_or_they_are_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = mxnet_copy("plain", tmp_path)
     first = open_dataset(folder).labels.tolist()
     find, searched = store.find_images, []
     monkeypatch.setattr(store, "find_images", lambda rec: searched.append(rec) or find(rec))
     assert open_dataset(folder).labels.tolist() == first
     assert not searched
-    np.save(folder / "train.labels.npy", np.load(folder / "train.labels.npy") + 1)
+    (kept,) = (tmp_path / "cache/lce-trainer/indexes").glob("*.labels.npy")
+    np.save(kept, np.load(kept) + 1)
     assert open_dataset(folder).labels.tolist() == first
     os.utime(folder / "train.rec", ns=(0, 0))
     assert open_dataset(folder).labels.tolist() == first

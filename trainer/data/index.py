@@ -7,6 +7,7 @@ too) and a folder of identity folders with image files.
 """
 
 import hashlib
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,6 +27,8 @@ from trainer.seals import find_change, sealed, unsealed, warn_once
 
 DESCRIPTION = "dataset.yaml"
 BAD_RECORDS = "bad_records.npy"
+OUTSIDE = "LCE_OUTSIDE"
+"""The variable that allows, as 1, a dataset.yaml to name files outside its folder."""
 MOST_CLASSES = 1_000_000_000
 """More is refused: such a label is a mistake, and tables with an entry for each class would fill the memory."""
 MOST_COMPARED_BYTES = 16 << 30
@@ -533,7 +536,10 @@ def _digest(data: bytes) -> str:
 def table_info(table: Path) -> LabelsInfo | None:
     """What stands beside a label table, or None. Raises :class:`DataError`: it cannot be read."""
     file = table.with_suffix(".yaml")
-    return _read_beside(file, LabelsInfo, "a label table") if file.exists() else None
+    described = _read_beside(file, LabelsInfo, "a label table") if file.exists() else None
+    if described is not None and described.classes is not None and Path(described.classes).name != described.classes:
+        raise DataError(f"{file}: classes = {described.classes}: names a file outside the table's folder")
+    return described
 
 
 _Info = TypeVar("_Info", bound=BaseModel)
@@ -548,8 +554,19 @@ def _read_beside(file: Path, kind: type[_Info], what: str) -> _Info:
         raise DataError(f"{file}: does not describe {what}: {key}: {problem['msg']}") from None
 
 
+def _check_inside(folder: Path, info: DatasetInfo) -> None:
+    """Refuse names that lead out of the data set's folder, unless the user allows them."""
+    names = [info.labels, info.class_names, *(name for part in info.parts for name in (part.rec, part.label_map))]
+    outside = next((n for n in names if n is not None and (Path(n).is_absolute() or ".." in Path(n).parts)), None)
+    if outside is not None and os.environ.get(OUTSIDE) != "1":
+        raise DataError(
+            f"{folder / DESCRIPTION}: names {outside}, which is outside its folder; if you trust it, set {OUTSIDE}=1"
+        )
+
+
 def _open_described(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.int64]]:
     info = load_description(folder)
+    _check_inside(folder, info)
     if not info.parts:
         raise DataError(f"{folder / DESCRIPTION}: lists no parts; the data set is empty")
     if info.labels is not None:

@@ -6,6 +6,9 @@ needs them.
 """
 
 import bisect
+import contextlib
+import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -21,11 +24,12 @@ from numpy.typing import NDArray
 
 from trainer.data import recordio
 from trainer.errors import DataError
-from trainer.files import checksum, write_array, write_text
+from trainer.files import cache_folder, checksum, is_own, write_array, write_text
 from trainer.reading import open_regular, read_array, read_bytes, read_json
 from trainer.seals import sealed, unsealed, warn_once
 
 _GATHER_ROWS = 1 << 18
+_KEPT = (".json", ".offsets.npy", ".labels.npy")
 _FOUND_VERSION = 2  # of what is kept beside a .rec; 1 believed an index that was cut short, and had no checksums
 
 
@@ -413,28 +417,60 @@ def _header_labels(rec: Path, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def load_or_find(rec: Path) -> Found:
-    """:func:`find_images`, its result kept beside the file (in a folder that can be written) until the file changes."""
+    """:func:`find_images`, its result kept in the user's cache until the file changes: nothing is written next to a
+    file of other tools. Ranks that ask at once wait for the one that finds."""
     idx = rec.with_suffix(".idx")
     status = [_stamp(rec), _stamp(idx)]
-    stamp, labels = rec.with_suffix(".found.json"), rec.with_suffix(".labels.npy")
+    name = hashlib.blake2b(str(rec.resolve()).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+    stem = cache_folder("indexes") / name
+    with contextlib.ExitStack() as alone:
+        try:
+            lock = alone.enter_context(stem.with_suffix(".lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # no cache, or no locks in it: found by each
+        known = _kept(stem, status)
+        return _keep(stem, rec, status, find_images(rec)) if known is None else known
+
+
+def _kept(stem: Path, status: list[list[int] | None]) -> Found | None:
+    stamp, offsets, labels = (stem.with_suffix(ending) for ending in _KEPT)
+    if not all(map(is_own, (stamp, offsets, labels))):
+        return None
     try:
         known = unsealed(read_json(stamp, DataError), stamp, DataError)
-        sums = [list(checksum(offsets_path(rec))), list(checksum(labels))]
+        sums = [list(checksum(offsets)), list(checksum(labels))]
         if known["files"] == status and known["version"] == _FOUND_VERSION and known["tables"] == sums:
-            return Found(load_array(offsets_path(rec), 1), load_array(labels, 1), known["identities"])
+            return Found(load_array(offsets, 1), load_array(labels, 1), known["identities"])
     except (OSError, KeyError, TypeError, DataError):
         pass
-    found = find_images(rec)
+    return None
+
+
+def _keep(stem: Path, rec: Path, status: list[list[int] | None], found: Found) -> Found:
+    stamp, offsets, labels = (stem.with_suffix(ending) for ending in _KEPT)
     try:
+        _forget_lost(stem.parent)
         stamp.unlink(missing_ok=True)
-        write_array(offsets_path(rec), found.offsets)
+        write_array(offsets, found.offsets)
         write_array(labels, found.labels)
-        tables = [checksum(offsets_path(rec)), checksum(labels)]
-        about = {"version": _FOUND_VERSION, "files": status, "tables": tables, "identities": found.identities}
+        about: dict[str, Any] = {"rec": str(rec.resolve()), "version": _FOUND_VERSION, "files": status}
+        about |= {"tables": [checksum(offsets), checksum(labels)], "identities": found.identities}
         write_text(stamp, json.dumps(sealed(about)))
+        for file in (stamp, offsets, labels):
+            file.chmod(0o600)
     except OSError:
-        pass  # a read-only folder: found again each time
+        pass  # no room, or not ours: found again each time
     return found
+
+
+def _forget_lost(folder: Path) -> None:
+    """Remove what is kept of files that are gone."""
+    for stamp in folder.glob("*.json"):
+        with contextlib.suppress(DataError, KeyError, TypeError, OSError):
+            if not Path(read_json(stamp, DataError)["rec"]).exists():
+                for ending in (*_KEPT, ".lock"):
+                    stamp.with_suffix(ending).unlink(missing_ok=True)
 
 
 def _stamp(path: Path) -> list[int] | None:

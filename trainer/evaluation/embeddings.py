@@ -1,7 +1,6 @@
 """From models and data sets on disk to the embeddings that are evaluated; a cache keeps them for the next time."""
 
 import hashlib
-import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.overlap import overlaps
 from trainer.evaluation.results import NamedSet
 from trainer.evaluation.templates import TemplateSet, pool
-from trainer.files import replaced
+from trainer.files import cache_folder, is_own, replaced
 from trainer.models.card import Color
 from trainer.models.mapped import MappedModel, StoredModel
 from trainer.models.model import EmbeddingModel, embed_dataset, resized
@@ -65,6 +64,8 @@ class EmbeddingCache:
     def _read(self, file: Path | None, images: int, dim: int) -> FloatArray | None:
         if file is None or not file.exists():
             return None
+        if file.parent == default_cache() and not is_own(file):
+            return None  # planted
         try:
             with open_regular(file, DataError) as stream:
                 known = np.load(stream, allow_pickle=False)
@@ -88,8 +89,8 @@ def _crc(embeddings: FloatArray) -> bytes:
 
 
 def default_cache() -> Path:
-    """``lce-trainer/embeddings`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lce-trainer" / "embeddings"
+    """``embeddings`` in the user's cache folder (:func:`trainer.files.cache_folder`)."""
+    return cache_folder("embeddings")
 
 
 def embed_spaces(

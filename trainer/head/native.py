@@ -1,7 +1,7 @@
 """The fused pass in C++ (native.cpp): built once per machine, for the plain case on a CPU, with torch's own BLAS.
 
 Where there is no C++ compiler or the BLAS has no ``sgemm``, the torch path runs and says so once. The built library is
-kept in ``$XDG_CACHE_HOME/lce-trainer`` (``~/.cache/lce-trainer``); ``LCE_NATIVE=0`` turns it off.
+kept in the user's cache (:func:`trainer.files.cache_folder`); ``LCE_NATIVE=0`` turns it off.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.files import cache_folder, is_own
 from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.head.fused import FusedSoftmax, OldCenters
 from trainer.head.products import address, bfloat16_gemm, torch_library
@@ -242,10 +243,9 @@ def _built() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     made_from = [SOURCE.read_text(), *FLAGS, version, torch.__version__, processor_features()]
     key = hashlib.sha256("\n".join(made_from).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lce-trainer"
+    folder = cache_folder()
     path = folder / f"head-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not is_own(path):
         with tempfile.TemporaryDirectory(
             dir=folder
         ) as own:  # built beside and renamed: several ranks may do so at once
@@ -253,5 +253,6 @@ def _built() -> Path:
             subprocess.run(
                 [compiler, *FLAGS, str(SOURCE), "-o", str(partial)], capture_output=True, text=True, check=True
             )
+            partial.chmod(0o700)
             partial.replace(path)
     return path
