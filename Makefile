@@ -1,7 +1,9 @@
 # make demo   the whole story on faces and on characters (environment included), ending in verdicts and reports
 # make test   formatting, lint, types and all tests: what CI runs
 # make test-fast   the same without the slow tests: under two minutes
-# make attack   the tests that try to break what is promised, for minutes each
+# make attack   the tests that try to break what is promised, and the table of what came of it: under 20 minutes on two
+#   cores; `make attack FULL=1` tries more, in under 90, and keeps the table in tests/attack/table.md
+# make mutants   make deliberate mistakes, one at a time in a copy: a test must notice each (some minutes)
 # make lint   the first three of them alone
 # make results   measure everything that docs/results.md shows again, and write it: some hours
 # make docs   the API reference, into build/docs
@@ -25,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 comma := ,
 EXTRAS := dev$(comma)docs$(if $(filter Linux,$(shell uname -s)),$(comma)gpu)
 
-.PHONY: install demo test test-fast attack lint format results docs package-check clean
+.PHONY: install demo test test-fast mutants attack lint format results docs package-check clean
 
 install: .venv/installed
 
@@ -40,7 +42,10 @@ test-fast: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 attack: .venv/extras
-	$(BIN)/python -m pytest -m attack
+	FULL=$(FULL) $(BIN)/python -m pytest -m attack --durations=0 --durations-min=60
+
+mutants: .venv/installed
+	$(BIN)/python -m tests.mutants
 
 results: .venv/extras
 	$(BIN)/lce bench results --measure

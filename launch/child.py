@@ -5,17 +5,33 @@ run folder (:func:`trainer.run.watch.ask_to_stop`), save, and end, and the launc
 """
 
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from trainer.distributed import end_with_parent
 from trainer.errors import ConfigError
-from trainer.run.watch import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ask_to_stop, ranks_left, ranks_lost
+from trainer.run.watch import (
+    EXIT_CRASH,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    Silence,
+    ask_to_stop,
+    ranks_left,
+    ranks_lost,
+)
+
+STUCK_SECONDS = 30.0
+_STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
 
 def find_program(name: str, remedy: str) -> str:
@@ -24,6 +40,51 @@ def find_program(name: str, remedy: str) -> str:
     if program is None:
         raise ConfigError(remedy)
     return program
+
+
+@contextmanager
+def stuck_ranks_ended(run_dir: Path | None, began: float) -> Iterator[None]:
+    """From the first signal on that asks this process to stop, end the ranks of this machine that say nothing for
+    :data:`STUCK_SECONDS`: stopped ones (SIGSTOP), or ones that hang in the kernel, would be waited for without end.
+    """
+    if run_dir is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    watching = threading.Thread(target=_end_stuck, args=(heard, run_dir, began), name="stuck ranks", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(tell)
+        watching.join()
+        os.close(heard)
+
+
+def _end_stuck(heard: int, run_dir: Path, began: float) -> None:
+    while numbers := os.read(heard, 64):  # nothing: the end of the pipe
+        if not _STOPS.isdisjoint(numbers):
+            break
+    silence, looked, here = Silence(), time.monotonic(), socket.gethostname()
+    while not select.select([heard], [], [], STUCK_SECONDS / 30)[0] or os.read(heard, 64):
+        now = time.monotonic()
+        if now - looked > STUCK_SECONDS / 3:  # the file system, or this process, stood still itself
+            silence.forget()
+        looked = now
+        for note in ranks_left(run_dir, began):
+            if note["host"] != here or silence.silent_seconds(note) < STUCK_SECONDS:
+                continue
+            with suppress(OSError):
+                os.kill(note["pid"], signal.SIGKILL)
+                print(
+                    f"lce launch: rank {note['rank']} (process {note['pid']}) gave no sign of life for "
+                    f"{STUCK_SECONDS:.0f} s and was ended",
+                    flush=True,
+                )
+            silence.forget()
 
 
 def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: Path | None) -> int:
@@ -41,7 +102,12 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
         :func:`stopped_status`.
     """
     began, asked = time.time(), 0
-    child = subprocess.Popen(words, env=os.environ | dict(environment), start_new_session=True)
+    child = subprocess.Popen(
+        words,
+        env=os.environ | dict(environment),
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
@@ -59,7 +125,8 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
     heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores the last
     kept = {number: signal.signal(number, stop) for number in heeded}
     try:
-        status = child.wait()
+        with stuck_ranks_ended(run_dir, began):
+            status = child.wait()
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

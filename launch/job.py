@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.machine import threads_of_a_rank
+
 
 @dataclass(frozen=True)
 class Job:
@@ -56,8 +58,9 @@ class Job:
         # How long ranks that were told to stop may take to save; torchrun kills them after 30 s by itself.
         out["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
         out["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restarted group finds the addresses of dead ranks
-        if "OMP_NUM_THREADS" not in os.environ:  # the trainer sets its own threads; this silences torchrun's warning
-            out["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.nproc))
+        if "OMP_NUM_THREADS" not in os.environ:  # else torchrun sets 1, with a warning
+            out["OMP_NUM_THREADS"] = str(threads_of_a_rank(self.nproc))
+        out["LCE_LAUNCHED"] = "1"  # the ranks end when their launcher has died
         return out
 
 

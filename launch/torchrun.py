@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from launch.child import stopped_status
+from launch.child import stopped_status, stuck_ranks_ended
 from launch.job import Job
 from trainer.errors import ConfigError
 from trainer.run.watch import (
@@ -91,8 +91,11 @@ def run(job: Job) -> int:
     began = time.time()
     if job.many_nodes:
         print(f"lce launch: meeting {job.nnodes} machines at {job.master} …", file=sys.stderr, flush=True)
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup; torch would take a handler of its own
+    words = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored else []
     try:
-        run_torchrun(parse_args(arguments(job)))
+        with stuck_ranks_ended(job.run_dir, began):
+            run_torchrun(parse_args([*words, *arguments(job)]))
     except ChildFailedError as error:
         return _status({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as stop:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.skips import register
+
 TESTS = Path(__file__).parent
 SLOW = (
     "compat/test_authors_formula.py",
@@ -44,6 +46,7 @@ SLOW = (
     "tools/test_demo_steps.py",
     "tools/test_ladder.py",
     "tools/test_million.py",
+    "test_skips.py",
 )
 
 
@@ -63,3 +66,8 @@ def pytest_sessionstart() -> None:
     missing = [name for name in SLOW if not (TESTS / name).is_file()]
     if missing:
         raise pytest.UsageError(f"tests/conftest.py lists files that are not there: {', '.join(missing)}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In CI, judge what is skipped."""
+    register(config)

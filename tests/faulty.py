@@ -64,8 +64,10 @@ def _rank() -> int:
 
 def _launch() -> int:
     import tests.runs  # noqa: F401
-    from launch import torchrun
-    from trainer.config import load_config
+    from launch import child, torchrun
+    from trainer.run.config import load_config
+
+    child.STUCK_SECONDS = float(os.environ.get("STUCK", child.STUCK_SECONDS))
 
     path, ranks, restarts, *overrides = sys.argv[1:]
     run_dir = load_config(path, overrides).run.dir

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config import Config, parse_config
 from trainer.distributed import Ranks
 from trainer.networks import BACKBONES
+from trainer.run.config import Config, parse_config
 from trainer.run.engine import train
 
 
@@ -47,9 +47,15 @@ def tree(folder: Path, **changes: Any) -> dict[str, Any]:
         "checkpoint": {"every_steps": 0},
         "log": {"every_steps": 1, "tensorboard": False, "progress": False},
     }
+    if changes.get("data__loader", "synthetic") != "synthetic":
+        base["data"] = {"batch_size": base["data"]["batch_size"]}
+    if "train__epochs" in changes:
+        del base["train"]["steps"]
     for key, value in changes.items():
         section, _, name = key.partition("__")
         base.setdefault(section, {})[name] = value
+    if changes.get("compat__mode") == "cross-model":  # trains maps alone: these sections belong to other runs
+        del base["backbone"], base["head"]
     return base
 
 

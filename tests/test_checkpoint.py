@@ -14,8 +14,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from tests.ranks import run_ranks
-from trainer.checkpoint import Checkpoints, find_damage, list_checkpoints, load_tensors, read_index, read_seal
-from trainer.config import CheckpointConfig
+from trainer.checkpoint import (
+    CheckpointConfig,
+    Checkpoints,
+    find_damage,
+    list_checkpoints,
+    load_tensors,
+    read_index,
+    read_seal,
+)
 from trainer.distributed import Ranks, as_sharded, class_mesh
 from trainer.errors import CheckpointError
 from trainer.head.partition import class_range

@@ -2,13 +2,14 @@
 
 import os
 import socket
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from trainer.errors import DataError
-from trainer.files import replaced, write_array, write_text
+from trainer.files import checksum, replaced, write_array, write_text
 
 
 def _folder(path: Path, text: str) -> None:
@@ -91,3 +92,9 @@ def test_a_text_and_an_array_appear_whole_or_not_at_all(tmp_path: Path, monkeypa
     assert (tmp_path / "a.txt").read_text(encoding="utf-8", errors="surrogateescape") == "né \udcff"
     assert len(np.load(tmp_path / "a.npy")) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "a.txt"]
+
+
+def test_a_checksum_is_of_the_whole_file(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).bytes((1 << 22) + 5)  # more than one block
+    (tmp_path / "data").write_bytes(data)
+    assert checksum(tmp_path / "data") == (len(data), zlib.crc32(data))

@@ -1,6 +1,7 @@
 """The rooms and their order: who may import whom, held by a walk over every import, those inside functions too."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ FORBIDDEN = (
 )
 """What the order would allow and the design does not: (who, whom)."""
 
-KNOWN_CIRCLES = ()
+KNOWN_CIRCLES: tuple[tuple[str, str], ...] = ()
 
 Arrows = Mapping[str, set[str]]
 
@@ -187,3 +188,18 @@ def test_a_circle_is_noticed() -> None:
     assert circles({"a": {"b"}, "b": set()}) == []
     with pytest.raises(AssertionError, match="no room"):
         floor("trainer.corridor.door")
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:trainer|tests|tools|launch|configs|docs)/[\w./]+)`", text))
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_page_lists_the_rooms_in_their_order() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `((?:trainer|launch|tools)[\w./*]*)` \|", text, re.MULTILINE)
+    rooms = [("trainer", "*.py"), *(rooms[-1].split(".") for rooms in ROOMS[1:] if rooms[-1] != "trainer.__main__")]
+    assert [name.removesuffix(".py") for name in listed] == ["/".join(room).removesuffix(".py") for room in rooms]

@@ -15,9 +15,8 @@ import yaml
 from tests.compat.test_center_bank import written
 from tests.models.test_export import images, saved
 from trainer import seals
-from trainer.checkpoint import Checkpoints, read_seal
+from trainer.checkpoint import CheckpointConfig, Checkpoints, read_seal
 from trainer.compat.bank.center_bank import CenterBank, _read_manifest
-from trainer.config import CheckpointConfig
 from trainer.data import Dataset, open_dataset
 from trainer.distributed import Ranks
 from trainer.errors import CheckpointError, ConfigError, LceError, ModelError

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.arguments import whole_number
+from tools.foreign import add_reading_arguments, open_model
 from tools.output import write_json
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce centers``."""
     commands = parser.add_subparsers(dest="how", required=True, metavar="HOW")
     model = _parser(commands, "from-model", "run the old model over the new training set")
-    model.add_argument("model", type=Path, help="run folder, checkpoint, model folder or .onnx file")
+    model.add_argument("model", type=Path, help="run folder, checkpoint, model folder, .onnx or weights file")
     model.add_argument("dataset", type=Path, help="data set folder")
     model.add_argument("out", type=Path, help="the bank's folder")
     model.add_argument("--labels", type=Path, help="int64 .npy that replaces the data set's labels")
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--flip", action="store_true", help="embed as the sum of the image and its mirror image")
     model.add_argument("--embeddings", type=Path, help="keep the embeddings by record in this new .npy file")
     _add_rule(model)
+    add_reading_arguments(model)
     embeddings = _parser(commands, "from-embeddings", "mean and boundary of old embeddings per class")
     embeddings.add_argument("embeddings", type=Path, nargs="+", help=".npy, .npz, .safetensors or .pt files, in order")
     embeddings.add_argument("out", type=Path, help="the bank's folder")
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     embeddings.add_argument("--key", help="the array's name inside the files")
     _add_rule(embeddings)
+    embeddings.add_argument("--allow-collapsed", action="store_true", help="boundaries may all be close to 1")
     classifier = _parser(commands, "from-classifier", "the rows of the old model's classifier")
     classifier.add_argument("source", type=Path, nargs="+", help="a file, the files of all ranks, or a folder")
     classifier.add_argument("out", type=Path, help="the bank's folder")
@@ -67,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     classifier.add_argument("--layout", choices=("auto", "rows", "columns"), default="auto", help="rows: classes × dim")
     classifier.add_argument(
         "--old-classes", type=whole_number(1), help="the old class count: settles guesses, finds lost ranks"
+    )
+    classifier.add_argument(
+        "--ranks", type=whole_number(1), help="how many files of ranks there are: needed for a lone checkpoint_gpu_0.pt"
     )
     classifier.add_argument(
         "--map", type=Path, help="which old class each new class is: .npy (−1: none) or .csv new,old"
@@ -139,11 +145,13 @@ def _run_model(args: argparse.Namespace, ranks: Any) -> int:
     from trainer.compat.bank.center_bank import CenterBank
     from trainer.compat.bank.from_model import bank_from_model
     from trainer.data.index import open_dataset
-    from trainer.models.open import load_model
+    from trainer.models.model import resizing
 
     rule = _rule(args)
     dataset = open_dataset(args.dataset, args.labels)
-    model = load_model(args.model, ranks.device)
+    model = open_model(args.model, args, ranks.device, ranks.is_main)
+    if ranks.is_main and resizing(model, dataset):
+        print(resizing(model, dataset), file=sys.stderr)
     centers = None if args.centers is None else CenterBank.open(args.centers)
     started = time.perf_counter()
     with progress_bar("embedding, then centres", ranks.is_main) as progress:
@@ -164,6 +172,13 @@ def _run_model(args: argparse.Namespace, ranks: Any) -> int:
         )
     if ranks.is_main:
         _report(args, bank, time.perf_counter() - started)
+        unused = int((dataset.sound_labels < 0).sum())
+        if args.embeddings is not None and unused:
+            print(
+                f"{args.embeddings}: one row per record; the {unused} records without a class (label −1, or damaged) "
+                "were not embedded and have rows of zeros",
+                file=sys.stderr,
+            )
     return 0
 
 
@@ -207,6 +222,7 @@ def _from_embeddings(args: argparse.Namespace) -> int:
             progress=progress,
             storage=args.storage,
             overwrite=args.force,
+            allow_collapsed=args.allow_collapsed,
         )
     _report(args, bank, time.perf_counter() - started)
     return 0
@@ -220,7 +236,7 @@ def _from_classifier(args: argparse.Namespace) -> int:
     from trainer.data.index import open_dataset
 
     new, old = (None if path is None else open_dataset(path) for path in (args.new_dataset, args.old_dataset))
-    classifier = open_classifier(args.source, args.key, args.layout, args.old_classes)
+    classifier = open_classifier(args.source, args.key, args.layout, args.old_classes, args.ranks)
     class_map = _class_map(args.map, new, old)
     print(classifier.found, file=sys.stderr)
     if class_map is not None:

@@ -7,8 +7,13 @@ that were cut, offsets that point nowhere, sizes other than described. Exit stat
 --write-bad puts the damaged records' numbers into DATASET/bad_records.npy; training passes over them, up to
 data.max_bad_records of them.
 
+`lce pack` writes checksums of the tables and of every record (checksums.json, *.crc.npy); they are compared when a data
+set is opened and a record is read. --seal writes them for a data set of other origin, or anew after a change that is
+meant.
+
 Example:
   lce check packed/
+  lce check ms1mv3/ --seal
   lce check packed/ --deep --write-bad --json report.json
 """
 
@@ -41,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seal",
         action="store_true",
-        help="with --labels: write what stands beside the table anew (whose records it numbers, its checksum)",
+        help="where no damage is found, take the data set as it is: write checksums of its tables and records; with "
+        "--labels: of that table, and whose records it numbers",
     )
     parser.add_argument(
         "--processes", type=whole_number(0), default=0, metavar="N", help="reading processes (one per core)"
@@ -55,11 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
     from trainer.data import open_dataset
     from trainer.data.checking import check
-    from trainer.data.index import BAD_RECORDS, seal_table
+    from trainer.data.checksums import change_sum
+    from trainer.data.index import BAD_RECORDS, seal_dataset, seal_table
     from trainer.files import write_array
 
-    if args.seal and args.labels is None:
-        raise DataError("--seal: name the label table with --labels")
     try:
         dataset = open_dataset(args.dataset, args.labels, verify=not args.seal)
     except (MissingDataError, ForeignRecordsError):
@@ -75,10 +80,15 @@ def run(args: argparse.Namespace) -> int:
             bars.update("checking", done, len(dataset))
 
         report = check(dataset, deep=args.deep, processes=processes, progress=progress)
-    if args.seal and not report.damage:
+    if args.seal and not report.damage and args.labels is not None:
         seal_table(args.labels, dataset)
+    elif args.seal and not report.damage:
+        seal_dataset(dataset)
+    elif args.seal:
+        print("nothing was sealed, because damage was found", file=sys.stderr)
     if args.write_bad:
         write_array(args.dataset / BAD_RECORDS, np.array(sorted(report.bad), np.int64))
+        change_sum(args.dataset, BAD_RECORDS)
     write_json({"dataset": str(args.dataset), **dataclasses.asdict(report)}, args.json)
     if args.json != "-":
         _print(args.dataset, report)

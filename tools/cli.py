@@ -2,11 +2,14 @@
 statuses.
 
 Exit status: 0 done; 1 the answer is no (damage found, upgrade unsafe); 2 wrong use or configuration. A crash is never 1
-or 2: it ends with 70 and its traceback; an interruption by Ctrl-C with 130, a training's by SIGTERM with 75.
+or 2: it ends with 70 and its traceback; an interruption by Ctrl-C with 130, a
+reader that has gone away with 141, a training's by SIGTERM with 75.
 """
 
 import argparse
+import contextlib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +18,7 @@ from trainer import __version__
 from trainer.config import is_layer
 from trainer.errors import LceError
 
-EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
+EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 70, 130, 141
 
 # A subcommand is a module with HELP (one line), add_arguments(parser) and run(args) -> exit status. It imports what is
 # heavy or optional inside run(), so that `lce --help` stays quick and works without the extras.
@@ -25,7 +28,9 @@ COMMANDS = (
     "pack",
     "check",
     "split",
+    "config",
     "launch",
+    "model",
     "centers",
     "evaluate",
     "export",
@@ -71,8 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one ``lce`` command; returns its exit status."""
     args = parse(build_parser(), argv)
     args.words = list(sys.argv[1:] if argv is None else argv)  # for commands that start themselves again on all ranks
+    with contextlib.suppress(AttributeError):  # names of files may hold bytes that are no characters
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read the output has enough (`| head -1`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at the end
+        return EXIT_PIPE
     except LceError as error:
         print(f"lce {args.command}: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -11,11 +11,18 @@ Pair lists and template sets name no identities: they give figures, no verdict.
 
     lce evaluate --old runs/old --new runs/new --pairs lfw=data/lfw.bin --templates ijbc=data/IJBC
 
+Of two finished models and maps that were trained between them (configs/cross-model.yaml), or of embeddings on disk:
+
+    lce evaluate --old old.onnx --new new.onnx --maps runs/maps --data unseen=data/unseen
+    lce evaluate --old-embeddings old.npy --new-embeddings new.npy --labels labels.npy --maps runs/maps
+
 Models are run folders, checkpoints, model folders or ONNX files; data sets are what `lce pack` makes, RecordIO, or a
 folder of identity folders, with a label table behind an @ (unseen=data/packed@splits/unseen.npy). Give identities that
 no setting was chosen on. A set's answer is by rank-1 and by the TAR at the smallest of the FARs that its pairs can
 resolve: SAFE when one of them is better (its whole 95 % interval above zero) and the other better or level, with at
-least --min-identities; NOT SAFE when one is worse; else NOT ENOUGH DATA. Several ranks share the embedding:
+least --min-identities; NOT SAFE when one is worse; else NOT ENOUGH DATA. A set with identities
+that a model was trained on, found by itself or declared by --seen, is judged apart: it neither makes nor blocks the
+verdict. Several ranks share the embedding:
 
     torchrun --nproc-per-node 2 -m tools.cli evaluate …
 
@@ -25,6 +32,7 @@ Exit status: 0 done (1 with --fail-unsafe unless the verdict is SAFE), 2 wrong u
 import argparse
 import io
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.arguments import at_least_zero, whole_number
 from tools.evaluate_tables import print_tables
+from tools.foreign import add_reading_arguments, open_model
 from tools.output import write_json
 from trainer.errors import LceError
 
@@ -41,6 +50,7 @@ if TYPE_CHECKING:
     from trainer.distributed import Ranks
     from trainer.evaluation.embeddings import EmbeddingCache, Progress
     from trainer.evaluation.report import RunRecord
+    from trainer.evaluation.results import Options
     from trainer.models.model import EmbeddingModel
 
 HELP = "may the new model query the old gallery? verdict, figures, report"
@@ -48,8 +58,15 @@ HELP = "may the new model query the old gallery? verdict, figures, report"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--old", required=True, metavar="MODEL", help="the deployed model")
-    parser.add_argument("--new", required=True, metavar="MODEL", help="the model that is to replace it")
+    parser.add_argument("--old", metavar="MODEL", help="the deployed model")
+    parser.add_argument("--new", metavar="MODEL", help="the model that is to replace it")
+    parser.add_argument("--maps", metavar="FOLDER", help="maps of the new embeddings, where they were written alone")
+    stored = parser.add_argument_group("embeddings on disk, in place of models and data sets")
+    stored.add_argument(
+        "--old-embeddings", type=Path, metavar="FILE", help="the old model's, one row an image (.npy …)"
+    )
+    stored.add_argument("--new-embeddings", type=Path, metavar="FILE", help="the new model's, of the same images")
+    stored.add_argument("--labels", type=Path, metavar="FILE", help="the identity of each (.npy; −1: left out)")
     parser.add_argument(
         "--between",
         nargs="+",
@@ -66,6 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=DATASET",
         help="labelled sets: the verdict is theirs; with a label table of lce split: NAME=DATASET@LABELS.npy",
+    )
+    parser.add_argument(
+        "--seen",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="sets of --data whose identities were trained on: judged apart, no part of the verdict",
     )
     parser.add_argument(
         "--pairs",
@@ -117,6 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", metavar="FOLDER", help="where embeddings are kept; none: nowhere (default: user's cache)"
     )
+    add_reading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -127,15 +152,66 @@ def run(args: argparse.Namespace) -> int:
     _check_outputs(args)
     runs = _runs(args.runs)
     with process_group(args.device) as ranks:
-        study = _Study(args, fars, ranks)
-        study.check()
-        result = study.measure()
+        if _from_disk(args):
+            result, datasets = (_measure_stored(args, fars) if ranks.is_main else {}), {}
+        else:
+            study = _Study(args, fars, ranks)
+            study.check()
+            result, datasets = study.measure(), study.datasets
         if not ranks.is_main:
             return 0
-        _write(args, result, study.datasets, runs)
+        _write(args, result, datasets, runs)
         if args.json != "-":
             print_tables(result)
         return 1 if args.fail_unsafe and result["verdict"]["answer"] != "SAFE" else 0
+
+
+def _from_disk(args: argparse.Namespace) -> bool:
+    """Whether embeddings on disk are evaluated. Raises :class:`LceError`: neither these nor models are given whole."""
+    stored = {"--old-embeddings": args.old_embeddings, "--new-embeddings": args.new_embeddings, "--labels": args.labels}
+    given = {"--old": args.old, "--new": args.new}
+    needed = stored if any(value is not None for value in stored.values()) else given
+    missing = [option for option, value in needed.items() if value is None]
+    if missing:
+        raise LceError(
+            f"{missing[0]} is missing: give --old and --new, or --old-embeddings, --new-embeddings and --labels"
+        )
+    if needed is stored:
+        others = given | {"--between": args.between, "--paragon": args.paragon, "--data": args.data}
+        others |= {"--pairs": args.pairs, "--templates": args.templates}
+        wrong = [option for option, value in others.items() if value]
+        if wrong:
+            raise LceError(f"{wrong[0]}: not with embeddings on disk, which are evaluated as they are")
+    return needed is stored
+
+
+def _options(args: argparse.Namespace, fars: tuple[float, ...]) -> "Options":
+    from trainer.evaluation.results import Options
+    from trainer.evaluation.verdict import Rules
+
+    rules = Rules(tolerance=args.tolerance, min_identities=args.min_identities)
+    return Options(fars=fars, replicates=args.replicates, seed=args.seed, rules=rules)
+
+
+def _measure_stored(args: argparse.Namespace, fars: tuple[float, ...]) -> dict[str, Any]:
+    from trainer.compat.bank.matrices import open_rows, read_labels
+    from trainer.evaluation.embeddings import stored_set
+    from trainer.evaluation.provenance import provenance
+    from trainer.evaluation.results import stages, study
+    from trainer.models.open import load_model
+
+    maps = None if args.maps is None else load_model(args.maps)
+    files = {"old": args.old_embeddings, "new": args.new_embeddings}
+    opened = {role: open_rows([path]) for role, path in files.items()}
+    rows = {role: found.read(0, len(found)).numpy() for role, found in opened.items()}
+    one, models = stored_set(files, rows, read_labels(args.labels, "the identity of each embedding"), maps)
+    with _progress(True) as (_, staged):
+        result = study([one], _options(args, fars), staged(stages(1, models)))
+    result["models"] = {role: _describe(model) for role, model in models.items()}
+    named = ("old_embeddings", "new_embeddings", "labels", "maps")
+    result["settings"] = {name: None if getattr(args, name) is None else str(getattr(args, name)) for name in named}
+    result |= {"pair_sets": {}, "template_sets": {}, "provenance": provenance()}
+    return result
 
 
 def _fars(text: str) -> tuple[float, ...]:
@@ -171,24 +247,29 @@ class _Study:
     def __init__(self, args: argparse.Namespace, fars: tuple[float, ...], ranks: "Ranks") -> None:
         from trainer.data import open_dataset, open_named
         from trainer.evaluation.pairs import read_bin, read_list
-        from trainer.evaluation.results import Options
         from trainer.evaluation.templates import read_templates
-        from trainer.evaluation.verdict import Rules
+        from trainer.models.mapped import MappedModel
         from trainer.models.open import load_model
 
         if not (args.data or args.pairs or args.templates):
             raise LceError("nothing to measure on: give --data NAME=DATASET, --pairs or --templates")
         self.args, self.ranks = args, ranks
-        rules = Rules(tolerance=args.tolerance, min_identities=args.min_identities)
-        self.options = Options(fars=fars, replicates=args.replicates, seed=args.seed, rules=rules)
+        self.options = _options(args, fars)
         between = _named("--between", args.between)
         wrong = next((name for name in between if name in ("old", "new", "paragon") or "->" in name), None)
         if wrong is not None:
             raise LceError(f"--between {wrong}: this name is taken; give the model another, for example v2")
         paths = {"old": args.old, **between, "new": args.new} | ({"paragon": args.paragon} if args.paragon else {})
-        self.models = {role: load_model(path, ranks.device) for role, path in paths.items()}
+        self.models = {role: open_model(path, args, ranks.device, ranks.is_main) for role, path in paths.items()}
+        if args.maps is not None:
+            self.models["new"] = MappedModel(self.models["new"], load_model(args.maps, ranks.device))
         self.size = self.models["old"].card.image_size
         self.datasets = {name: open_named(text) for name, text in _named("--data", args.data).items()}
+        stray = next((name for name in args.seen if name not in self.datasets), None)
+        if stray is not None:
+            raise LceError(
+                f"--seen {stray}: no set of --data has this name; it has {', '.join(self.datasets) or 'none'}"
+            )
         self.pairs = {}
         for name, text in _named("--pairs", args.pairs).items():
             file, separator, folder = text.partition("@")
@@ -204,9 +285,16 @@ class _Study:
         """Refuse what cannot be compared. Raises :class:`LceError`."""
         from trainer.distributed import on_main
         from trainer.evaluation.arrays import class_index
-        from trainer.evaluation.embeddings import check_colours, check_models
+        from trainer.evaluation.chain import check_links
+        from trainer.evaluation.embeddings import check_colours
+        from trainer.models.model import check_distinct, resizing
 
-        check_models(self.models, self.datasets | {name: pairs.dataset for name, pairs in self.pairs.items()})
+        check_links(self.models)
+        sets = self.datasets | {name: pairs.dataset for name, pairs in self.pairs.items()}
+        for dataset, model in itertools.product(sets.values(), self.models.values()):
+            if self.ranks.is_main and resizing(model, dataset):
+                print(resizing(model, dataset), file=sys.stderr)
+            on_main(partial(check_distinct, model, dataset), self.ranks)
         for name, dataset in self.datasets.items():
             class_index(dataset.labels[dataset.kept], f"{name} ({dataset.path})")
         for name, dataset in {} if self.args.no_colour_check else self.datasets.items():
@@ -222,7 +310,9 @@ class _Study:
         cache = EmbeddingCache(None if place == "none" else Path(place) if place else default_cache())
         with _progress(self.ranks.is_main) as (counted, staged):
             sets = [
-                embed_set(name, self.models, dataset, cache, self.ranks, counted, self.args.flip)
+                embed_set(
+                    name, self.models, dataset, cache, self.ranks, counted, self.args.flip, name in self.args.seen
+                )
                 for name, dataset in self.datasets.items()
             ]
             more = {
@@ -236,7 +326,7 @@ class _Study:
         result["models"] = {role: _describe(model) for role, model in self.models.items()}
         given = {
             option: getattr(self.args, option)
-            for option in ("data", "pairs", "templates", "flip", "score_weights", "norm_weights")
+            for option in ("data", "seen", "pairs", "templates", "flip", "score_weights", "norm_weights")
         }
         result["settings"], result["provenance"] = given, provenance()
         return result
@@ -272,11 +362,12 @@ class _Study:
 
 def _describe(model: "EmbeddingModel") -> dict[str, Any]:
     card = model.card
+    stored = card.image_size == (1, 1)  # embeddings on disk, of which nothing else is known
     return {
         "path": str(model.path),
-        "backbone": card.backbone.name if card.backbone else "ONNX graph",
+        "backbone": card.backbone.name if card.backbone else "embeddings" if stored else "ONNX graph",
         "dimension": card.dim,
-        "image": f"{card.image_size[0]} × {card.image_size[1]} {card.color}",
+        "image": "–" if stored else f"{card.image_size[0]} × {card.image_size[1]} {card.color}",
         "mode": card.mode or "–",
         "identities": card.classes or "–",
         "steps": card.step or "–",
@@ -327,7 +418,9 @@ def _runs(folders: Sequence[str]) -> "list[RunRecord]":
 def _pictures(datasets: dict[str, "Dataset"]) -> Callable[[str, int], bytes | None]:
     from PIL import Image
 
-    def picture(name: str, record: int) -> bytes:
+    def picture(name: str, record: int) -> bytes | None:
+        if name not in datasets:
+            return None
         pixels = datasets[name].decode(record)
         if datasets[name].info.color == "BGR":
             pixels = pixels[..., ::-1]

@@ -13,12 +13,12 @@ allowed is not kept (exit status 2).
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.arguments import whole_number
+from tools.foreign import add_reading_arguments, open_model
 from tools.output import write_json
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ HELP = "write a model as ONNX, torch.export program or folder, checked against t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce export``."""
-    parser.add_argument("model", type=Path, help="run folder or model folder")
+    parser.add_argument("model", type=Path, help="run folder, model folder or torch weights")
     parser.add_argument("out", type=Path, help="NAME.onnx, NAME.pt2 or a folder")
     parser.add_argument("--dataset", type=Path, required=True, help="real images for the check")
     parser.add_argument("--images", type=whole_number(1), default=64, help="how many of them")
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     card.add_argument("--compatible-with", help="the old model, in the users' words")
     card.add_argument("--figures", type=Path, help="what lce evaluate --json wrote, or any JSON of numbers")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
+    add_reading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,9 +63,8 @@ def run(args: argparse.Namespace) -> int:
     from trainer.errors import ModelError
     from trainer.models.graph import pick_images
     from trainer.models.model import TorchModel
-    from trainer.models.open import load_model
 
-    model = load_model(args.model)
+    model = open_model(args.model, args)
     if not isinstance(model, TorchModel):
         raise ModelError(f"{args.model}: is an ONNX file already; export from the run or the model folder")
     parity = _write(args, model, pick_images(model.card, open_dataset(args.dataset), args.images))
@@ -120,14 +120,14 @@ def _write(args: argparse.Namespace, model: "TorchModel", images: "np.ndarray") 
 
 def _card_changes(args: argparse.Namespace) -> dict[str, Any]:
     from trainer.errors import ModelError
+    from trainer.reading import read_json
 
     named = {"licence": args.licence, "notes": args.notes, "compatible_with": args.compatible_with}
     changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if args.figures is not None:
         try:
-            tree = json.loads(args.figures.read_text(encoding="utf-8"))
-            changes["figures"] = _figures(tree)
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            changes["figures"] = _figures(read_json(args.figures, ModelError))
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ModelError(f"{args.figures}: no JSON object of figures ({error})") from None
         if not changes["figures"]:
             raise ModelError(f"{args.figures}: holds no number at its top level, and no sets of lce evaluate")
@@ -148,8 +148,7 @@ def _figures(tree: dict[str, Any]) -> dict[str, float]:
 
 def _old_model(args: argparse.Namespace) -> Any:
     from trainer.errors import ModelError
-    from trainer.models.open import load_model
 
     if args.old is None:
         raise ModelError("--only t12 is compared on old embeddings: give the old model with --old")
-    return load_model(args.old)
+    return open_model(args.old, args)

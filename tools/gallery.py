@@ -8,9 +8,10 @@
     lce gallery finish   faces.npy                        the old vectors are dropped: no way back
 
 The gallery is a .npy, a .npz, a .safetensors or a folder of such shards, a .parquet, a FAISS index that holds whole
-vectors, or a table of PostgreSQL with pgvector (postgresql://user@host/database --table faces --column embedding). An
-upgrade that was interrupted in any way continues when it is started again. On PostgreSQL any number of these commands,
-on any machines, share the work. The next upgrade, to a third model, comes after `finish`.
+vectors, a table of PostgreSQL with pgvector (postgresql://user@host/database --table faces --column embedding), or a
+Qdrant collection behind an alias (qdrant:http://host:6333 --alias faces). An upgrade that was interrupted in any way
+continues when it is started again. On PostgreSQL any number of these commands, on any machines, share the work. The
+next upgrade, to a third model, comes after `finish`.
 
 `lce gallery ACTION --help` has each action's options. Exit status: 0 done, 1 verification failed, 2 wrong use, 75 not
 finished: run the same command again.
@@ -22,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.foreign import add_reading_arguments, open_model
 from tools.output import write_json
 from trainer.errors import LceError
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from trainer.gallery.convert import Converter
     from trainer.gallery.postgres import PostgresGallery
 
-HELP = "upgrade stored embeddings: arrays, FAISS indexes, PostgreSQL"
+HELP = "upgrade stored embeddings: arrays, FAISS indexes, PostgreSQL, Qdrant"
 EXIT_UNFINISHED = 75
 RECALL_LOSS = 0.05  # of an index against the old one's, at which verification fails
 
@@ -59,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub = actions.add_parser(
             name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=f"Example: {example}"
         )
-        sub.add_argument("store", help="a gallery file or folder, or postgresql://user@host/database")
+        sub.add_argument(
+            "store", help="a gallery file or folder, postgresql://user@host/database, or qdrant:http://host:6333"
+        )
         if name in ("plan", "upgrade", "verify"):
             sub.add_argument("--model", metavar="MODEL", help="the new model")
             sub.add_argument(
@@ -68,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help="embed the images anew instead of converting the vectors; ids are record numbers",
             )
             sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+            add_reading_arguments(sub)
         if name == "upgrade":
             _add_upgrade(sub)
         if name == "verify":
@@ -84,6 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help="the new column's: as the old one's, by their own definitions, or one by cosine (default: same)",
             )
             table.add_argument("--no-swap", action="store_true", help="convert, but leave the swap to a later call")
+        points = sub.add_argument_group("Qdrant")
+        points.add_argument("--alias", default="faces", help="the alias that queries go through (default: %(default)s)")
+        points.add_argument("--vector", default="", help="the vector's name, where the collection has names")
         sub.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
 
 
@@ -113,8 +121,9 @@ def run(args: argparse.Namespace) -> int:
         raise LceError("--batch and --rate must be positive")
     if args.action == "verify" and args.sample < 1:
         raise LceError(f"--sample {args.sample}: at least 1")
-    in_database = args.store.startswith(("postgresql://", "postgres://"))
-    outcome, unfinished = (_database if in_database else _file)(args)
+    kinds = {"postgresql://": _database, "postgres://": _database, "qdrant:": _points}
+    open_store = next((function for start, function in kinds.items() if args.store.startswith(start)), _file)
+    outcome, unfinished = open_store(args)
     reasons = _failures(args, outcome) if args.action == "verify" else []
     if args.action == "verify":
         outcome["verified"] = not reasons
@@ -192,11 +201,10 @@ def _converter(args: argparse.Namespace, dim_in: int) -> "Converter":
     from trainer.data import open_dataset
     from trainer.distributed import choose_device
     from trainer.gallery.convert import Forward, Reencode
-    from trainer.models.open import load_model
 
     if args.model is None:
         raise LceError(f"gallery {args.action}: give the new model with --model")
-    model = load_model(args.model, choose_device(args.device, 0))
+    model = open_model(args.model, args, choose_device(args.device, 0))
     return Reencode(model, open_dataset(args.images), dim_in) if args.images else Forward(model)
 
 
@@ -286,3 +294,27 @@ def _upgrade_table(args: argparse.Namespace, gallery: "PostgresGallery", convert
             except UnfinishedError as error:
                 unfinished = str(error)
     return {"converted_here": done, **asdict(gallery.status())}, unfinished
+
+
+def _points(args: argparse.Namespace) -> _Outcome:
+    from tools.progress import progress_bar
+    from trainer.gallery.qdrant import QdrantGallery
+
+    gallery = QdrantGallery(args.store.removeprefix("qdrant:"), args.alias, args.vector)
+    try:
+        if args.action in ("rollback", "finish"):
+            gallery.rollback() if args.action == "rollback" else gallery.finish()
+        if args.action not in ("plan", "upgrade", "verify"):
+            return asdict(gallery.status()), None
+        converter = _converter(args, gallery.status().dim_in or gallery.dim)
+        if args.action == "plan":
+            return gallery.plan(converter), None
+        if args.action == "verify":
+            return asdict(gallery.verify(converter, args.sample)), None
+        if args.order != "stored":
+            raise LceError("gallery upgrade: Qdrant gives points by id; leave out --order")
+        with progress_bar("converting") as progress:
+            state = gallery.upgrade(converter, batch=args.batch, rows_per_second=args.rate, progress=progress)
+        return asdict(state), None
+    finally:
+        gallery.close()

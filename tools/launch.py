@@ -13,6 +13,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+from tools.arguments import whole_number
+
 HELP = "train as a configuration says, on one or many processes and machines"
 
 
@@ -22,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=0.05; or a further YAML file"
     )
-    parser.add_argument("--nproc", type=int, default=0, help="processes per node (default: one a GPU, or 1)")
+    parser.add_argument("--nproc", type=whole_number(1), help="processes per node (default: one a GPU, or 1)")
     parser.add_argument(
         "--with", dest="launcher", choices=("torchrun", "mpirun", "slurm", "deepspeed"), default="torchrun"
     )
@@ -52,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from launch.job import Job
-    from trainer.config import load_config
     from trainer.distributed import choose_device
     from trainer.errors import ConfigError
+    from trainer.run.config import load_config
 
     config = load_config(args.config, args.overrides)
     cuda = config.run.device != "cpu" and torch.cuda.is_available()
@@ -75,15 +77,54 @@ def run(args: argparse.Namespace) -> int:
         run_dir=config.run.dir,
         join_seconds=config.run.timeout_seconds,
     )
-    if job.nproc < 1:
-        raise ConfigError(f"--nproc {job.nproc}: at least 1")
+    _check_classes(config, job)
     if args.launcher != "slurm":
         choose_device(config.run.device, job.nproc - 1)  # refuses cuda without CUDA, and more ranks than GPUs
     if job.many_nodes and args.launcher == "torchrun" and ":" not in job.master:
         raise ConfigError(f"--nnodes {job.nnodes}: needs --master HOST:PORT, the first machine as all others reach it")
+    if job.many_nodes and args.launcher != "slurm" and job.master:
+        _check_master(job.master)
     if args.launcher == "slurm":
         return _slurm(args, job)
     return _start(args.launcher, job, args.dry_run)
+
+
+def _check_master(master: str) -> None:
+    """Refuse at once what torch would try for minutes."""
+    import socket
+
+    from trainer.errors import ConfigError
+
+    host, _, port = master.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--master {master}: expected HOST:PORT with a port from 1 to 65535")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"--master {master}: {host} is unknown on {socket.gethostname()} ({getattr(error, 'strerror', error)})"
+        ) from None
+
+
+def _check_classes(config: "Config", job: "Job") -> None:  # type: ignore[name-defined]  # noqa: F821
+    """Refuse more ranks than classes before they start, where the class count is written down."""
+    from trainer.data.index import DESCRIPTION, load_description, table_info
+    from trainer.errors import ConfigError, LceError
+
+    data, classes = config.data, None
+    try:
+        if data.loader == "synthetic":
+            classes = data.synthetic_classes
+        elif data.labels is not None:
+            table = table_info(Path(data.labels))
+            classes = None if table is None else table.num_classes
+        elif data.path is not None and (Path(data.path) / DESCRIPTION).exists():
+            classes = load_description(Path(data.path)).num_classes
+    except LceError:
+        return  # rank 0 tells
+    ranks = job.nproc * int(job.nnodes.partition(":")[0])
+    if classes is not None and ranks > classes:
+        raise ConfigError(f"{ranks} ranks for {classes} classes: a rank would own none; start at most {classes}")
 
 
 def _check_nodes(args: argparse.Namespace) -> None:

@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-damaged", action="store_true", help="leave out images that do not decode, and list them"
     )
     parser.add_argument(
+        "--max-pixels",
+        type=whole_number(1),
+        default=50_000_000,
+        metavar="N",
+        help="an image of more counts as damaged (%(default)s)",
+    )
+    parser.add_argument(
         "--processes", type=whole_number(0), default=0, metavar="N", help="writing processes (one per core)"
     )
     parser.add_argument(
@@ -76,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         part_records=args.part_records,
         layout=args.layout,
         skip_damaged=args.skip_damaged,
+        max_pixels=args.max_pixels,
         color=args.color,
         mean=tuple(args.mean),
         std=tuple(args.std),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.job import Job
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, end_with_parent
 from trainer.errors import LceError
 
 
@@ -58,5 +58,7 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
 
 if __name__ == "__main__":
     from tools.cli import main
+
+    end_with_parent()
 
     sys.exit(main(json.loads(sys.argv[1])))

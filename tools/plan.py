@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from tools.arguments import above_zero, whole_number
 
 if TYPE_CHECKING:
-    from trainer.config import Config
     from trainer.planning.plan import Plan
     from trainer.planning.setting import Setting
     from trainer.planning.simulation import Simulated
+    from trainer.run.config import Config
 
 Case = tuple[int, float, int]
 """Classes, sample rate and ranks of what --verify measures."""
@@ -140,31 +140,35 @@ def make_setting(args: argparse.Namespace) -> "Setting":
         ConfigError: a wrong configuration, sizes that nothing says, or that training would refuse.
     """
     from trainer.compat.bank.center_bank import CenterBank
+    from trainer.compat.methods.config import LceCrossConfig
+    from trainer.data.config import RecordsConfig, SyntheticConfig
     from trainer.data.index import open_dataset
     from trainer.errors import ConfigError
     from trainer.planning.setting import Setting, check_sizes
 
     config = _config(args)
-    if config.compat.mode == "cross-model":
+    method = config.method
+    if isinstance(method, LceCrossConfig):
         raise ConfigError("compat.mode = cross-model: trains maps alone, without a head; there is nothing to plan")
     data = config.data
     classes, records, side = args.classes, args.records, args.image_size
     size = (side, side) if side else None
-    if data.loader == "synthetic":
+    if isinstance(data, SyntheticConfig):
         classes, records = classes or data.synthetic_classes, records or data.synthetic_records
         size = size or (data.synthetic_size, data.synthetic_size)
-    elif data.path is not None and data.path.exists():
+    elif isinstance(data, RecordsConfig) and data.path.exists():
         dataset = open_dataset(data.path, data.labels)
         classes, records = classes or dataset.num_classes, records or len(dataset.kept)
         size = size or dataset.info.image_size
     if classes is None:
         raise ConfigError(
-            f"{data.path}: not there, so the number of classes is not known: give --classes (and --records)"
+            f"{getattr(data, 'path', 'data')}: not there, so the number of classes is not known: give --classes (and "
+            "--records)"
         )
     bank_dim = args.lce
-    if bank_dim is None and config.compat.method != "none":
-        there = config.compat.bank is not None and config.compat.bank.exists()
-        bank_dim = CenterBank.open(str(config.compat.bank)).dim if there else config.backbone.dim
+    if bank_dim is None and method is not None:
+        there = method.bank is not None and method.bank.exists()
+        bank_dim = CenterBank.open(str(method.bank)).dim if there else config.backbone.dim
     device: Literal["cpu", "cuda"] = args.device or ("cpu" if config.run.device == "cpu" else "cuda")
     setting = Setting(config, classes, size or (112, 112), args.ranks, device, bank_dim, records)
     check_sizes(setting)
@@ -172,8 +176,8 @@ def make_setting(args: argparse.Namespace) -> "Setting":
 
 
 def _config(args: argparse.Namespace) -> "Config":
-    from trainer.config import apply_override, load_config, parse_config
     from trainer.errors import ConfigError
+    from trainer.run.config import load_config, parse_config
 
     name = None if args.backbone is None else re.sub(r"^r(\d+)$", r"iresnet\1", args.backbone)
     words = {
@@ -198,9 +202,7 @@ def _config(args: argparse.Namespace) -> "Config":
     tree: dict[str, Any] = {"run": {"dir": "planned"}, "data": data}
     if args.batch is None:
         tree["data"]["batch_size"] = 128 * args.ranks
-    for setting in [*args.overrides, *settings]:
-        apply_override(tree, setting)
-    return parse_config(tree, "lce plan")
+    return parse_config(tree, "lce plan", [*args.overrides, *settings])
 
 
 def as_figures(plan: "Plan", args: argparse.Namespace) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from trainer.config import apply_override, parse_config
+from trainer.data.config import SyntheticConfig
 from trainer.planning.memory import peak_bytes
 from trainer.planning.plan import make_plan
 from trainer.planning.setting import Setting
+from trainer.run.config import parse_config
 
 CASES = tuple((classes, rate, ranks) for classes in (100_000, 1_000_000) for rate in (1.0, 0.1) for ranks in (1, 2))
 TOLERANCE = 0.10
@@ -36,10 +37,9 @@ def case_setting(classes: int, rate: float, ranks: int, device: str, changes: Se
         "train": {"steps": 10},
         "checkpoint": {"asynchronous": False},  # there is none here, and so no copy for it
     }
-    for change in changes:
-        apply_override(tree, change)
-    config = parse_config(tree, "lce plan --verify")
+    config = parse_config(tree, "lce plan --verify", changes)
     data = config.data
+    assert isinstance(data, SyntheticConfig)
     kind: Any = device
     return Setting(config, data.synthetic_classes, (data.synthetic_size,) * 2, ranks, kind, records=4096)
 
@@ -116,6 +116,8 @@ def _rank(setting: Setting, rank: int, store: str, pipe: Connection) -> None:
     world, cuda = setting.world_size, setting.device == "cuda"
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)

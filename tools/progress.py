@@ -16,7 +16,7 @@ class Bars:
         self.progress = Progress(*columns, console=Console(stderr=True), disable=not show)
         self._tasks = {}  # type: ignore[var-annotated]  # rich's type, imported when it is needed
 
-    def update(self, key: str, done: int, total: int, title: str | None = None) -> None:
+    def update(self, key: str, done: int, total: int | None, title: str | None = None) -> None:
         """Move the bar named ``key``, whose title is ``title`` or else its name."""
         if key not in self._tasks:
             self._tasks[key] = self.progress.add_task(title or key, total=total)
@@ -38,5 +38,5 @@ def progress_bar(title: str, show: bool = True) -> Iterator[Callable[[int, int],
         yield None
         return
     with progress_bars() as bars:
-        bars.update(title, 0, 1)
+        bars.update(title, 0, None)
         yield lambda done, total: bars.update(title, done, total)

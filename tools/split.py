@@ -25,8 +25,12 @@ from tools.arguments import whole_number
 from tools.output import write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
+
+    from trainer.data.splitting import Table
 
 HELP = "old, new and held-out label tables for compatible training"
 KINDS = ("extended-class", "extended-data", "extended-group", "open-class", "open-data", "open-group")
@@ -65,7 +69,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json != "-":
         for name, count in counts.items():
             print(f"{args.out / name}.npy: {count['images']} images of {count['classes']} classes")
+        missing = _lacking(tables, args.kind)
+        if missing:
+            print(f"{missing} classes of old.npy are not in new.npy: all of their images are the old model's")
     return 0
+
+
+def _lacking(tables: "Mapping[str, Table]", kind: str) -> int:
+    """How many of the old model's classes the new one lacks, where the kind shares out the images of each class."""
+    return 0 if kind.endswith("class") else len(set(tables["old"].classes) - set(tables["new"].classes))
 
 
 def _groups(path: Path) -> "NDArray[np.int64]":

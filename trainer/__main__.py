@@ -16,9 +16,9 @@ from typing import NoReturn
 if __name__ == "__main__":  # until the loop watches for signals there is nothing to save: Ctrl-C ends it at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from trainer.config import Config, load_config
-from trainer.distributed import process_group
-from trainer.errors import LceError
+from trainer.distributed import end_with_parent, launched_by, process_group
+from trainer.errors import BrokenRunError, LceError
+from trainer.run.config import Config, load_config
 from trainer.run.watch import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, EXIT_PEER, EXIT_TERMINATED, EXIT_USAGE, is_echo
 
 TIMEOUT_SLACK_SECONDS = 30.0  # collectives give up this long after the watch, which can say who is missing
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter(
         "ignore", FutureWarning
     )  # torch renames collectives; the oldest supported version has the old names
+    if launched_by():
+        end_with_parent()
     try:
         config = load_config(args.config, args.overrides)
         return _run(config)
@@ -67,12 +69,12 @@ def _be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _refuse(error: LceError, everywhere: bool) -> int:
+def _refuse(error: LceError, everywhere: bool, status: int = EXIT_USAGE) -> int:
     """One line for wrong input; a problem that all ranks have found together is told by rank 0 alone."""
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 or everywhere:
         print(f"trainer: {error}" if rank == 0 else f"trainer, rank {rank}: {error}", file=sys.stderr, flush=True)
-    return EXIT_USAGE
+    return status
 
 
 def _end(error: BaseException) -> NoReturn:
@@ -81,7 +83,10 @@ def _end(error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         status = EXIT_INTERRUPTED
     elif isinstance(error, LceError):
-        status = _refuse(error, everywhere=bool(notes))  # notes are of the loop, where ranks fail alone
+        broken = isinstance(error, BrokenRunError)
+        status = _refuse(
+            error, everywhere=bool(notes) or broken, status=EXIT_CRASH if broken else EXIT_USAGE
+        )  # notes are of the loop, where ranks fail alone
     elif notes and is_echo(error):
         status = EXIT_PEER
         print("\n".join(notes), file=sys.stderr, flush=True)

@@ -17,10 +17,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -29,11 +30,34 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_now
 
-from trainer.config import CheckpointConfig
+from trainer.config import Section, unit
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects
 from trainer.errors import CheckpointError
 from trainer.files import checksum
+from trainer.reading import open_regular, read_json
 from trainer.seals import SEAL_KEY, find_change, sealed, unsealed
+
+
+class CheckpointConfig(Section):
+    """The section ``checkpoint``: checkpoints under <run>/checkpoints."""
+
+    every_steps: int = Field(
+        1000,
+        ge=0,
+        description="updates between two checkpoints; 0: only at the end and when asked to stop",
+        json_schema_extra=unit("updates"),
+    )
+    keep: int = Field(2, ge=1, description="how many of the newest are kept")
+    keep_every: int = Field(0, ge=0, description="checkpoints of steps divisible by this are kept for good; 0 is off")
+    best: str | None = Field(
+        None, description="also keep the one with the highest figure of this name, such as lfw.accuracy (see evaluate)"
+    )
+    asynchronous: bool = Field(True, description="write from a copy in memory while training goes on")
+    resume: Literal["auto", "exact", "never"] = Field(
+        "auto",
+        description="auto: newest complete one; exact: exit 2 if the newest is damaged; never: refuse a used folder",
+    )
+
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is fine
 
@@ -104,7 +128,7 @@ def read_index(folder: Path) -> Metadata:
         CheckpointError: missing, damaged, or holding anything but an index.
     """
     try:
-        with (folder / _INDEX).open("rb") as file:
+        with open_regular(folder / _INDEX, CheckpointError) as file:
             metadata = _IndexUnpickler(file).load()
     except Exception as error:
         raise CheckpointError(f"{folder / _INDEX}: not the index of a checkpoint: {error}") from None
@@ -123,8 +147,10 @@ def read_seal(folder: Path) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, of another format, or of another step than its folder's name.
     """
     path = folder / SEAL
+    if not path.exists():
+        raise CheckpointError(f"{folder}: no complete checkpoint ({SEAL} is missing)")
     try:
-        tree = json.loads(path.read_text())
+        tree = read_json(path, CheckpointError)
         if tree["format"] not in (1, FORMAT):
             raise CheckpointError(f"{path}: format {tree['format']}, this version reads {FORMAT}")
         if tree["format"] == FORMAT and SEAL_KEY not in tree:
@@ -138,9 +164,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
         named = re.fullmatch(r"step-(\d+)", folder.name)
         if named is not None and int(named[1]) != seal["step"]:
             raise ValueError(f"it says step {seal['step']}, its folder {folder.name}")
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no complete checkpoint ({SEAL} is missing)") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     return dict(seal)
 
@@ -301,7 +325,7 @@ class Checkpoints:
             saving.partial.rename(target)
             _sync_folder(self.folder)
             self._retain()
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             return _first_line(error)
         return None
 

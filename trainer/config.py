@@ -1,24 +1,33 @@
-"""The configuration of a run: pydantic models of the YAML, inheritance between files, and dotted overrides.
+"""The reader of configurations: YAML files that extend others, layers, overrides, and keys that only a variant has.
 
-A configuration is one YAML file that may extend others (``extends: base.yaml``, relative to the file that says so),
-followed by overrides from the command line (``optimizer.lr=0.05``). Unknown keys are errors that name the nearest
-known one; wrong values are errors that name the file, the key and what is allowed. Nothing here takes a resource:
-:func:`load_config` only reads text.
+A configuration is a YAML file that may extend others (``extends: base.yaml``, relative to the file that says so),
+followed by further files and by overrides from the command line (``optimizer.lr=0.05``). Each is a layer over those
+before it; overrides in a row are one layer. The classes of a section stand in the room that uses them and derive from
+:class:`Section`; the whole is assembled in :mod:`trainer.run.config`.
+
+Where a section has variants (:class:`Variants`), such as ``head.margin`` by its ``name``, each variant owns its keys. A
+key of another variant is refused. When a later layer chooses another variant, the keys of the former one that lower
+layers gave fall away; those that both have stay.
 """
 
 import difflib
+import logging
+import os
 import types
 import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 import pydantic
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import CoreSchema, core_schema
 
 from trainer.errors import ConfigError
+from trainer.reading import parse_yaml, read_yaml
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+log = logging.getLogger(__name__)
 
 
 class Section(BaseModel):
@@ -26,356 +35,259 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Groups of keys that exclude each other: one that a later layer gives replaces the others of lower layers."""
 
-class RunConfig(Section):
-    """Where the run is written and what it is seeded with."""
-
-    dir: Path = Field(description="run folder: config.yaml, logs, checkpoints and the final model are written here")
-    seed: int = Field(0, ge=0, description="seeds initialisation, data order, augmentation and negative sampling")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA when there is one")
-    threads: int = Field(0, ge=0, description="intra-op threads per rank; 0: the machine's cores / ranks on this node")
-    timeout_seconds: float = Field(600.0, gt=0, description="a collective that takes longer ends the run")
-    deterministic: bool = Field(
-        False, description="cuda: only algorithms that repeat to the last bit, slower; a CPU's always do"
-    )
+    @classmethod
+    def without_idle(cls, tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """A tree of plain values as a file or seal holds it, without the keys that an earlier version wrote although
+        they had no effect; and the names of those keys."""
+        return tree, []
 
 
-class AugmentConfig(Section):
-    """Random image changes in training, drawn per sample from (seed, epoch, record); every probability or size of 0 is
-    off."""
+class Variants:
+    """Annotates a union of sections that are told apart by tags, such as ``Annotated[A | B, Variants(name="a")]``.
 
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    rotate_degrees: float = Field(0.0, ge=0, description="standard deviation of the rotation")
-    scale: float = Field(0.0, ge=0, lt=1, description="standard deviation of the relative size")
-    translate: float = Field(0.0, ge=0, lt=1, description="standard deviation of the shift, in image widths")
-    contrast: float = Field(0.0, ge=0, description="standard deviation of the relative contrast about mid grey")
-    brightness: float = Field(
-        0.0, ge=0, description="standard deviation of the shift of brightness; 1 is the full range"
-    )
-    saturation: float = Field(0.0, ge=0, description="standard deviation of the relative saturation")
-    noise: float = Field(0.0, ge=0, description="standard deviation of the pixel noise; 1 is the full range")
-    blur: float = Field(0.0, ge=0, le=1, description="probability of a Gaussian blur of 0.5 to 1.5 pixels")
-    low_resolution: float = Field(
-        0.0, ge=0, le=1, description="probability of shrinking to 1/4…1/2 of the size and back"
-    )
-    occlusion: float = Field(0.0, ge=0, le=1, description="probability of a grey rectangle over 1/5…2/5 of each side")
-
-
-class DataConfig(Section):
-    """The training images."""
-
-    path: Path | None = Field(
-        None, description="a folder with dataset.yaml (made by `lce pack`); not for loader: synthetic"
-    )
-    labels: Path | None = Field(None, description="int64 .npy that replaces the data set's labels; -1 drops a record")
-    loader: Literal["auto", "dali", "torch", "synthetic"] = Field(
-        "auto", description="auto: DALI when installed, else torch"
-    )
-    batch_size: int = Field(128, ge=1, description="the global batch B; every rank reads its slice of it")
-    workers: int = Field(2, ge=0, description="decoding threads (DALI) or processes (torch) per rank")
-    drop_last: bool = Field(False, description="drop the incomplete last batch of an epoch instead of training on it")
-    sampling: Literal["shuffle", "class_balanced"] = Field(
-        "shuffle", description="shuffle: every record once an epoch; class_balanced: every class equally often"
-    )
-    repeat: int = Field(1, ge=1, description="repeated augmentation: each drawn record this many times in a row")
-    max_bad_records: int = Field(0, ge=0, description="how many damaged records training may skip before it stops")
-    augment: AugmentConfig = AugmentConfig()
-    synthetic_classes: int = Field(1000, ge=1, description="loader: synthetic only, the class count")
-    synthetic_size: int = Field(112, ge=8, description="loader: synthetic only, the image side in pixels")
-    synthetic_records: int = Field(100_000, ge=1, description="loader: synthetic only, the records of one epoch")
-
-
-class BackboneConfig(Section):
-    """The network that maps an image to an embedding."""
-
-    name: str = Field("iresnet18", description="a name known to trainer.networks (an unknown one lists them all)")
-    dim: int = Field(512, ge=2, description="embedding dimension D")
-    width: int | None = Field(None, ge=1, description="first stage's channels, for the small networks that offer it")
-    weights: Path | None = Field(
-        None, description="start from these weights (.safetensors, .pt state dict or a run folder)"
-    )
-
-
-class MarginConfig(Section):
-    """The margin on the target's cosine; formulas and papers in trainer/head/margin.py."""
-
-    name: Literal["softmax", "cosface", "arcface", "combined", "adaface", "magface", "curricular"] = "cosface"
-    scale: float = Field(64.0, gt=0, description="s: logits are s · cos")
-    m: float = Field(0.4, ge=0, description="the margin of cosface, arcface, adaface and curricular")
-    m1: float = Field(1.0, ge=1, description="combined: cos(m1·θ + m2) − m3")
-    m2: float = Field(0.0, ge=0)
-    m3: float = Field(0.0, ge=0)
-    gradient: Literal["exact", "straight_through"] = Field(
-        "exact", description="arcface: straight_through replaces the margin's derivative by 1, as arcface_torch does"
-    )
-    h: float = Field(0.333, gt=0, description="adaface: concentration of the norm statistic")
-    norm_momentum: float = Field(
-        0.01, gt=0, le=1, description="adaface: share of the batch in the running norm statistics"
-    )
-    lower_norm: float = Field(10.0, gt=0, description="magface: l_a")
-    upper_norm: float = Field(110.0, gt=0, description="magface: u_a")
-    lower_margin: float = Field(0.45, ge=0, description="magface: l_m")
-    upper_margin: float = Field(0.8, ge=0, description="magface: u_m")
-    norm_weight: float = Field(35.0, ge=0, description="magface: λ_g of the norm term")
-    inter_class_filter: float = Field(
-        0.0, ge=0, le=1, description="negatives with a cosine above this are left out (noisy labels); 0 is off"
-    )
-
-
-class RowOptimizerConfig(Section):
-    """How the head's rows are updated; what it means for a row that was not drawn is in
-    trainer/head/row_optimizer.py."""
-
-    name: Literal["sgd", "adamw"] = "sgd"
-    lr_factor: float = Field(1.0, gt=0, description="the rows' learning rate is this times the schedule's")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-
-
-class HeadConfig(Section):
-    """The class-sharded margin softmax."""
-
-    impl: Literal["fused", "reference"] = Field("fused", description="reference: logits materialised, dense gradient")
-    update: Literal["fused", "deferred"] = Field(
-        "fused",
-        description="deferred: rows wait until the backbone's gradient is known to be finite; costs their gradient's "
-        "memory and a wait for the device (always so with accumulated batches and float16)",
-    )
-    margin: MarginConfig = MarginConfig()
-    sample_rate: float = Field(1.0, gt=0, le=1, description="share of the classes drawn as negatives each step")
-    sampling_correction: bool = Field(
-        False, description="weight drawn negatives by 1 / sample_rate, so that their sum estimates the full one"
-    )
-    sub_centers: int = Field(
-        1, ge=1, le=16, description="K rows per class, the nearest one counts (sub-center ArcFace)"
-    )
-    optimizer: RowOptimizerConfig = RowOptimizerConfig()
-    compute: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the matrix products")
-    rows: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of rows and their state")
-    chunk_rows: int = Field(0, ge=0, description="rows per chunk of the fused pass; 0: chosen for the device")
-    init_std: float = Field(0.01, gt=0, description="standard deviation of the rows at the start")
-    weights: Path | None = Field(
-        None, description="start from these rows: arcface_torch's output folder, a classifier file, or a run folder"
-    )
-
-
-class TransformConfig(Section):
-    """The map T between the embedding spaces (trainer/networks/transform.py)."""
-
-    name: Literal["rbt", "linear", "orthogonal", "mlp"] = "rbt"
-    blocks: int = Field(4, ge=1, description="rbt: residual bottleneck blocks in series")
-    paths: int = Field(4, ge=1, description="rbt: parallel paths of a block")
-    bottleneck: int = Field(16, ge=1, description="rbt: width of a path")
-    hidden: int = Field(0, ge=0, description="mlp: hidden width; 0: twice the larger dimension")
-
-
-class CompatConfig(Section):
-    """Compatibility with a deployed model (../trainer/compat). Weights are in (1 − cos) units, independent of D.
-
-    The paper's alignment weight λ_a multiplies a mean over dimensions too: its λ_a is ``alignment_weight · D / 2``
-    (λ_a = 100 at D = 2048 is 0.098 here, at D = 64 it is 3.1).
-
-    What the methods beside LCE (../trainer/compat/rivals.py) take: bct ``bank``; unibct ``old_embeddings``; l2 and fct
-    ``old_embeddings`` or ``old_model``; mixbct and advbct both a ``bank`` and one of the two. Where no bank is needed
-    one may be given: it names the old model in what is exported. All but fct need D1 = D2.
+    Args:
+        tags: key → the value that counts where it is not given. A member of the union has the key as a field of type
+            ``Literal``. Of several tags, the later ones tell the members apart that the first one leaves.
     """
 
-    method: Literal["none", "lce", "bct", "l2", "unibct", "advbct", "mixbct", "fct"] = "none"
-    mode: Literal["direct", "backward", "forward", "both", "cross-model"] = "direct"
-    bank: Path | None = Field(None, description="centre bank of the old model (`lce centers …`); its folder")
-    alignment_weight: float = Field(0.4, ge=0, description="λ_a in (1 − cos) units")
-    boundary_weight: float = Field(1.0, ge=0, description="λ_b")
-    centers: Literal["device", "host"] = Field(
-        "device", description="direct: where the old centres lie; host: a step's rows are copied to the device"
-    )
-    old_embeddings: Path | None = Field(
-        None, description="old embeddings by record (.npy, float32, N × D1), for l2, mixbct, advbct, fct and unibct"
-    )
-    old_model: Path | None = Field(
-        None, description="or the old model (model folder, run folder, .onnx), run along on the batch's images"
-    )
-    new_embeddings: Path | None = Field(
-        None, description="cross-model: new embeddings by record (.npy, float32, N × D2)"
-    )
-    new_model: Path | None = Field(
-        None,
-        description="cross-model: the new model, run along where new_embeddings is not set; exported with the maps",
-    )
-    new_bank: Path | None = Field(
-        None, description="cross-model: centres of the new model, to align with those of bank"
-    )
-    maps: Literal["both", "t21", "t12"] = Field("both", description="cross-model: which maps are trained")
-    weight: float = Field(
-        1.0, ge=0, description="the weight of a rival method's loss (advbct: of its reversed gradient; mixbct: none)"
-    )
-    old_margin: float = Field(0.0, ge=0, description="bct, unibct: cosine margin before the old classifier")
-    mix_share: float = Field(0.3, ge=0, le=1, description="mixbct: share of the batch that old embeddings stand in for")
-    transform: TransformConfig = TransformConfig()
-    authors_formula: bool = Field(
-        False, description="the authors' terms: T's output and the boundary's embeddings are not made unit"
-    )
+    def __init__(self, **tags: str) -> None:
+        self.tags = tags
 
-    @property
-    def way(self) -> str:
-        """How the model is made compatible, as its card names it: LCE's mode, a rival's method, or empty."""
-        return {"none": "", "lce": self.mode}.get(self.method, self.method)
+    def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
+        node = Node(typing.get_args(source), self.tags)
+
+        def label(value: Any) -> str | None:
+            if isinstance(value, Section):
+                return f"<{type(value).__name__}>"
+            try:
+                return f"<{node.kind(value, '', '').__name__}>" if isinstance(value, Mapping) else None
+            except ConfigError:
+                return None
+
+        choices = {f"<{kind.__name__}>": handler.generate_schema(kind) for kind in node.kinds}
+        return core_schema.tagged_union_schema(choices, discriminator=label)
 
 
-class OptimizerConfig(Section):
-    """The backbone's (and T's) optimizer."""
-
-    name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    clip_norm: float = Field(0.0, ge=0, description="largest norm of the backbone's gradient; 0 is off")
-    start_momentum: bool = Field(
-        False, description="sgd: also take the momentum that backbone.weights and head.weights hold (arcface_torch)"
-    )
+def values_of(kind: type[Section], tag: str) -> tuple[str, ...]:
+    """The values of the tag ``tag`` for which ``kind`` is meant; empty: it does not have that tag."""
+    known = kind.model_fields.get(tag)
+    return typing.get_args(known.annotation) if known else ()
 
 
-class ScheduleConfig(Section):
-    """The learning rate over the updates, stepped once per update."""
+@dataclass(frozen=True)
+class Node:
+    """What stands under a section's key.
 
-    name: Literal["polynomial", "cosine", "step", "constant"] = "polynomial"
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the updates that climb linearly from 0")
-    power: float = Field(2.0, gt=0, description="polynomial")
-    milestones: tuple[float, ...] = Field((0.5, 0.75, 0.9), description="step: shares of the updates")
-    gamma: float = Field(0.1, gt=0, le=1, description="step: the factor at each milestone")
+    Attributes:
+        kinds: the section, or its variants.
+        tags: tag → default, see :class:`Variants`; empty: there is one kind.
+        many: whether the key holds a list of such sections, of which a single one may be given as it is.
+    """
 
+    kinds: tuple[type[Section], ...]
+    tags: Mapping[str, str] = field(default_factory=dict)
+    many: bool = False
 
-class TrainConfig(Section):
-    """How long and how the step is taken."""
+    def kind(self, tree: Mapping[str, Any], prefix: str, source: str) -> type[Section]:
+        """The variant that a tree's tags choose. Raises :class:`ConfigError` for a value that none has."""
+        left = self.kinds
+        for tag, default in self.tags.items():
+            having = [k for k in left if values_of(k, tag)]
+            if len(left) == 1 or not having:
+                break
+            value = tree.get(tag, default)
+            left = tuple(k for k in having if value in values_of(k, tag))
+            if not left:
+                known = [v for k in having for v in values_of(k, tag)]
+                near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ConfigError(f"{source}: {prefix}{tag} = {value!r}: unknown; {hint}known: {', '.join(known)}")
+        return left[0]
 
-    epochs: float = Field(20.0, gt=0, description="passes over the data; ignored when steps is set")
-    steps: int | None = Field(None, ge=1, description="number of updates")
-    accumulate: int = Field(1, ge=1, description="batches per update")
-    precision: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    parallel: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
-    compress_gradients: bool = Field(
-        False, description="ddp, zero: sum the backbone's gradients over ranks in bfloat16"
-    )
-    compile: bool = Field(False, description="torch.compile the backbone")
-    channels_last: bool = False
-    sync_batchnorm: bool = Field(False, description="CUDA: batch norm over the global batch; needs data.drop_last")
-    activation_checkpointing: bool = False
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of an exponential moving average of the backbone; 0 is off")
-    max_nonfinite_steps: int = Field(10, ge=0, description="skipped non-finite steps in a row before the run stops")
+    def all_keys(self) -> list[str]:
+        """The keys of all variants, each once."""
+        return list(dict.fromkeys(key for kind in self.kinds for key in kind.model_fields))
 
+    def child(self, key: str, kind: type[Section]) -> "Node | None":
+        """What stands under ``key`` in ``kind``, or in another variant where that does not have it; None: a value."""
+        owner = kind if key in kind.model_fields else next((k for k in self.kinds if key in k.model_fields), None)
+        return None if owner is None else node_of(owner.model_fields[key])
 
-class EvaluateConfig(Section):
-    """Verification while training (trainer/evaluation/periodic.py)."""
+    def owners(self, key: str) -> list[str]:
+        """How the variants that have ``key`` are called."""
+        return self.called([kind for kind in self.kinds if key in kind.model_fields])
 
-    every_steps: int = Field(0, ge=0, description="updates between evaluations, and once at the end; 0: none")
-    sets: dict[str, Path] = Field(
-        default_factory=dict,
-        description="name → verification .bin, or data set (DATASET or DATASET@LABELS.npy); never the training images",
-    )
-    old: Path | None = Field(None, description="old model: also measure new queries against its gallery")
-    far: float = Field(1e-3, gt=0, lt=1, description="labelled sets: the false accept rate of SET.tar")
-    max_images: int = Field(10_000, ge=4, description="labelled sets: about so many images at most, whole identities")
-
-
-class CheckpointConfig(Section):
-    """Checkpoints under <run>/checkpoints."""
-
-    every_steps: int = Field(1000, ge=0, description="0: only at the end and when asked to stop")
-    keep: int = Field(2, ge=1, description="how many of the newest are kept")
-    keep_every: int = Field(0, ge=0, description="checkpoints of steps divisible by this are kept for good; 0 is off")
-    best: str | None = Field(
-        None, description="also keep the one with the highest figure of this name, such as lfw.accuracy (see evaluate)"
-    )
-    asynchronous: bool = True
-    resume: Literal["auto", "exact", "never"] = Field(
-        "auto",
-        description="auto: newest complete one; exact: exit 2 if the newest is damaged; never: refuse a used folder",
-    )
+    def called(self, kinds: Sequence[type[Section]]) -> list[str]:
+        """How some of the variants are called: ``arcface``; where a second tag decides, ``lce/both``."""
+        first, *rest = self.tags
+        out: list[str] = []
+        for kind in kinds:
+            values = values_of(kind, first)
+            if all(k in kinds for k in self.kinds if values_of(k, first) == values):
+                out += values
+            else:
+                out += [f"{value}/{one}" for value in values for tag in rest for one in values_of(kind, tag)]
+        return list(dict.fromkeys(out))
 
 
-class LogConfig(Section):
-    """What is written while training."""
-
-    every_steps: int = Field(20, ge=1)
-    tensorboard: bool = True
-    wandb: str | None = Field(None, description="Weights & Biases: the project's name (needs wandb)")
-    monitors: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="writers of other packages: name → settings (trainer/run/writers.py)"
-    )
-    progress: bool = Field(True, description="show progress: a bar on a terminal, lines elsewhere")
-    line_seconds: float = Field(
-        30.0, ge=0, description="least seconds between two progress lines where standard error is no terminal"
-    )
-    images: bool = Field(True, description="show the first batch's images in TensorBoard, as training sees them")
-    profile: tuple[int, int] | None = Field(None, description="trace these updates (first, last) into <run>/profile")
-
-    @field_validator("profile")
-    @classmethod
-    def _in_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
-        if value is not None and not 1 <= value[0] <= value[1]:
-            raise ValueError("expected [first, last] with 1 ≤ first ≤ last")
-        return value
+def node_of(known: pydantic.fields.FieldInfo) -> Node | None:
+    """What a field holds when it holds sections; None: a plain value."""
+    return node_for(known.annotation, known.metadata)
 
 
-class Config(Section):
-    """A whole run."""
+def node_for(annotation: Any, metadata: Sequence[Any] = ()) -> Node | None:
+    """What a type holds when it holds sections, with its annotations; None: a plain value."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return node_for(arguments[0], arguments[1:])
+    variants = next((m for m in metadata if isinstance(m, Variants)), None)
+    if variants is not None:
+        return Node(arguments, variants.tags)
+    if origin is tuple and arguments:
+        inner = node_for(arguments[0])
+        return None if inner is None else Node(inner.kinds, inner.tags, many=True)
+    options = arguments if origin in (types.UnionType, typing.Union) else (annotation,)
+    found = [o for o in options if isinstance(o, type) and issubclass(o, Section)]
+    return Node((found[0],)) if found else None
 
-    run: RunConfig
-    data: DataConfig
-    backbone: BackboneConfig = BackboneConfig()
-    head: HeadConfig = HeadConfig()
-    compat: CompatConfig = CompatConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
 
-    @model_validator(mode="after")
-    def _combinations(self) -> "Config":
-        if self.data.loader != "synthetic" and self.data.path is None:
-            raise ValueError("data.path: needed unless data.loader is synthetic")
-        _check_best(self.checkpoint, self.evaluate)
-        if self.head.impl == "reference" and self.head.rows == "bfloat16":
-            raise ValueError("head.rows: bfloat16 needs stochastic rounding, which impl reference has not; use fused")
-        if self.train.compress_gradients and self.train.parallel == "fsdp":
-            raise ValueError("train.compress_gradients: not with train.parallel fsdp; use ddp, or leave it out")
-        method = self.compat.method
-        if self.compat.mode == "cross-model":
-            if method != "lce":
-                raise ValueError(f"compat.mode: cross-model trains the maps of method lce, not {method}")
-            return self
-        if method in ("lce", "bct", "advbct", "mixbct") and self.compat.bank is None:
-            raise ValueError(f"compat.bank: compat.method {method} needs the old model's centre bank")
-        given = (self.compat.old_embeddings is not None) + (self.compat.old_model is not None)
-        if method in ("l2", "advbct", "mixbct", "fct") and given != 1:
-            raise ValueError(
-                f"compat.old_embeddings, compat.old_model: compat.method {method} needs one of them, {given} given"
+class Layers:
+    """A tree of plain values, put together from layers.
+
+    Args:
+        root: the class of the whole configuration.
+
+    Attributes:
+        tree: the values so far.
+    """
+
+    def __init__(self, root: type[Section]) -> None:
+        self.root, self.tree = Node((root,)), dict[str, Any]()
+        self._sources: dict[str, str] = {}
+
+    def add(self, tree: Mapping[str, Any], source: str) -> None:
+        """Put a layer over what is there; ``source`` names it in errors.
+
+        Raises:
+            ConfigError: an unknown key (the nearest known one is named), an unknown variant, a value for a section.
+        """
+        kept, dropped = self.root.kinds[0].without_idle(dict(tree))
+        if dropped and os.environ.get("RANK", "0") == "0":
+            log.warning(
+                "%s: written by an earlier version; keys without effect left out: %s", source, ", ".join(dropped)
             )
-        if method == "unibct" and (self.compat.old_embeddings is None or given != 1):
-            raise ValueError("compat.old_embeddings: compat.method unibct makes its prototypes from it alone")
-        return self
+        self._merge(self.root, self.tree, kept, "", source)
+
+    def add_file(self, path: Path) -> None:
+        """Put a file, over what it extends, over what is there. Raises :class:`ConfigError`."""
+        for source, tree in read_layers(path):
+            self.add(tree, source)
+
+    def add_words(self, words: Sequence[str]) -> None:
+        """Put further files and ``section.key=value`` strings over what is there, in their order; overrides in a row
+        are one layer. Raises :class:`ConfigError`."""
+        layer: dict[str, Any] = {}
+        for word in words:
+            if is_layer(word):
+                self.add(layer, "command line")
+                layer = {}
+                self.add_file(Path(word))
+            else:
+                _nest(layer, word)
+        self.add(layer, "command line")
+
+    def check(self) -> None:
+        """Raise :class:`ConfigError` for a key of a variant that is not chosen."""
+        self._check(self.root, self.tree, "")
+
+    def source(self, key: str, default: str) -> str:
+        """Where the value of a dotted key was given."""
+        return self._sources.get(key, default)
+
+    def _merge(self, node: Node, into: dict[str, Any], layer: Mapping[str, Any], prefix: str, source: str) -> None:
+        known, before = node.all_keys(), node.kind(into, prefix, source)
+        chosen = node.kind(into | {tag: layer[tag] for tag in node.tags if tag in layer}, prefix, source)
+        if chosen is not before:
+            self._drop(into, (k for k in before.model_fields if k not in chosen.model_fields), prefix)
+        for group in chosen.alternatives:
+            if any(layer.get(key) is not None for key in group):
+                self._drop(into, (key for key in group if key not in layer), prefix)
+        for key, value in layer.items():
+            if key not in known:
+                _refuse_unknown(node, str(key), prefix, source)
+            child = node.child(key, chosen)
+            if child is None:
+                into[key], self._sources[prefix + key] = value, source
+            else:
+                into[key] = self._section(child, into.get(key), value, prefix + key, source)
+
+    def _section(self, node: Node, below: Any, value: Any, key: str, source: str) -> Any:
+        """What stands under a section's key after a layer gave ``value`` for it."""
+        if node.many and isinstance(value, list):
+            if len(value) == 1:
+                return self._section(node, None, value[0], key, source)
+            return [self._section(node, None, one, f"{key}.{place}", source) for place, one in enumerate(value)]
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{source}: {key} is a section; known keys: {', '.join(node.all_keys())}")
+        if isinstance(below, list):
+            raise ConfigError(f"{source}: {key}: a list was given before; give the whole list")
+        into = dict(below or {})
+        self._merge(node, into, value, f"{key}.", source)
+        return into
+
+    def _drop(self, into: dict[str, Any], keys: Iterator[str], prefix: str) -> None:
+        for key in list(keys):
+            if into.pop(key, None) is not None:
+                self._sources.pop(prefix + key, None)
+
+    def _check(self, node: Node, tree: Mapping[str, Any], prefix: str) -> None:
+        kind = node.kind(tree, prefix, "")
+        for key, value in tree.items():
+            if key not in kind.model_fields:
+                tag, default = _deciding(node, key, tree)
+                given = self.source(prefix + key, self._any_source(prefix + key))
+                raise ConfigError(
+                    f"{given}: {prefix}{key} belongs to {_listed(node.owners(key))}; {prefix}{tag} is "
+                    f"{tree.get(tag, default)}"
+                )
+            child = node.child(key, kind)
+            for place, one in enumerate(value if isinstance(value, list) else [value]):
+                if child is not None:
+                    self._check(child, one, f"{prefix}{key}." + (f"{place}." if isinstance(value, list) else ""))
+
+    def _any_source(self, key: str) -> str:
+        """Where any key below a section was given."""
+        return next((s for k, s in self._sources.items() if k.startswith(f"{key}.")), "configuration")
 
 
-def _check_best(checkpoint: CheckpointConfig, evaluate: EvaluateConfig) -> None:
-    if checkpoint.best is None:
-        return
-    name, _, metric = checkpoint.best.rpartition(".")
-    path = evaluate.sets.get(name)
-    known = "tar" if path is None or path.suffix != ".bin" else "accuracy"
-    if path is None or metric not in (known, f"{known}_to_old") or (metric != known and evaluate.old is None):
-        kinds = [f"{n}.{'accuracy' if p.suffix == '.bin' else 'tar'}" for n, p in evaluate.sets.items()]
-        known = ", ".join(kinds) or "none"
-        raise ValueError(f"checkpoint.best = {checkpoint.best}: not measured; evaluate.sets gives {known}")
-    every, measured = checkpoint.every_steps, evaluate.every_steps
-    if not measured or every % measured:
-        raise ValueError(
-            f"checkpoint.best: checkpoint.every_steps={every} is no multiple of evaluate.every_steps={measured}"
-        )
+def load(root: type[Section], path: Path, words: Sequence[str] = ()) -> Layers:
+    """The layers of a file and the words behind it. Raises :class:`ConfigError`."""
+    layers = Layers(root)
+    layers.add_file(path)
+    layers.add_words(words)
+    return layers
+
+
+def build(kind: Any, layers: Layers, source: str) -> Any:
+    """The validated configuration of ``layers``; ``source`` names it in errors. Raises :class:`ConfigError`."""
+    layers.check()
+    try:
+        return kind.model_validate(layers.tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem, layers, source) for problem in error.errors())) from None
+
+
+def parse_section(kind: Any, tree: Mapping[str, Any], source: str) -> Any:
+    """One section, or one of its variants, from plain values. Raises :class:`ConfigError`."""
+    node = node_for(kind)
+    assert node is not None
+    layers = Layers(Section)
+    layers.root = node
+    layers._merge(node, layers.tree, tree, "", source)
+    return build(node.kind(layers.tree, "", source), layers, source)
 
 
 def is_layer(word: str) -> bool:
@@ -383,116 +295,83 @@ def is_layer(word: str) -> bool:
     return "=" not in word and word.endswith((".yaml", ".yml"))
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a configuration file, what it extends, and the overrides.
-
-    Args:
-        path: the YAML file. Relative paths inside it are taken from the working folder, ``extends`` from the file's
-        own.
-        overrides: ``section.key=value`` strings; the value is read as YAML (``head.sample_rate=0.1``,
-        ``run.dir=runs/a``). A word ``FILE.yaml`` is a further file; each word goes over what stands before it.
-
-    Raises:
-        ConfigError: file missing or no YAML; an unknown key (the nearest known one is named); a wrong value.
-    """
-    tree = _read_yaml(Path(path), ())
-    for override in overrides:
-        if is_layer(override):
-            _merge(tree, _read_yaml(Path(override), ()))
-            continue
-        apply_override(tree, override)
-    return parse_config(tree, str(path))
+def unit(name: str) -> dict[str, Any]:
+    """For ``Field(json_schema_extra=…)``: the unit of a key."""
+    return {"unit": name}
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Put ``section.key=value``, the value read as YAML, into a tree of plain values. Raises :class:`ConfigError`."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r}: expected section.key=value, for example optimizer.lr=0.05")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
-        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
-    _merge(tree, _nest(key.split("."), value))
-
-
-def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Validate a tree of plain values; ``source`` names it in errors. Raises :class:`ConfigError`."""
-    _check_keys(Config, tree, "", source)
-    try:
-        return Config.model_validate(tree)
-    except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem, source) for problem in error.errors())) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML text that :func:`load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """A file's own tree, after those of what it extends, each with its name. Raises :class:`ConfigError`."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself: {' → '.join(str(p) for p in (*seen, path))}")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    tree = read_yaml(path, ConfigError) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `run:` and `data:`, found {type(tree).__name__}")
-    base: dict[str, Any] = {}
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise ConfigError(f"{path}: extends = {parents!r}: expected a file or a list of files")
+    out = []
     for parent in parents:
-        _merge(base, _read_yaml(path.parent / Path(parent).expanduser(), (*seen, path.resolve())))
-    _check_keys(Config, tree, "", str(path))
-    _merge(base, tree)
-    return base
+        out += read_layers(path.parent / Path(parent).expanduser(), (*seen, path.resolve()))
+    return [*out, (str(path), tree)]
 
 
-def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
-    for key, value in tree.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
+def _nest(layer: dict[str, Any], override: str) -> None:
+    """Put ``section.key=value``, the value read as YAML, into a layer."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value, for example optimizer.lr=0.05")
+    value = parse_yaml(text, f"override {override!r}", ConfigError)
+    *sections, last = key.split(".")
+    for section in sections:
+        below = layer.get(section)
+        layer[section] = layer = dict(below) if isinstance(below, dict) else {}
+    if isinstance(value, dict) and isinstance(layer.get(last), dict):
+        value = layer[last] | value
+    layer[last] = value
 
 
-def _nest(keys: list[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
-    return typing.cast(dict[str, Any], value)
+def _refuse_unknown(node: Node, key: str, prefix: str, source: str) -> typing.NoReturn:
+    known = node.all_keys()
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+    raise ConfigError(f"{source}: unknown key {prefix}{key}; {hint}")
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+def _deciding(node: Node, key: str, tree: Mapping[str, Any]) -> tuple[str, str]:
+    """The tag, with its default, whose value decides that a tree's variant does not have ``key``."""
+    left = node.kinds
+    for tag, default in node.tags.items():
+        value = tree.get(tag, default)
+        left = tuple(k for k in left if value in values_of(k, tag))
+        if not any(key in k.model_fields for k in left):
+            return tag, default
+    raise AssertionError(key)
 
 
-def _check_keys(model: type[Section], tree: dict[str, Any], prefix: str, source: str) -> None:
-    known = model.model_fields
-    for key, value in tree.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"{source}: unknown key {prefix}{key}; {hint}")
-        section = _section_of(known[key].annotation)
-        if section is not None:
-            if not isinstance(value, dict):
-                raise ConfigError(
-                    f"{source}: {prefix}{key} is a section; known keys: {', '.join(section.model_fields)}"
-                )
-            _check_keys(section, value, f"{prefix}{key}.", source)
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _explain(problem: Any, source: str) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+def _explain(problem: Any, layers: Layers, source: str) -> str:
+    parts: list[str] = []
+    tree: Any = layers.tree
+    for part in problem["loc"]:
+        if isinstance(part, str) and part.startswith("<"):
+            continue  # a variant, not a key
+        if isinstance(part, int) and isinstance(tree, Mapping):
+            continue  # the only one of a list
+        parts.append(str(part))
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            tree = None
+    key = ".".join(parts)
+    source = layers.source(key, source)
+    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{source}: {key} is missing and has no default"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not key:
+    if not key or (problem["type"] == "value_error" and isinstance(problem["input"], Mapping | Section)):
         return f"{source}: {message}"
     return f"{source}: {key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"

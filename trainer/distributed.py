@@ -3,13 +3,15 @@
 Everything works without a process group too (one process, no collective), so that no caller needs to ask.
 """
 
+import ctypes
 import datetime
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from trainer.errors import ConfigError
+from trainer.machine import threads_of_a_rank
 
 T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1
+_LAUNCHED = ("TORCHELASTIC_RUN_ID", "LCE_LAUNCHED")  # of torchrun, and of lce launch under mpirun and DeepSpeed
 
 # Newer releases of torch renamed these two collectives.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -136,6 +142,18 @@ def peak_memory_bytes(device: torch.device) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
+def launched_by() -> int:
+    """The process whose end is to end this rank: the launcher's on this machine; 0 where none started it."""
+    return os.getppid() if any(name in os.environ for name in _LAUNCHED) else 0
+
+
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Have the kernel send this process the signal when its parent ends, however that ends (Linux; elsewhere nothing
+    happens)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
 @contextmanager
 def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads: int = 0) -> Iterator[Ranks]:
     """Join the process group that the launcher's environment describes; leave it at the end.
@@ -143,7 +161,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
     Args:
         device: ``auto``, ``cpu`` or ``cuda``. gloo for the CPU; NCCL for CUDA tensors beside gloo for objects.
         timeout_seconds: a collective that takes longer raises on the ranks that wait.
-        threads: intra-op threads; 0 shares the cores among the ranks of this node.
+        threads: intra-op threads; 0: :func:`trainer.machine.threads_of_a_rank`.
 
     Without RANK and WORLD_SIZE in the environment it is a single process and no group is made.
 
@@ -154,7 +172,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
     local = int(os.environ.get("LOCAL_RANK", 0))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # DeepSpeed says the latter
     where = choose_device(device, local)
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // on_node))
+    torch.set_num_threads(threads or threads_of_a_rank(on_node))
     if where.type == "cuda":
         torch.cuda.set_device(where)
     started = world > 1 or "RANK" in os.environ

@@ -37,5 +37,10 @@ class ModelError(LceError):
     """A model file that is missing, damaged or does not fit what it is used for."""
 
 
+class BrokenRunError(LceError):
+    """A process of the run was killed or failed though nothing is wrong with the input: status 70, and the same command
+    continues."""
+
+
 class TrainingError(LceError):
     """Training that cannot usefully go on: the loss is not finite for too many updates in a row."""

@@ -1,12 +1,18 @@
 """Files that appear whole or not at all."""
 
+import atexit
 import contextlib
 import errno
+import functools
 import glob
 import json
 import os
+import re
 import shutil
 import socket
+import stat
+import tempfile
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from trainer.errors import LceError
 
@@ -60,6 +67,51 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def cache_folder(kind: str = "") -> Path:
+    """The user's own cache folder for ``kind`` of files, made if missing: ``lce-trainer`` in ``$XDG_CACHE_HOME``, else
+    in ``~/.cache``.
+
+    What lies in it is loaded, and partly run: a folder that belongs to somebody else, or that others could exchange, is
+    not used, but ``lce-trainer-UID`` in the folder for temporary files, or else a new one for this process alone.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for base in (home / "lce-trainer", Path(tempfile.gettempdir()) / f"lce-trainer-{os.geteuid()}"):
+        if _is_private(base) and _is_private(base / kind):
+            return base / kind
+    return _fresh_folder() / kind
+
+
+@functools.cache
+def _fresh_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="lce-trainer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether a folder is there (it is made) that belongs to this user, and nobody else may write to or exchange."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        here, above = folder.lstat(), folder.parent.stat()
+        if not stat.S_ISDIR(here.st_mode) or here.st_uid != os.geteuid():
+            return False
+        if here.st_mode & 0o022:
+            folder.chmod(here.st_mode & 0o755)
+    except OSError:
+        return False
+    guarded = above.st_uid in (0, os.geteuid()) and (not above.st_mode & 0o022 or bool(above.st_mode & stat.S_ISVTX))
+    return guarded and os.access(folder, os.W_OK)
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file belongs to this user and nobody else may write to it."""
+    try:
+        status = file.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def why_unwritable(folder: Path) -> str | None:
@@ -186,3 +238,51 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     mode = path.stat().st_mode
     save_file(dict(tensors), path)
     path.chmod(mode)
+
+
+class _Inert:
+    """Stands for an object of a class that a file names beside its tensors (a trainer's settings, a callback): nothing
+    of that class is imported or run, and the object is empty."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def load_torch(path: Path, error_type: type[LceError]) -> Any:
+    """What ``torch.save`` wrote, on the CPU, mapped where the format allows; read with ``weights_only=True``: tensors
+    and plain containers.
+
+    Objects of other classes beside them become empty stand-ins, so that the checkpoints of other trainers can be read
+    without running anything of what they name.
+
+    Raises:
+        LceError: of ``error_type``: missing, or nothing that can be read so.
+    """
+    try:
+        others = get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        others = []  # no zip archive: files of torch < 1.6
+    stand_ins = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in others]
+    try:
+        with safe_globals(stand_ins), warnings.catch_warnings():  # type: ignore[arg-type]
+            warnings.simplefilter("ignore")  # of TorchScript archives, which are refused next
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # not a zip archive, which cannot be mapped
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise error_type(
+            f"{path}: refused: it is no file of plain tensors ({_reason(error)}); nothing of it was executed. "
+            "Save the weights alone (a state dict, or .safetensors) and try again"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what is the matter."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    wanted = [line for line in lines if re.search(r"GLOBAL|global|TorchScript|Unsupported|blocked", line)]
+    return (wanted or lines or [type(error).__name__])[0][:200]

@@ -1,7 +1,11 @@
-"""What a result was made on: the processor's name and features, the commit of the code."""
+"""The machine: the processor's name and features and the commit of the code, which a result was made on; the cores
+that a process may use, and how many threads of them are its own."""
 
+import math
+import os
 import platform
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -21,6 +25,41 @@ def _cpuinfo(*keys: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: its affinity, within the CPU time that its control group is given."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+def other_ranks(on_node: int) -> int:
+    """The ranks (``python -m trainer``) on this machine beside the ``on_node`` that one launcher starts here."""
+    launcher, siblings, others = os.getppid(), 0, 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue  # it has ended, or is not ours to read
+        if (b"-m", b"trainer") in pairwise(words[:8]) and int(folder.name) not in (os.getpid(), launcher):
+            siblings, others = siblings + (parent == launcher), others + (parent != launcher)
+    return others + max(0, siblings - (on_node - 1))
+
+
+def threads_of_a_rank(on_node: int) -> int:
+    """The intra-op threads of one of ``on_node`` ranks on this machine: what ``OMP_NUM_THREADS`` says, else its share
+    of the cores among them and the ranks of other runs. Threads that outnumber the cores wait for each other at every
+    operation: two such runs were 20 times slower.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return max(1, usable_cores() // (on_node + other_ranks(on_node)))
 
 
 def commit() -> str:

@@ -119,7 +119,6 @@ class Owner:
         self.shared = bool(note.partners)
         self._descriptor = -1
         self._thread_id = threading.get_ident()
-        self._depth = 1
         self._end = threading.Event()
         self._beats = threading.Thread(target=self._beat, name="owner", daemon=True)
 

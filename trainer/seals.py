@@ -36,9 +36,10 @@ def find_change(path: Path, size: int, crc: int) -> str | None:
 
 
 def sealed(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A description with the checksum of its own content under ``seal``."""
+    """A description with the checksum of its own content under ``seal``, its first key: a YAML file that is cut short
+    loses what stands last."""
     content = json.loads(json.dumps({key: value for key, value in tree.items() if key != SEAL_KEY}))
-    return {**content, SEAL_KEY: _crc(content)}
+    return {SEAL_KEY: _crc(content), **content}
 
 
 def unsealed(tree: Any, source: str | Path, error_type: type[LceError], what: str | None = None) -> Any:

@@ -11,9 +11,10 @@ from torch.nn.functional import normalize
 from tests.ranks import run_ranks
 from tests.run.test_modes import bank, changes_for
 from tests.runs import config, log_of, losses_of, train_rank
+from tests.sections import variant
 from trainer.compat.methods import losses
+from trainer.compat.methods.config import AnyMethod
 from trainer.compat.methods.lce import Pairs, TransformedCompat
-from trainer.config import CompatConfig
 from trainer.distributed import Ranks
 from trainer.run.engine import train
 from trainer.run.startup import prepare
@@ -24,7 +25,7 @@ from trainer.run.task import TrainTask
 def test_transformed_terms_are_the_plain_ones(mode: str) -> None:
     generator = torch.Generator().manual_seed(0)
     settings = {"alignment_weight": 0.7, "boundary_weight": 1.3, "authors_formula": True}
-    given = CompatConfig.model_validate({"mode": mode, "transform": {"name": "linear"}, **settings})
+    given = variant(AnyMethod, method="lce", mode=mode, bank="bank", transform={"name": "linear"}, **settings)
     compat = TransformedCompat(given, 6, 9).double()
     x, w = (torch.randn(n, 9, generator=generator, dtype=torch.float64) / 2 for n in (8, 4))
     o = normalize(torch.randn(4, 6, generator=generator, dtype=torch.float64))

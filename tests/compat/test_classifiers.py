@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from tools.cli import main
 from trainer.compat.bank.bank_info import describe, nearest_pairs, summarise
 from trainer.compat.bank.center_bank import BankInfo, write_bank
 from trainer.compat.bank.classifiers import open_classifier
@@ -68,7 +69,7 @@ def save_shards(folder: Path, world: int, style: str = "new") -> list[Path]:
 def test_rank_files_come_back_bit_for_bit_in_rank_order(tmp_path: Path, style: str, world: int) -> None:
     files = save_shards(tmp_path, world, style)
     for given in ([tmp_path], sorted(files, key=str), files[::-1]):
-        classifier = open_classifier(given)
+        classifier = open_classifier(given, ranks=1 if world == 1 else None)
         assert torch.equal(all_rows(classifier), weight())
     assert f"{CLASSES} classes of dimension {DIM}" in classifier.found
 
@@ -89,6 +90,28 @@ def test_a_missing_or_repeated_rank_is_named(tmp_path: Path) -> None:
         open_classifier(files)
     with pytest.raises(CenterBankError, match="together, expected are 50"):
         open_classifier(save_shards(tmp_path, 4), num_classes=50)
+
+
+def test_the_classes_of_one_rank_are_not_taken_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "whole").mkdir()
+    files = save_shards(tmp_path / "whole", 4)
+    alone = tmp_path / "alone" / files[0].name
+    alone.parent.mkdir()
+    alone.write_bytes(files[0].read_bytes())
+    for given in (alone, alone.parent):
+        command = ["centers", "from-classifier", str(given), str(tmp_path / "bank")]
+        assert main(command) == 2
+        assert "does not say how many ranks there were" in capsys.readouterr().err
+        assert main([*command, "--ranks", "4"]) == 2
+        assert "the files of 1 ranks, --ranks says 4; name all of them" in capsys.readouterr().err
+        assert main([*command, "--old-classes", str(CLASSES)]) == 2
+        assert "the file of rank 1, 2, 3 of 4 is missing" in capsys.readouterr().err
+        assert not (tmp_path / "bank").exists()
+    for given in (files[:1], files[:2]):
+        with pytest.raises(CenterBankError, match=r"a file of another rank next to the \d given"):
+            open_classifier(given)
+    assert len(open_classifier(files[:1], ranks=1).rows) == len(open_classifier([alone], ranks=1).rows) < CLASSES
+    assert len(open_classifier(files, ranks=4).rows) == CLASSES
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -155,7 +178,7 @@ def test_hostile_pickles_do_not_run(tmp_path: Path, legacy: bool) -> None:
         _use_new_zipfile_serialization=not legacy,
     )
     with pytest.raises(CenterBankError, match="nothing of it was executed"):
-        open_classifier([path])
+        open_classifier([path], ranks=1)
     assert not target.exists()
     objects = np.array([Hostile(target)], dtype=object)
     np.save(tmp_path / "x.npy", objects, allow_pickle=True)

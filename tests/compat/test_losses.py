@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
+from tests.sections import variant
 from trainer.compat.methods import losses
-from trainer.config import TransformConfig
+from trainer.networks.config import AnyTransform
 from trainer.networks.transform import build_transform
 
 C, D1, D2, N = 6, 5, 8, 9
@@ -228,7 +229,7 @@ def test_masked_classes_contribute_nothing_even_when_they_are_nan() -> None:
     w, o, x = randn(C, D1), randn(C, D1).detach(), randn(N, D1)
     labels = torch.arange(N) % C
     b = torch.full((C,), 0.9, dtype=torch.float64)
-    t21 = build_transform(TransformConfig(name="rbt", bottleneck=4), D1, D1).double().train()
+    t21 = build_transform(variant(AnyTransform, name="rbt", bottleneck=4), D1, D1).double().train()
 
     def run(centers: Tensor, boundaries: Tensor) -> tuple[Tensor, ...]:
         of = MASK[labels]

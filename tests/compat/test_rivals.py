@@ -15,10 +15,11 @@ from trainer.compat.bank.center_bank import BankInfo, CenterBank, write_bank
 from trainer.compat.bank.from_model import bank_from_model
 from trainer.compat.methods import losses
 from trainer.compat.methods.advbct import AdvBct
+from trainer.compat.methods.config import AnyMethod
 from trainer.compat.methods.fct import Fct
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, StoredEmbeddings
 from trainer.compat.methods.registry import build_method
-from trainer.config import BackboneConfig, Config
+from trainer.config import node_for
 from trainer.data import Batch, DatasetInfo, open_dataset
 from trainer.data.draws import uniforms
 from trainer.distributed import Ranks
@@ -27,7 +28,10 @@ from trainer.head.partial_fc import PartialFC
 from trainer.head.sampling import draw_negatives
 from trainer.models.card import ModelCard
 from trainer.models.folder import save_model
+from trainer.models.model import resized
 from trainer.models.open import load_model
+from trainer.networks.config import BackboneConfig
+from trainer.run.config import Config
 from trainer.run.engine import train
 from trainer.run.startup import prepare
 
@@ -74,7 +78,15 @@ def settings(folder: Path, method: str, world: int, **more: Any) -> Config:
         "data__batch_size": PLACES[world] * world,
         "head__chunk_rows": 2,
     }
-    return config(folder / "run", **(changes | more))
+    return config(folder / "run", **(own_keys(method, changes) | more))
+
+
+def own_keys(method: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes without keys of ``compat`` that the method does not have."""
+    methods = node_for(AnyMethod)
+    assert methods is not None
+    keys = methods.kind({"method": method}, "", "test").model_fields
+    return {k: v for k, v in changes.items() if not k.startswith("compat__") or k.removeprefix("compat__") in keys}
 
 
 def global_batch() -> Tensor:
@@ -86,7 +98,7 @@ def one_step(ranks: Ranks, folder: Path, method: str, more: dict[str, Any]) -> d
     chosen = settings(folder, method, ranks.world_size, **more)
     inputs = prepare(chosen, ranks)
     torch.manual_seed(1)
-    made = build_method(chosen, inputs, ranks)
+    made = build_method(chosen.method, chosen, inputs, ranks)
     assert made is not None
     for module in made.modules().values():
         module.double()
@@ -116,10 +128,10 @@ def plain(folder: Path, method: str, more: dict[str, Any]) -> dict[str, Any]:
     x, old = global_batch().requires_grad_(), every_old[NUMBERS]
     valid = LABELS >= 0
     known = valid & (NUMBERS != UNKNOWN)
-    weight, scale = chosen.compat.weight, chosen.head.margin.scale
+    weight, scale = getattr(chosen.method, "weight", 1.0), chosen.head.margin.scale
     modules: dict[str, torch.nn.Module] = {}
     torch.manual_seed(1)
-    made = build_method(chosen, prepare(chosen, Ranks()), Ranks())
+    made = build_method(chosen.method, chosen, prepare(chosen, Ranks()), Ranks())
     if method in ("bct", "unibct"):
         old_rows, mask = rows.centers.double(), rows.mask
         if method == "unibct":
@@ -131,7 +143,7 @@ def plain(folder: Path, method: str, more: dict[str, Any]) -> dict[str, Any]:
             taken[draw_negatives(chosen.run.seed, STEP, CLASSES, chosen.head.sample_rate, 0, CLASSES)] = True
             taken[LABELS[valid]] = True
             mask = mask & taken
-        loss = weight * losses.bct(x[valid], LABELS[valid], old_rows, mask, scale, chosen.compat.old_margin)
+        loss = weight * losses.bct(x[valid], LABELS[valid], old_rows, mask, scale, chosen.method.old_margin)
     elif method == "l2":
         loss = weight * losses.l2(x[known], old[known])
     elif method == "advbct":
@@ -142,7 +154,7 @@ def plain(folder: Path, method: str, more: dict[str, Any]) -> dict[str, Any]:
         boundary = losses.elastic_boundary(
             x[valid], rows.centers.double()[of], rows.boundaries.double()[of], rows.mask[of]
         )
-        loss = loss + chosen.compat.boundary_weight * boundary
+        loss = loss + chosen.method.boundary_weight * boundary
     elif method == "fct":
         assert isinstance(made, Fct)
         modules = {"t12": made.t12.double()}
@@ -168,7 +180,7 @@ def plain_mix(chosen: Config, x: Tensor, old: Tensor, known: Tensor, rows: Any) 
         leaf = x.detach().clone().requires_grad_()
         seen = leaf[valid]
         if mix:
-            seen = losses.mixbct(seen, old[valid], credible[valid], chosen.compat.mix_share, draws[valid])
+            seen = losses.mixbct(seen, old[valid], credible[valid], chosen.method.mix_share, draws[valid])
         head = PartialFC(chosen.head, CLASSES, DIM, Ranks(), seed=3)
         head.set_lr(0.0)
         loss = head(seen, LABELS[valid], STEP).loss
@@ -268,7 +280,8 @@ def test_the_loss_is_minimised(method: str, figure: str, tmp_path: Path) -> None
     for weight in (0.0, 5.0):
         folder = tmp_path / str(weight)
         more = {"compat__transform": {"name": "mlp"}, "compat__weight": weight, "train__steps": 100}
-        train(config(folder, compat__method=method, optimizer__lr=0.02, **old, **more), Ranks())
+        given = own_keys(method, {"compat__method": method, "optimizer__lr": 0.02, **old, **more})
+        train(config(folder, **given), Ranks())
         ends.append(np.mean([line[figure] for line in log_of(folder)][-10:]))
     assert ends[1] < 0.7 * ends[0]
 
@@ -286,7 +299,7 @@ def test_the_old_model_run_along(tmp_path: Path) -> None:
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - torch.tensor(look.mean).view(3, 1, 1)) / (
         torch.tensor(look.std).view(3, 1, 1)
     )
-    source = ModelEmbeddings(tmp_path / "old", look, (8, 8), torch.device("cpu"))
+    source = ModelEmbeddings(tmp_path / "old", look, torch.device("cpu"))
     labels = torch.zeros(4, dtype=torch.int64)
     found = torch.nn.functional.normalize(source.of(Batch(images, labels, labels)))
     np.testing.assert_allclose(found.numpy(), load_model(tmp_path / "old").embed(pixels, "RGB"), atol=1e-5)
@@ -294,8 +307,10 @@ def test_the_old_model_run_along(tmp_path: Path) -> None:
     settings = {"compat__method": "l2", "compat__old_model": str(tmp_path / "old"), "train__steps": 2}
     run_ranks(train_rank, 2, tmp_path / "run", settings)
     assert load_model(tmp_path / "run").card.compatible_with_hash == source.fingerprint
-    with pytest.raises(ConfigError, match=r"takes images of \(8, 8\)"):
-        train(config(tmp_path / "b", **settings, data__synthetic_size=16), Ranks())
+    larger = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    found = torch.nn.functional.normalize(source.of(Batch(larger, labels, labels)))
+    stored = resized(pixels.repeat(2, 1).repeat(2, 2), (8, 8))
+    np.testing.assert_allclose(found.numpy(), load_model(tmp_path / "old").embed(stored, "RGB"), atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -304,8 +319,16 @@ def test_the_old_model_run_along(tmp_path: Path) -> None:
         ({"compat__method": "bct"}, ConfigError, r"compat\.bank"),
         ({"compat__method": "l2"}, ConfigError, r"needs one of them, 0 given"),
         ({"compat__method": "fct", "old": "old.npy", "compat__old_model": "x"}, ConfigError, "2 given"),
-        ({"compat__method": "unibct", "compat__old_model": "x"}, ConfigError, "from it alone"),
-        ({"compat__method": "l2", "old": "old.npy", "compat__mode": "both"}, ConfigError, "only compat.method=lce"),
+        (
+            {"compat__method": "unibct", "compat__old_model": "x"},
+            ConfigError,
+            "compat.method is unibct",
+        ),
+        (
+            {"compat__method": "l2", "old": "old.npy", "compat__mode": "both"},
+            ConfigError,
+            "compat.mode belongs to lce",
+        ),
         ({"compat__method": "l2", "old": "old.npy", "data__synthetic_records": 40}, ConfigError, "41 rows.*40 records"),
         ({"compat__method": "l2", "old": "old.npy", "backbone__dim": 5}, ConfigError, "use backbone.dim=6"),
         ({"compat__method": "bct", "bank": True, "backbone__dim": 5}, ConfigError, "use backbone.dim=6"),

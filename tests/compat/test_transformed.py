@@ -8,14 +8,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import run_ranks
+from tests.sections import variant
 from trainer import distributed
 from trainer.compat.bank.center_bank import BankRows
 from trainer.compat.methods import losses
+from trainer.compat.methods.config import AnyMethod, LceMapsConfig
 from trainer.compat.methods.lce import TransformedCompat, classes_of, gather_own, gather_pairs, own_classes
-from trainer.config import CompatConfig, TransformConfig
 from trainer.distributed import Ranks
-from trainer.errors import ConfigError
 from trainer.head.partition import class_range
+from trainer.networks.config import AnyTransform
 from trainer.networks.transform import build_transform
 
 CLASSES = 11
@@ -27,9 +28,11 @@ CASES = [(mode, "rbt", *dims) for mode in ("backward", "forward", "both", "cross
 ]
 
 
-def config(mode: Any, name: Any, **more: Any) -> CompatConfig:
-    transform = TransformConfig(name=name, blocks=2, paths=2, bottleneck=4)
-    return CompatConfig(mode=mode, alignment_weight=0.7, boundary_weight=1.3, transform=transform, **more)
+def config(mode: Any, name: Any, **more: Any) -> LceMapsConfig:
+    transform = variant(AnyTransform, name=name, blocks=2, paths=2, bottleneck=4)
+    given = {"alignment_weight": 0.7, "boundary_weight": 1.3, "transform": transform, "bank": "bank"} | more
+    made: LceMapsConfig = variant(AnyMethod, method="lce", mode=mode, **given)
+    return made
 
 
 def problem(d1: int, d2: int) -> dict[str, Tensor]:
@@ -172,7 +175,7 @@ def test_too_little_for_statistics_is_nothing() -> None:
     assert all(torch.equal(v, before[n]) for n, v in compat.state_dict().items())
 
 
-def test_authors_formula_and_direct_mode() -> None:
+def test_authors_formula() -> None:
     p = problem(6, 6)
     bank = BankRows(p["centers"], p["boundaries"], p["mask"], torch.zeros(CLASSES), torch.zeros(CLASSES))
     rows = p["rows"][own_classes(LABELS, CLASSES, Ranks())]
@@ -184,13 +187,11 @@ def test_authors_formula_and_direct_mode() -> None:
     expected = torch.nn.functional.mse_loss(theirs.t21(w), pairs.centers[pairs.mask]) * 6 / 2
     torch.testing.assert_close(got, expected.detach(), rtol=1e-12, atol=0)
     assert not torch.allclose(got, ours(pairs, p["x"])[1]["alignment"])
-    with pytest.raises(ConfigError, match="direct"):
-        TransformedCompat(config("direct", "linear"), 6, 6)
 
 
 def test_orthogonal_maps_stay_orthogonal_and_rbt_starts_as_its_skip() -> None:
     for d_in, d_out in ((6, 6), (12, 6), (6, 12)):
-        made = build_transform(TransformConfig(name="orthogonal"), d_in, d_out).double()
+        made = build_transform(variant(AnyTransform, name="orthogonal"), d_in, d_out).double()
         optimizer = torch.optim.SGD(made.parameters(), 0.5)
         for _ in range(5):
             optimizer.zero_grad()
@@ -200,7 +201,7 @@ def test_orthogonal_maps_stay_orthogonal_and_rbt_starts_as_its_skip() -> None:
         q = made(torch.eye(d_in, dtype=torch.float64)).T
         gram = q @ q.T if d_out < d_in else q.T @ q
         torch.testing.assert_close(gram, torch.eye(min(d_in, d_out), dtype=torch.float64), atol=1e-6, rtol=0)
-    rbt = build_transform(TransformConfig(), 6, 6)
+    rbt = build_transform(variant(AnyTransform), 6, 6)
     x = torch.randn(9, 6)
     torch.testing.assert_close(rbt(x), x)
 

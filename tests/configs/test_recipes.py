@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tools import cli
-from trainer.config import Config, dump_config, load_config, parse_config
+from trainer.compat.methods.config import LceConfig
 from trainer.errors import ConfigError
 from trainer.networks import BACKBONES
+from trainer.run.config import Config, dump_config, load_config, parse_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = {"ms1mv3": 1.0, "glint360k": 1.0, "wf42m": 0.2}  # sample rate
@@ -71,9 +72,9 @@ def test_upgrade(upgrade: str, data: str, network: str, capsys: pytest.CaptureFi
     assert cli.main(["launch", *words, "--nproc", "8", "--dry-run"]) == 0
     assert layer in capsys.readouterr().out
     config, plain = load(data, network, 8, layer), load(data, network, 8)
-    assert config.compat.method == "lce"
-    assert config.compat.bank is not None
-    assert config.compat.mode == ("both" if upgrade == "dimension" else "direct")
+    assert isinstance(config.method, LceConfig)
+    assert config.method.bank is not None
+    assert config.method.mode == ("both" if upgrade == "dimension" else "direct")
     assert config.head.sample_rate == plain.head.sample_rate
     assert (config.backbone.weights is not None) == (upgrade == "fine-tune")
     assert (config.data.labels is not None) == (upgrade in ("class", "data"))
@@ -96,7 +97,7 @@ def test_layers_go_over_what_stands_before_them(tmp_path: Path) -> None:
     config = load_config(a, ["optimizer.lr=0.25", "data.batch_size=2", b])
     assert (config.data.batch_size, config.optimizer.lr, config.run.seed) == (8, 0.25, 3)
     assert load_config(a, [b, "data.batch_size=2"]).data.batch_size == 2
-    with pytest.raises(ConfigError, match="no such configuration file"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_config(a, ["missing.yaml"])
     with pytest.raises(ConfigError, match=r"expected section\.key=value"):
         load_config(a, ["missing"])

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainer.config import AugmentConfig, Config, DataConfig, RunConfig
+from tests.sections import variant
 from trainer.data import Batch, Dataset, Loader, build_loader
+from trainer.data.config import AnyData, AugmentConfig
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.distributed import Ranks
@@ -57,6 +58,13 @@ def packed(folder: Path, classes: int = 5, images: int = 9, size: tuple[int, int
     return folder / "packed"
 
 
+def unsealed(folder: Path) -> Path:
+    """The data set without its checksums, as earlier versions and other tools write them."""
+    for file in (folder / "checksums.json", *folder.glob("*.crc.npy")):
+        file.unlink(missing_ok=True)
+    return folder
+
+
 def mxnet_copy(name: str, folder: Path) -> Path:
     """A copy of one of MXNet's files, so that tables are not written beside the committed ones."""
     return Path(shutil.copytree(MXNET / name, folder / name))
@@ -72,8 +80,7 @@ def loader_of(dataset: Dataset | None, kind: str, ranks: Ranks | None = None, se
         "workers": 1,
         **data,
     }
-    config = Config(run=RunConfig(dir=Path("unused"), seed=seed), data=DataConfig.model_validate(given))
-    return build_loader(config, dataset, ranks or Ranks())
+    return build_loader(variant(AnyData, **given), seed, dataset, ranks or Ranks())
 
 
 def take(loader: Loader, count: int) -> list[Batch]:

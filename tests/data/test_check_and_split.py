@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.samples import MXNET, encoded, identity_folders, loader_of, mxnet_copy, packed, take
+from tests.data.samples import MXNET, encoded, identity_folders, loader_of, mxnet_copy, packed, take, unsealed
 from tests.data.test_damage import overwrite, spoil
 from tools import check as check_tool
 from tools import cli
@@ -102,7 +102,7 @@ def test_uniform_sets_with_an_odd_image_are_damage(tmp_path: Path) -> None:
     pack(list_source(people), tmp_path / "out", PackOptions())
     report = check(open_dataset(tmp_path / "out"))
     assert (report.sizes, report.damage) == ({"32x32": 6, "48x48": 1}, [])
-    described = tmp_path / "out" / "dataset.yaml"
+    described = unsealed(tmp_path / "out") / "dataset.yaml"
     described.write_text(described.read_text().replace("uniform: false", "uniform: true"))
     assert check(open_dataset(tmp_path / "out")).damage == ["1 image(s) are not 32x32, as dataset.yaml says"]
 
@@ -135,6 +135,26 @@ def test_splits_are_what_they_are_called(tmp_path: Path, kind: str) -> None:
         assert set(counts[counts > 0].tolist()) == {2}  # half of five images, rounded to even
     again = split(dataset, options)
     assert all((again[name].labels == table.labels).all() for name, table in tables.items())
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_open_data_of_uneven_classes_names_no_class_without_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+) -> None:
+    people = tmp_path / "people"
+    for label, images in enumerate([1, 1, 2, 3, 7, 1, 4]):
+        (people / f"p{label}").mkdir(parents=True)
+        for k in range(images):
+            (people / f"p{label}" / f"{k}.jpg").write_bytes(encoded(10 * label + k))
+    pack(list_source(people), tmp_path / "packed", PackOptions())
+    command = ["split", str(tmp_path / "packed"), str(tmp_path / "splits"), "--kind", "open-data", "--seen", "1"]
+    assert cli.main([*command, "--share", str(share)]) == 0
+    said = capsys.readouterr().out
+    assert "4 classes of old.npy are not in new.npy: all of their images are the old model's" in said
+    for name, classes in (("old", 7), ("new", 3), ("seen", 4)):  # of the class of two one image is held out
+        labels = np.load(tmp_path / "splits" / f"{name}.npy")
+        assert sorted(set(labels[labels >= 0].tolist())) == list(range(classes)), name
+        assert len(np.load(tmp_path / "splits" / f"{name}.classes.npy")) == classes
 
 
 def test_tables_open_as_label_tables(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.data.samples import identity_folders, mxnet_copy, packed
+from tests.data.samples import identity_folders, mxnet_copy, packed, unsealed
 from tools import cli
 from trainer import seals
 from trainer.compat.methods.old_embeddings import StoredEmbeddings
@@ -141,7 +141,7 @@ def test_an_index_cut_at_a_lines_end_is_refused(tmp_path: Path, layout: str) -> 
 
 
 def test_an_index_with_a_gap_is_a_choice_that_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = packed(tmp_path, 2, 5)
+    folder = unsealed(packed(tmp_path, 2, 5))
     for name in ("dataset.yaml", "train.offsets.npy"):
         (folder / name).unlink()
     lines = (folder / "train.idx").read_text().splitlines(keepends=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.samples import MXNET, encoded, identity_folders, mxnet_copy, packed
+from tests.data.samples import MXNET, encoded, identity_folders, mxnet_copy, packed, unsealed
 from trainer.data import open_dataset, recordio, store
 from trainer.data.index import DatasetInfo, PartInfo, renumbered, save_description, seal_table
 from trainer.data.splitting import SplitOptions, save_tables, split
@@ -49,14 +49,22 @@ def test_a_read_only_folder_opens_too(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(p.name for p in folder.iterdir()) == ["train.idx", "train.rec"]
 
 
-def test_kept_tables_are_used_until_a_file_changes(tmp_path: Path) -> None:
+def test_kept_tables_are_used_until_a_file_changes_or_they_are_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = mxnet_copy("plain", tmp_path)
     first = open_dataset(folder).labels.tolist()
-    kept = np.load(folder / "train.labels.npy")
-    np.save(folder / "train.labels.npy", kept + 1)
-    assert open_dataset(folder).labels.tolist() == [label + 1 for label in first]
+    find, searched = store.find_images, []
+    monkeypatch.setattr(store, "find_images", lambda rec: searched.append(rec) or find(rec))
+    assert open_dataset(folder).labels.tolist() == first
+    assert not searched
+    (kept,) = (tmp_path / "cache/lce-trainer/indexes").glob("*.labels.npy")
+    np.save(kept, np.load(kept) + 1)
+    assert open_dataset(folder).labels.tolist() == first
     os.utime(folder / "train.rec", ns=(0, 0))
     assert open_dataset(folder).labels.tolist() == first
+    assert len(searched) == 2
 
 
 def test_several_parts_with_class_offsets_and_a_label_map(tmp_path: Path) -> None:
@@ -116,7 +124,7 @@ def test_a_table_relabels_and_drops_without_rewriting(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_the_numbering_is_that_of_identities(tmp_path: Path, named: bool) -> None:
-    folder = packed(tmp_path, 4, 4)
+    folder = unsealed(packed(tmp_path, 4, 4))
     description = folder / "dataset.yaml"
     if not named:
         description.write_text(description.read_text().replace("class_names: classes.txt\n", ""))
@@ -154,7 +162,7 @@ def test_a_tables_classes_have_their_own_names(tmp_path: Path) -> None:
 
 
 def test_class_names_are_one_line_for_each_class(tmp_path: Path) -> None:
-    folder = packed(tmp_path, 3, 2)
+    folder = unsealed(packed(tmp_path, 3, 2))
     (folder / "classes.txt").write_bytes("a\u2028b\r\nc\u0085\r\nd".encode())
     assert open_dataset(folder).class_names == ["a\u2028b", "c\u0085", "d"]
     for text in ("a\nb\n", "a\nb\nc\nd\n"):
@@ -230,7 +238,7 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "cannot be read"),
+        ("a: [", "is no readable YAML"),
         ("format: other", "format: Input should be 'lce-dataset-1'"),
         ("image_size: [1]", "image_size"),
         ("imagesize: [1, 1]", "imagesize: Extra inputs"),
@@ -244,7 +252,7 @@ def test_a_wrong_description_is_named(text: str, message: str, tmp_path: Path) -
 
 
 def test_labels_that_cannot_be_are_named_with_their_record(tmp_path: Path) -> None:
-    folder = packed(tmp_path)
+    folder = unsealed(packed(tmp_path))
     labels = np.array(np.load(folder / "labels.npy"))
     for wrong in (5, -2):
         changed = labels.copy()

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.data.samples import ALL_AUGMENTATIONS, MXNET, loader_of, mxnet_copy, packed, take
-from trainer.config import AugmentConfig
 from trainer.data import Batch, Dataset, Loader, open_dataset
+from trainer.data.config import AugmentConfig
 from trainer.data.dali import DaliLoader
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError, DataError

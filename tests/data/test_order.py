@@ -1,5 +1,7 @@
 """The order: independent of the world size, every sample once, and resumed exactly anywhere."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -106,6 +108,29 @@ def test_repeated_augmentation_repeats_in_a_row_with_own_copies() -> None:
     assert (taken.records[:36].reshape(12, 3) == taken.records[:36:3, None]).all()
     assert (taken.copies[:36].reshape(12, 3) == [0, 1, 2]).all()
     assert len(set(taken.records.tolist())) == 13
+
+
+@pytest.mark.parametrize("repeat", [2, 3, 4, 5])
+def test_balanced_classes_stay_balanced_when_records_are_repeated(repeat: int) -> None:
+    labels = np.array([0] * 30 + [1] * 6 + [4])
+    order = Order(RECORDS, labels, seed=0, sampling="class_balanced", repeat=repeat)
+    for epoch in range(3):
+        taken = order.take(epoch, 0, 37)
+        assert len(taken) == 37
+        drawn = labels[taken.records - 100]
+        assert sorted(np.bincount(drawn)[[0, 1, 4]].tolist()) == [12, 12, 13]
+        used = list(zip(taken.records.tolist(), taken.copies.tolist(), strict=True))
+        assert len(set(used)) == 37  # every use of a record has its own augmentation
+        runs = np.diff(np.flatnonzero(np.append(True, np.diff(taken.records) != 0)), append=37)
+        assert (runs >= repeat).sum() >= 37 // repeat - 3  # in a row, but for the last of each class
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_sizes_of_the_coming_batches(drop_last: bool) -> None:
+    schedule = Schedule(Order(RECORDS, seed=0), 5, drop_last=drop_last)
+    for position in range(38):
+        slots = itertools.islice(schedule.slots(0, position), 9)
+        assert schedule.sizes(position, 9) == [len(slot.samples) for slot in slots]
 
 
 def test_impossible_positions_and_empty_sets_are_refused() -> None:

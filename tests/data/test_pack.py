@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.samples import encoded, identity_folders, loader_of, take
+from tests.data.samples import encoded, identity_folders, loader_of, take, unsealed
 from tools import cli
 from trainer.data import open_dataset, packing, recordio
 from trainer.data.listing import Listing, list_source
@@ -51,10 +51,12 @@ def test_folders_keep_their_bytes_under_their_names(people: Path, tmp_path: Path
     assert dataset.info.uniform
     assert dataset.info.image_size == (32, 32)
     assert sorted(contents(tmp_path / "out")) == [
+        "checksums.json",
         "classes.txt",
         "dataset.yaml",
         "labels.npy",
         "pack.json",
+        "train.crc.npy",
         "train.idx",
         "train.offsets.npy",
         "train.rec",
@@ -290,7 +292,7 @@ def test_a_deviation_of_zero_and_an_unknown_quality_are_refused(people: Path, tm
         with pytest.raises(ConfigError, match="deviations above 0"):
             PackOptions(**wrong)
     pack(list_source(people), tmp_path / "out", PackOptions())
-    described = tmp_path / "out" / "dataset.yaml"
+    described = unsealed(tmp_path / "out") / "dataset.yaml"
     described.write_text(described.read_text().replace("std: [0.5,", "std: [0.0,"))
     with pytest.raises(DataError, match=r"dataset\.yaml: std\.0"):
         open_dataset(tmp_path / "out")
@@ -340,7 +342,7 @@ def test_insightface_layout_is_read_back(people: Path, tmp_path: Path) -> None:
     assert [record.labels for record in records[29:]] == [(1.0 + 7 * k, 8.0 + 7 * k) for k in range(4)]
     for made in ("dataset.yaml", "labels.npy", "train.offsets.npy", "pack.json", "classes.txt"):
         (out / made).unlink()
-    bare = open_dataset(out)  # as any other tool's file
+    bare = open_dataset(unsealed(out))  # as any other tool's file
     assert bare.labels.tolist() == [0] * 7 + [1] * 7 + [2] * 7 + [3] * 7
     assert bare.info.image_size == (32, 32)
 

@@ -68,3 +68,10 @@ def test_interval_without_replicates_is_not_a_number():
     result = interval(0.5, np.array([np.nan, np.nan]))
     assert result.value == 0.5
     assert np.isnan(result.low)
+
+
+def test_an_interval_leaves_out_half_of_what_is_over_at_each_end():
+    replicates = np.arange(1001) / 1000
+    for level, low in ((None, 0.025), (0.95, 0.025), (0.9, 0.05), (0.5, 0.25), (1.0, 0.0)):
+        found = interval(0.3, replicates) if level is None else interval(0.3, replicates, level)
+        assert (found.value, found.low, found.high) == (0.3, pytest.approx(low), pytest.approx(1 - low))

@@ -9,6 +9,7 @@ from trainer.evaluation.arrays import class_index
 from trainer.evaluation.backfill import backfill_curve, backfill_order
 from trainer.evaluation.bootstrap import draw_identities
 from trainer.evaluation.compatibility import (
+    Cell,
     Spaces,
     centre_queries,
     class_centres,
@@ -125,6 +126,16 @@ def test_update_gain_by_hand():
     assert measured.update_gain.low <= expected <= measured.update_gain.high
     assert measured.cost.value == 0
     assert gain({k: v for k, v in cells.items() if k != ("paragon", "paragon")}, "rank-1") is None
+
+
+def test_cost_is_what_the_new_model_lacks_of_the_paragon():
+    def cell(query: str, gallery: str, value: float) -> Cell:
+        return Cell(query, gallery, "direct", None, None, {"rank-1": value}, {"rank-1": np.full(3, value)})
+
+    values = {("old", "old"): 0.5, ("new", "old"): 0.6, ("new", "new"): 0.8, ("paragon", "paragon"): 0.9}
+    measured = gain({pair: cell(*pair, value) for pair, value in values.items()}, "rank-1")
+    assert (measured.cost.value, measured.cost.low, measured.cost.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert measured.update_gain.value == pytest.approx(0.25)
 
 
 def test_examples_are_what_they_say():

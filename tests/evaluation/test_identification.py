@@ -77,6 +77,19 @@ def test_open_set_by_hand():
     assert result.threshold[0.34] == pytest.approx(0.3162, abs=1e-3)
 
 
+def test_a_mated_probe_at_a_strangers_score_is_not_accepted():
+    """Accepting it would answer one stranger more than the rate allows."""
+    gallery = np.eye(3, dtype=np.float32)
+    steps = np.array([[0.6, 0.0, 0.0, 0.8], [0.8, 0.0, 0.0, 0.6], [1.0, 0.0, 0.0, 0.0]])
+    probes = np.concatenate([steps, steps[[0, 1]]]).astype(np.float32)  # mated 0.6, 0.8, 1.0; strangers 0.6, 0.8
+    gallery = np.concatenate([gallery, np.zeros((3, 1), np.float32)], 1)
+    subjects = np.array([10, 10, 10, 77, 78])
+    result = open_set(probes, subjects, gallery, np.array([10, 11, 12]), ranks=(1,), fpirs=(0.0, 0.5, 0.99))
+    assert result.tpir == {0.0: pytest.approx(1 / 3), 0.5: pytest.approx(2 / 3), 0.99: pytest.approx(2 / 3)}
+    for fpir, answered in ((0.0, 0), (0.5, 1), (0.99, 1)):
+        assert int((np.array([0.6, 0.8], np.float32) >= result.threshold[fpir]).sum()) == answered
+
+
 @pytest.mark.parametrize(
     ("probes", "enrolled", "message"),
     [([1], [1, 1], "enrolled 2 times"), ([9], [1, 2], "of one protocol"), ([], [1, 2], "0 probes")],

@@ -65,7 +65,7 @@ def test_anything_but_images_and_booleans_is_refused(tmp_path, content, message)
 
 
 def test_damaged_and_missing_bins_are_refused(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match="no such file"):
         read_bin(tmp_path / "none.bin", (16, 16))
     whole = pickle.dumps(([encoded(1), encoded(2)], [True]))
     for cut in (0, 1, len(whole) // 2, len(whole) - 1):

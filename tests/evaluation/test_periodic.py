@@ -11,10 +11,10 @@ from tests.data.samples import encoded, packed
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, train_all, train_rank
 from trainer.checkpoint import list_checkpoints, read_seal
-from trainer.config import EvaluateConfig
 from trainer.data import open_dataset
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError, DataError, LceError
+from trainer.evaluation.config import EvaluateConfig
 from trainer.evaluation.pairs import pair_cosines, read_bin
 from trainer.evaluation.periodic import PeriodicEvaluation, some_identities
 from trainer.evaluation.verification import fold_accuracy, score_pairs
@@ -33,8 +33,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def _changes(sets: dict[str, str], **more: Any) -> dict[str, Any]:
-    base = {"data__synthetic_size": 32, "train__ema": 0.5, "evaluate__sets": sets, "evaluate__every_steps": 2}
-    return base | {"evaluate__far": 0.05, "log__every_steps": 3, "train__steps": 5} | more
+    base = {"data__synthetic_size": 32, "train__ema": 0.5, "log__every_steps": 3, "train__steps": 5}
+    measured = {"evaluate__sets": sets, "evaluate__every_steps": 2, "evaluate__far": 0.05}
+    return base | (measured if sets else {}) | more
 
 
 def test_an_old_model_of_another_dimension_is_refused_before_training(sets: dict[str, str], tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_a_set_may_have_a_label_table(sets: dict[str, str], tmp_path: Path) -> N
 def test_figures_are_those_of_the_model(sets: dict[str, str], tmp_path: Path) -> None:
     """On two ranks; logged every 2 steps and at the end; the last ones are those of the exported model."""
     train(config(tmp_path / "old", **_changes({})), Ranks())
-    changes = _changes(sets, evaluate__old=str(tmp_path / "old"), data__augment={"flip": 0.0})
+    changes = _changes(sets, evaluate__old=str(tmp_path / "old"))
     run_ranks(train_rank, 2, tmp_path / "two", changes)
     train(config(tmp_path / "one", **changes), Ranks())
     names = {"lfw.accuracy", "lfw.accuracy_to_old", "unseen.tar", "unseen.tar_to_old"}
@@ -80,8 +81,8 @@ def test_figures_are_those_of_the_model(sets: dict[str, str], tmp_path: Path) ->
 
 
 def test_it_changes_nothing(sets: dict[str, str], tmp_path: Path) -> None:
-    changes = _changes(sets, train__parallel="fsdp")
-    run_ranks(train_all, 2, tmp_path, {"with": changes, "without": changes | {"evaluate__every_steps": 0}})
+    given = {"with": _changes(sets, train__parallel="fsdp"), "without": _changes({}, train__parallel="fsdp")}
+    run_ranks(train_all, 2, tmp_path, given)
     losses = [{line["step"]: line["loss"] for line in log_of(tmp_path / run)} for run in ("with", "without")]
     assert all(losses[0][step] == loss for step, loss in losses[1].items())
 

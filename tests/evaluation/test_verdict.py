@@ -9,9 +9,11 @@ import pytest
 from tests.evaluation.samples import identities, unit
 from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import class_index
-from trainer.evaluation.compatibility import Spaces, class_centres
+from trainer.evaluation.compatibility import Cell, Spaces, class_centres
 from trainer.evaluation.report import write_report
 from trainer.evaluation.results import NamedSet, Options, study
+from trainer.evaluation.verdict import Rules, decide, judge_set
+from trainer.evaluation.verification import score_pairs
 
 OPTIONS = Options(fars=(1e-3, 1e-2), replicates=200, backfill_images=0)
 
@@ -91,16 +93,81 @@ def test_a_false_accept_rate_below_what_the_set_resolves_is_said():
     assert "resolve no FAR below" in verdict["paragraph"]
 
 
-def test_a_tolerated_loss_counts_as_level():
+def cells(old: list[float], new: list[float]) -> tuple[Cell, Cell]:
+    """Two cells with these replicates of rank-1 and of the TAR at 1e-2."""
+    none = score_pairs(*identities(5, 2, seed=1))
+
+    def cell(query: str, values: list[float]) -> Cell:
+        names = ("rank-1", "TAR@FAR=1e-2")
+        value, replicates = dict.fromkeys(names, float(np.mean(values))), dict.fromkeys(names, np.array(values))
+        return Cell(query, "old", "direct", none, None, value, replicates)
+
+    return cell("old", old), cell("new", new)
+
+
+@pytest.mark.parametrize(
+    ("loss", "tolerance", "outcome"),
+    [
+        (0.020, 0.0, "worse"),
+        (0.020, 0.005, "worse"),
+        (0.020, 0.015, "unclear"),  # the interval is 0.01 to 0.03 and holds the tolerance
+        (0.020, 0.031, "level"),
+        (0.000, 0.0, "unclear"),
+        (0.000, 0.011, "level"),
+        (-0.02, 0.0, "better"),
+        (-0.02, 0.5, "better"),
+    ],
+)
+def test_a_tolerated_loss_counts_as_level(loss: float, tolerance: float, outcome: str) -> None:
+    spread = np.linspace(-0.01, 0.01, 101)
+    old, new = cells([0.9] * 101, (0.9 - loss + spread).tolist())
+    judged = judge_set("t", old, new, (50, 100), (), Rules(tolerance=tolerance, level=1.0))
+    assert [finding.outcome for finding in judged.findings] == [outcome]
+    assert (judged.answer == "NOT SAFE") == (outcome == "worse")
+
+
+@pytest.mark.parametrize(
+    ("count", "found"), [(5, "NOT ENOUGH DATA"), (19, "NOT ENOUGH DATA"), (20, "SAFE"), (21, "SAFE")]
+)
+def test_twenty_identities_are_enough(count: int, found: str) -> None:
+    old, new = cells([0.8] * 50, [0.9] * 50)
+    assert judge_set("t", old, new, (count, 100), (1e-2,), Rules(min_false_accepts=0)).answer == found
+
+
+@pytest.mark.parametrize(("count", "found"), [(4, "NOT ENOUGH DATA"), (5, "NOT SAFE")])
+def test_five_identities_can_make_not_safe(count: int, found: str) -> None:
+    old, new = cells([0.9] * 50, [0.8] * 50)
+    assert judge_set("t", old, new, (count, 100), (), Rules()).answer == found
+
+
+def test_the_level_of_the_intervals_is_the_rules_and_is_said() -> None:
+    spread = (np.arange(1001) / 1000).tolist()
+    old, new = cells([0.0] * 1001, spread)
+    for level, low, high in ((0.95, 0.025, 0.975), (0.9, 0.05, 0.95)):
+        judged = judge_set("t", old, new, (50, 100), (), Rules(level=level))
+        (finding,) = judged.findings
+        for measured in (finding.new, finding.difference):
+            assert (measured.low, measured.high) == (pytest.approx(low), pytest.approx(high))
+        assert f"{level * 100:g} % interval +{low:.3f} to +{high:.3f}" in decide([judged], {}, {}, level).paragraph
+    verdict = answer(upgrade(1.0), options=dataclasses.replace(OPTIONS, rules=Rules(level=0.8)))
+    assert "80 % interval" in verdict["paragraph"]
+
+
+def test_the_reason_is_the_rule_that_decided():
     from trainer.evaluation.verdict import Rules
 
-    case = upgrade(0.1, noise=0.3)
-    strict, lenient = (
-        answer(case),
-        answer(case, options=Options(fars=(1e-2,), replicates=200, backfill_images=0, rules=Rules(tolerance=0.5))),
-    )
-    assert strict["answer"] == "NOT ENOUGH DATA"
-    assert {f["outcome"] for f in lenient["sets"][0]["findings"]} <= {"better", "level"}
+    def judged(tolerance):
+        options = Options(fars=(1e-2,), replicates=200, backfill_images=0, rules=Rules(tolerance=tolerance))
+        return answer(upgrade(0.0, noise=1.5), options=options)["sets"][0]
+
+    tolerated = judged(0.9)
+    assert tolerated["answer"] == "NOT ENOUGH DATA"
+    assert all(f["difference"]["high"] < 0 for f in tolerated["findings"])
+    assert "is worse by no more than the tolerance of 0.9, which counts as level" in tolerated["reason"]
+    middle = -tolerated["findings"][-1]["difference"]["value"]
+    unclear = judged(middle)["reason"]
+    assert "holds zero" not in unclear
+    assert f"whether by more than the tolerance of {middle:g} is not shown" in unclear
 
 
 def test_the_result_is_plain_and_complete():

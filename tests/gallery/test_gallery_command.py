@@ -154,3 +154,23 @@ def test_a_table_that_cannot_be_swapped_now_ends_with_75_and_what_to_do(place, v
         assert "not finished: faces.embedding: not swapped, because process" in said
         assert "run the upgrade again" in said
         assert lce(capsys, "upgrade", store, *using)[1]["phase"] == "swapped"
+
+
+def test_a_collection_goes_through_every_action(place, vectors, tmp_path, capsys):
+    qdrant_client = pytest.importorskip("qdrant_client", reason="needs qdrant-client (extra `gallery`)")
+    models, client = qdrant_client.models, qdrant_client.QdrantClient(path=str(tmp_path))
+    client.create_collection("v1", vectors_config=models.VectorParams(size=16, distance=models.Distance.COSINE))
+    client.upsert("v1", [models.PointStruct(id=i, vector=v.tolist()) for i, v in enumerate(vectors)])
+    alias = models.CreateAlias(collection_name="v1", alias_name="people")
+    client.update_collection_aliases([models.CreateAliasOperation(create_alias=alias)])
+    client.close()
+    store, which = f"qdrant:{tmp_path}", ("--alias", "people")
+    using = (*which, "--model", place / "new", "--device", "cpu")
+    assert lce(capsys, "status", store, *which)[1]["phase"] == "none"
+    assert lce(capsys, "plan", store, *using)[1]["dim_out"] == 24
+    assert lce(capsys, "upgrade", store, *using)[1]["done"] == 30
+    assert lce(capsys, "verify", store, *using)[0] == 0
+    assert lce(capsys, "rollback", store, *which)[1]["phase"] == "none"
+    assert lce(capsys, "upgrade", store, *using)[1]["phase"] == "swapped"
+    assert lce(capsys, "finish", store, *which)[1]["phase"] == "finished"
+    assert "was converted to" in lce(capsys, "upgrade", store, *using)[1]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import HeadConfig
 from trainer.data import slice_of
 from trainer.distributed import Ranks
+from trainer.head.config import HeadConfig
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partial_fc import PartialFC
 from trainer.head.partition import class_range

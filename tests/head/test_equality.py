@@ -1,5 +1,7 @@
 """The fused head equals the reference, and W ranks equal one, after several steps including momentum."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,11 @@ from hypothesis import strategies as st
 
 from tests.head.cases import Case, largest_difference, run_head
 from tests.ranks import run_ranks
-from trainer.config import HeadConfig, MarginConfig, RowOptimizerConfig
+from tests.sections import variant
 from trainer.distributed import Ranks
+from trainer.head.config import AnyMargin, AnyRowOptimizer, HeadConfig
+from trainer.head.partial_fc import PartialFC
+from trainer.head.sampling import draw_negatives
 
 TIGHT = 1e-9  # float64, after several steps; the scale 16 multiplies rounding errors in every exponent
 
@@ -25,7 +30,9 @@ def config(impl: str = "fused", **changes: object) -> HeadConfig:
         "m3": 0.1,
     }
     margin |= changes.pop("margin", {})  # type: ignore[arg-type]
-    values = {"impl": impl, "rows": "float64", "chunk_rows": 20, "margin": MarginConfig(**margin)} | changes
+    values = {"impl": impl, "rows": "float64", "chunk_rows": 20, "margin": variant(AnyMargin, **margin)} | changes
+    if impl == "reference":
+        del values["chunk_rows"]
     return HeadConfig(**values)  # type: ignore[arg-type]
 
 
@@ -48,14 +55,14 @@ def test_fused_equals_reference(name: str, rate: float) -> None:
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_filter_correction_and_straight_through_equal_reference(rate: float) -> None:
     margin = {"name": "arcface", "m": 0.5, "gradient": "straight_through", "inter_class_filter": 0.3}
-    changes = {"margin": margin, "sample_rate": rate, "sampling_correction": True}
+    changes = {"margin": margin, "sample_rate": rate, "sampling_correction": rate < 1}
     case = Case()
     assert largest_difference(single(config(**changes), case), single(config("reference", **changes), case)) < TIGHT
 
 
 def test_adamw_equals_torch_when_all_rows_are_drawn() -> None:
     # the last bits of tiny gradients reach the rows through Adam's division by their root
-    changes = {"optimizer": RowOptimizerConfig(name="adamw", weight_decay=0.05)}
+    changes = {"optimizer": variant(AnyRowOptimizer, name="adamw", weight_decay=0.05)}
     case = Case(lr=0.01, compat=True)
     assert largest_difference(single(config(**changes), case), single(config("reference", **changes), case)) < 1e-7
 
@@ -65,7 +72,7 @@ def test_ranks_equal_one_process(world_size: int) -> None:
     for impl, changes in (
         ("fused", {"sample_rate": 0.3, "margin": {"name": "magface"}}),
         ("fused", {"margin": {"name": "curricular"}, "sub_centers": 2, "sample_rate": 0.5}),
-        ("fused", {"optimizer": RowOptimizerConfig(name="adamw"), "sample_rate": 0.3}),
+        ("fused", {"optimizer": variant(AnyRowOptimizer, name="adamw"), "sample_rate": 0.3}),
         ("reference", {"sample_rate": 0.3, "margin": {"name": "magface"}}),
     ):
         head = config(impl, **changes)
@@ -80,9 +87,50 @@ def test_more_ranks_than_some_have_rows() -> None:
     assert largest_difference(run_ranks(run_head, 4, head, case), single(head, case)) < TIGHT
 
 
-def test_negative_control_another_seed_differs() -> None:
-    head = config(sample_rate=0.3)
-    assert largest_difference(single(head, Case()), single(head, Case(seed=4))) > 1e-3
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_negative_control_another_draw_of_the_same_rows_differs(impl: str) -> None:
+    """Where all rows take part the seed of the draw changes nothing; where some are drawn, seed and step do."""
+    x = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    y = torch.tensor([0, 3, 3, 29, 11, 7])
+
+    def loss(rate: float, seed: int, step: int) -> float:
+        head = PartialFC(config(impl, sample_rate=rate), 103, 8, Ranks(), seed=seed)
+        head.rows.copy_(PartialFC(config(impl), 103, 8, Ranks(), seed=0).rows)
+        return head(x, y, step).loss.item()
+
+    assert loss(1.0, 3, 0) == loss(1.0, 4, 5)
+    first = loss(0.3, 3, 0)
+    assert first == loss(0.3, 3, 0)
+    assert abs(first - loss(0.3, 4, 0)) > 1e-3
+    assert abs(first - loss(0.3, 3, 1)) > 1e-3
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("correction", [False, True])
+def test_sampling_correction_by_the_dense_formula(impl: str, correction: bool) -> None:
+    """log C/S is added to the logits of the classes that only the draw brought in, and to no other."""
+    changes = {"sample_rate": 0.25, "sampling_correction": correction}
+    head = PartialFC(config(impl, **changes), 40, 8, Ranks(), seed=1)
+    x = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    y = torch.tensor([0, 3, 3, 29, 11, 7])
+    step = 5
+    drawn = torch.zeros(40, dtype=torch.bool)
+    drawn[draw_negatives(1, step, 40, 0.25, 0, 40)] = True
+    own = torch.zeros(40, dtype=torch.bool)
+    own[y] = True
+    assert (drawn & own).any()
+    weight = torch.where(drawn | own, 0.0, -torch.inf).double()
+    if correction:
+        weight[drawn & ~own] = math.log(40 / 10)
+    z = x.detach().clone().requires_grad_()
+    cosine = torch.nn.functional.normalize(z) @ torch.nn.functional.normalize(head.rows.clone()).T
+    logits = 16 * (cosine - 0.3 * torch.nn.functional.one_hot(y, 40).double()) + weight
+    truth = torch.nn.functional.cross_entropy(logits, y)
+    truth.backward()
+    loss = head(x, y, step).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(truth.item(), abs=1e-10)
+    torch.testing.assert_close(x.grad, z.grad, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -136,12 +184,12 @@ def test_one_class_and_equal_labels() -> None:
 
 
 def test_bfloat16_compute_is_close() -> None:
-    """The stated error of bfloat16 products: below 2 % of the gradient's norm; a wrong term would give far more."""
+    """The stated error of bfloat16 products, 0.3 % of the gradient's norm; a wrong term would give far more."""
     case = Case(classes=1003, dim=64, batch=32, steps=1)
     exact = single(config(sample_rate=0.5), case)[0]["gradient"][0]
     ours = single(config(sample_rate=0.5, rows="float32", compute="bfloat16"), case)[0]["gradient"][0]
     error = (ours.double() - exact).norm() / exact.norm()
-    assert 1e-5 < error < 2e-2, error
+    assert 1e-5 < error < 3e-3, error
 
 
 def cosines_at_bound(sign: float) -> dict:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.config import MarginConfig
+from tests.sections import variant
+from trainer.head.config import AnyMargin
 from trainer.head.margin import build_margin
 
 SETTINGS = {"m": 0.45, "m1": 1.3, "m2": 0.25, "m3": 0.1, "lower_norm": 5.0, "upper_norm": 60.0}
@@ -51,7 +52,7 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_value(name: str) -> None:
-    margin = build_margin(MarginConfig(name=name, **SETTINGS))
+    margin = build_margin(variant(AnyMargin, name=name, **SETTINGS))
     cosine, norm = samples()
     target = margin.target(cosine, norm, training=False)
     truth = [expected(name, t, a, 20.0, 100.0) for t, a in zip(cosine.tolist(), norm.tolist(), strict=True)]
@@ -60,7 +61,7 @@ def test_value(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_slopes_by_finite_differences(name: str) -> None:
-    margin = build_margin(MarginConfig(name=name, **SETTINGS))
+    margin = build_margin(variant(AnyMargin, name=name, **SETTINGS))
     cosine, norm = samples()
     step = 1e-6
     target = margin.target(cosine, norm, training=False)
@@ -75,9 +76,28 @@ def test_slopes_by_finite_differences(name: str) -> None:
         np.testing.assert_allclose(target.norm_slope, slope, rtol=1e-5, atol=1e-7)
 
 
+def test_adaface_stops_at_the_ends_of_the_half_circle() -> None:
+    """θ − m·ẑ is clipped to [0, π] (eq. 9): there the value stands still and no gradient flows."""
+    margin = build_margin(variant(AnyMargin, name="adaface", **SETTINGS))
+    margin.state()["margin_norm_deviation"].fill_(1.0)  # ẑ is 1 for a norm of 60, −1 for one of 2
+    cosine = torch.tensor([0.999, 0.95, 0.85, -0.5, -0.999, -0.95, -0.85, 0.5], dtype=torch.float64)
+    norm = torch.tensor([60.0] * 4 + [2.0] * 4, dtype=torch.float64)
+    clipped = torch.tensor([True, True, False, False] * 2)
+
+    def psi(t: torch.Tensor) -> torch.Tensor:
+        return margin.target(t, norm, training=False).psi
+
+    target = margin.target(cosine, norm, training=False)
+    truth = [expected("adaface", t, a, 20.0, 1.0) for t, a in zip(cosine.tolist(), norm.tolist(), strict=True)]
+    np.testing.assert_allclose(target.psi.numpy(), truth, rtol=1e-12, atol=1e-12)
+    assert torch.equal(target.slope == 0, clipped)
+    slope = (psi(cosine + 1e-6) - psi(cosine - 1e-6)) / 2e-6
+    np.testing.assert_allclose(target.slope, slope, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["arcface", "combined", "magface"])
 def test_monotone_and_continuous_past_pi(name: str) -> None:
-    margin = build_margin(MarginConfig(name=name, **SETTINGS))
+    margin = build_margin(variant(AnyMargin, name=name, **SETTINGS))
     angles = torch.linspace(0.0, math.pi, 20001, dtype=torch.float64)
     psi = margin.target(torch.cos(angles), torch.full_like(angles, 30.0), training=False).psi
     falls = -psi.diff()
@@ -86,7 +106,7 @@ def test_monotone_and_continuous_past_pi(name: str) -> None:
 
 
 def test_magface_norm_term() -> None:
-    config = MarginConfig(name="magface", **SETTINGS)
+    config = variant(AnyMargin, name="magface", **SETTINGS)
     norm = torch.tensor([3.0, 20.0, 80.0], dtype=torch.float64)
     target = build_margin(config).target(torch.zeros(3, dtype=torch.float64), norm, training=False)
     a = np.clip(norm.numpy(), 5.0, 60.0)
@@ -97,15 +117,17 @@ def test_magface_norm_term() -> None:
 
 def test_straight_through_keeps_the_value_and_drops_the_slope() -> None:
     cosine, norm = samples()
-    plain = build_margin(MarginConfig(name="arcface", m=0.5)).target(cosine, norm, True)
-    through = build_margin(MarginConfig(name="arcface", m=0.5, gradient="straight_through")).target(cosine, norm, True)
+    plain = build_margin(variant(AnyMargin, name="arcface", m=0.5)).target(cosine, norm, True)
+    through = build_margin(variant(AnyMargin, name="arcface", m=0.5, gradient="straight_through")).target(
+        cosine, norm, True
+    )
     torch.testing.assert_close(plain.psi, through.psi)
     assert (through.slope == 1).all()
     assert not (plain.slope == 1).any()
 
 
 def test_adaface_statistics_move_in_training_only() -> None:
-    margin = build_margin(MarginConfig(name="adaface", norm_momentum=0.5))
+    margin = build_margin(variant(AnyMargin, name="adaface", norm_momentum=0.5))
     norm = torch.tensor([30.0, 50.0], dtype=torch.float64)
     margin.target(torch.zeros(2, dtype=torch.float64), norm, training=False)
     assert margin.state()["margin_norm_mean"] == 20.0
@@ -116,11 +138,11 @@ def test_adaface_statistics_move_in_training_only() -> None:
 
 def test_curricular_reweights_hard_negatives() -> None:
     """The head's loss against the paper's formula on dense logits."""
-    from trainer.config import HeadConfig
     from trainer.distributed import Ranks
+    from trainer.head.config import HeadConfig
     from trainer.head.partial_fc import PartialFC
 
-    config = HeadConfig(margin=MarginConfig(name="curricular", scale=16, m=0.3), rows="float64", chunk_rows=7)
+    config = HeadConfig(margin=variant(AnyMargin, name="curricular", scale=16, m=0.3), rows="float64", chunk_rows=7)
     head = PartialFC(config, 30, 8, Ranks(), seed=1)
     x = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     y = torch.tensor([0, 3, 3, 29, 11, 7])
@@ -142,11 +164,11 @@ def test_curricular_reweights_hard_negatives() -> None:
 
 def test_sub_centers_take_the_nearest_row() -> None:
     """Three rows per class against dense logits (Sub-center ArcFace, Deng et al., ECCV 2020, eq. 3)."""
-    from trainer.config import HeadConfig
     from trainer.distributed import Ranks
+    from trainer.head.config import HeadConfig
     from trainer.head.partial_fc import PartialFC
 
-    config = HeadConfig(margin=MarginConfig(scale=16, m=0.3), rows="float64", chunk_rows=9, sub_centers=3)
+    config = HeadConfig(margin=variant(AnyMargin, scale=16, m=0.3), rows="float64", chunk_rows=9, sub_centers=3)
     head = PartialFC(config, 20, 8, Ranks(), seed=1)
     head.set_lr(0.0)
     x = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()

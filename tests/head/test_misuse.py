@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tests.head.test_equality import config
 from tests.ranks import run_ranks
-from trainer.config import HeadConfig, MarginConfig, RowOptimizerConfig
+from tests.sections import variant
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError, DataError
+from trainer.head.config import AnyMargin, AnyRowOptimizer, HeadConfig
 from trainer.head.fused import FusedSoftmax
 from trainer.head.partial_fc import PartialFC
 
@@ -45,7 +46,7 @@ def test_a_non_finite_step_leaves_no_trace(name: str, value: float, gated: bool)
     """Rows, their state and the margin's statistics stay, and the next step is as if the bad one had not been."""
     for rate in (1.0, 0.3):
         for optimizer in ("sgd", "adamw"):
-            changes = {"margin": {"name": name}, "sample_rate": rate, "optimizer": RowOptimizerConfig(name=optimizer)}
+            changes = {"margin": {"name": name}, "sample_rate": rate, "optimizer": {"name": optimizer}}
             bad, good = build(gated=gated, **changes), build(gated=gated, **changes)
             for head in (bad, good):
                 head(batch(), LABELS, 0).loss.backward()
@@ -98,7 +99,7 @@ def test_curricular_hard_negatives_do_not_overflow() -> None:
     """A hard negative's logit reaches s·t(τ + t), beyond s; float32 against float64."""
     losses = []
     for rows in ("float32", "float64"):
-        margin = MarginConfig(name="curricular", scale=64, m=0.5)
+        margin = variant(AnyMargin, name="curricular", scale=64, m=0.5)
         head = PartialFC(HeadConfig(margin=margin, rows=rows), 4, 8, Ranks(), seed=0)
         head.margin.state()["margin_tau"].fill_(0.7)
         head.rows.copy_(torch.eye(8)[:4])
@@ -146,7 +147,7 @@ def test_backward_after_the_rows_moved_is_refused() -> None:
 def _few_draws(ranks: Ranks, impl: str) -> list[Tensor]:
     """Deferred steps in which a rank may draw nothing; all rows together."""
     settings = {"momentum": 0.9, "weight_decay": 0.1}
-    head = PartialFC(config(impl, sample_rate=0.01, optimizer=RowOptimizerConfig(**settings)), 103, DIM, ranks, seed=3)
+    head = PartialFC(config(impl, sample_rate=0.01, optimizer=settings), 103, DIM, ranks, seed=3)
     head.set_lr(0.5)
     for step in range(4):
         with head.deferred():
@@ -169,7 +170,7 @@ def test_small_things() -> None:
     with pytest.raises(ConfigError, match="exact in float32 up to 78"):
         build(rows="float32", margin={"scale": 100})
     with pytest.raises(ConfigError, match="weight_decay"):
-        build(lr=1.0, sample_rate=0.3, optimizer=RowOptimizerConfig(weight_decay=1.0))
+        build(lr=1.0, sample_rate=0.3, optimizer=variant(AnyRowOptimizer, weight_decay=1.0))
     empty = torch.randn(0, DIM, dtype=torch.float64).requires_grad_()
     for k in (1, 2):
         for rate in (1.0, 0.3):
@@ -179,7 +180,7 @@ def test_small_things() -> None:
 
 
 def test_the_reference_with_adamw_can_be_saved_before_its_first_step() -> None:
-    head = build(impl="reference", optimizer=RowOptimizerConfig(name="adamw"))
+    head = build(impl="reference", optimizer=variant(AnyRowOptimizer, name="adamw"))
     saved = copy.deepcopy(head.shard_state())
     head(batch(), LABELS, 0).loss.backward()
     assert saved["adam_step"] == 0

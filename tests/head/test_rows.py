@@ -9,9 +9,10 @@ import torch.distributed.checkpoint as dcp
 
 from tests.head.cases import Case, batches, own_slice
 from tests.ranks import run_ranks
-from trainer.config import HeadConfig, MarginConfig, RowOptimizerConfig
+from tests.sections import variant
 from trainer.distributed import Ranks
 from trainer.head import row_optimizer
+from trainer.head.config import AnyMargin, AnyRowOptimizer, HeadConfig
 from trainer.head.partial_fc import PartialFC
 from trainer.head.row_optimizer import RowGradient, build_row_optimizer
 
@@ -21,7 +22,7 @@ def drive(name: str, steps: int, lr: list[float], dtype: torch.dtype = torch.flo
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(20, 3, generator=generator, dtype=torch.float64).to(dtype)
     given: list[Any] = [rows.clone()]
-    config = RowOptimizerConfig(name=name, weight_decay=0.02)
+    config = variant(AnyRowOptimizer, name=name, weight_decay=0.02)
     optimizer = build_row_optimizer(config, rows, sampled=True, seed=0)
     for step in range(steps):
         index = torch.randperm(20, generator=generator)[:6]
@@ -89,7 +90,7 @@ def test_undrawn_rows_of_adamw_stand_still() -> None:
 
 def test_stochastic_rounding_is_unbiased_and_seeded() -> None:
     rows = torch.zeros(4096, 16, dtype=torch.bfloat16)
-    optimizer = build_row_optimizer(RowOptimizerConfig(), rows, sampled=False, seed=1)
+    optimizer = build_row_optimizer(variant(AnyRowOptimizer), rows, sampled=False, seed=1)
     value = torch.full((4096, 16), 1.0 + 0.3 * 2**-7)  # 30 % of the way from 1 to the next bfloat16
     optimizer.reseed(5)
     first = optimizer.round(value)
@@ -107,7 +108,7 @@ def test_stochastic_rounding_is_unbiased_and_seeded() -> None:
 def test_small_updates_do_not_vanish_in_bfloat16() -> None:
     """1,000 steps of 1e-4 on rows of 1.0: round-to-nearest would leave them at 1 (a bfloat16 step there is 0.0078)."""
     rows = torch.ones(512, 8, dtype=torch.bfloat16)
-    config = RowOptimizerConfig(momentum=0.0, weight_decay=0.0)
+    config = variant(AnyRowOptimizer, momentum=0.0, weight_decay=0.0)
     optimizer = build_row_optimizer(config, rows, sampled=False, seed=1)
     optimizer.set_lr(1.0)
     ones = torch.ones(512)
@@ -128,9 +129,9 @@ def test_bfloat16_rows_take_at_most_2200_bytes_a_class() -> None:
 
 
 def config_for(optimizer: str, rows: str = "float64") -> HeadConfig:
-    margin = MarginConfig(name="adaface", scale=16, m=0.3)
+    margin = variant(AnyMargin, name="adaface", scale=16, m=0.3)
     return HeadConfig(
-        rows=rows, margin=margin, sample_rate=0.3, chunk_rows=20, optimizer=RowOptimizerConfig(name=optimizer)
+        rows=rows, margin=margin, sample_rate=0.3, chunk_rows=20, optimizer=variant(AnyRowOptimizer, name=optimizer)
     )
 
 

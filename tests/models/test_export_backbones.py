@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.models.test_export import images, trained
-from trainer.config import BackboneConfig, TransformConfig
+from tests.sections import variant
 from trainer.models.card import Direction, ModelCard, TransformCard
 from trainer.models.folder import save_model
 from trainer.models.model import TorchModel
@@ -23,6 +23,7 @@ from trainer.models.onnx import OnnxTransform
 from trainer.models.onnx_export import Precision, export_onnx, export_transform
 from trainer.models.open import load_model
 from trainer.networks import BACKBONES, build_backbone, vit
+from trainer.networks.config import AnyTransform, BackboneConfig
 from trainer.networks.transform import build_transform
 
 SIZE, DIM, OLD_DIM = (32, 32), 16, 24
@@ -52,7 +53,7 @@ def made(folder: Path, name: str, mode: str, size: tuple[int, int] = SIZE, **car
     chosen = BackboneConfig(name=name, dim=DIM, width=width)
     torch.manual_seed(6)
     dims = {"t21": (DIM, OLD_DIM), "t12": (OLD_DIM, DIM)}
-    config = TransformConfig(name="rbt", blocks=1, paths=2)
+    config = variant(AnyTransform, name="rbt", blocks=1, paths=2)
     parts = {d: TransformCard(config=config, dim_in=dims[d][0], dim_out=dims[d][1]) for d in MODES[mode]}
     modules = {d: trained(build_transform(config, *dims[d])) for d in parts}
     whole = ModelCard(backbone=chosen, dim=DIM, image_size=size, transforms=parts, mode=mode, **card)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.config import BackboneConfig
 from trainer.errors import ConfigError
 from trainer.networks import BACKBONES, build_backbone
+from trainer.networks.config import BackboneConfig
 from trainer.networks.recompute import Recompute
 
 # Published for 112 × 112 and D = 512: parameters in 10⁶; multiply-adds in 10⁹ (theirs include the norms, ours not).

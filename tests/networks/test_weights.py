@@ -45,11 +45,11 @@ def test_a_run_starts_from_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"0.weight": torch.zeros(2, 3)}, r"0.bias is missing; .* and 3 more"),
-        (_net().state_dict() | {"x": torch.zeros(1)}, "x is unknown"),
+        ({"0.weight": torch.zeros(2, 3)}, r"lacks 0.bias, 1.weight, 1.bias and 2 more"),
+        (_net().state_dict() | {"x": torch.zeros(1)}, "it has x, which the network does not"),
         (_net().state_dict() | {"0.bias": torch.zeros(3)}, r"0.bias is \(3,\), not \(2,\)"),
         ({"epoch": 3}, "not a state dict"),
-        (nn.Linear(1, 1), "cannot be read as weights"),
+        (nn.Linear(1, 1), "not a state dict .*holds a Linear"),
     ],
 )
 def test_refusals(tmp_path: Path, content: object, words: str) -> None:

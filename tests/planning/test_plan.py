@@ -11,13 +11,14 @@ import torch
 from tools.cli import main
 from tools.plan import _within_gpus
 from tools.plan_verify import CASES, case_setting, verify
-from trainer.config import parse_config
+from trainer.compat.methods.config import LceDirectConfig
 from trainer.errors import ConfigError
 from trainer.planning.activations import backbone_sizes
 from trainer.planning.memory import Part, peak_bytes
 from trainer.planning.plan import changes_to_fit, make_plan, ranks_to_fit
 from trainer.planning.setting import Setting
 from trainer.planning.simulation import fake_ranks, simulate
+from trainer.run.config import parse_config
 
 GIB = 2**30
 
@@ -49,7 +50,7 @@ def test_tables_are_exact() -> None:
 
 
 def with_lce(one: Setting) -> Any:
-    return one.config.model_copy(update={"compat": one.config.compat.model_copy(update={"method": "lce"})})
+    return one.config.model_copy(update={"compat": (LceDirectConfig(bank=Path("bank")),)})
 
 
 def test_activations_are_what_autograd_keeps() -> None:
@@ -166,7 +167,7 @@ def test_a_simulation_finds_other_bytes_than_planned(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("mode", "transform"), [("backward", "rbt"), ("both", "mlp"), ("forward", "linear")])
 def test_maps_are_simulated(mode: str, transform: str) -> None:
-    compat = {"method": "lce", "bank": "unused", "mode": mode, "transform": {"name": transform, "blocks": 1}}
+    compat = {"method": "lce", "bank": "unused", "mode": mode, "transform": {"name": transform}}
     small = setting(1000, compat=compat, backbone={"dim": 24})
     assert simulate(replace(small, bank_dim=16), 4).problems == ()
 
@@ -259,7 +260,7 @@ def test_sizes_that_cannot_be_meant_are_refused(words: str, capsys: pytest.Captu
         (["--verify", "--gpus", "101"], "101 ranks for 100 classes"),
         (["--lce", "256", "--dim", "512"], "use backbone.dim=256"),
         (["--verify", "--rate", "0"], "sample_rate"),
-        (["compat.method=lce", "compat.mode=cross-model"], "compat.mode = cross-model: trains maps alone"),
+        (["compat.method=lce", "compat.mode=cross-model"], "backbone.name belongs to runs that train a network"),
     ],
 )
 def test_what_training_would_refuse_is_refused(

@@ -1,5 +1,6 @@
 """Cross-model training: both models frozen, only the maps between their spaces learn."""
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,14 +11,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.data.samples import packed
+from tests.models.test_foreign import graph_file
 from tests.ranks import run_ranks
 from tests.runs import Linear, config, log_of
+from tools.cli import main
 from trainer.compat.bank.center_bank import BankInfo
 from trainer.compat.bank.convert import bank_from_embeddings
 from trainer.compat.bank.matrices import open_rows
 from trainer.compat.methods import losses
+from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.lce import Pairs, TransformedCompat
-from trainer.config import BackboneConfig, CompatConfig
 from trainer.data import build_loader, open_dataset
 from trainer.distributed import Ranks, gather_batch
 from trainer.errors import CenterBankError, ConfigError, LceError, ModelError
@@ -25,6 +28,7 @@ from trainer.gallery.convert import Forward
 from trainer.models.card import ModelCard
 from trainer.models.folder import save_model
 from trainer.models.open import load_model
+from trainer.networks.config import BackboneConfig
 from trainer.run import cross_model
 from trainer.run.cross_model import CrossModelTask, image_pairs_loss
 from trainer.run.engine import train
@@ -83,7 +87,7 @@ def steps(ranks: Ranks, scene: str, control: bool = False) -> list[dict[str, Any
         settings = config(Path(scene) / "unused", **changes(Path(scene), *given, **more))
         inputs = prepare(settings, ranks)
         task = CrossModelTask(settings, inputs, ranks)
-        batches = build_loader(settings, inputs.dataset, ranks, images=False).batches()
+        batches = build_loader(settings.data, settings.seed, inputs.dataset, ranks, images=False).batches()
         parameters = [p for module in task.modules().values() for p in module.parameters()]
         optimizer, values = torch.optim.SGD(parameters, 0.05), []
         for step in range(4):
@@ -118,7 +122,7 @@ def test_image_pairs_are_the_plain_formula(maps: Any, authors: bool) -> None:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    compat_config = CompatConfig.model_validate(
+    compat_config = LceCrossConfig.model_validate(
         {
             "mode": "cross-model",
             "maps": maps,
@@ -188,13 +192,14 @@ def test_with_images_the_new_model_is_handed_over_unchanged(scene: Path, tmp_pat
 def test_refusals_leave_nothing_behind(scene: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.npy"
     np.save(short, np.ones((3, NEW), np.float32))
+    synthetic = changes(scene, "new", "old", data__loader="synthetic")
     cases: list[tuple[type[LceError], str, dict[str, Any]]] = [
         (ConfigError, "compat.new_embeddings", changes(scene, "old", "bank")),
         (ConfigError, "nothing to align", changes(scene, "new", "bank")),
         (ConfigError, "set compat.bank", changes(scene, "new", "new_bank")),
         (ConfigError, "3 rows", changes(scene, "old", compat__new_embeddings=str(short))),
-        (ConfigError, "cross-model trains the maps", changes(scene, "new", "old", compat__method="bct")),
-        (ConfigError, "set data.path", changes(scene, "new", "old", data__loader="synthetic")),
+        (ConfigError, "compat.mode belongs to lce", changes(scene, "new", "old", compat__method="bct")),
+        (ConfigError, "set data.path", {k: v for k, v in synthetic.items() if k != "data__path"}),
         (ConfigError, "train.parallel = fsdp", changes(scene, "new", "old", train__parallel="fsdp")),
         (
             CenterBankError,
@@ -211,3 +216,71 @@ def test_refusals_leave_nothing_behind(scene: Path, tmp_path: Path) -> None:
         with pytest.raises(kind, match=reason):
             train(config(tmp_path / "run", **given), Ranks())
         assert not (tmp_path / "run").exists()
+
+
+def test_two_onnx_models_get_maps_and_a_verdict(
+    scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither model is of ours; one takes images of 8 × 8, the other of 12 × 12. Three ways say the same of the maps:
+    of the models along with them, of the embeddings on disk, and of maps that were trained from these."""
+    rng, size = np.random.default_rng(5), {"old": (8, OLD), "new": (12, NEW)}
+    models = {}
+    for name, (side, dim) in size.items():
+        weights = rng.normal(size=(3 * side * side, dim)).astype(np.float32)
+        shape = {"shape": ["b", 3, side, side], "outputs": {"e": ["b", dim]}}
+        models[name] = graph_file(tmp_path / f"{name}.onnx", weights=weights, **shape)
+    given = {f"compat__{name}_model": str(path) for name, path in models.items()}
+    train(config(tmp_path / "maps", **changes(scene, **given, data__workers=0, train__steps=3)), Ranks())
+    said = caplog.text
+    assert f"{models['old']}: fed pixels normalised by mean 0.5 and std 0.5" in said
+    assert f"its images of 8 × 8 are resized to 12 × 12, which {models['new']} takes" in said
+    card = load_model(tmp_path / "maps").card
+    assert (card.backbone, card.dim, card.image_size) == (None, NEW, (12, 12))
+    assert card.maps_of == load_model(models["new"]).hash
+    assert card.compatible_with_hash == load_model(models["old"]).hash
+    data = str(scene / "packed")
+    rows = {name: tmp_path / f"{name}.npy" for name in models}
+    for name, path in models.items():
+        bank = ["centers", "from-model", str(path), data, str(tmp_path / f"bank-{name}"), "--allow-collapsed"]
+        assert main([*bank, "--embeddings", str(rows[name])]) == 0
+    np.save(tmp_path / "labels.npy", np.asarray(open_dataset(data).labels))
+    from_model = ["--old", str(models["old"]), "--new", str(models["new"]), "--data", f"embeddings={data}"]
+    from_model += ["--cache", "none", "--no-colour-check"]
+    labels = ["--labels", str(tmp_path / "labels.npy")]
+    from_disk = ["--old-embeddings", str(rows["old"]), "--new-embeddings", str(rows["new"]), *labels]
+    common = ["--maps", str(tmp_path / "maps"), "--fars", "1e-1", "--replicates", "100"]
+    found = []
+    for number, words in enumerate((from_model, from_disk)):
+        out = tmp_path / f"{number}.json"
+        report = ["--report", str(tmp_path / "r.html")] if words is from_disk else []
+        assert main(["evaluate", *words, *common, "--json", str(out), *report]) == 0
+        assert "NOT" in capsys.readouterr().out
+        found.append(json.loads(out.read_text()))
+    assert found[0]["verdict"]["answer"] == found[1]["verdict"]["answer"]
+    one, other = (result["sets"]["embeddings"]["cells"] for result in found)
+    assert one.keys() == other.keys() >= {"new->old", "old->new"}
+    for name, cell in one.items():
+        assert other[name]["auc"] == pytest.approx(cell["auc"], abs=1e-3)
+    stored = changes(scene, compat__old_embeddings=str(rows["old"]), compat__new_embeddings=str(rows["new"]))
+    train(config(tmp_path / "m2", **stored | {"compat__new_model": str(models["new"]), "train__steps": 1}), Ranks())
+    assert load_model(tmp_path / "m2").card.maps_of == card.maps_of
+    refused = [
+        ([*from_model[:3], str(models["old"]), *from_model[4:]], "of another model than"),
+        (["--pixels", "0..255", *from_model], "of another model than"),
+        ([*from_disk, "--data", "x=y"], "--data: not with embeddings on disk"),
+        (from_disk[:4], "--labels is missing"),
+        (from_model[:2], "--new is missing"),
+        ([*from_disk[:2], "--new-embeddings", str(rows["old"]), *labels], "of embeddings of dimension 9"),
+    ]
+    for words, reason in refused:
+        assert main(["evaluate", *words, *common]) == 2
+        assert reason in capsys.readouterr().err
+    np.save(tmp_path / "labels.npy", np.zeros(3, np.int64))
+    assert main(["evaluate", *from_disk, *common]) == 2
+    assert "but 3 labels" in capsys.readouterr().err
+    spoilt = np.load(rows["new"])
+    spoilt[5] = 0
+    np.save(rows["new"], spoilt)
+    np.save(tmp_path / "labels.npy", np.asarray(open_dataset(data).labels))
+    assert main(["evaluate", *from_disk, *common]) == 2
+    assert "new.npy, row 5: a vector of norm 0 has no direction" in capsys.readouterr().err

@@ -173,8 +173,10 @@ def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().err
     assert "finished already" in said
     assert "another setting" not in said
-    assert train(config(tmp_path / "run", optimizer__lr=0.3), Ranks()) == done
-    assert "made with another setting, optimizer.lr: 0.1 → 0.3; choose another run.dir" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"with other settings \(optimizer.lr: 0.1 → 0.3\); choose another run.dir"):
+        train(config(tmp_path / "run", optimizer__lr=0.3), Ranks())
+    assert train(config(tmp_path / "run", log__every_steps=3), Ranks()) == done
+    assert "made with another setting, log.every_steps: 1 → 3" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"with another data set .*; choose another run\.dir"):
         train(config(tmp_path / "run", data__synthetic_records=50), Ranks())
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before

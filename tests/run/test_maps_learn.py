@@ -13,22 +13,23 @@ from torch.nn.functional import normalize
 from tests.data.samples import packed
 from tests.run.test_modes import changes_for
 from tests.runs import config, log_of
+from tests.sections import variant
 from trainer.compat.bank.center_bank import BankInfo
 from trainer.compat.bank.convert import bank_from_embeddings
 from trainer.compat.bank.matrices import open_rows
-from trainer.config import OptimizerConfig
 from trainer.data import open_dataset
 from trainer.distributed import Ranks
 from trainer.errors import TrainingError
 from trainer.models.model import TorchModel
 from trainer.models.open import load_model
 from trainer.networks.transform import Orthogonal
+from trainer.run.config import AnyOptimizer, SgdConfig
 from trainer.run.engine import train
 from trainer.run.optim import Updater, undecayed
 
 CLASSES, IMAGES, OLD, NEW = 11, 8, 9, 6
 RATES = {"sgd": 0.05, "adamw": 3e-3}
-DECAYS = (0.0, OptimizerConfig().weight_decay)
+DECAYS = (0.0, SgdConfig().weight_decay)
 MODES = ("backward", "forward", "both", "cross-model")
 
 
@@ -102,7 +103,7 @@ def test_every_map_beats_its_start(
 @pytest.mark.parametrize(("dim_in", "dim_out"), [(24, 16), (16, 24), (8, 8)])
 def test_decay_leaves_an_orthogonal_map_alone(name: Any, dim_in: int, dim_out: int) -> None:
     module, yes = Orthogonal(dim_in, dim_out), torch.tensor(True)
-    updater = Updater({"t21": module}, OptimizerConfig(name=name, lr=0.1, weight_decay=5e-4))
+    updater = Updater({"t21": module}, variant(AnyOptimizer, name=name, lr=0.1, weight_decay=5e-4))
     assert undecayed(module) == [key for key, _ in module.named_parameters()]
     for step in range(3):
         x = torch.randn(5, dim_in, generator=torch.Generator().manual_seed(step))

@@ -9,10 +9,13 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, losses_of, train_rank
+from tests.sections import variant
 from trainer.compat.bank.center_bank import BankInfo, write_bank
+from trainer.compat.methods.config import AnyMethod
 from trainer.distributed import Ranks
 from trainer.errors import CenterBankError, ConfigError
 from trainer.models.open import load_model
+from trainer.networks.config import AnyTransform
 from trainer.run.engine import train
 from trainer.run.startup import prepare
 from trainer.run.task import TrainTask
@@ -39,12 +42,8 @@ def bank(folder: Path, dim: int, info: BankInfo | None = None) -> Path:
 
 
 def changes_for(path: Path, mode: str, transform: str, **more: Any) -> dict[str, Any]:
-    compat = {
-        "method": "lce",
-        "mode": mode,
-        "bank": str(path),
-        "transform": {"name": transform, "blocks": 1, "paths": 2},
-    }
+    own = variant(AnyTransform, name=transform, blocks=1, paths=2)
+    compat = variant(AnyMethod, method="lce", mode=mode, bank=str(path), transform=own).model_dump(mode="json")
     return {f"compat__{key}": value for key, value in compat.items()} | {"head__sample_rate": 0.5} | more
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import OptimizerConfig, ScheduleConfig
+from tests.sections import variant
+from trainer.run.config import AnyOptimizer, AnySchedule
 from trainer.run.optim import Average, LossScale, Statistics, Updater, learning_rate
 
 YES, NO = torch.tensor(True), torch.tensor(False)
@@ -15,7 +16,7 @@ YES, NO = torch.tensor(True), torch.tensor(False)
 
 def test_schedules() -> None:
     def rates(steps: int = 10, **settings: object) -> list[float]:
-        config = ScheduleConfig.model_validate(settings)
+        config = variant(AnySchedule, **settings)
         return [learning_rate(config, 2.0, step, steps) for step in range(steps)]
 
     assert rates(name="constant", warmup=0.4)[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
@@ -43,7 +44,7 @@ def _gradients(net: nn.Module, step: int, scale: float = 1.0) -> None:
 def test_updates_are_those_of_torch(name: str, clip: float, scale: float) -> None:
     """Scaled gradients, clipped by the whole norm, against unscaled ones, clip_grad_norm_ and the plain optimizer."""
     ours, plain = _net(), _net()
-    updater = Updater({"net": ours}, OptimizerConfig(name=name, lr=0.1, weight_decay=0.02, clip_norm=clip))
+    updater = Updater({"net": ours}, variant(AnyOptimizer, name=name, lr=0.1, weight_decay=0.02, clip_norm=clip))
     reference: torch.optim.Optimizer
     if name == "sgd":
         reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.02)
@@ -65,7 +66,7 @@ def test_updates_are_those_of_torch(name: str, clip: float, scale: float) -> Non
 
 def test_an_update_that_is_not_finite_is_left_out() -> None:
     net = _net()
-    updater = Updater({"net": net}, OptimizerConfig(name="adamw"))
+    updater = Updater({"net": net}, variant(AnyOptimizer, name="adamw"))
     _gradients(net, 0)
     updater.step(0.1, updater.gradient_norm(), YES, torch.tensor(1.0))
     before, state = copy.deepcopy(net.state_dict()), {k: v.clone() for k, v in updater.state().items()}

@@ -13,10 +13,10 @@ from tests.data.samples import packed
 from tests.runs import tree
 from tools import cli
 from trainer.compat.bank.from_model import bank_from_model
-from trainer.config import Config, load_config
 from trainer.data import open_dataset
 from trainer.distributed import Ranks
 from trainer.models.open import load_model
+from trainer.run.config import Config, load_config
 from trainer.run.engine import train
 from trainer.run.startup import prepare
 from trainer.run.task import TrainTask

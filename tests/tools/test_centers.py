@@ -208,7 +208,7 @@ def test_the_command_on_two_processes(stage: Path, tmp_path: Path) -> None:
 def test_killed_processes_leave_work_that_the_next_run_finishes(stage: Path, tmp_path: Path) -> None:
     """SIGKILL after the first finished block; the second run does only the rest."""
     code = (
-        "import sys, time; from trainer.compat import from_model; from trainer.data.index import Dataset;"
+        "import sys, time; from trainer.compat.bank import from_model; from trainer.data.index import Dataset;"
         "from_model.BLOCK_RECORDS = 7; real = Dataset.decode;"
         "Dataset.decode = lambda self, i: (time.sleep(0.05), real(self, i))[1];"
         "from tests.tools.test_centers import on_ranks; from trainer.distributed import Ranks;"

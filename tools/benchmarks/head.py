@@ -130,6 +130,8 @@ def summary(figures: dict[str, Any]) -> str:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run, as the JSON holds them."""
+    from trainer.head.products import bfloat16_instructions
+
     names = ["reference", "ours"] if args.only == "both" else [args.only]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     figures: dict[str, Any] = {
@@ -137,6 +139,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         **{k: getattr(args, k) for k in ("classes", "rate", "batch", "dim", "device", "world_size", "lce", "margin")},
         "dtype": f"rows {args.rows}, compute {args.compute}",
         "optimizer": args.optimizer,
+        "bfloat16": bfloat16_instructions() if args.device == "cpu" else None,
         "alternating": not args.sequential,
         **origin(),
     }
@@ -243,6 +246,8 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
     device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)  # else NCCL and the events of every rank are GPU 0's
     if args.world_size > 1:
         backend = "nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=args.world_size)
@@ -274,16 +279,18 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
 
 
 def _config(args: argparse.Namespace, plain: bool) -> Any:
-    from trainer.config import HeadConfig, MarginConfig, RowOptimizerConfig
+    from trainer.config import parse_section
+    from trainer.head.config import HeadConfig
 
-    return HeadConfig(
-        impl="reference" if plain else "fused",
-        margin=MarginConfig(name=args.margin, scale=64.0, m=0.4),
-        sample_rate=args.rate,
-        optimizer=RowOptimizerConfig(name=args.optimizer),
-        rows="float32" if plain else args.rows,
-        compute="float32" if plain else args.compute,
-    )
+    tree = {
+        "impl": "reference" if plain else "fused",
+        "margin": {"name": args.margin, "scale": 64.0},
+        "sample_rate": args.rate,
+        "optimizer": {"name": args.optimizer},
+        "rows": "float32" if plain else args.rows,
+        "compute": "float32" if plain else args.compute,
+    }
+    return parse_section(HeadConfig, tree, "lce bench head")
 
 
 def _head(name: str, args: argparse.Namespace, ranks: Any) -> Any:
@@ -325,13 +332,13 @@ def _companion(args: argparse.Namespace, ranks: Any) -> tuple[Any, Any]:
     import torch
 
     from trainer.compat.bank.center_bank import BankRows
+    from trainer.compat.methods.config import LceTransformedConfig
     from trainer.compat.methods.lce import TransformedCompat, gather_pairs
-    from trainer.config import CompatConfig
 
     made_up = _bank(args, ranks)
     unknown = torch.zeros(len(made_up.mask), dtype=torch.int64)
     bank = BankRows(made_up.centers, made_up.boundaries, made_up.mask, unknown, unknown)
-    compat = TransformedCompat(CompatConfig(method="lce", mode=args.lce, bank=Path("made-up")), args.dim, args.dim)
+    compat = TransformedCompat(LceTransformedConfig(mode=args.lce, bank=Path("made-up")), args.dim, args.dim)
     compat.to(ranks.device)
 
     def loss(embeddings: Any, labels: Any, rows: Any) -> Any:

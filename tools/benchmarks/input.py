@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from tools.measuring import origin, write_json
 
 if TYPE_CHECKING:
-    from trainer.config import AugmentConfig
     from trainer.data import Dataset
+    from trainer.data.config import AugmentConfig
 
 HELP = "images per second of the loaders against a bare DALI pipeline"
 
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run, as the JSON holds them. Raises :class:`trainer.errors.ConfigError` without DALI."""
 
-    from trainer.config import AugmentConfig
     from trainer.data import choose_loader, open_dataset
+    from trainer.data.config import AugmentConfig
 
     choose_loader("dali")
     full = {
@@ -140,15 +140,15 @@ def _make_images(folder: Path, count: int, size: int) -> Path:
 def _ours(kind: str, dataset: "Dataset", augment: "AugmentConfig", args: argparse.Namespace) -> Callable[[int], None]:
     import torch
 
-    from trainer.config import Config, DataConfig, RunConfig
     from trainer.data import build_loader
+    from trainer.data.config import RecordsConfig
     from trainer.distributed import Ranks
 
-    data = DataConfig(
+    data = RecordsConfig(
         path=dataset.path, loader=kind, batch_size=args.batch, workers=args.threads, drop_last=True, augment=augment
     )
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    loader = build_loader(Config(run=RunConfig(dir=Path("unused")), data=data), dataset, Ranks(device=device))
+    loader = build_loader(data, 0, dataset, Ranks(device=device))
     batches = loader.batches()
 
     def take(steps: int) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from tools.pictures import sources as demo_sources
 from tools.steps import CONFIGS, Steps, run_lce
-from trainer.config import dump_config, load_config
 from trainer.errors import ConfigError
+from trainer.run.config import dump_config, load_config
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ reads.
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tools.pictures.drawing import HANGUL, Pen, Pixels, digest, telling, vary
+from trainer import files
 from trainer.errors import DataError
 
 FACE_SIZE, CHARACTER_SIZE = 112, 32
@@ -73,8 +73,8 @@ TYPEFACES = (
 
 
 def cache_folder() -> Path:
-    """Where fetched wheels are kept: ``$XDG_CACHE_HOME/lce-trainer``, or ``~/.cache/lce-trainer``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lce-trainer"
+    """Where fetched wheels are kept: see :func:`trainer.files.cache_folder`."""
+    return files.cache_folder()
 
 
 def fetch(wheel: Wheel, cache: Path) -> Path:

@@ -149,7 +149,7 @@ class Lab:
 
     def check(self) -> None:
         """Refuse what would fail only after a while. Raises :class:`ConfigError`."""
-        from trainer.config import load_config
+        from trainer.run.config import load_config
 
         if min(self.classes, self.old_classes, self.steps, self.old_steps, self.parallel) < 1:
             raise ConfigError("classes, steps and parallel runs: each at least 1")
@@ -226,7 +226,7 @@ class Lab:
         Raises:
             TrainingFailed: the trainer ended with an error.
         """
-        from trainer.config import dump_config, load_config
+        from trainer.run.config import dump_config, load_config
 
         run = self.folder(seed) / name
         config, words = self._recipe(seed, recipe, run)
@@ -316,13 +316,14 @@ class Lab:
         """A seed's set under the models that ``names`` gives for each role."""
         from trainer.data import open_dataset
         from trainer.distributed import Ranks
-        from trainer.evaluation.embeddings import EmbeddingCache, check_models, embed_set
+        from trainer.evaluation.chain import check_links
+        from trainer.evaluation.embeddings import EmbeddingCache, embed_set
         from trainer.models.open import load_model
 
         folder = self.folder(seed)
         models = {role: load_model(folder / name) for role, name in names.items()}
         dataset = open_dataset(self.dataset(seed, part))
-        check_models(models, {part: dataset})
+        check_links(models)
         return embed_set(part, models, dataset, EmbeddingCache(folder / "embeddings"), Ranks())
 
     def centre_queries(self, seed: int, part: str, old: str) -> dict[str, float]:

@@ -95,8 +95,10 @@ def _story(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
 
     from tools.measuring import origin
-    from trainer.config import load_config
+    from trainer.data.config import SyntheticConfig
     from trainer.distributed import peak_memory_bytes
+    from trainer.errors import ConfigError
+    from trainer.run.config import load_config
 
     run_dir, bank = folder / "run", folder / "bank"
     overrides = [
@@ -107,6 +109,8 @@ def _story(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         *args.overrides,
     ]
     config = load_config(args.config, overrides)
+    if not isinstance(config.data, SyntheticConfig):
+        raise ConfigError(f"{args.config}: data.loader = {config.data.loader}: this benchmark needs synthetic")
     dim, size = config.backbone.dim, config.data.synthetic_size
     launch = ["launch", str(args.config), "--nproc"]
     stages: list[Stage] = []

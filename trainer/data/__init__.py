@@ -5,7 +5,7 @@ import logging
 
 import numpy as np
 
-from trainer.config import Config
+from trainer.data.config import DataConfig, RecordsConfig, SyntheticConfig
 from trainer.data.index import Dataset, DatasetInfo, open_dataset, open_named
 from trainer.data.loader import Batch, Loader
 from trainer.data.order import Order, Schedule, slice_of
@@ -27,11 +27,11 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def build_loader(config: Config, dataset: Dataset | None, ranks: Ranks, images: bool = True) -> Loader:
+def build_loader(data: DataConfig, seed: int, dataset: Dataset | None, ranks: Ranks, images: bool = True) -> Loader:
     """The loader that ``data.loader`` asks for, for this rank; it says in the log which it is and why.
 
     Args:
-        config: the run; ``data`` and ``run.seed`` matter here.
+        data: the section. seed: of order and augmentation.
         dataset: the opened data set; None for ``data.loader: synthetic``.
         ranks: this rank, the world size and the device that batches go to.
         images: False: batches of record numbers and labels alone.
@@ -40,15 +40,14 @@ def build_loader(config: Config, dataset: Dataset | None, ranks: Ranks, images: 
         ConfigError: DALI is asked for and not installed, or no data set is given.
         DataError: nothing to train on, or more records known to be damaged than allowed.
     """
-    data, seed = config.data, config.run.seed
-    if data.loader == "synthetic":
+    if isinstance(data, SyntheticConfig):
         from trainer.data.synthetic import SyntheticLoader
 
         records = np.arange(data.synthetic_records)
         order = Order(records, records % data.synthetic_classes, seed=seed, sampling=data.sampling, repeat=data.repeat)
         schedule = Schedule(order, data.batch_size, ranks.rank, ranks.world_size, data.drop_last)
         return SyntheticLoader(schedule, data.synthetic_classes, data.synthetic_size, seed=seed, device=ranks.device)
-    if dataset is None:
+    if dataset is None or not isinstance(data, RecordsConfig):
         raise ConfigError(f"data.loader = {data.loader} needs a data set: set data.path")
     labels = np.asarray(dataset.labels[dataset.kept]) if data.sampling == "class_balanced" else None
     order = Order(dataset.kept, labels, seed=seed, sampling=data.sampling, repeat=data.repeat)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.config import AugmentConfig
+from trainer.data.config import AugmentConfig
 from trainer.data.draws import normals, uniforms
 from trainer.data.order import Samples
 from trainer.data.pixels import resize

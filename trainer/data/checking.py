@@ -29,7 +29,7 @@ class CheckReport:
         classes: the class count; ``empty_classes`` of them have no image.
         images_per_class: minimum, median, mean and maximum over the classes that have images.
         relabelled: records whose own header has another label than the label table (not damage: tables are there for
-            that).
+            that; but ``labels.npy`` of `lce pack` has the labels of the headers).
         duplicates: records whose bytes an earlier record has too; ``duplicates_across_classes`` under another label.
         sizes: image height×width → count.
         bad: damaged record → reason.
@@ -98,7 +98,16 @@ def check(
     _sizes(dataset, sizes[good], report)
     _duplicates(dataset, hashes, good, report)
     exact = good & (headers >= 0) & (headers < recordio.EXACT_FLOAT_LABELS)
-    report.relabelled = int((headers[exact] != np.asarray(dataset.labels)[exact]).sum())
+    own = np.asarray(dataset.labels)
+    other = exact & (headers != own)
+    report.relabelled = int(other.sum())
+    wrong = np.flatnonzero(other & (own >= 0))
+    if dataset.packed_labels and len(wrong):
+        report.damage.append(
+            f"{dataset.path / 'labels.npy'}: {len(wrong)} label(s) are not those of the packed records, the first: "
+            f"record {wrong[0]} ({own[wrong[0]]}, packed {int(headers[wrong[0]])}); pack again, and give other labels "
+            "as a label table (data.labels)"
+        )
     if report.bad:
         report.damage.append(f"{len(report.bad)} damaged record(s), the first: {report.bad[min(report.bad)]}")
     return report

@@ -19,8 +19,8 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from torch import Tensor
 
-from trainer.config import AugmentConfig
 from trainer.data import augment
+from trainer.data.config import AugmentConfig
 from trainer.data.index import Dataset, DatasetInfo
 from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
 from trainer.data.order import Samples, Schedule, Slot

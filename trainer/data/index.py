@@ -7,6 +7,7 @@ too) and a folder of identity folders with image files.
 """
 
 import hashlib
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,16 +18,23 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainer.data import store
+from trainer.data import checksums, store
 from trainer.data.pixels import decode_image, image_size
 from trainer.errors import DataError, ForeignRecordsError, MissingDataError
 from trainer.files import checksum, write_text
+from trainer.reading import read_text, read_yaml
 from trainer.seals import find_change, sealed, unsealed, warn_once
 
 DESCRIPTION = "dataset.yaml"
 BAD_RECORDS = "bad_records.npy"
+OUTSIDE = "LCE_OUTSIDE"
+"""The variable that allows, as 1, a dataset.yaml to name files outside its folder."""
 MOST_CLASSES = 1_000_000_000
 """More is refused: such a label is a mistake, and tables with an entry for each class would fill the memory."""
+MOST_COMPARED_BYTES = 16 << 30
+"""Embeddings by record in a larger file are not read whole when a run starts."""
+Checks = Literal["all", "records", "none"]
+"""Which checksums are compared: of tables at the opening and of records as they are read; of records; none."""
 _CHUNK = 1 << 22
 _SAMPLED = 16
 
@@ -119,18 +127,26 @@ class RowsInfo(BaseModel):
     model_hash: str
     dataset: str
     fingerprint: str = Field(description="of the records: Dataset.records_fingerprint")
+    file: tuple[int, int] | None = Field(None, description="(bytes, CRC-32) of the embeddings")
 
 
 def describe_rows(rows: Path, info: RowsInfo) -> None:
-    """Write what stands beside embeddings by record."""
+    """Write what stands beside embeddings by record, with their checksum."""
+    info = info.model_copy(update={"file": checksum(rows)})
     tree = sealed(info.model_dump(mode="json"))
     write_text(rows.with_suffix(".yaml"), yaml.safe_dump(tree, sort_keys=False))
 
 
 def rows_info(rows: Path) -> RowsInfo | None:
-    """What stands beside embeddings by record, or None. Raises :class:`DataError`: it cannot be read."""
+    """What stands beside embeddings by record, or None; the embeddings are compared with their checksum, up to
+    :data:`MOST_COMPARED_BYTES` of them. Raises :class:`DataError`: damage in either."""
     file = rows.with_suffix(".yaml")
-    return _read_beside(file, RowsInfo, "embeddings by record") if file.exists() else None
+    known = _read_beside(file, RowsInfo, "embeddings by record") if file.exists() else None
+    if known is not None and known.file is not None and known.file[0] <= MOST_COMPARED_BYTES:
+        change = find_change(rows, *known.file)
+        if change is not None:
+            raise DataError(f"{change}; make the embeddings again")
+    return known
 
 
 def check_rows(rows: Path, labels: "Dataset | Path") -> None:
@@ -168,9 +184,12 @@ class Dataset:
         num_classes: int,
         source: Path,
         own_labels: Path | None = None,
+        checks: Checks = "all",
+        before: NDArray[np.int64] | None = None,
     ) -> None:
         self.path, self.info, self.store, self.labels, self.num_classes = path, info, images, labels, num_classes
-        self._labels_source, self._own_labels = source, own_labels
+        self._labels_source, self._own_labels, self._checks = source, own_labels, checks
+        self._before = labels if before is None else before  # what the data set itself says, whatever the label table
         if num_classes > MOST_CLASSES:
             raise DataError(f"{source}: {num_classes} classes; more than {MOST_CLASSES} are not supported")
         if len(labels) != len(images):
@@ -179,7 +198,7 @@ class Dataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker process opens the data set for itself; tables are mapped again, not copied."""
-        return _open, (self.path, self._own_labels, False)
+        return _open, (self.path, self._own_labels, "none" if self._checks == "none" else "records")
 
     def _check_labels(self) -> None:
         for start in range(0, len(self.labels), _CHUNK):
@@ -200,6 +219,11 @@ class Dataset:
     def named(self) -> str:
         """The folder and, where there is one, the label table, for messages."""
         return str(self.path) if self._own_labels is None else f"{self.path} with the labels {self._own_labels}"
+
+    @property
+    def packed_labels(self) -> bool:
+        """Whether the labels are those that `lce pack` wrote, and no table of somebody's own."""
+        return self._own_labels is None and self.info.labels == "labels.npy" and (self.path / "pack.json").exists()
 
     @cached_property
     def kept(self) -> NDArray[np.int64]:
@@ -255,10 +279,7 @@ class Dataset:
         if self.info.class_names is None:
             return None
         file = self.path / self.info.class_names
-        try:
-            names = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from None
+        names = read_text(file, DataError).removesuffix("\n").split("\n")
         if self.info.num_classes is not None and len(names) != self.info.num_classes:
             raise DataError(
                 f"{file}: names {len(names)} classes of {self.info.num_classes}; it needs one line for each class"
@@ -278,6 +299,16 @@ class Dataset:
         if len(classes) != self.num_classes or int(classes.min(initial=0)) < 0:
             raise DataError(f"{file}: expected the data set's class of each of the table's {self.num_classes} classes")
         return classes
+
+    @property
+    def own_classes(self) -> tuple[NDArray[np.int64], list[str] | None]:
+        """The data set's own classes of the records in use, ascending (k,) int64, and the names of all its classes."""
+        there = np.zeros(int(np.asarray(self._before).max(initial=-1)) + 1, bool)
+        for start in range(0, len(self.labels), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            used = self._before[rows][self.labels[rows] >= 0]
+            there[used[used >= 0]] = True
+        return np.flatnonzero(there), self._own_names()
 
     @property
     def sound_labels(self) -> NDArray[np.int64]:
@@ -369,14 +400,14 @@ def open_dataset(path: str | Path, labels: str | Path | None = None, *, verify: 
         path: a folder with dataset.yaml, or with .rec files, or with one folder of images per identity.
         labels: an int64 .npy (N,) that replaces the data set's labels; −1 drops a record. Its class count is that of
             the .yaml beside it (`lce split` writes one), else its largest label + 1.
-        verify: compare the checksums of the tables.
+        verify: compare the checksums of the tables, now, and of each record when it is read.
 
     Raises:
         MissingDataError: there is no such data set or label table.
         ForeignRecordsError: the label table was made for other records.
         DataError: missing parts, empty or damaged files, a label out of range.
     """
-    dataset = _open(Path(path), None if labels is None else Path(labels), verify)
+    dataset = _open(Path(path), None if labels is None else Path(labels), "all" if verify else "none")
     if labels is not None:
         known = table_info(Path(labels))
         of = (None, None) if known is None else (known.fingerprint, known.dataset)
@@ -384,30 +415,41 @@ def open_dataset(path: str | Path, labels: str | Path | None = None, *, verify: 
     return dataset
 
 
-def _open(folder: Path, labels: Path | None, verify: bool) -> Dataset:
+def _open(folder: Path, labels: Path | None, checks: Checks) -> Dataset:
     if not folder.is_dir():
         raise MissingDataError(f"{folder}: no such data set folder; make one with `lce pack SOURCE {folder}`")
     if labels is not None and not labels.exists():
         raise MissingDataError(f"{labels}: no such file")
+    if checks == "all":
+        sums = checksums.read_sums(folder)
+        if sums is not None:
+            checksums.verify(folder, sums, (BAD_RECORDS,))
+        elif (folder / "pack.json").exists():
+            warn_once(
+                f"{folder}: was packed without checksums; damage that still decodes would not be noticed "
+                f"(`lce check {folder} --seal` adds them)"
+            )
     if (folder / DESCRIPTION).exists():
         info, images, found = _open_described(folder)
     elif recs := sorted(folder.glob("*.rec")):
         info, images, found = _open_records(folder, recs)
     else:
         info, images, found = _open_files(folder)
+    if checks != "none":
+        checksums.attach(folder, images)
     source = folder / (info.labels or DESCRIPTION)
-    classes = info.num_classes
+    classes, before = info.num_classes, found
     if labels is not None:
         source = labels
         described = table_info(source)
-        if verify and described is not None:
+        if checks == "all" and described is not None:
             _check_table(source, described)
         found, classes = store.load_array(source, 1), None if described is None else described.num_classes
     if classes is None:
         classes = max(int(found[start : start + _CHUNK].max()) for start in range(0, max(1, len(found)), _CHUNK)) + 1
         if classes < 1:
             raise DataError(f"{source}: every label is −1; there is nothing to train on")
-    return Dataset(folder, info, images, found, classes, source, labels)
+    return Dataset(folder, info, images, found, classes, source, labels, checks, before)
 
 
 def _check_table(table: Path, described: LabelsInfo) -> None:
@@ -433,19 +475,36 @@ def load_description(folder: Path) -> DatasetInfo:
     """Read dataset.yaml. Raises :class:`DataError` naming the file, the key and what is allowed."""
     file = folder / DESCRIPTION
     try:
-        tree: Any = yaml.safe_load(file.read_text())
-        return DatasetInfo.model_validate(tree)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
+        return DatasetInfo.model_validate(read_yaml(file, DataError))
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         raise DataError(f"{file}: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}") from None
 
 
+def description_text(info: DatasetInfo) -> str:
+    """What dataset.yaml holds."""
+    return yaml.safe_dump(info.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None)
+
+
+def seal_dataset(dataset: Dataset) -> None:
+    """Write the checksums of a data set as it is now (``lce check --seal``).
+
+    Raises:
+        DataError: a record cannot be read, or the folder cannot be written.
+    """
+    info, folder = dataset.info, dataset.path
+    names = [DESCRIPTION, "property", BAD_RECORDS, info.labels, info.class_names]
+    names += [part.label_map for part in info.parts]
+    if isinstance(dataset.store, store.RecordStore):
+        described = [store.offsets_path(part.path) for part in dataset.store.parts] if info.labels else []
+        indexes = [part.path.with_suffix(".idx") for part in dataset.store.parts] if not info.labels else []
+        names += [path.relative_to(folder).as_posix() for path in (*described, *indexes)]
+    checksums.seal(folder, dataset.store, [name for name in names if name is not None])
+
+
 def save_description(folder: Path, info: DatasetInfo) -> None:
     """Write dataset.yaml, atomically."""
-    text = yaml.safe_dump(info.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None)
-    write_text(folder / DESCRIPTION, text)
+    write_text(folder / DESCRIPTION, description_text(info))
 
 
 def renumbered(one: str | None, other: str | None) -> bool:
@@ -477,7 +536,10 @@ def _digest(data: bytes) -> str:
 def table_info(table: Path) -> LabelsInfo | None:
     """What stands beside a label table, or None. Raises :class:`DataError`: it cannot be read."""
     file = table.with_suffix(".yaml")
-    return _read_beside(file, LabelsInfo, "a label table") if file.exists() else None
+    described = _read_beside(file, LabelsInfo, "a label table") if file.exists() else None
+    if described is not None and described.classes is not None and Path(described.classes).name != described.classes:
+        raise DataError(f"{file}: classes = {described.classes}: names a file outside the table's folder")
+    return described
 
 
 _Info = TypeVar("_Info", bound=BaseModel)
@@ -485,13 +547,26 @@ _Info = TypeVar("_Info", bound=BaseModel)
 
 def _read_beside(file: Path, kind: type[_Info], what: str) -> _Info:
     try:
-        return kind.model_validate(unsealed(yaml.safe_load(file.read_text()), file, DataError))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, pydantic.ValidationError) as error:
-        raise DataError(f"{file}: does not describe {what}: {error}") from None
+        return kind.model_validate(unsealed(read_yaml(file, DataError), file, DataError))
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or "content"
+        raise DataError(f"{file}: does not describe {what}: {key}: {problem['msg']}") from None
+
+
+def _check_inside(folder: Path, info: DatasetInfo) -> None:
+    """Refuse names that lead out of the data set's folder, unless the user allows them."""
+    names = [info.labels, info.class_names, *(name for part in info.parts for name in (part.rec, part.label_map))]
+    outside = next((n for n in names if n is not None and (Path(n).is_absolute() or ".." in Path(n).parts)), None)
+    if outside is not None and os.environ.get(OUTSIDE) != "1":
+        raise DataError(
+            f"{folder / DESCRIPTION}: names {outside}, which is outside its folder; if you trust it, set {OUTSIDE}=1"
+        )
 
 
 def _open_described(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.int64]]:
     info = load_description(folder)
+    _check_inside(folder, info)
     if not info.parts:
         raise DataError(f"{folder / DESCRIPTION}: lists no parts; the data set is empty")
     if info.labels is not None:
@@ -525,9 +600,9 @@ def _open_records(folder: Path, recs: list[Path]) -> tuple[DatasetInfo, store.St
     if not file.exists():
         return DatasetInfo(image_size=_first_size(images)), images, labels
     try:
-        classes, height, width = (int(word) for word in file.read_text().strip().split(","))
+        classes, height, width = (int(word) for word in read_text(file, DataError).strip().split(","))
         return DatasetInfo(image_size=(height, width), num_classes=classes), images, labels
-    except (ValueError, OSError, pydantic.ValidationError):
+    except (ValueError, pydantic.ValidationError):
         raise DataError(f"{file}: expected classes,height,width (for example 85742,112,112)") from None
 
 

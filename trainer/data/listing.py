@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from trainer.data.index import MOST_CLASSES
 from trainer.data.store import IMAGE_SUFFIXES, image_files
 from trainer.errors import DataError
+from trainer.reading import open_regular, read_text
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,7 @@ def _is_number(name: str) -> bool:
 
 def _lines(source: Path, folder: Path) -> Iterator[tuple[str, str]]:
     """(identity, path) of each line: MXNet's .lst (index, label, path); else path and label, by header or in order."""
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: cannot be read as a list: {error}") from None
+    text = read_text(source, DataError, "utf-8-sig")
     delimiter = "\t" if source.suffix == ".lst" or "\t" in text else ("," if "," in text else " ")
     rows = enumerate(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True), 1)
     path_column, label_column = (2, 1) if source.suffix == ".lst" else (0, 1)
@@ -181,7 +179,7 @@ def _tar(tar: Path) -> Iterator[Entry]:
     images: dict[str, tuple[str, int, int]] = {}
     classes: dict[str, str] = {}
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with open_regular(tar, DataError) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if not member.isfile():
                     continue

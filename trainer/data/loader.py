@@ -47,6 +47,10 @@ class Loader(Protocol):
         """This rank's slice of every global batch, across epochs, from the current position on. b may be 0."""
         ...
 
+    def sizes(self, count: int) -> list[int]:
+        """How many samples the next ``count`` global batches have."""
+        ...
+
     def state_dict(self) -> dict[str, int]:
         """The position: ``epoch``, and how many ``samples`` of it all ranks together were handed (not prefetched)."""
         ...
@@ -95,6 +99,10 @@ class PositionedLoader(ABC):
                 yield batch
         finally:
             source.close()
+
+    def sizes(self, count: int) -> list[int]:
+        """See :class:`Loader`."""
+        return self.schedule.sizes(self._samples, count)
 
     def state_dict(self) -> dict[str, int]:
         """See :class:`Loader`."""

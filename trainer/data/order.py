@@ -51,9 +51,10 @@ class Order:
         labels: (N,) int64, their labels; only class-balanced sampling looks at them.
         seed: the run's seed.
         sampling: ``shuffle``: a permutation, every record once. ``class_balanced``: N samples in which the counts of
-            any two classes differ by at most one; the records of a class take turns.
+            any two classes differ by at most one, whatever ``repeat`` is; the records of a class take turns.
         repeat: repeated augmentation (Hoffer et al., "Augment your batch", 2020): N/repeat records of a permutation
-            (⌈·⌉), each ``repeat`` times in a row with its own augmentation.
+            (⌈·⌉), each ``repeat`` times in a row with its own augmentation. Where classes are balanced, the last record
+            of a class is repeated as often as its count allows.
     """
 
     def __init__(
@@ -94,14 +95,15 @@ class Order:
         n = len(self.records)
         dtype = np.int32 if n < 2**31 else np.int64
         if self.sampling == "class_balanced":
+            if self.repeat > 1:
+                return self._balanced_repeats(epoch)
             positions, copies = self._balanced(epoch)
         else:
             positions, copies = self._random(epoch, _PERMUTATION).permutation(np.arange(n, dtype=dtype)), None
         if self.repeat == 1:
             return positions, copies
         few = positions[: -(-n // self.repeat)]
-        times = np.zeros(len(few), np.int64) if copies is None else copies[: len(few)]
-        again = np.repeat(times * self.repeat, self.repeat) + np.tile(np.arange(self.repeat), len(few))
+        again = np.tile(np.arange(self.repeat), len(few))
         return np.repeat(few, self.repeat)[:n], again[:n]
 
     def _balanced(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -113,6 +115,22 @@ class Order:
         first_turn = self._random(epoch, _MEMBERS).integers(0, self._count)
         member = (first_turn[drawn] + turn) % self._count[drawn]
         return self._by_class[self._first[drawn] + member], turn // self._count[drawn]
+
+    def _balanced_repeats(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As :meth:`_balanced`, with each drawn record ``repeat`` times in a row, but for the last of a class."""
+        n, classes, repeat = len(self.records), len(self._count), self.repeat
+        random = self._random(epoch, _CLASSES)
+        wanted = np.full(classes, n // classes)
+        wanted[random.permutation(classes)[: n % classes]] += 1
+        rounds = -(-int(wanted.max()) // repeat)
+        drawn = np.concatenate([random.permutation(classes) for _ in range(rounds)])
+        turn = np.repeat(np.arange(rounds), classes)
+        times = np.clip(wanted[drawn] - turn * repeat, 0, repeat)
+        first_turn = self._random(epoch, _MEMBERS).integers(0, self._count)
+        member = (first_turn[drawn] + turn) % self._count[drawn]
+        within = np.arange(n) - np.repeat(np.cumsum(times) - times, times)
+        positions = np.repeat(self._by_class[self._first[drawn] + member], times)
+        return positions, np.repeat(turn // self._count[drawn] * repeat, times) + within
 
 
 @dataclass(frozen=True)
@@ -157,6 +175,16 @@ class Schedule:
                 f"cannot continue at epoch {epoch}, sample {samples}: an epoch of this data set has {len(self.order)} "
                 "samples; was the data set changed since the checkpoint?"
             )
+
+    def sizes(self, samples: int, count: int) -> list[int]:
+        """How many samples each of the next ``count`` global batches has, from a position in an epoch on."""
+        out: list[int] = []
+        while len(out) < count:
+            stop = min(samples + self.batch_size, self.samples_per_epoch)
+            if stop > samples and not (self.drop_last and stop - samples < self.batch_size):
+                out.append(stop - samples)
+            samples = stop if samples < stop < self.samples_per_epoch else 0
+        return out
 
     def slots(self, epoch: int, samples: int) -> Iterator[Slot]:
         """This rank's part of every batch from a position on, without end."""

@@ -5,12 +5,15 @@ part is complete when its note in ``.pack/`` exists; a second run writes only wh
 appears when nothing is. After that, a run writes the parts again whose files are missing or of another length.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import shutil
+import signal
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,12 +26,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.data import recordio, store
-from trainer.data.index import DESCRIPTION, DatasetInfo, PartInfo, load_description, save_description
+from trainer.data.checksums import Sums, crcs_path, read_sums, sum_of_text, write_sums
+from trainer.data.index import (
+    DESCRIPTION,
+    DatasetInfo,
+    PartInfo,
+    description_text,
+    load_description,
+    save_description,
+)
 from trainer.data.listing import Listing
 from trainer.data.pixels import decode_image, image_problem, is_deep_png, upright_size
 from trainer.data.processes import worker_context
+from trainer.distributed import end_with_parent
 from trainer.errors import ConfigError, DataError
-from trainer.files import write_array, write_text
+from trainer.files import checksum, write_array, write_text
+from trainer.owner import owned
+from trainer.reading import open_regular, read_json
+from trainer.seals import find_change
 
 _SMALLEST_PART, _MOST_PARTS = 4096, 512
 _COUNTED = 32  # images between two reports of progress
@@ -36,6 +51,8 @@ _NOTES = ".pack"
 _PLAN = "pack.json"
 _LABELS, _NAMES = "labels.npy", "classes.txt"
 _KEPT_FORMATS = ("JPEG", "PNG")
+_MOST_PIXELS = 50_000_000
+_DAMAGE = (OSError, ValueError, SyntaxError, DataError)  # what Pillow makes of damaged files, and ours of no files
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,7 @@ class PackOptions:
         part_records: records per part; 0: at least 4,096, at most 512 parts.
         layout: ``insightface`` writes one part in class order with header record 0 and identity records.
         skip_damaged: leave out images that do not decode (they are listed in ``skipped.txt``) instead of stopping.
+        max_pixels: an image of more counts as damaged: one small file may declare thousands of millions.
         color, mean, std: how loaders deliver the images; see :class:`trainer.data.index.DatasetInfo`.
     """
 
@@ -61,6 +79,7 @@ class PackOptions:
     part_records: int = 0
     layout: str = "plain"
     skip_damaged: bool = False
+    max_pixels: int = _MOST_PIXELS
     color: str = "RGB"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -123,11 +142,33 @@ def pack(
         progress: called with (images done, images to do).
 
     Raises:
-        DataError: the folder holds something else, cannot be written, or an image is damaged (nothing of its part
-            stays).
+        DataError: another process packs into the folder (it is named), the folder holds something else, cannot be
+            written, or an image is damaged (nothing of its part stays).
     """
+    parts, (part, jobs) = _plan(listing, out, options), job
+    partners = f"{parts[0].plan} in {jobs} parts" if jobs > 1 else ""
+    with owned(out, DataError, lock=out / ".owner", partners=partners), contextlib.ExitStack() as own:
+        if jobs > 1:
+            own.enter_context(owned(out, DataError, lock=out / f".owner-{part + 1}-of-{jobs}"))
+        try:
+            return _pack(listing, out, options, parts, processes, job, progress)
+        except OSError as error:
+            file = error.filename or out
+            raise DataError(
+                f"{file}: {error.strerror or error}; the same command continues when that is repaired"
+            ) from None
+
+
+def _pack(
+    listing: Listing,
+    out: Path,
+    options: PackOptions,
+    parts: list[_Part],
+    processes: int,
+    job: tuple[int, int],
+    progress: Callable[[int, int], None],
+) -> PackResult:
     began = time.monotonic()
-    parts = _plan(listing, out, options)
     _claim(out, parts[0].plan, listing, options)
     if (out / DESCRIPTION).exists():
         written, complete = _mend(out, parts, listing, job, processes, progress)
@@ -135,7 +176,7 @@ def pack(
         (out / _NOTES).mkdir(exist_ok=True)
         missing = [part for part in parts[job[0] :: job[1]] if not _note(part).exists()]
         _write_parts(missing, processes, progress)
-        notes = [json.loads(_note(part).read_text()) for part in parts if _note(part).exists()]
+        notes = [read_json(_note(part), DataError) for part in parts if _note(part).exists()]
         if len(notes) < len(parts):
             done, size = sum(note["records"] for note in notes), sum(note["bytes"] for note in notes)
             left_out = sum(len(note["skipped"]) for note in notes)
@@ -176,11 +217,15 @@ def _mend(
         labels = store.load_array(out / _LABELS, 1)
     except DataError as error:
         raise DataError(f"{error}; {again}") from None
+    sums = read_sums(out) or {}
+    change = find_change(out / _LABELS, *sums[_LABELS]) if _LABELS in sums else None
+    if change is not None:
+        raise DataError(f"{change}; {again}, or, if the change is meant, `lce check {out} --seal` first")
     ends = np.cumsum([part.records or 0 for part in described])
     if [part.rec for part in described] != [f"{part.name}.rec" for part in parts] or len(labels) != ends[-1]:
         raise DataError(f"{out}: {DESCRIPTION} or {_LABELS} is not what was packed; {again}")
     _write_names(out, listing)
-    broken = [part for part in parts if not _is_whole(part, described[part.number])]
+    broken = [part for part in parts if not _is_whole(part, described[part.number], sums)]
     mine = [part for part in broken if part.number % job[1] == job[0]]
     if mine:
         (out / _NOTES).mkdir(exist_ok=True)
@@ -188,19 +233,22 @@ def _mend(
     for part in mine:
         known, stop = described[part.number], ends[part.number]
         kept = labels[stop - (known.records or 0) : stop]
-        given = np.load(_note_labels(part))
-        if len(given) != len(kept) or ((kept != given) & (kept >= 0)).any() or not _is_whole(part, known):
+        given = store.load_array(_note_labels(part), 1)
+        if len(given) != len(kept) or ((kept != given) & (kept >= 0)).any() or not _is_whole(part, known, sums):
             raise DataError(f"{out / known.rec}: its images are not those that were packed; {again}")
     if mine and job[1] == 1:
         _clean(out)
     return len(mine), len(mine) == len(broken)
 
 
-def _is_whole(part: _Part, known: PartInfo) -> bool:
-    """Whether a written part's files are there, the .rec as long as it was."""
+def _is_whole(part: _Part, known: PartInfo, sums: Sums) -> bool:
+    """Whether a written part's files are there, the .rec as long as it was, and its tables are as they were."""
     rec = part.out / known.rec
-    beside = (rec.with_suffix(".idx"), store.offsets_path(rec))
-    return all(path.is_file() for path in (rec, *beside)) and rec.stat().st_size == known.bytes
+    tables = (store.offsets_path(rec), crcs_path(rec))
+    beside = (rec.with_suffix(".idx"), *(path for path in tables if path.name in sums or path == tables[0]))
+    if not all(path.is_file() for path in (rec, *beside)) or rec.stat().st_size != known.bytes:
+        return False
+    return not any(find_change(path, *sums[path.name]) for path in tables if path.name in sums)
 
 
 def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
@@ -211,7 +259,9 @@ def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
         random = np.random.Generator(np.random.Philox(key=options.seed or 0))
         order = np.arange(n) if options.seed is None else random.permutation(n)
         width = options.part_records or max(_SMALLEST_PART, -(-n // _MOST_PARTS))
-    plan = hashlib.blake2b((listing.digest() + json.dumps(asdict(options))).encode(), digest_size=16).hexdigest()
+    # Data sets that were packed before there was a limit are still the same packing.
+    chosen = {key: value for key, value in asdict(options).items() if (key, value) != ("max_pixels", _MOST_PIXELS)}
+    plan = hashlib.blake2b((listing.digest() + json.dumps(chosen)).encode(), digest_size=16).hexdigest()
     count = -(-n // width)
     parts = []
     for k in range(count):
@@ -228,7 +278,7 @@ def _claim(out: Path, plan: str, listing: Listing, options: PackOptions) -> None
     try:
         out.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            if json.loads(file.read_text())["plan"] != plan:
+            if read_json(file, DataError)["plan"] != plan:
                 raise DataError(
                     f"{out}: holds another packing (other images or options); remove it or choose another folder"
                 )
@@ -256,6 +306,7 @@ _done: Any = None  # the shared counter of images, in the worker processes
 def _start_worker(counter: Any) -> None:
     global _done
     _done = counter
+    end_with_parent(signal.SIGKILL)
 
 
 def _write_parts(parts: list[_Part], processes: int, progress: Callable[[int, int], None]) -> None:
@@ -314,10 +365,11 @@ def _write_part(part: _Part, count: Callable[[int], None]) -> None:
         for file, (start, length), label in zip(part.files, part.spans.tolist(), part.labels.tolist(), strict=True):
             try:
                 image, size = _load(file, start, length, part.options)
-            except (OSError, ValueError) as error:
+            except _DAMAGE as error:
+                reason = str(error) if isinstance(error, DataError) else f"{file}: {error}"
                 if not part.options.skip_damaged:
-                    raise DataError(f"{file}: {error}; mend or remove it, or use --skip-damaged") from None
-                skipped.append(f"{file}: {error}")
+                    raise DataError(f"{reason}; repair or remove it, or use --skip-damaged") from None
+                skipped.append(reason)
                 continue
             id = first_id + len(labels)
             # Above 2^24 the header cannot hold the label: −1 says so, and labels.npy has it.
@@ -332,13 +384,17 @@ def _write_part(part: _Part, count: Callable[[int], None]) -> None:
                 f"{part.out / part.name}.rec: none of its {len(part.files)} images can be read ({skipped[0]})"
             )
         offsets = np.array([*writer.offsets[-len(labels) :], writer.position], np.int64)
+        crcs = np.array(writer.crcs[-len(labels) :], np.uint32)
         if part.options.layout == "insightface":
             _write_identities(writer, np.array(labels))
         write_array(store.offsets_path(writer.path), offsets)
+        write_array(crcs_path(writer.path), crcs)
         write_array(_note_labels(part), np.array(labels, np.int64))
         writer.close()
         about = {"records": len(labels), "bytes": writer.position, "first_id": first_id, "skipped": skipped}
-        write_text(_note(part), json.dumps({**about, "sizes": sorted(sizes)[:8], "plan": part.plan}))
+        files = (_note_labels(part), store.offsets_path(writer.path), crcs_path(writer.path))
+        about |= {"sizes": sorted(sizes)[:8], "plan": part.plan, "files": {f.name: checksum(f) for f in files}}
+        write_text(_note(part), json.dumps(about))
         count(len(part.files))
     except BaseException:
         writer.abort()
@@ -362,13 +418,20 @@ def _write_identities(writer: recordio.RecordWriter, labels: NDArray[np.int64]) 
 
 
 def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[bytes, tuple[int, int]]:
-    """An image as it is to be stored, and its (H, W). Raises :class:`OSError` or :class:`ValueError`."""
-    with Path(file).open("rb") as handle:
+    """An image as it is to be stored, and its (H, W). Raises: see :data:`_DAMAGE`."""
+    with open_regular(file, DataError) as handle:
         handle.seek(start)
         data = handle.read(length)
-    with Image.open(io.BytesIO(data)) as opened:
-        kind, shape = opened.format, upright_size(opened)
-        opened.load()
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as opened:
+            if opened.width * opened.height > options.max_pixels:
+                raise ValueError(
+                    f"its {opened.height} × {opened.width} pixels are more than --max-pixels {options.max_pixels}"
+                )
+            kind, shape = opened.format, upright_size(opened)
+            opened.load()
+    except Image.DecompressionBombError:
+        raise ValueError(f"declares more pixels than any picture has; the limit is {options.max_pixels}") from None
     as_wanted = shape == (options.size or shape) and kind in _KEPT_FORMATS and not is_deep_png(data)
     if options.encode == "keep" and as_wanted and image_problem(data) is None:
         return data, shape
@@ -382,8 +445,12 @@ def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[byt
 
 
 def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing: Listing, options: PackOptions) -> None:
-    """All parts are there: labels, class names and, last, the description."""
-    write_array(out / _LABELS, np.concatenate([np.load(_note_labels(part)) for part in parts]))
+    """All parts are there: labels, class names, checksums and, last, the description."""
+    for part, note in zip(parts, notes, strict=True):
+        change = find_change(_note_labels(part), *note["files"][_note_labels(part).name])
+        if change is not None:
+            raise DataError(f"{change}; remove {out} and pack again")
+    write_array(out / _LABELS, np.concatenate([store.load_array(_note_labels(part), 1) for part in parts]))
     _write_names(out, listing)
     skipped = [line for note in notes for line in note["skipped"]]
     if skipped:
@@ -406,6 +473,10 @@ def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing:
             for part, note in zip(parts, notes, strict=True)
         ),
     )
+    tables = {name: known for note in notes for name, known in note["files"].items() if (out / name).is_file()}
+    texts = [name for name in (_LABELS, _NAMES, "property") if (out / name).is_file()]
+    sums = {**tables, **{name: checksum(out / name) for name in texts}}
+    write_sums(out, {DESCRIPTION: sum_of_text(description_text(info)), **sums})
     save_description(out, info)
 
 

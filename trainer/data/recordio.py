@@ -9,8 +9,10 @@ then the encoded image.
 All functions take bytes or a file's path and name the place in their errors; nothing here knows what a data set is.
 """
 
+import contextlib
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import DataError
+from trainer.reading import open_regular
 
 MAGIC = 0xCED7230A
 MAX_FRAME_BYTES = (1 << 29) - 1
@@ -146,8 +149,8 @@ def scan(path: Path) -> Iterator[int]:
     Raises:
         DataError: a frame without the magic, or a file that ends inside a record (the offset is named).
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path, DataError) as file:
+        size = os.fstat(file.fileno()).st_size
         base, buffer, at, inside = 0, b"", 0, False
         while at < size:
             if at - base + _FRAME.size > len(buffer):
@@ -174,7 +177,7 @@ def read_index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         DataError: a line that is not two whole numbers.
     """
     blocks: list[NDArray[np.int64]] = []
-    with path.open("rb") as file:
+    with open_regular(path, DataError) as file:
         while text := file.read(_INDEX_BYTES):
             text += file.readline()
             if text.translate(None, b"0123456789 \t\r\n"):
@@ -211,6 +214,7 @@ class RecordWriter:
         self._rec = self._rec_temporary.open("wb")
         self._idx = self._idx_temporary.open("w")
         self.offsets: list[int] = []
+        self.crcs: list[int] = []
         self.position = 0
 
     def write(self, key: int, data: bytes) -> None:
@@ -219,6 +223,7 @@ class RecordWriter:
         self._rec.write(framed)
         self._idx.write(f"{key}\t{self.position}\n")
         self.offsets.append(self.position)
+        self.crcs.append(zlib.crc32(framed))
         self.position += len(framed)
 
     def close(self) -> None:
@@ -233,7 +238,8 @@ class RecordWriter:
     def abort(self) -> None:
         """Leave nothing behind."""
         for file, temporary in ((self._rec, self._rec_temporary), (self._idx, self._idx_temporary)):
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
+                file.close()
             temporary.unlink(missing_ok=True)
 
 

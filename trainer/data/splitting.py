@@ -35,7 +35,8 @@ class SplitOptions:
     Attributes:
         kind: ``extended-class``: the old model gets a share of the classes, the new one all of them; ``open-class``:
             the new one gets the other classes only. ``extended-data`` and ``open-data``: the same with a share of each
-            class's images. ``extended-group`` and ``open-group``: the same with a share of the groups of images
+            class's images, at least one each where the class has two: a class with one image is the old model's
+            alone in ``open-data``. ``extended-group`` and ``open-group``: the same with a share of the groups of images
             (cameras, typefaces, years); a class without an image in them is not in the table.
         share: the old model's share.
         unseen, tune: shares of the classes held out of both, for the report and for choosing settings.
@@ -65,8 +66,8 @@ def split(dataset: Dataset, options: SplitOptions, groups: NDArray[np.int64] | N
     labels = np.asarray(dataset.labels)
     random = np.random.Generator(np.random.Philox(key=options.seed))
     classes = random.permutation(np.unique(labels[labels >= 0]))
-    held = [round(share * len(classes)) for share in (options.unseen, options.tune)]
-    unseen, tune, rest = np.split(classes, np.cumsum(held))
+    parts = [round(share * len(classes)) for share in (options.unseen, options.tune)]
+    unseen, tune, rest = np.split(classes, np.cumsum(parts))
     rank = _rank_within_class(labels, random)
     counts = np.bincount(labels[labels >= 0], minlength=dataset.num_classes)
     base = np.isin(labels, rest)
@@ -83,16 +84,18 @@ def split(dataset: Dataset, options: SplitOptions, groups: NDArray[np.int64] | N
         new = pool if options.kind.startswith("extended") else pool & ~old
         old_classes, new_classes = np.unique(labels[old]), np.unique(labels[new])
     else:
-        left = counts[labels] - options.seen
-        old = pool & (rank - options.seen < np.maximum(1, np.rint(options.share * left)))
-        new = pool if options.kind.startswith("extended") else pool & ~old
-        old_classes = new_classes = np.sort(rest)
+        held = np.minimum(options.seen, counts[labels] - 1)
+        left, opened = counts[labels] - held, options.kind.startswith("open")
+        quota = np.maximum(1, np.rint(options.share * left))
+        old = pool & (rank - held < (np.minimum(quota, np.maximum(1, left - 1)) if opened else quota))
+        new = pool & ~old if opened else pool
+        old_classes, new_classes = np.unique(labels[old]), np.unique(labels[new])
     tables = {"old": _table(labels, old, old_classes), "new": _table(labels, new, new_classes)}
     for name, classes_of, wanted in (("unseen", unseen, options.unseen), ("tune", tune, options.tune)):
         if wanted:
             tables[name] = _table(labels, np.isin(labels, classes_of) & (labels >= 0), np.sort(classes_of))
     if options.seen:
-        tables["seen"] = _table(labels, seen, np.sort(rest))
+        tables["seen"] = _table(labels, seen, np.unique(labels[seen]))
     for name, table in tables.items():
         if not table.images:
             raise DataError(f"{dataset.path}: the split leaves no image for `{name}`; change the shares")

@@ -6,10 +6,14 @@ needs them.
 """
 
 import bisect
+import contextlib
+import fcntl
+import hashlib
 import itertools
 import json
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +24,13 @@ from numpy.typing import NDArray
 
 from trainer.data import recordio
 from trainer.errors import DataError
-from trainer.files import write_array, write_text
-from trainer.seals import warn_once
+from trainer.files import cache_folder, checksum, is_own, write_array, write_text
+from trainer.reading import open_regular, read_array, read_bytes, read_json
+from trainer.seals import sealed, unsealed, warn_once
 
 _GATHER_ROWS = 1 << 18
-_FOUND_VERSION = 2  # of what is kept beside a .rec; 1 believed an index that was cut short
+_KEPT = (".json", ".offsets.npy", ".labels.npy")
+_FOUND_VERSION = 2  # of what is kept beside a .rec; 1 believed an index that was cut short, and had no checksums
 
 
 class Store(Protocol):
@@ -59,12 +65,13 @@ class Part:
 
     ``offsets`` is (n + 1,) int64: where each image record begins, and where the last one ends; header records are not
     in it. ``first_id`` is the id in the first record's header where ids are consecutive (as `lce pack` writes them),
-    else None.
+    else None. ``crcs`` (n,) uint32: the CRC-32 of each record's bytes, where known; what is read is compared with it.
     """
 
     path: Path
     offsets: NDArray[np.int64]
     first_id: int | None = None
+    crcs: NDArray[np.uint32] | None = None
     _descriptor: int | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -75,18 +82,17 @@ class Part:
 
     def image(self, row: int) -> bytes:
         """The encoded image of record ``row``; as :meth:`record`, with a short way for sound records of one frame."""
-        start, stop = self.offsets.item(row), self.offsets.item(row + 1)
         try:
-            image = recordio.plain_image(recordio.read_at(self._open(), start, stop - start), self.first_id, row)
-        except OSError:
+            image = recordio.plain_image(self._frames(row), self.first_id, row)
+        except (OSError, ValueError):
             image = None
         return self.record(row).image if image is None else image
 
     def record(self, row: int) -> recordio.Record:
         """Record ``row`` of this part. Raises :class:`DataError` naming file and record."""
-        start, stop = self.offsets.item(row), self.offsets.item(row + 1)
+        start = self.offsets.item(row)
         try:
-            data, _ = recordio.unframe(recordio.read_at(self._open(), start, stop - start))
+            data, _ = recordio.unframe(self._frames(row))
             record = recordio.decode_record(data)
         except (ValueError, OSError) as error:
             raise DataError(f"{self.path}: record {row} at byte {start} is damaged: {error}") from None
@@ -96,6 +102,18 @@ class Part:
                 "the offsets do not belong to this file"
             )
         return record
+
+    def crc(self, row: int) -> int:
+        """The CRC-32 of the bytes of record ``row``. Raises :class:`OSError`."""
+        start, stop = self.offsets.item(row), self.offsets.item(row + 1)
+        return zlib.crc32(recordio.read_at(self._open(), start, stop - start))
+
+    def _frames(self, row: int) -> bytes:
+        start, stop = self.offsets.item(row), self.offsets.item(row + 1)
+        data = recordio.read_at(self._open(), start, stop - start)
+        if self.crcs is not None and zlib.crc32(data) != self.crcs.item(row):
+            raise ValueError("its bytes changed since they were written (CRC-32 differs)")
+        return data
 
     def length(self, row: int) -> int:
         """The bytes that record ``row`` takes by its own frames, whatever the table says of where the next one begins.
@@ -119,7 +137,8 @@ class Part:
 
     def _open(self) -> int:
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            with open_regular(self.path, DataError) as file:
+                self._descriptor = os.dup(file.fileno())
         return self._descriptor
 
     def close(self) -> None:
@@ -183,6 +202,7 @@ class FileStore:
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
+        self.crcs: NDArray[np.uint32] | None = None  # (n,), where known; what is read is compared with it
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -191,10 +211,14 @@ class FileStore:
         """See :class:`Store`."""
         if not 0 <= record < len(self.paths):
             raise DataError(f"there is no record {record}; the data set has {len(self)}")
-        try:
-            return self.paths[record].read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.paths[record]}: record {record} cannot be read: {error.strerror}") from None
+        data = read_bytes(self.paths[record], DataError)
+        if self.crcs is not None and zlib.crc32(data) != self.crcs.item(record):
+            raise DataError(f"{self.paths[record]}: changed since the data set was sealed (CRC-32 differs)")
+        return data
+
+    def crc(self, record: int) -> int:
+        """The CRC-32 of a file. Raises :class:`DataError`."""
+        return zlib.crc32(read_bytes(self.paths[record], DataError))
 
     def where(self, record: int) -> str:
         """See :class:`Store`."""
@@ -261,18 +285,10 @@ def file_size(path: Path) -> int:
 def load_array(path: Path, dimensions: int, dtype: type[np.generic] | None = np.int64) -> NDArray[Any]:
     """A .npy, memory-mapped read-only. Raises :class:`DataError` unless it has that dtype (None: any whole numbers) and
     number of dimensions."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
-        raise DataError(
-            f"{path}: is no readable .npy file: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from None
-    known = isinstance(array, np.ndarray)
-    fits = known and (array.dtype.kind in "iu" if dtype is None else array.dtype == dtype)
+    array = read_array(path, DataError)
+    fits = array.dtype.kind in "iu" if dtype is None else array.dtype == dtype
     if not fits or array.ndim != dimensions:
-        found = f"{array.dtype} {array.shape}" if known else "an archive of arrays"
+        found = f"{array.dtype} {array.shape}"
         wanted = "whole numbers" if dtype is None else str(np.dtype(dtype))
         raise DataError(f"{path}: expected {wanted} with {dimensions} dimension(s), found {found}")
     return array
@@ -401,25 +417,60 @@ def _header_labels(rec: Path, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def load_or_find(rec: Path) -> Found:
-    """:func:`find_images`, its result kept beside the file (in a folder that can be written) until the file changes."""
+    """:func:`find_images`, its result kept in the user's cache until the file changes: nothing is written next to a
+    file of other tools. Ranks that ask at once wait for the one that finds."""
     idx = rec.with_suffix(".idx")
     status = [_stamp(rec), _stamp(idx)]
-    stamp, labels = rec.with_suffix(".found.json"), rec.with_suffix(".labels.npy")
+    name = hashlib.blake2b(str(rec.resolve()).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+    stem = cache_folder("indexes") / name
+    with contextlib.ExitStack() as alone:
+        try:
+            lock = alone.enter_context(stem.with_suffix(".lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # no cache, or no locks in it: found by each
+        known = _kept(stem, status)
+        return _keep(stem, rec, status, find_images(rec)) if known is None else known
+
+
+def _kept(stem: Path, status: list[list[int] | None]) -> Found | None:
+    stamp, offsets, labels = (stem.with_suffix(ending) for ending in _KEPT)
+    if not all(map(is_own, (stamp, offsets, labels))):
+        return None
     try:
-        known = json.loads(stamp.read_text())
-        if known["files"] == status and known["version"] == _FOUND_VERSION:
-            return Found(load_array(offsets_path(rec), 1), load_array(labels, 1), known["identities"])
-    except (OSError, ValueError, KeyError, TypeError, DataError):
+        known = unsealed(read_json(stamp, DataError), stamp, DataError)
+        sums = [list(checksum(offsets)), list(checksum(labels))]
+        if known["files"] == status and known["version"] == _FOUND_VERSION and known["tables"] == sums:
+            return Found(load_array(offsets, 1), load_array(labels, 1), known["identities"])
+    except (OSError, KeyError, TypeError, DataError):
         pass
-    found = find_images(rec)
+    return None
+
+
+def _keep(stem: Path, rec: Path, status: list[list[int] | None], found: Found) -> Found:
+    stamp, offsets, labels = (stem.with_suffix(ending) for ending in _KEPT)
     try:
+        _forget_lost(stem.parent)
         stamp.unlink(missing_ok=True)
-        write_array(offsets_path(rec), found.offsets)
+        write_array(offsets, found.offsets)
         write_array(labels, found.labels)
-        write_text(stamp, json.dumps({"version": _FOUND_VERSION, "files": status, "identities": found.identities}))
+        about: dict[str, Any] = {"rec": str(rec.resolve()), "version": _FOUND_VERSION, "files": status}
+        about |= {"tables": [checksum(offsets), checksum(labels)], "identities": found.identities}
+        write_text(stamp, json.dumps(sealed(about)))
+        for file in (stamp, offsets, labels):
+            file.chmod(0o600)
     except OSError:
-        pass  # a read-only folder: found again each time
+        pass  # no room, or not ours: found again each time
     return found
+
+
+def _forget_lost(folder: Path) -> None:
+    """Remove what is kept of files that are gone."""
+    for stamp in folder.glob("*.json"):
+        with contextlib.suppress(DataError, KeyError, TypeError, OSError):
+            if not Path(read_json(stamp, DataError)["rec"]).exists():
+                for ending in (*_KEPT, ".lock"):
+                    stamp.with_suffix(ending).unlink(missing_ok=True)
 
 
 def _stamp(path: Path) -> list[int] | None:

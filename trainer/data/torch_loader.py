@@ -5,21 +5,25 @@ A worker makes whole batches, one at a time, in turn. Workers return what went w
 arrives in one line.
 """
 
+import shutil
+import signal
+import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from trainer.config import AugmentConfig
 from trainer.data import augment, index
+from trainer.data.config import AugmentConfig
 from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
 from trainer.data.order import Samples, Schedule, Slot
 from trainer.data.pixels import decode_image
 from trainer.data.processes import worker_context
-from trainer.errors import DataError
+from trainer.errors import BrokenRunError, DataError
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class _Maker(Dataset[_Made]):
         try:
             samples, pixels = self._decode(slot.samples)
         except DataError as error:
-            return _Made(slot, None, torch.empty(0, dtype=torch.int64), self.reader.bad, str(error))
+            return _failed(slot, self.reader.bad, str(error))
         info = self.dataset.info
         if not len(samples):
             return _Made(
@@ -53,7 +57,14 @@ class _Maker(Dataset[_Made]):
             )
         draw = augment.draw(self.config, self.seed, samples, info.image_size, info.color)
         images = augment.apply(torch.from_numpy(pixels), draw, info.mean, info.std, self.ring, self.config.noise)
-        return _Made(slot, images, torch.from_numpy(samples.records), self.reader.bad)
+        records = torch.from_numpy(samples.records)
+        if get_worker_info() is not None:
+            try:  # here, where it can be told: torch's own thread would only print it, and the rank wait
+                images.share_memory_()
+                records.share_memory_()
+            except RuntimeError as error:
+                return _failed(slot, self.reader.bad, _shared_memory_problem(images, error))
+        return _Made(slot, images, records, self.reader.bad)
 
     def _decode(self, samples: Samples) -> tuple[Samples, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
         info = self.dataset.info
@@ -72,6 +83,19 @@ class _Maker(Dataset[_Made]):
         return Samples(samples.epoch, records, samples.copies), pixels
 
 
+def _failed(slot: Slot, bad: dict[int, str], reason: str) -> _Made:
+    return _Made(slot, None, torch.empty(0, dtype=torch.int64), bad, reason)
+
+
+def _shared_memory_problem(images: Tensor, error: RuntimeError) -> str:
+    free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    return (
+        f"/dev/shm: no room for a batch of {images.nbytes:,} bytes ({free:,} are free); give the container more shared "
+        f"memory (docker run --shm-size=8g), or use data.workers=0 or a smaller data.batch_size "
+        f"({str(error).splitlines()[0]:.100})"
+    )
+
+
 class _Slots(Sampler[Slot]):
     """Hands the schedule's slots to the workers."""
 
@@ -83,7 +107,8 @@ class _Slots(Sampler[Slot]):
 
 
 class TorchLoader(PositionedLoader):
-    """See the module. Raises :class:`DataError` from ``batches()``: too many damaged records, or a worker that died."""
+    """See the module. Raises :class:`DataError` from ``batches()``: too many damaged records, or no room in
+    /dev/shm; :class:`BrokenRunError`: a worker that died."""
 
     name = "torch"
 
@@ -113,12 +138,19 @@ class TorchLoader(PositionedLoader):
             multiprocessing_context=worker_context() if self.workers else None,
             pin_memory=self.device.type == "cuda",
         )
+        handler = signal.getsignal(signal.SIGCHLD)
         made_ones = iter(loader)
+        if threading.current_thread() is threading.main_thread():  # torch's would raise in the midst of anything
+            signal.signal(signal.SIGCHLD, handler)
         while True:
             try:
                 made = next(made_ones)
             except (RuntimeError, OSError, EOFError) as error:  # its batch, or its shared memory, is gone with it
-                raise DataError(f"{self.dataset.path}: a data worker died: {error}") from error
+                reason = " ".join(str(error).split())
+                raise BrokenRunError(
+                    f"{self.dataset.path}: a data worker died (killed, perhaps for want of memory): {reason:.200}; the "
+                    "same command continues from the newest checkpoint"
+                ) from None
             if made.error is not None:
                 raise DataError(made.error)
             for record, reason in made.bad.items():

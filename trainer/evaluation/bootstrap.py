@@ -13,6 +13,9 @@ import numpy as np
 from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray
 from trainer.evaluation.verification import PairScores
 
+LEVEL = 0.95
+"""Of the intervals, unless another one is asked for."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -32,7 +35,7 @@ def draw_identities(classes: int, replicates: int, seed: int) -> IntArray:
     )
 
 
-def interval(value: float, replicates: FloatArray, level: float = 0.95) -> Interval:
+def interval(value: float, replicates: FloatArray, level: float = LEVEL) -> Interval:
     """The figure of the whole set with the percentile interval of its replicates (r,); NaN replicates are left out."""
     good = replicates[np.isfinite(replicates)]
     if len(good) == 0 or not np.isfinite(value):

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.errors import ModelError
 from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray, class_index
-from trainer.evaluation.bootstrap import Interval, interval, resample_share, resample_tar
+from trainer.evaluation.bootstrap import LEVEL, Interval, interval, resample_share, resample_tar
 from trainer.evaluation.identification import Ranking, leave_one_out
 from trainer.evaluation.verification import PairScores, score_pairs
 
@@ -79,9 +79,9 @@ class Cell:
     value: dict[str, float]
     replicates: dict[str, FloatArray]
 
-    def figure(self, metric: str) -> Interval:
-        """A metric with its interval."""
-        return interval(self.value[metric], self.replicates[metric])
+    def figure(self, metric: str, level: float = LEVEL) -> Interval:
+        """A metric with its interval of this level."""
+        return interval(self.value[metric], self.replicates[metric], level)
 
 
 def tar_name(far: float) -> str:

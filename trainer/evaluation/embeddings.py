@@ -1,9 +1,6 @@
 """From models and data sets on disk to the embeddings that are evaluated; a cache keeps them for the next time."""
 
 import hashlib
-import json
-import os
-import tokenize
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,14 +10,17 @@ import numpy as np
 from trainer.data.index import Dataset
 from trainer.distributed import Ranks, on_main
 from trainer.errors import DataError, ModelError
-from trainer.evaluation.arrays import FloatArray, IntArray, check_unit
+from trainer.evaluation.arrays import FloatArray, IntArray, check_unit, class_index
 from trainer.evaluation.chain import carried, check_links
 from trainer.evaluation.compatibility import Spaces
+from trainer.evaluation.overlap import overlaps
 from trainer.evaluation.results import NamedSet
 from trainer.evaluation.templates import TemplateSet, pool
-from trainer.files import replaced
+from trainer.files import cache_folder, is_own, replaced
 from trainer.models.card import Color
-from trainer.models.model import EmbeddingModel, embed_dataset
+from trainer.models.mapped import MappedModel, StoredModel
+from trainer.models.model import EmbeddingModel, embed_dataset, resized
+from trainer.reading import open_regular, parse_json, read_text
 
 Progress = Callable[[str, int, int], None]
 """Told what is being embedded, how many images are done and how many there are."""
@@ -64,12 +64,14 @@ class EmbeddingCache:
     def _read(self, file: Path | None, images: int, dim: int) -> FloatArray | None:
         if file is None or not file.exists():
             return None
+        if file.parent == default_cache() and not is_own(file):
+            return None  # planted
         try:
-            with file.open("rb") as stream:
+            with open_regular(file, DataError) as stream:
                 known = np.load(stream, allow_pickle=False)
                 if stream.read() != _crc(known):
                     return None  # damaged, or of an earlier version: made anew and replaced
-        except (OSError, ValueError, EOFError, TypeError, SyntaxError, tokenize.TokenError):
+        except Exception:  # numpy fails as variously as a file can be damaged
             return None
         return known if known.shape == (images, dim) and known.dtype == np.float32 else None
 
@@ -87,29 +89,8 @@ def _crc(embeddings: FloatArray) -> bytes:
 
 
 def default_cache() -> Path:
-    """``lce-trainer/embeddings`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lce-trainer" / "embeddings"
-
-
-def check_models(models: Mapping[str, EmbeddingModel], datasets: Mapping[str, Dataset]) -> None:
-    """Refuse, before anything is embedded, models that cannot be compared or cannot read the images.
-
-    Raises:
-        ModelError: models of other dimensions without a transformation, or with one for other dimensions.
-        DataError: images of another size.
-    """
-    check_links(models)
-    for name, dataset in datasets.items():
-        for role, model in models.items():
-            if tuple(model.card.image_size) != tuple(dataset.info.image_size):
-                raise DataError(
-                    f"{name} ({dataset.path}): images of {_size(dataset.info.image_size)}, the {role} model "
-                    f"{model.path} takes {_size(model.card.image_size)}; pack the set in that size"
-                )
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]} × {size[1]}"
+    """``embeddings`` in the user's cache folder (:func:`trainer.files.cache_folder`)."""
+    return cache_folder("embeddings")
 
 
 def embed_spaces(
@@ -160,10 +141,51 @@ def embed_set(
     ranks: Ranks,
     progress: Progress | None = None,
     flip: bool = False,
+    declared_seen: bool = False,
 ) -> NamedSet:
-    """Embed the labelled records of a set under every model. Every rank must call it."""
+    """Embed the labelled records of a set under every model, and find which of its identities they were trained on.
+    Every rank must call it."""
     spaces = embed_spaces(name, models, dataset, dataset.kept, cache, ranks, progress, flip)
-    return NamedSet(name, spaces, np.asarray(dataset.labels[dataset.kept]), dataset.kept, dataset.class_names)
+    known = overlaps(dataset, models, declared_seen)
+    return NamedSet(name, spaces, np.asarray(dataset.labels[dataset.kept]), dataset.kept, dataset.class_names, known)
+
+
+def stored_set(
+    files: Mapping[str, Path], rows: Mapping[str, FloatArray], labels: IntArray, maps: EmbeddingModel | None = None
+) -> tuple[NamedSet, dict[str, EmbeddingModel]]:
+    """Embeddings of the same n images by the two models as a set.
+
+    Args:
+        files: ``old``, ``new`` → where the rows were read, for messages.
+        rows: ``old``, ``new`` → (n, D1), (n, D2), of any norm.
+        labels: (n,) identities; −1 leaves an image out.
+        maps: of the new embeddings, where there are some.
+
+    Returns:
+        The set, and the two models that the files stand for (the new one with ``maps``).
+
+    Raises:
+        LceError: other lengths, rows without a direction, or embeddings that cannot be compared.
+    """
+    stand_in: EmbeddingModel = StoredModel(files["new"], rows["new"].shape[1])
+    models: dict[str, EmbeddingModel] = {
+        "old": StoredModel(files["old"], rows["old"].shape[1]),
+        "new": stand_in if maps is None else MappedModel(stand_in, maps),
+    }
+    check_links(models)
+    kept = np.flatnonzero(labels >= 0)
+    native: dict[str, FloatArray] = {}
+    for role, path in files.items():
+        if len(rows[role]) != len(labels):
+            raise DataError(f"{path}: {len(rows[role])} embeddings, but {len(labels)} labels")
+        vectors = rows[role][kept]
+        norms = np.linalg.norm(vectors, axis=1)
+        wrong = np.flatnonzero(~((norms > 1e-12) & np.isfinite(norms)))
+        if len(wrong):
+            raise DataError(f"{path}, row {kept[wrong[0]]}: a vector of norm {norms[wrong[0]]:g} has no direction")
+        native[role] = vectors / norms[:, None]
+    class_index(labels[kept], "the labels of the embeddings")
+    return NamedSet("embeddings", Spaces(native, carried(models, native)), labels[kept], kept), models
 
 
 def pool_spaces(
@@ -211,7 +233,8 @@ def check_colours(name: str, models: Mapping[str, EmbeddingModel], dataset: Data
         return
     swapped: dict[Color, Color] = {"RGB": "BGR", "BGR": "RGB"}
     for role, model in models.items():
-        given, other = (_told_apart(model.embed(images, c)) for c in (dataset.info.color, swapped[dataset.info.color]))
+        fitted = resized(images, model.card.image_size)
+        given, other = (_told_apart(model.embed(fitted, c)) for c in (dataset.info.color, swapped[dataset.info.color]))
         gain = other - given
         if gain.mean() > max(0.03, 4 * float(gain.std(ddof=1)) / len(gain) ** 0.5):
             raise DataError(
@@ -237,11 +260,11 @@ def training_curves(
     file = run / "log.jsonl"
     curves: dict[str, list[tuple[float, float]]] = {key: [] for key in keys}
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
+        for line in read_text(file, DataError).splitlines():
+            entry = parse_json(line, str(file), DataError)
             for key in keys:
                 if isinstance(entry.get(key), (int, float)) and "step" in entry:
                     curves[key].append((float(entry["step"]), float(entry[key])))
-    except (OSError, ValueError, AttributeError) as error:
+    except (DataError, ValueError, AttributeError) as error:
         raise DataError(f"{file}: no readable training log ({error}); name run folders with --runs") from None
     return {key: curve for key, curve in curves.items() if curve}

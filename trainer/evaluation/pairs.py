@@ -20,6 +20,7 @@ from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray
 from trainer.evaluation.bootstrap import interval
 from trainer.evaluation.compatibility import Spaces, cell_pairs
 from trainer.evaluation.verification import fold_accuracy, resample_pairs, scores_of
+from trainer.reading import open_regular, read_text
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,10 @@ def read_bin(path: Path, image_size: tuple[int, int]) -> PairSet:
         DataError: missing or damaged, or it holds anything but encoded images and booleans.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path, DataError) as file:
             content = _BytesUnpickler(file, encoding="bytes").load()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except DataError:
+        raise
     except Exception as error:  # damaged pickles raise nearly anything
         raise DataError(f"{path}: is no verification .bin: {error}") from None
     if (
@@ -128,10 +129,7 @@ def read_list(path: Path, dataset: Dataset) -> PairSet:
     Raises:
         DataError: unreadable, a line of another form, an unknown record.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a list of pairs: {error}") from None
+    lines = read_text(path, DataError).splitlines()
     known = _file_names(dataset)
     rows = []
     for number, line in enumerate(lines, 1):

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import EvaluateConfig
 from trainer.data import Dataset, open_named
 from trainer.distributed import Ranks, gather_objects
 from trainer.errors import ConfigError, DataError, LceError
 from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.evaluation.compatibility import Spaces
+from trainer.evaluation.config import EvaluateConfig
 from trainer.evaluation.pairs import PairSet, pair_cosines, read_bin
 from trainer.evaluation.verification import fold_accuracy, score_pairs
-from trainer.models.model import EmbeddingModel, embed_dataset
+from trainer.models.model import EmbeddingModel, embed_dataset, introduce
 from trainer.models.open import load_model
 
 
@@ -38,15 +38,13 @@ class PeriodicEvaluation:
     def __init__(self, config: EvaluateConfig, image_size: tuple[int, int], ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.old = None if config.old is None else load_model(config.old, ranks.device)
-        if self.old is not None and tuple(self.old.card.image_size) != tuple(image_size):
-            raise ConfigError(
-                f"evaluate.old = {config.old}: takes images of {self.old.card.image_size}, not {image_size}"
-            )
         self.pairs: dict[str, PairSet] = {}
         self.records: dict[str, IntArray] = {}
         self.datasets: dict[str, Dataset] = {}
         for name, path in config.sets.items():
             self._open(name, path, image_size)
+            if self.old is not None:
+                introduce(self.old, self.datasets[name], ranks.is_main)
         self._old: dict[str, FloatArray] = {}
 
     def _open(self, name: str, path: Path, image_size: tuple[int, int]) -> None:

@@ -27,6 +27,7 @@ from trainer.evaluation.compatibility import (
     point_to_set,
     tar_name,
 )
+from trainer.evaluation.overlap import Known, unknown_words
 from trainer.evaluation.verdict import Rules, SetVerdict, decide, judge_set, resolved_far
 
 Result = dict[str, Any]
@@ -54,6 +55,7 @@ class NamedSet:
     """A labelled set under every model.
 
     labels: (n,) identities. records: (n,) the data set's own numbers of the images. class_names: by label, where known.
+    known: which of the identities the models were trained on.
     """
 
     name: str
@@ -61,6 +63,7 @@ class NamedSet:
     labels: IntArray
     records: IntArray
     class_names: Sequence[str] | None = None
+    known: Known | None = None
 
     @property
     def deployed(self) -> list[str]:
@@ -103,8 +106,9 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
         results[one.name] = _describe(one, cells, far, points[one.name], share, options)
         notify(f"{one.name}: backfill")
         results[one.name]["backfill"] = backfill(one, far, options)
-    verdict = decide(judged, points, shares)
-    result: Result = plain({"verdict": verdict, "options": options, "sets": results})
+    trained_on = {one.name: one.known for one in sets if one.known is not None}
+    verdict = decide(judged, points, shares, options.rules.level, unknown_words(trained_on))
+    result: Result = plain({"verdict": verdict, "options": options, "sets": results, "trained_on": trained_on})
     return result
 
 
@@ -118,7 +122,8 @@ def judge_pair(one: NamedSet, cells: Cells, query: str, gallery: str, options: O
     size = (len(np.unique(one.labels)), len(one.labels))
     name = one.name if gallery == "old" else f"{one.name}, gallery of {gallery}"
     pair = cells[gallery, gallery], cells[query, gallery]
-    return judge_set(name, *pair, size, options.fars, options.rules, gallery)
+    seen = "" if one.known is None else one.known.words
+    return judge_set(name, *pair, size, options.fars, options.rules, gallery, seen)
 
 
 def chain(one: NamedSet, cells: Cells, options: Options) -> list[Result]:

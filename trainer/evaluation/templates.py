@@ -26,6 +26,7 @@ from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray
 from trainer.evaluation.compatibility import Spaces, cell_pairs
 from trainer.evaluation.identification import OpenSet, open_set
 from trainer.evaluation.pairs import pair_cosines, pair_figures
+from trainer.reading import read_text
 
 POINTS_112 = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
@@ -118,10 +119,7 @@ class _Row(NamedTuple):
 
 def _rows(path: Path | None, width: int) -> list[_Row]:
     assert path is not None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    lines = read_text(path, DataError).splitlines()
     rows = [_Row(path, number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
     wrong = next((row for row in rows if len(row.words) != width), None)
     if wrong is not None or not rows:

@@ -9,13 +9,15 @@ example), and *unclear* otherwise.
 - NOT SAFE: a metric is worse on some set.
 - SAFE: on every set at least one metric is better and the others better or level, and there are enough identities.
 - NOT ENOUGH DATA: anything else; the reason says what is missing.
+
+Sets with identities that a model was trained on are judged apart: they neither make nor block the answer.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.evaluation.bootstrap import Interval, interval
+from trainer.evaluation.bootstrap import LEVEL, Interval, interval
 from trainer.evaluation.compatibility import Cell, OperatingPoint, PointToSet, rate_text, tar_name
 
 Answer = Literal["SAFE", "NOT SAFE", "NOT ENOUGH DATA"]
@@ -35,7 +37,7 @@ class Rules:
     min_identities: int = 20
     least_identities: int = 5
     min_false_accepts: int = 10
-    level: float = 0.95
+    level: float = LEVEL
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class SetVerdict:
-    """The answer on one set, its findings and the reason in words; gallery: of which model."""
+    """The answer on one set, its findings and the reason in words; gallery: of which model. seen: in words, which of
+    its identities were trained on; such a set is judged apart."""
 
     name: str
     answer: Answer
@@ -60,6 +63,7 @@ class SetVerdict:
     findings: list[Finding]
     reason: str
     gallery: str = "old"
+    seen: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def judge_set(
     fars: Sequence[float],
     rules: Rules,
     gallery: str = "old",
+    seen: str = "",
 ) -> SetVerdict:
     """Judge one set by its cells old→old and new→old; ``size``: its identities and images. gallery: the old model's
     name in a longer chain."""
@@ -109,18 +114,33 @@ def judge_set(
         answer = "NOT SAFE"
         reason = f"worse than {_named(gallery)}: " + " and ".join(f.metric for f in findings if f.outcome == "worse")
     elif "unclear" in outcomes:
-        unclear = " and ".join(f.metric for f in findings if f.outcome == "unclear")
-        reason = "; ".join([f"the interval of the difference in {unclear} holds zero", *missing])
+        reason = "; ".join([*(_unclear(f, rules) for f in findings if f.outcome == "unclear"), *missing])
     elif missing:
         reason = "; ".join(missing)
     elif "better" not in outcomes:
+        within = [f for f in findings if f.difference.high < 0]
         reason = "no metric tells the models apart on this set; a harder one is needed"
+        if within:
+            worse = " and ".join(f.metric for f in within)
+            reason = f"no metric is better, and {worse} is worse by no more than the tolerance of {rules.tolerance:g}, "
+            reason += "which counts as level"
     else:
         answer, reason = (
             "SAFE",
             f"better than {_named(gallery)}: " + " and ".join(f.metric for f in findings if f.outcome == "better"),
         )
-    return SetVerdict(name, answer, identities, images, findings, reason, gallery)
+    return SetVerdict(name, answer, identities, images, findings, reason, gallery, seen)
+
+
+def _unclear(finding: Finding, rules: Rules) -> str:
+    """Why a metric is neither better nor worse nor level."""
+    low, high = finding.difference.low, finding.difference.high
+    if high >= 0:
+        return f"the interval of the difference in {finding.metric} holds zero"
+    return (
+        f"{finding.metric} is worse, by between {-high:.3f} and {-low:.3f}, and whether by more than the tolerance of "
+        f"{rules.tolerance:g} is not shown"
+    )
 
 
 def _find(metric: str, old: Cell, new: Cell, rules: Rules) -> Finding:
@@ -134,20 +154,33 @@ def _find(metric: str, old: Cell, new: Cell, rules: Rules) -> Finding:
         outcome = "worse"
     elif difference.low >= -rules.tolerance:
         outcome = "level"
-    return Finding(metric, old.figure(metric), new.figure(metric), difference, outcome)
+    before, after = old.figure(metric, rules.level), new.figure(metric, rules.level)
+    return Finding(metric, before, after, difference, outcome)
 
 
 def decide(
-    sets: Sequence[SetVerdict], points: Mapping[str, OperatingPoint], shares: Mapping[str, PointToSet]
+    sets: Sequence[SetVerdict],
+    points: Mapping[str, OperatingPoint],
+    shares: Mapping[str, PointToSet],
+    level: float = LEVEL,
+    unknown: str = "",
 ) -> Verdict:
-    """The verdict over all sets; operating point and point-to-set shares, by set, are for the paragraph alone."""
-    answers = {s.answer for s in sets}
+    """The verdict over all sets of identities that nobody was trained on; operating point and point-to-set shares, by
+    set, the intervals' level, and what is ``unknown`` of the identities, are for the paragraph alone."""
+    counted = [s for s in sets if not s.seen]
+    apart = {s.name.partition(", gallery of ")[0]: s.seen for s in sets if s.seen}
+    answers = {s.answer for s in counted}
     answer: Answer = "NOT ENOUGH DATA"
     if "NOT SAFE" in answers:
         answer = "NOT SAFE"
     elif answers == {"SAFE"}:
         answer = "SAFE"
-    sentences = [_OPENINGS[answer], *(_sentence(s) for s in sets)]
+    sentences = [_OPENINGS[answer]]
+    if apart and not counted:
+        sentences.append("No set of identities that nobody was trained on was given.")
+    sentences += [f"{name} is not part of this answer: {words}." for name, words in apart.items()]
+    sentences += [unknown] if unknown else []
+    sentences += [_sentence(s, level) for s in [*counted, *(s for s in sets if s.seen)]]
     if not sets:
         sentences.append("No set with labelled identities was given.")
     if shares:
@@ -173,11 +206,11 @@ def _named(model: str) -> str:
     return "the old model" if model == "old" else model
 
 
-def _sentence(s: SetVerdict) -> str:
+def _sentence(s: SetVerdict, level: float) -> str:
     before = _named(s.gallery)
     figures = ", ".join(
         f"{f.metric} is {f.new.value:.3f} where {before} has {f.old.value:.3f} "
-        f"({f.difference.value:+.3f}, 95 % interval {f.difference.low:+.3f} to {f.difference.high:+.3f})"
+        f"({f.difference.value:+.3f}, {100 * level:g} % interval {f.difference.low:+.3f} to {f.difference.high:+.3f})"
         for f in s.findings
     )
     why = "" if s.answer == "SAFE" else f": {s.answer}, {s.reason}"

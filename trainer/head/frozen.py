@@ -19,6 +19,7 @@ from torch.autograd import Function
 from trainer.distributed import all_reduce_sum
 from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.partition import ClassRange
+from trainer.head.products import product
 from trainer.head.sampling import draw_negatives
 from trainer.head.step import MASKED, constant_shift
 
@@ -154,7 +155,7 @@ class _Pass:
     def products(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """A chunk's rows (n, D), s·cos (n, B) with the targets masked out, and ones (n, 1)."""
         rows = self.owner.rows[first:last] if self.drawn is None else self.owner.rows[self.drawn[first:last]]
-        products = torch.mm(rows.to(self.owner.compute), self.scaled).to(self.owner.work)
+        products = product(rows.to(self.owner.compute), self.scaled)
         at, samples = self._targets(first)
         products[at, samples] = MASKED
         return rows, products, products.new_ones(len(rows), 1)
@@ -184,10 +185,10 @@ class _Pass:
         transposed = torch.zeros_like(self.unit.t(), memory_format=torch.contiguous_format)
         for first, last in self.chunks():
             rows, products, ones = self.products(first, last)
-            q, _ = owner.kernels.fuse(softmax_weights)(products, ones, log_sum, share)
+            q, _ = owner.kernels.fuse(softmax_weights)(products, ones, log_sum, share, owner.compute)
             at, samples = self._targets(first)
-            q[at, samples] = pull[samples]
-            transposed += torch.mm(rows.to(owner.compute).t(), q.to(owner.compute)).to(owner.work)
+            q[at, samples] = pull[samples].to(q.dtype)
+            transposed += product(rows.to(owner.compute).t(), q)
         dx = transposed.t().contiguous()
         dx -= self.unit * torch.linalg.vecdot(dx, self.unit)[:, None]
         return dx / self.norm[:, None]

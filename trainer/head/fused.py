@@ -26,6 +26,7 @@ from trainer.distributed import all_reduce_sum
 from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.margin import Margin
 from trainer.head.old_centers import DirectCompat
+from trainer.head.products import product
 from trainer.head.row_optimizer import CollectedGradients, RowGradient, RowOptimizer, Selection
 from trainer.head.sampling import Drawn
 from trainer.head.step import (
@@ -334,11 +335,10 @@ class FusedSoftmax:
             kept = step.first.products
             products = self._products(inputs, scaled, w, number, first) if kept is None else kept[number]
             q, radial = self._chunk_weights(step, gradient, products, number, first, last)
-            q = q.to(self.settings.compute)
             if q.dtype == transposed.dtype:
                 transposed.addmm_(w.t(), q)  # (D, B): this order of the product is the quicker one
             else:
-                transposed += torch.mm(w.to(q.dtype).t(), q)
+                transposed += product(w.to(q.dtype).t(), q)
             pull, pull_scale, radial = self._alignment_gradient(step, gradient, first, last, radial)
             change = RowGradient(q, narrow, radial, pull, pull_scale)
             low, high = index.own_bounds[number], index.own_bounds[number + 1]
@@ -364,7 +364,7 @@ class FusedSoftmax:
 
     def _products(self, inputs: PassInput, scaled: Tensor, w: Tensor, number: int, first: int) -> Tensor:
         """s·‖w‖·cos of a chunk (n·K, B) in working precision, the targets masked out."""
-        out = torch.mm(w.to(self.settings.compute), scaled).to(self.optimizer.work)
+        out = product(w.to(self.settings.compute), scaled)
         index, k = inputs.targets.index, self.settings.sub_centers
         low, high = index.bounds[number], index.bounds[number + 1]
         if high > low:
@@ -420,17 +420,18 @@ class FusedSoftmax:
         if inputs.log_weight is not None:
             log_sum = log_sum - inputs.log_weight[first:last]
         if self._plain():
-            q, radial = self.kernels.fuse(softmax_weights)(products, inverse, log_sum, gradient.coefficient)
+            weights = self.kernels.fuse(softmax_weights)
+            q, radial = weights(products, inverse, log_sum, gradient.coefficient, self.settings.compute)
         else:
             z, slope, nearest = self._negative_logits(inputs.curriculum, products, inverse)
             p = torch.exp(z - log_sum) * gradient.coefficient * slope
             p = p if nearest is None else (nearest * p[:, None]).view(len(p) * k, p.shape[1])
-            q, radial = p * inverse, (p * products * inverse).sum(1)
+            q, radial = (p * inverse).to(self.settings.compute), (p * products * inverse).sum(1)
         radial = radial / self.settings.scale
         low, high = targets.index.bounds[number], targets.index.bounds[number + 1]
         if high > low:
             rows, value = targets.rows[low:high] - first * k, gradient.target_pull[low:high]
-            q[rows, targets.index.samples[low:high]] = value * inverse[rows, 0]
+            q[rows, targets.index.samples[low:high]] = (value * inverse[rows, 0]).to(q.dtype)
             radial.index_add_(0, rows, value * targets.cosine[low:high].to(value))
         return q, radial * -inverse[:, 0].square()
 

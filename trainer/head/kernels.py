@@ -52,10 +52,12 @@ def exp_sum(products: Tensor, inverse: Tensor, offset: Tensor) -> Tensor:
     return torch.exp(products * inverse - offset).sum(0)
 
 
-def softmax_weights(products: Tensor, inverse: Tensor, log_sum: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (n, B) and Σ_i P_ij z_ij (n,): P = coefficient·exp(z − log_sum), z = ρ·products, Q = ρP; log_sum is (1, B)
-    or (n, B).
+def softmax_weights(
+    products: Tensor, inverse: Tensor, log_sum: Tensor, coefficient: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Q (n, B) in ``dtype`` and Σ_i P_ij z_ij (n,): P = coefficient·exp(z − log_sum), z = ρ·products, Q = ρP; log_sum
+    is (1, B) or (n, B).
     """
     z = products * inverse
     p = torch.exp(z - log_sum) * coefficient
-    return p * inverse, (p * z).sum(1)
+    return (p * inverse).to(dtype), (p * z).sum(1)

@@ -26,7 +26,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.config import MarginConfig
+from trainer.head.config import (
+    AdaFaceConfig,
+    ArcFaceConfig,
+    CombinedConfig,
+    CosFaceConfig,
+    CurricularConfig,
+    MagFaceConfig,
+    MarginConfig,
+)
 
 SMALLEST_SINE = 1e-3
 """sin θ is taken to be at least this in the derivative 1/sin θ of arccos, which has a pole where a sample lies on
@@ -54,15 +62,14 @@ class Margin:
     """``combined`` (m1, m2, m3), of which softmax, CosFace and ArcFace are special cases; base of the others.
 
     Args:
-        config: validated settings.
         m1, m2, m3: ψ = f(m1·θ + m2) − m3, angles in radians.
+        straight_through: the margin's derivative is replaced by 1.
     """
 
     reweights_negatives = False
 
-    def __init__(self, config: MarginConfig, m1: float = 1.0, m2: float = 0.0, m3: float = 0.0) -> None:
-        self.config = config
-        self.m1, self.m2, self.m3 = m1, m2, m3
+    def __init__(self, m1: float = 1.0, m2: float = 0.0, m3: float = 0.0, straight_through: bool = False) -> None:
+        self.m1, self.m2, self.m3, self.straight_through = m1, m2, m3, straight_through
 
     def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
         """Modify target cosines (B,) in [−1, 1] of embeddings with norms (B,) > 0; the same on every rank.
@@ -72,7 +79,7 @@ class Margin:
         if self.m1 == 1.0 and self.m2 == 0.0:
             return Target(cosine - self.m3, torch.ones_like(cosine))
         psi, slope = _angular(cosine, self.m1, torch.full_like(cosine, self.m2))
-        if self.config.gradient == "straight_through":
+        if self.straight_through:
             slope = torch.ones_like(cosine)
         return Target(psi - self.m3, slope)
 
@@ -85,12 +92,14 @@ class AdaFace(Margin):
     """AdaFace: the margin grows with the embedding's norm relative to a running mean and deviation (eq. 5–9).
 
     ẑ = clip((‖x‖ − μ)/(σ + ε)·h, −1, 1), ψ = f(clip(θ − m·ẑ, 0, π)) − (m + m·ẑ). The norm is a constant for the
-    gradient, as in the paper. μ and σ are running means over global batches with the share ``norm_momentum``,
-    starting at 20 and 100.
+    gradient, as in the paper, and counts relative to those of other images only: a last batch norm without a learned
+    scale, such as the authors' own network has, does not matter to it. μ and σ are running means over global batches
+    with the share ``norm_momentum``, starting at 20 and 100.
     """
 
-    def __init__(self, config: MarginConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: AdaFaceConfig) -> None:
+        super().__init__()
+        self.config = config
         self.mean = torch.tensor(20.0, dtype=torch.float64)
         self.deviation = torch.tensor(100.0, dtype=torch.float64)
 
@@ -117,8 +126,14 @@ class MagFace(Margin):
     """MagFace: m(a) = l_m + (u_m − l_m)/(u_a − l_a)·(a − l_a) with a = clip(‖x‖, l_a, u_a), and λ_g·(1/a + a/u_a²)
     (eq. 4).
 
-    The gradient flows through the norm, in the margin and in the norm term; outside [l_a, u_a] it is zero.
+    The gradient flows through the norm, in the margin and in the norm term; outside [l_a, u_a] it is zero. The network
+    learns its embeddings' scale (:mod:`trainer.networks.scale`): with a batch norm of fixed scale at its end every norm
+    would stay at about √D.
     """
+
+    def __init__(self, config: MagFaceConfig) -> None:
+        super().__init__()
+        self.config = config
 
     def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
         """See :meth:`Margin.target`."""
@@ -143,8 +158,8 @@ class Curricular(Margin):
 
     reweights_negatives = True
 
-    def __init__(self, config: MarginConfig) -> None:
-        super().__init__(config, m2=config.m)
+    def __init__(self, config: CurricularConfig) -> None:
+        super().__init__(m2=config.m)
         self.tau = torch.tensor(0.0, dtype=torch.float64)
 
     def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
@@ -160,21 +175,21 @@ class Curricular(Margin):
 
 def build_margin(config: MarginConfig) -> Margin:
     """The margin that a configuration names."""
-    match config.name:
-        case "softmax":
-            return Margin(config)
-        case "cosface":
-            return Margin(config, m3=config.m)
-        case "arcface":
-            return Margin(config, m2=config.m)
-        case "combined":
-            return Margin(config, config.m1, config.m2, config.m3)
-        case "adaface":
+    match config:
+        case CosFaceConfig():
+            return Margin(m3=config.m)
+        case ArcFaceConfig():
+            return Margin(m2=config.m, straight_through=config.gradient == "straight_through")
+        case CombinedConfig():
+            return Margin(config.m1, config.m2, config.m3, config.gradient == "straight_through")
+        case AdaFaceConfig():
             return AdaFace(config)
-        case "magface":
+        case MagFaceConfig():
             return MagFace(config)
-        case "curricular":
+        case CurricularConfig():
             return Curricular(config)
+        case _:  # softmax
+            return Margin()
 
 
 def _weight(training: bool | Tensor) -> Tensor:

@@ -1,27 +1,31 @@
 // The two passes of the class-sharded head over blocks of rows that stay in the cache, for the plain case on a CPU:
-// float32 rows, SGD with momentum, one row per class. The mathematics, with every symbol, is in fused.py and
+// float32 or bfloat16 rows and products, SGD with momentum, one row per class. The mathematics, with every symbol, is in fused.py and
 // row_optimizer.py, whose torch code is the reference for this file; native.py builds it and hands over the tensors.
 //
 // A thread takes one contiguous share of the rows, in blocks: a block's rows are gathered, normalised, multiplied and
 // summed up while they are in the second-level cache. The shares depend on the number of threads alone, so that a run
-// repeats itself to the last bit. The matrix products are the BLAS's that torch came with (`sgemm`), called for one
-// block by one thread.
+// repeats itself to the last bit. The matrix products are the BLAS's that torch came with (`sgemm`, or
+// `gemm_bf16bf16f32` of rounded blocks), called for one block by one thread.
+//
+// Templates: R is what rows and momentum are stored in, C what the products take; both float or Short (bfloat16).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 
-typedef void (*Sgemm)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
-                      const int*, const float*, const int*, const float*, float*, const int*);
+typedef void (*Gemm)(const char*, const char*, const int*, const int*, const int*, const float*, const void*,
+                     const int*, const void*, const int*, const float*, float*, const int*);
+typedef uint16_t Short;  // the upper half of a float
 
 extern "C" struct Step {
   int64_t count, dim, batch, threads;  // rows n of this step, D, B
-  float *rows, *momentum;              // (R, D) tables
+  int64_t short_rows, short_products;  // whether R and C are bfloat16
+  void *rows, *momentum;               // (R, D) tables of R
   const int64_t* index;                // (n) places in the tables; null: all of them, in place
   const float* missed;                 // (n, 4) what each row missed, [[a, b], [c, d]]; with index
   float* kept;                         // (n, D) the gathered rows; with index
-  const float *scaled, *unit;          // (B, D) s·x and x
+  const void *scaled, *unit;           // (B, D) s·x and x, of C
   float *products, *inverse;           // (n, B) s·‖w‖·cos, or null: not kept; (n) 1/‖w‖
   const float* log_weight;             // (n) or null
   float shift, scale;
@@ -35,6 +39,7 @@ extern "C" struct Step {
   int64_t extras;                      // rows that get a further gradient, by ascending place
   const int64_t* extra_place;
   const float* extra;                  // (extras, D)
+  const int32_t *noise_row, *noise_column;  // (n), (2, D) for rows and momentum in bfloat16, else null
   // LCE
   const float* centers;                // (R, D) or null
   const uint8_t* mask;                 // (R)
@@ -66,6 +71,54 @@ inline float exponential(float x) {
   return x < -87.0f ? 0.0f : p * power;
 }
 
+inline float wide(float x) { return x; }
+
+inline float wide(Short x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+inline Short nearest(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<Short>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// `value` as it is stored; bfloat16 takes either neighbour, with the probability that makes the mean exact.
+inline void store(float* to, float value, int32_t, int32_t) { *to = value; }
+
+inline void store(Short* to, float value, int32_t row, int32_t column) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t noise = (static_cast<uint32_t>(row ^ column) * 2654435761u) >> 16;  // Knuth's multiplicative hash
+  *to = static_cast<Short>((bits + noise) >> 16);
+}
+
+// n numbers in the products' type: in place, or rounded into `to`.
+inline const float* narrowed(const float* from, int64_t, float*) { return from; }
+
+inline const Short* narrowed(const float* from, int64_t n, Short* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) to[i] = nearest(from[i]);
+  return to;
+}
+
+// n stored numbers as floats: in place, or in `to`.
+inline float* widened(float* from, int64_t, float*) { return from; }
+
+inline float* widened(const Short* from, int64_t n, float* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) to[i] = wide(from[i]);
+  return to;
+}
+
+template <class T>
+std::unique_ptr<T[]> space(bool needed, int64_t n) {
+  return std::unique_ptr<T[]>(new T[needed ? n : 1]);
+}
+
 inline float dot(const float* a, const float* b, int64_t n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -74,8 +127,9 @@ inline float dot(const float* a, const float* b, int64_t n) {
 }
 
 // c (m, n) = alpha·op(a)·b + beta·c in row-major order, where op transposes when `turned`: a is (k, m) then.
-inline void product(Sgemm gemm, bool a_turned, bool b_turned, int64_t m, int64_t n, int64_t k, const float* a,
-                    const float* b, float beta, float* c) {
+template <class C>
+void product(Gemm gemm, bool a_turned, bool b_turned, int64_t m, int64_t n, int64_t k, const C* a, const C* b,
+             float beta, float* c) {
   const int M = m, N = n, K = k, lda = a_turned ? m : k, ldb = b_turned ? k : n;
   const float one = 1;
   gemm(b_turned ? "T" : "N", a_turned ? "T" : "N", &N, &M, &K, &one, b, &ldb, a, &lda, &beta, c, &N);
@@ -91,35 +145,41 @@ Share share_of(const Step& s, int64_t thread) {
           std::min(s.count, blocks * (thread + 1) / s.threads * BLOCK)};
 }
 
-inline void prefetch(const float* row, int64_t dim) {
-  for (int64_t i = 0; i < dim; i += 16) __builtin_prefetch(row + i);
+template <class T>
+void prefetch(const T* row, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
 }
 
 // Rows [first, last) brought up to date, into `kept`.
+template <class R>
 void gather_rows(const Step& s, int64_t first, int64_t last) {
   const int64_t D = s.dim;
+  const R *rows = static_cast<const R*>(s.rows), *momentum = static_cast<const R*>(s.momentum);
   for (int64_t r = first; r < last; r++) {
     if (r + 1 < last) {
-      prefetch(s.rows + s.index[r + 1] * D, D);
-      prefetch(s.momentum + s.index[r + 1] * D, D);
+      prefetch(rows + s.index[r + 1] * D, D);
+      prefetch(momentum + s.index[r + 1] * D, D);
     }
-    const float *w = s.rows + s.index[r] * D, *v = s.momentum + s.index[r] * D;
+    const R *w = rows + s.index[r] * D, *v = momentum + s.index[r] * D;
     const float a = s.missed[4 * r], b = s.missed[4 * r + 1];
     float* out = s.kept + r * D;
 #pragma omp simd
-    for (int64_t i = 0; i < D; i++) out[i] = a * w[i] + b * v[i];
+    for (int64_t i = 0; i < D; i++) out[i] = a * wide(w[i]) + b * wide(v[i]);
   }
 }
 
 // The momentum of the rows [first, last) brought up to date, from it and the rows that `gather_rows` made of both.
+template <class R>
 void gather_momentum(const Step& s, int64_t first, int64_t last, float* out) {
   const int64_t D = s.dim;
+  const R* momentum = static_cast<const R*>(s.momentum);
   for (int64_t r = first; r < last; r++, out += D) {
-    if (r + 1 < last) prefetch(s.momentum + s.index[r + 1] * D, D);
-    const float *w = s.kept + r * D, *v = s.momentum + s.index[r] * D, *m = s.missed + 4 * r;
+    if (r + 1 < last) prefetch(momentum + s.index[r + 1] * D, D);
+    const R* v = momentum + s.index[r] * D;
+    const float *w = s.kept + r * D, *m = s.missed + 4 * r;
     const float from_w = m[2] / m[0], from_v = m[3] - m[1] * m[2] / m[0];
 #pragma omp simd
-    for (int64_t i = 0; i < D; i++) out[i] = from_w * w[i] + from_v * v[i];
+    for (int64_t i = 0; i < D; i++) out[i] = from_w * w[i] + from_v * wide(v[i]);
   }
 }
 
@@ -128,26 +188,37 @@ const int64_t* from(const int64_t* places, int64_t count, int64_t first) {
 }
 
 // s·‖w‖·cos of a block, the samples' own classes masked out.
-void block_products(const Step& s, Sgemm gemm, const float* w, int64_t first, int64_t last, float* out) {
-  product(gemm, false, true, last - first, s.batch, s.dim, w, s.scaled, 0, out);
+template <class C>
+void block_products(const Step& s, Gemm gemm, const C* w, int64_t first, int64_t last, float* out) {
+  product(gemm, false, true, last - first, s.batch, s.dim, w, static_cast<const C*>(s.scaled), 0, out);
   for (int64_t t = from(s.target_place, s.targets, first) - s.target_place; t < s.targets && s.target_place[t] < last; t++)
     out[(s.target_place[t] - first) * s.batch + s.target_sample[t]] = MASKED;
 }
 
 float offset(const Step& s, int64_t row) { return s.log_weight ? s.log_weight[row] : 0.0f; }
 
-void first_pass(const Step& s, Sgemm gemm, int64_t thread) {
+// The rows of a block as floats, after `gather_rows` where there is an index.
+template <class R>
+const float* block_rows(const Step& s, int64_t first, int64_t last, float* buffer) {
+  if (s.index) return s.kept + first * s.dim;
+  return widened(static_cast<R*>(s.rows) + first * s.dim, (last - first) * s.dim, buffer);
+}
+
+template <class R, class C>
+void first_pass(const Step& s, Gemm gemm, int64_t thread) {
   const int64_t D = s.dim, B = s.batch;
   const Share mine = share_of(s, thread);
+  const auto wide_rows = space<float>(sizeof(R) == 2 && !s.index, BLOCK * D);
+  const auto narrow_rows = space<C>(sizeof(C) == 2, BLOCK * D);
   std::unique_ptr<float[]> own(new float[BLOCK * B]), partial(new float[B]);
   double* sums = s.sums + thread * B;
   double alignment = 0;
   for (int64_t first = mine.first; first < mine.last; first += BLOCK) {
     const int64_t last = std::min(first + BLOCK, mine.last);
-    if (s.index) gather_rows(s, first, last);
-    const float* w = (s.index ? s.kept : s.rows) + first * D;
+    if (s.index) gather_rows<R>(s, first, last);
+    const float* w = block_rows<R>(s, first, last, wide_rows.get());
     float* z = s.products ? s.products + first * B : own.get();
-    block_products(s, gemm, w, first, last, z);
+    block_products(s, gemm, narrowed(w, (last - first) * D, narrow_rows.get()), first, last, z);
     std::fill_n(partial.get(), B, 0.0f);
     for (int64_t r = first; r < last; r++, w += D, z += B) {
       const float inverse = 1 / std::max(std::sqrt(dot(w, w, D)), 1e-12f), shift = s.shift - offset(s, r);
@@ -191,9 +262,13 @@ void block_weights(const Step& s, int64_t first, int64_t last, float* z, float* 
 }
 
 // v ← v + (radial + λ)·w − pull·o, w ← w − η·v, both written to the tables.
+template <class R>
 void descend(const Step& s, int64_t r, const float* w, const float* v, float radial) {
   const int64_t D = s.dim, place = s.index ? s.index[r] : r;
-  float *to_w = s.rows + place * D, *to_v = s.momentum + place * D;
+  R *to_w = static_cast<R*>(s.rows) + place * D, *to_v = static_cast<R*>(s.momentum) + place * D;
+  const bool rounds = sizeof(R) == 2;
+  const int32_t noise = rounds ? s.noise_row[r] : 0;
+  const int32_t *of_w = s.noise_column, *of_v = of_w + D;
   const float lr = s.lr;
   float pull = 0;
   if (s.centers && s.mask[place] && r < s.drawn) {
@@ -206,61 +281,79 @@ void descend(const Step& s, int64_t r, const float* w, const float* v, float rad
 #pragma omp simd
     for (int64_t i = 0; i < D; i++) {
       const float moved = v[i] + beta * w[i] - pull * o[i];
-      to_w[i] = w[i] - lr * moved;
-      to_v[i] = moved;
+      store(to_w + i, w[i] - lr * moved, noise, rounds ? of_w[i] : 0);
+      store(to_v + i, moved, noise, rounds ? of_v[i] : 0);
     }
     return;
   }
 #pragma omp simd
   for (int64_t i = 0; i < D; i++) {
     const float moved = v[i] + beta * w[i];
-    to_w[i] = w[i] - lr * moved;
-    to_v[i] = moved;
+    store(to_w + i, w[i] - lr * moved, noise, rounds ? of_w[i] : 0);
+    store(to_v + i, moved, noise, rounds ? of_v[i] : 0);
   }
 }
 
-void second_pass(const Step& s, Sgemm gemm, int64_t thread) {
+template <class R, class C>
+void second_pass(const Step& s, Gemm gemm, int64_t thread) {
   const int64_t D = s.dim, B = s.batch;
   const Share mine = share_of(s, thread);
-  std::unique_ptr<float[]> own(new float[BLOCK * B]), state(new float[s.index ? BLOCK * D : 1]);
+  const R *rows = static_cast<const R*>(s.rows), *momentum = static_cast<const R*>(s.momentum);
+  const auto own = space<float>(true, BLOCK * B), state = space<float>(s.index || sizeof(R) == 2, BLOCK * D);
+  const auto wide_rows = space<float>(sizeof(R) == 2 && !s.index, BLOCK * D);
+  const auto narrow_rows = space<C>(sizeof(C) == 2, BLOCK * D), narrow_q = space<C>(sizeof(C) == 2, BLOCK * B);
   float radial[BLOCK], *dx = s.dx + thread * D * B;
   for (int64_t first = mine.first; first < mine.last; first += BLOCK) {
     const int64_t last = std::min(first + BLOCK, mine.last), n = last - first;
-    const float* w = (s.index ? s.kept : s.rows) + first * D;
-    float *z = own.get(), *v = s.index ? state.get() : s.momentum + first * D;
+    const float* w = block_rows<R>(s, first, last, wide_rows.get());
+    const C* narrow = narrowed(w, n * D, narrow_rows.get());
+    float *z = own.get(), *v = state.get();
     if (s.products)
       z = s.products + first * B;
     else
-      block_products(s, gemm, w, first, last, z);
+      block_products(s, gemm, narrow, first, last, z);
     block_weights(s, first, last, z, radial);
-    product(gemm, true, false, B, D, n, z, w, 1, dx);
-    if (s.index) gather_momentum(s, first, last, v);
-    product(gemm, false, false, n, D, B, z, s.unit, s.mu, v);
+    const C* q = narrowed(z, n * B, narrow_q.get());
+    product(gemm, true, false, B, D, n, q, narrow, 1, dx);
+    if (s.index)
+      gather_momentum<R>(s, first, last, v);
+    else
+      v = widened(static_cast<R*>(s.momentum) + first * D, n * D, v);
+    product(gemm, false, false, n, D, B, q, static_cast<const C*>(s.unit), s.mu, v);
     for (int64_t e = from(s.extra_place, s.extras, first) - s.extra_place; e < s.extras && s.extra_place[e] < last; e++) {
       float* to = v + (s.extra_place[e] - first) * D;
       for (int64_t i = 0; i < D; i++) to[i] += s.extra[e * D + i];
     }
     for (int64_t r = first; r < last; r++, w += D, v += D) {
       if (s.index && r + 1 < last) {
-        prefetch(s.rows + s.index[r + 1] * D, D);
-        prefetch(s.momentum + s.index[r + 1] * D, D);
+        prefetch(rows + s.index[r + 1] * D, D);
+        prefetch(momentum + s.index[r + 1] * D, D);
         if (s.centers) prefetch(s.centers + s.index[r + 1] * D, D);
       }
-      descend(s, r, w, v, radial[r - first]);
+      descend<R>(s, r, w, v, radial[r - first]);
     }
   }
 }
 
-}  // namespace
+typedef void (*Pass)(const Step&, Gemm, int64_t);
 
-extern "C" void lce_first_pass(const Step* step, Sgemm gemm) {
-#pragma omp parallel for num_threads(step->threads) schedule(static, 1)
-  for (int64_t thread = 0; thread < step->threads; thread++) first_pass(*step, gemm, thread);
+void run(const Step& s, Gemm gemm, Pass pass) {
+#pragma omp parallel for num_threads(s.threads) schedule(static, 1)
+  for (int64_t thread = 0; thread < s.threads; thread++) pass(s, gemm, thread);
 }
 
-extern "C" void lce_second_pass(const Step* step, Sgemm gemm) {
-#pragma omp parallel for num_threads(step->threads) schedule(static, 1)
-  for (int64_t thread = 0; thread < step->threads; thread++) second_pass(*step, gemm, thread);
+}  // namespace
+
+extern "C" void lce_first_pass(const Step* step, Gemm gemm) {
+  const Pass passes[2][2] = {{first_pass<float, float>, first_pass<float, Short>},
+                             {first_pass<Short, float>, first_pass<Short, Short>}};
+  run(*step, gemm, passes[step->short_rows != 0][step->short_products != 0]);
+}
+
+extern "C" void lce_second_pass(const Step* step, Gemm gemm) {
+  const Pass passes[2][2] = {{second_pass<float, float>, second_pass<float, Short>},
+                             {second_pass<Short, float>, second_pass<Short, Short>}};
+  run(*step, gemm, passes[step->short_rows != 0][step->short_products != 0]);
 }
 
 extern "C" int64_t lce_step_size() { return sizeof(Step); }

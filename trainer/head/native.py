@@ -1,7 +1,7 @@
 """The fused pass in C++ (native.cpp): built once per machine, for the plain case on a CPU, with torch's own BLAS.
 
 Where there is no C++ compiler or the BLAS has no ``sgemm``, the torch path runs and says so once. The built library is
-kept in ``$XDG_CACHE_HOME/lce-trainer`` (``~/.cache/lce-trainer``); ``LCE_NATIVE=0`` turns it off.
+kept in the user's cache (:func:`trainer.files.cache_folder`); ``LCE_NATIVE=0`` turns it off.
 """
 
 import ctypes
@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import HeadConfig
+from trainer.files import cache_folder, is_own
+from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.head.fused import FusedSoftmax, OldCenters
+from trainer.head.products import address, bfloat16_gemm, torch_library
 from trainer.head.row_optimizer import SgdRows
 from trainer.head.step import FirstPass, LossGradient, PassInput, Step
 from trainer.machine import processor_features
@@ -36,6 +38,7 @@ class StepFields(ctypes.Structure):
 
     _fields_ = [
         *((name, _LONG) for name in ("count", "dim", "batch", "threads")),
+        *((name, _LONG) for name in ("short_rows", "short_products")),
         *((name, _POINTER) for name in ("rows", "momentum", "index", "missed", "kept", "scaled", "unit")),
         *((name, _POINTER) for name in ("products", "inverse", "log_weight")),
         *((name, _FLOAT) for name in ("shift", "scale")),
@@ -45,7 +48,19 @@ class StepFields(ctypes.Structure):
         *((name, _FLOAT) for name in ("coefficient", "mu", "decay", "lr")),
         ("dx", _POINTER),
         ("extras", _LONG),
-        *((name, _POINTER) for name in ("extra_place", "extra", "centers", "mask", "center_cosine", "alignment")),
+        *(
+            (name, _POINTER)
+            for name in (
+                "extra_place",
+                "extra",
+                "noise_row",
+                "noise_column",
+                "centers",
+                "mask",
+                "center_cosine",
+                "alignment",
+            )
+        ),
         ("drawn", _LONG),
         *((name, _FLOAT) for name in ("share", "attraction")),
     ]
@@ -53,18 +68,22 @@ class StepFields(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Native:
-    """The built library and the address of ``sgemm_``."""
+    """The built library and the addresses of the BLAS's ``sgemm_`` and, where there is one, ``gemm_bf16bf16f32_``."""
 
     library: ctypes.CDLL
     gemm: int
+    bfloat16_gemm: int | None
 
     def first(self, fields: StepFields) -> None:
         """The first pass; fills the tensors that ``fields`` point to."""
-        self.library.lce_first_pass(ctypes.byref(fields), ctypes.c_void_p(self.gemm))
+        self.library.lce_first_pass(ctypes.byref(fields), self._gemm(fields))
 
     def second(self, fields: StepFields) -> None:
         """The second pass; updates the rows."""
-        self.library.lce_second_pass(ctypes.byref(fields), ctypes.c_void_p(self.gemm))
+        self.library.lce_second_pass(ctypes.byref(fields), self._gemm(fields))
+
+    def _gemm(self, fields: StepFields) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self.bfloat16_gemm if fields.short_products else self.gemm)
 
 
 @dataclass(frozen=True)
@@ -101,8 +120,10 @@ class NativeSoftmax(FusedSoftmax):
             "threads": threads,
             "rows": optimizer.rows,
             "momentum": optimizer.tables[1],
-            "scaled": x * self.settings.scale,
-            "unit": x,
+            "short_rows": optimizer.rows.dtype == torch.bfloat16,
+            "short_products": self.settings.compute == torch.bfloat16,
+            "scaled": (x * self.settings.scale).to(self.settings.compute),
+            "unit": x.to(self.settings.compute),
             "products": torch.empty(rows.count, batch) if inputs.keep_products else None,
             "inverse": inverse,
             "log_weight": inputs.log_weight,
@@ -131,20 +152,24 @@ class NativeSoftmax(FusedSoftmax):
         if not isinstance(first, NativeFirstPass) or not inputs.rows.undisturbed:
             return super().second_pass(step, gradient, deferred)
         optimizer, index = self.optimizer, inputs.targets.index
+        config = optimizer.config
+        assert isinstance(config, SgdRowsConfig)
         dx = torch.zeros(first.fields.threads, *inputs.batch.x.shape)
         values: dict[str, Tensor | float | None] = {
             "log_sum": gradient.log_sum[0].nan_to_num(posinf=1e30),
             "target_pull": gradient.target_pull,
             "target_cosine": inputs.targets.cosine,
             "coefficient": float(gradient.coefficient),
-            "mu": optimizer.config.momentum,
-            "decay": optimizer.config.weight_decay,
+            "mu": config.momentum,
+            "decay": config.weight_decay,
             "lr": optimizer.lr,
             "dx": dx,
             "extras": len(gradient.own),
             "extra_place": index.own,
             "extra": gradient.own.contiguous(),
         }
+        if optimizer.rows.dtype == torch.bfloat16:
+            values |= dict(zip(("noise_row", "noise_column"), optimizer.noise(inputs.rows.count, 2), strict=True))
         if self.old is not None:
             weight = self.old.bank.alignment_weight * gradient.grad / self.old.total.clamp_min(1)
             values["attraction"] = float(weight)
@@ -170,7 +195,9 @@ def covers(config: HeadConfig) -> bool:
     """Whether native.cpp knows this kind of head."""
     margin = config.margin
     return (
-        (config.impl, config.rows, config.compute, config.optimizer.name) == ("fused", "float32", "float32", "sgd")
+        (config.impl, config.optimizer.name) == ("fused", "sgd")
+        and config.rows in ("float32", "bfloat16")
+        and (config.compute == "float32" or bfloat16_gemm() is not None)
         and config.sub_centers == 1
         and margin.name != "curricular"
         and not margin.inter_class_filter
@@ -188,11 +215,11 @@ def load() -> Native | None:
     if os.environ.get("LCE_NATIVE") == "0":
         return None
     try:
-        library, torch_library = ctypes.CDLL(str(_built())), _torch_library()
+        library, blas = ctypes.CDLL(str(_built())), torch_library()
         _check_size(library)
-        if _address(library, "omp_get_num_threads") != _address(torch_library, "omp_get_num_threads"):
+        if address(library, "omp_get_num_threads") != address(blas, "omp_get_num_threads"):
             raise OSError("torch has an OpenMP of its own; two pools of threads would work against each other")
-        return Native(library, _address(torch_library, "sgemm_"))
+        return Native(library, address(blas, "sgemm_"), bfloat16_gemm())
     except (OSError, subprocess.CalledProcessError, AttributeError) as error:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(
@@ -208,17 +235,6 @@ def _check_size(library: ctypes.CDLL) -> None:
         raise OSError(f"{SOURCE.name}: Step has {size} bytes, its mirror in native.py {ctypes.sizeof(StepFields)}")
 
 
-def _torch_library() -> ctypes.CDLL:
-    """The library that holds torch's BLAS."""
-    folder = Path(torch.__file__).parent / "lib"
-    return ctypes.CDLL(str(next(iter(folder.glob("libtorch_cpu.*")), "libtorch_cpu.so")))
-
-
-def _address(library: ctypes.CDLL, name: str) -> int:
-    """Where a function of a library, or of those that it is linked with, stands; raises AttributeError."""
-    return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
-
-
 def _built() -> Path:
     """The library's file; compiles it when this compiler has not, for this kind of processor."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
@@ -227,10 +243,9 @@ def _built() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     made_from = [SOURCE.read_text(), *FLAGS, version, torch.__version__, processor_features()]
     key = hashlib.sha256("\n".join(made_from).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lce-trainer"
+    folder = cache_folder()
     path = folder / f"head-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not is_own(path):
         with tempfile.TemporaryDirectory(
             dir=folder
         ) as own:  # built beside and renamed: several ranks may do so at once
@@ -238,5 +253,6 @@ def _built() -> Path:
             subprocess.run(
                 [compiler, *FLAGS, str(SOURCE), "-o", str(partial)], capture_output=True, text=True, check=True
             )
+            partial.chmod(0o700)
             partial.replace(path)
     return path

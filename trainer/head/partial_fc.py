@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.config import HeadConfig
 from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch, scale_gradient
 from trainer.errors import ConfigError, DataError
 from trainer.head import native
+from trainer.head.config import HeadConfig
 from trainer.head.fused import FusedSoftmax, OldCenters
 from trainer.head.kernels import Kernels, chunk_rows
 from trainer.head.margin import Margin, build_margin
@@ -296,9 +296,3 @@ def _check(config: HeadConfig, compat: DirectCompat | None) -> None:
         raise ConfigError(
             "head.sub_centers > 1 with compat.mode direct: an old centre has no single new row to align with"
         )
-    if margin.gradient == "straight_through" and margin.name not in ("arcface", "combined"):
-        raise ConfigError(f"head.margin.gradient = straight_through: only for arcface and combined, not {margin.name}")
-    if margin.name == "magface" and not (
-        margin.lower_norm < margin.upper_norm and margin.lower_margin <= margin.upper_margin
-    ):
-        raise ConfigError("head.margin: magface needs lower_norm < upper_norm and lower_margin <= upper_margin")

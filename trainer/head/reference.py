@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.config import HeadConfig
 from trainer.distributed import all_reduce_sum
 from trainer.errors import ConfigError
+from trainer.head.config import AdamWRowsConfig, HeadConfig, SgdRowsConfig
 from trainer.head.fused import OldCenters
 from trainer.head.margin import Margin, Target
 from trainer.head.sampling import Drawn
@@ -66,11 +66,12 @@ class ReferenceSoftmax:
         self.num_classes, self.old, self.world_size = num_classes, old, world_size
         self.weight = torch.nn.Parameter(rows)
         o = config.optimizer
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD([self.weight], lr=0.0, momentum=o.momentum, weight_decay=o.weight_decay)
-            if o.name == "sgd"
-            else torch.optim.AdamW([self.weight], 0.0, (o.beta1, o.beta2), o.eps, o.weight_decay)
-        )
+        self.optimizer: torch.optim.Optimizer
+        if isinstance(o, SgdRowsConfig):
+            self.optimizer = torch.optim.SGD([self.weight], 0.0, momentum=o.momentum, weight_decay=o.weight_decay)
+        elif isinstance(o, AdamWRowsConfig):
+            betas = (o.beta1, o.beta2)
+            self.optimizer = torch.optim.AdamW([self.weight], 0.0, betas, o.eps, o.weight_decay)
         self.weight.register_post_accumulate_grad_hook(self._after_backward)
 
     def set_lr(self, lr: float) -> None:

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import RowOptimizerConfig
 from trainer.errors import ConfigError
+from trainer.head.config import AdamWRowsConfig, RowOptimizerConfig, SgdRowsConfig
+from trainer.head.products import product
 
 HORIZON = 1024
 """After so many updates all rows are brought up to date, so that no row can miss more steps than the table holds."""
@@ -70,7 +71,7 @@ class RowGradient:
         """``q @ x`` in the dtype of ``like`` (n, D)."""
         if self.q is None or self.x is None:
             return torch.zeros_like(like)
-        return torch.mm(self.q, self.x).to(like.dtype)
+        return product(self.q, self.x).to(like.dtype)
 
     def dense(self, w: Tensor) -> Tensor:
         """The gradient itself (n, D) at the rows ``w``."""
@@ -201,14 +202,15 @@ class RowOptimizer(ABC):
         """In the tables' dtype; to bfloat16 stochastically: E[result] = value."""
         if self.rows.dtype != torch.bfloat16:
             return value.to(self.rows.dtype)
-        return self.fuse(_round_stochastically)(value, *self._noise_for(value))
+        by_row, by_column = self.noise(len(value))
+        return self.fuse(_round_stochastically)(value, by_row[:, None], by_column)
 
-    def _noise_for(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Random int32 by row (n, 1) and by column (1, D); their hash is the noise of an element."""
-        n, d = value.shape
-        options = {"generator": self._noise, "device": value.device, "dtype": torch.int32}
-        both = torch.randint(-(2**31), 2**31, (n + d,), **options)  # type: ignore[call-overload]
-        return both[:n, None], both[None, n:]
+    def noise(self, count: int, columns: int = 1) -> tuple[Tensor, Tensor]:
+        """Random int32 by row (n,) and by column (columns, D); the hash of both is the noise of an element."""
+        d = self.rows.shape[1]
+        options = {"generator": self._noise, "device": self.rows.device, "dtype": torch.int32}
+        both = torch.randint(-(2**31), 2**31, (count + columns * d,), **options)  # type: ignore[call-overload]
+        return both[:count], both[count:].view(columns, d)
 
     def reseed(self, seed: int) -> None:
         """Seed the rounding of a step, so that a resumed run rounds alike."""
@@ -248,8 +250,9 @@ class SgdRows(RowOptimizer):
 
     state_names = ("momentum",)
 
-    def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
+    def __init__(self, config: SgdRowsConfig, rows: Tensor, sampled: bool, seed: int) -> None:
         super().__init__(config, rows, sampled, seed)
+        self.config: SgdRowsConfig = config
         if not sampled:
             return
         self._last = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
@@ -367,8 +370,9 @@ class AdamWRows(RowOptimizer):
 
     state_names = ("first_moment", "second_moment")
 
-    def __init__(self, config: RowOptimizerConfig, rows: Tensor, sampled: bool, seed: int) -> None:
+    def __init__(self, config: AdamWRowsConfig, rows: Tensor, sampled: bool, seed: int) -> None:
         super().__init__(config, rows, sampled, seed)
+        self.config: AdamWRowsConfig = config
         self._draws = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
 
     def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
@@ -407,8 +411,10 @@ def build_row_optimizer(config: RowOptimizerConfig, rows: Tensor, sampled: bool,
     """The row optimizer that a configuration names. Raises :class:`ConfigError` for a dtype that it cannot store."""
     if rows.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise ConfigError(f"head.rows = {rows.dtype}: rows are stored as float32, float64 or bfloat16")
-    kind = SgdRows if config.name == "sgd" else AdamWRows
-    return kind(config, rows, sampled, seed)
+    if isinstance(config, SgdRowsConfig):
+        return SgdRows(config, rows, sampled, seed)
+    assert isinstance(config, AdamWRowsConfig)
+    return AdamWRows(config, rows, sampled, seed)
 
 
 class CollectedGradients:

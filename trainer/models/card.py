@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from trainer import __version__
-from trainer.config import BackboneConfig, TransformConfig
+from trainer.data.identities import IdentitiesCard
 from trainer.errors import ModelError
+from trainer.networks.config import AnyTransform, BackboneConfig
+from trainer.reading import parse_json, read_json
 from trainer.seals import sealed, unsealed
 
 Color = Literal["RGB", "BGR"]
@@ -19,6 +21,7 @@ Direction = Literal["t21", "t12"]
 
 
 CARD_FILE = "model.json"
+IDENTITIES = "identities.npy"
 
 
 class TransformCard(BaseModel):
@@ -26,9 +29,19 @@ class TransformCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    config: TransformConfig
+    config: AnyTransform
     dim_in: int = Field(ge=1)
     dim_out: int = Field(ge=1)
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _own_keys(cls, value: Any) -> Any:
+        """Version 0.1 wrote the keys of every kind of map."""
+        kinds = ("blocks", "paths", "bottleneck", "hidden")
+        if not isinstance(value, dict) or not all(key in value for key in kinds):
+            return value
+        kept = {"rbt": kinds[:3], "mlp": kinds[3:]}.get(value.get("name", "rbt"), ())
+        return {key: one for key, one in value.items() if key in kept or key not in kinds}
 
 
 class ModelCard(BaseModel):
@@ -52,9 +65,11 @@ class ModelCard(BaseModel):
     )
     compatible_with: str | None = Field(None, description="the old model")
     compatible_with_hash: str | None = None
+    maps_of: str | None = Field(None, description="of maps alone: the hash of the model whose embeddings they map")
     step: int = Field(0, ge=0, description="updates that it was trained for")
     trained_on: str = ""
     classes: int = Field(0, ge=0, description="identities that it was trained on")
+    identities: IdentitiesCard | None = Field(None, description="which they were; None: not known")
     figures: dict[str, float] = Field(default_factory=dict, description="measured figures, by name")
     licence: str = ""
     notes: str = ""
@@ -78,21 +93,19 @@ def read_folder_card(folder: Path) -> tuple[ModelCard, Files | None]:
     """
     file = folder / CARD_FILE
     try:
-        tree = unsealed(json.loads(file.read_text(encoding="utf-8")), file, ModelError, "model")
+        tree = unsealed(read_json(file, ModelError), file, ModelError, "model")
         files = tree.pop("files", None) if isinstance(tree, dict) else None
         known = pydantic.TypeAdapter(Files | None).validate_python(files)
-        return ModelCard.model_validate_json(json.dumps(tree)), known
+        return ModelCard.model_validate(tree), known
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         raise ModelError(f"{file}: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def read_card(data: bytes | str, source: str) -> ModelCard:
     """Parse a model card. Raises :class:`ModelError` naming ``source`` and the key."""
     try:
-        return ModelCard.model_validate_json(data)
+        return ModelCard.model_validate(parse_json(data, source, ModelError))
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         raise ModelError(f"{source}: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}") from None

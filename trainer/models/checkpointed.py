@@ -2,17 +2,21 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer.checkpoint import SEAL, Checkpoint, find_damage, list_checkpoints, load_tensors, read_index, read_seal
-from trainer.config import Config, parse_config
+from trainer.config import parse_section
+from trainer.data.identities import identities_of
 from trainer.data.index import DatasetInfo, open_dataset
 from trainer.errors import LceError, ModelError
 from trainer.models.card import ModelCard
 from trainer.models.model import TorchModel
 from trainer.networks import build_backbone
+from trainer.networks.config import BackboneConfig
+from trainer.networks.scale import fit_scale
 
 # The moving average is what a finished run would hand over.
 _PREFIXES = ("average.backbone.", "module.backbone.")
@@ -37,8 +41,9 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
         damage = find_damage(path, checkpoint.seal["files"])
         if damage:
             raise ModelError(damage)
-        config = parse_config(checkpoint.seal["config"], str(path / SEAL))
-        look = _look(config)
+        config, source = checkpoint.seal["config"], str(path / SEAL)
+        chosen: BackboneConfig = parse_section(BackboneConfig, config["backbone"], source)
+        look = _look(config["data"])
         index = read_index(path).state_dict_metadata
         found = {n: entry for n, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
         prefix = next(p for p in (*_PREFIXES, "") if any(n.startswith(p) for n in found))
@@ -46,34 +51,44 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
         if not prefix:
             raise ModelError(f"{path}: holds no backbone")
         load_tensors(checkpoint, state)
-        backbone = build_backbone(config.backbone, look.image_size)
-        backbone.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()})
+        backbone = build_backbone(chosen, look.image_size)
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+        fit_scale(backbone, state)
+        backbone.load_state_dict(state)
     except ModelError:
         raise
     except (LceError, RuntimeError, KeyError) as error:
         raise ModelError(f"{path}: no model can be taken from it: {error}") from None
     name, content_of_old = checkpoint.seal.get("old_model", (None, None))  # seals of version 0.1 do not have it
     card = ModelCard(
-        backbone=config.backbone.model_copy(update={"weights": None}),
-        dim=config.backbone.dim,
+        backbone=chosen.model_copy(update={"weights": None}),
+        dim=chosen.dim,
         image_size=look.image_size,
         color=look.color,
         mean=look.mean,
         std=look.std,
         step=checkpoint.step,
-        trained_on=str(config.data.path or "synthetic"),
+        trained_on=config["data"].get("path") or "synthetic",
         classes=int(checkpoint.seal["num_classes"]),
-        mode=config.compat.way,
+        mode=_label(config["compat"]),
         compatible_with=name,
         compatible_with_hash=content_of_old,
         left_out=tuple(d for d in ("t21", "t12") if any(n.startswith(f"module.{d}.") for n in found)),
         notes=f"from the checkpoint {path}",
     )
     content = hashlib.sha256(repr(sorted(checkpoint.seal["files"].items())).encode()).hexdigest()[:16]
-    return TorchModel(card, path, content, backbone, {}, device)
+    model = TorchModel(card, path, content, backbone, {}, device)
+    model.identities = identities_of(config["data"].get("path"), config["data"].get("labels"), chosen.weights)
+    return model
 
 
-def _look(config: Config) -> DatasetInfo:
-    if config.data.path is None:
-        return DatasetInfo(image_size=(config.data.synthetic_size, config.data.synthetic_size))
-    return open_dataset(config.data.path).info
+def _look(data: dict[str, Any]) -> DatasetInfo:
+    if data.get("path") is None:
+        return DatasetInfo(image_size=(data["synthetic_size"], data["synthetic_size"]))
+    return open_dataset(Path(data["path"])).info
+
+
+def _label(compat: dict[str, Any]) -> str:
+    """How the model is made compatible, as its card names it: LCE's mode, another method, or empty."""
+    method = str(compat["method"])
+    return {"none": "", "lce": str(compat.get("mode", "direct"))}.get(method, method)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
+from trainer.data.identities import Identities, save_identities
 from trainer.errors import ModelError
 from trainer.files import checksum, replaced, save_tensors
-from trainer.models.card import CARD_FILE, Direction, ModelCard, card_text
+from trainer.models.card import CARD_FILE, IDENTITIES, Direction, ModelCard, card_text
 
 
 def save_model(
@@ -16,6 +17,7 @@ def save_model(
     backbone: nn.Module | None,
     card: ModelCard,
     transforms: Mapping[Direction, nn.Module] | None = None,
+    identities: Identities | None = None,
 ) -> None:
     """Write a model folder, atomically; an earlier model folder of that name is replaced.
 
@@ -23,6 +25,7 @@ def save_model(
         backbone: the plain network (not wrapped for training); its state dict is copied to the CPU. None: the folder
             holds maps alone, and the card names no backbone.
         transforms: the modules that ``card.transforms`` describes.
+        identities: which the model was trained on, where known; hashes of them are kept.
 
     Raises:
         ModelError: the card and the modules do not fit each other, or the folder cannot be written.
@@ -41,6 +44,8 @@ def save_model(
         for name, module in modules.items():
             state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
             save_tensors(state, partial / f"{name}.safetensors")
+        known = None if identities is None else save_identities(identities, partial / IDENTITIES)
+        card = card.model_copy(update={"identities": known})
         files = {file.name: checksum(file) for file in sorted(partial.iterdir())}
         (partial / CARD_FILE).write_text(card_text(card, files), encoding="utf-8")
 

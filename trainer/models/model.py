@@ -1,6 +1,7 @@
 """Models in use: images in, unit embeddings out, whatever kind of file the model came from
 (:func:`trainer.models.open.load_model`)."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.data.identities import Identities
 from trainer.distributed import Ranks, agree, all_gather_rows
 from trainer.errors import LceError, ModelError
 from trainer.models.card import Color, Direction, ModelCard
@@ -21,17 +23,26 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+log = logging.getLogger(__name__)
+
 
 class EmbeddingModel(ABC):
     """A model for use: images in, unit embeddings out, with its transformations.
 
     Attributes:
         card: what is known of it. path: where it was loaded from. hash: of its weights and preprocessing, for caches
-        and checks.
+        and checks. identities: which it was trained on; None: not known.
+        foreign: without a card of ours: how images enter it was read, stated or assumed. reading: which, in words.
+        allow_collapsed: :func:`check_distinct` lets it pass.
     """
+
+    foreign = False
+    allow_collapsed = False
+    reading = ""
 
     def __init__(self, card: ModelCard, path: Path, content_hash: str) -> None:
         self.card, self.path, self.hash = card, path, content_hash
+        self.identities: Identities | None = None
 
     @property
     def dim(self) -> int:
@@ -137,6 +148,67 @@ class TorchModel(EmbeddingModel):
             return transform_vectors(self.transforms[direction], given).cpu().numpy()
 
 
+COLLAPSED = 0.98
+"""Mean cosine of different images above which a model is taken to be fed wrongly."""
+_PAIRS = 64
+
+
+def check_distinct(model: EmbeddingModel, dataset: "Dataset") -> None:
+    """Refuse a foreign model whose embeddings of different images all but coincide: it is fed what it does not take.
+
+    Raises:
+        ModelError: the mean cosine of 64 pairs of images, spread over the set, is above :data:`COLLAPSED`.
+    """
+    if not model.foreign or model.allow_collapsed:
+        return
+    kept = np.flatnonzero(dataset.sound_labels >= 0)
+    chosen = kept[np.unique(np.linspace(0, len(kept) - 1, min(len(kept), 2 * _PAIRS)).astype(int))]
+    half = len(chosen) // 2
+    images = np.stack([dataset.decode(int(record)) for record in chosen[: 2 * half]]) if half else np.empty((0, 1))
+    images = resized(images, model.card.image_size) if half else images
+    differ = np.array([not np.array_equal(*pair) for pair in zip(images[:half], images[half:], strict=True)], bool)
+    if not differ.any():
+        return
+    vectors = np.concatenate([model.embed(part, dataset.info.color) for part in np.array_split(images, 8)])
+    cosine = float((vectors[:half] * vectors[half:]).sum(1)[differ].mean())
+    if not cosine <= COLLAPSED:
+        raise ModelError(
+            f"{model.path}: embeddings of different images all but coincide (mean cosine {cosine:.4f} of "
+            f"{int(differ.sum())} pairs of {dataset.path}), so it is probably fed what it does not take "
+            f"({model.reading}); state --pixels, --color, --mean and --std, or --allow-collapsed if it is right"
+        )
+
+
+def resizing(model: EmbeddingModel, dataset: "Dataset") -> str:
+    """What is to be said where a set's images are of another size than the model's; "" where they are not."""
+    stored, taken = dataset.info.image_size, model.card.image_size
+    if tuple(stored) == tuple(taken):
+        return ""
+    return (
+        f"{dataset.path}: its images of {stored[0]} × {stored[1]} are resized to {taken[0]} × {taken[1]}, which "
+        f"{model.path} takes"
+    )
+
+
+def introduce(model: EmbeddingModel, dataset: "Dataset | None", shown: bool) -> None:
+    """Log how a foreign model is read and that images are resized for it (where ``shown``), and refuse one that
+    :func:`check_distinct` refuses. Raises :class:`ModelError`."""
+    for line in (model.reading, "" if dataset is None else resizing(model, dataset)) if shown else ():
+        if line:
+            log.warning("%s", line)
+    if dataset is not None:
+        check_distinct(model, dataset)
+
+
+def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(b, H, W, 3) uint8 in another size (H', W'), bilinear with antialiasing; as they are where the size is that."""
+    if images.shape[1:3] == tuple(size):
+        return images
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
+    out = nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+    return out.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
 def embed_dataset(
     model: EmbeddingModel,
     dataset: "Dataset",
@@ -158,7 +230,7 @@ def embed_dataset(
         (n, D) float32 rows in the order of ``indices``, on every rank.
 
     Raises:
-        LceError: on every rank, the first rank's problem: a damaged record, or images of another size than the model's.
+        LceError: on every rank, the first rank's problem, such as a damaged record.
     """
     records = np.arange(len(dataset)) if indices is None else np.asarray(indices, np.int64)
     parts = np.array_split(records, ranks.world_size)
@@ -186,10 +258,10 @@ def embed_batches(
     unit: bool = True,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of (record numbers (b,), embeddings (b, D), unit unless said otherwise); the next batch is decoded while
-    the model works on this one.
+    the model works on this one. Images of another size than the model's are resized (:func:`resized`).
 
     Raises:
-        LceError: a damaged record, or images of another size than the model's.
+        LceError: a damaged record.
     """
     batches = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -197,5 +269,5 @@ def embed_batches(
         for number, batch in enumerate(batches):
             following = batches[number + 1] if number + 1 < len(batches) else batch[:0]
             current, waiting = waiting, [pool.submit(dataset.decode, int(record)) for record in following]
-            images = np.stack([future.result() for future in current])
+            images = resized(np.stack([future.result() for future in current]), model.card.image_size)
             yield batch, model.embed(images, dataset.info.color, flip, unit)

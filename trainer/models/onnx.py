@@ -1,14 +1,20 @@
 """ONNX files as models: our own exports and other people's, run by ONNX Runtime."""
 
 import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
+from trainer.data.identities import load_identities
 from trainer.errors import ModelError
-from trainer.models.card import Direction, ModelCard, read_card
+from trainer.models.card import IDENTITIES, Color, Direction, ModelCard, read_card
+from trainer.models.description import Pixels, Reading, Triple, reading_hash
 from trainer.models.model import EmbeddingModel
+from trainer.models.preprocessing import read_beginning
+from trainer.reading import regular
 from trainer.seals import warn_once
 
 CARD_KEY = "lce_model_card"
@@ -19,6 +25,8 @@ IMAGES_INSIDE: InputKind = "pixels"
 IMAGES_OUTSIDE: InputKind = "normalised"
 VECTORS: InputKind = "vectors"
 
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_SILENT = 4  # ONNX Runtime prints what it also raises
 
 _SEAL_KEY = b"lce_seal"
 _SEAL_BYTES = 64
@@ -56,25 +64,42 @@ def check_seal(path: Path) -> bool:
     return True
 
 
-def open_session(path: Path) -> Any:
-    """An ``onnxruntime.InferenceSession`` on the CPU. Raises :class:`ModelError` when the file is missing or no ONNX
-    graph."""
+def open_session(path: Path, device: str | torch.device = "cpu") -> Any:
+    """An ``onnxruntime.InferenceSession``, on this CUDA device where ONNX Runtime can, else on the CPU. Raises
+    :class:`ModelError` when the file is missing or no ONNX graph."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = _SILENT
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     whole = check_seal(path)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers(device))
         metadata = session.get_modelmeta().custom_metadata_map
     except Exception as error:
-        raise ModelError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{path}: ONNX Runtime cannot load it: {_line(error)}") from None
     if not whole and CARD_KEY in metadata:
         why = "was saved again by another tool" if _SEAL_KEY.decode() in metadata else "was written without a checksum"
         warn_once(f"{path}: {why}; damage in it would not be noticed")
     return session
+
+
+def providers(device: str | torch.device) -> list[Any]:
+    """What ONNX Runtime is to run on, in order of preference: CUDA's provider for a CUDA device, where it is built in.
+
+    The CPU stays behind it, for operators that CUDA's provider lacks.
+    """
+    import onnxruntime
+
+    device = torch.device(device)
+    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return [("CUDAExecutionProvider", {"device_id": device.index or 0}), "CPUExecutionProvider"]
+    return ["CPUExecutionProvider"]
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def check_shapes(session: Any, path: Path, rank: int) -> None:
@@ -97,52 +122,117 @@ def check_shapes(session: Any, path: Path, rank: int) -> None:
         raise ModelError(f"{path}: its input {given} has free axes beside the batch; export it with a static size")
 
 
-class OnnxModel(EmbeddingModel):
-    """An image model in an ONNX file.
+@dataclass(frozen=True)
+class GraphInput:
+    """How images enter a graph and embeddings leave it.
 
-    Files without our model card are read as InsightFace's clients read them: RGB; graphs that subtract and multiply
-    first take pixels of 0 … 255, others (pixel − 127.5) / 127.5.
+    Attributes:
+        name, output: of the graph's input and of the output that is used.
+        color: what the graph takes, (pixel / 255 − mean) / std of it, mean and std in this order; None: raw pixels.
+        normalise: (mean, std). dtype: of the input. channels_last: (b, H, W, 3) instead of (b, 3, H, W).
+        group: images at a time, exactly so many; None: any number.
     """
 
-    def __init__(self, card: ModelCard, path: Path, content_hash: str, session: Any, input_kind: InputKind) -> None:
+    name: str
+    output: str
+    color: Color
+    normalise: tuple[Triple, Triple] | None
+    dtype: Any = np.float32
+    channels_last: bool = False
+    group: int | None = None
+
+    def feed(self, images: np.ndarray) -> np.ndarray:
+        """(b, H, W, 3) uint8 in the graph's colour order → the graph's input."""
+        if self.normalise is None:
+            values = images if self.dtype == np.uint8 else images.astype(np.float32)
+        else:
+            mean, std = (np.array(value, np.float32) for value in self.normalise)
+            values = (images.astype(np.float32) / 255 - mean) / std
+        if not self.channels_last:
+            values = values.transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(values, self.dtype)
+
+    def run(self, session: Any, images: np.ndarray) -> np.ndarray:
+        """(b, H, W, 3) uint8 → (b, D) float32, in groups where the graph asks for them."""
+        if self.group is None:
+            return self._run(session, images)
+        parts = []
+        for start in range(0, len(images), self.group):
+            part = images[start : start + self.group]
+            full = np.concatenate([part, np.repeat(part[-1:], self.group - len(part), 0)])
+            parts.append(self._run(session, full)[: len(part)])
+        return np.concatenate(parts)
+
+    def _run(self, session: Any, images: np.ndarray) -> np.ndarray:
+        found = session.run([self.output], {self.name: self.feed(images)})[0]
+        rows = embedding_rows(found, len(images))
+        if rows is None:
+            raise ValueError(f"the output {self.output!r} is {np.shape(found)} for {len(images)} images")
+        return rows
+
+
+def embedding_rows(found: Any, count: int) -> np.ndarray | None:
+    """(b, D), or with axes of 1 behind or between, → (b, D) float32; None: not one vector for each of ``count``."""
+    shape = np.shape(found)
+    inner = [size for size in shape[1:] if size != 1]
+    if len(shape) < 2 or shape[0] != count or len(inner) != 1:
+        return None
+    return np.asarray(found, np.float32).reshape(count, inner[0])
+
+
+class OnnxModel(EmbeddingModel):
+    """An image model in an ONNX file: one of our exports, or a foreign one.
+
+    Foreign graphs are read by what they do to their input first (:mod:`trainer.models.preprocessing`), unless it is
+    stated; one that does nothing to it is fed (pixel − 127.5) / 127.5 of RGB, as InsightFace's clients do.
+    """
+
+    def __init__(self, card: ModelCard, path: Path, content_hash: str, session: Any, way: GraphInput) -> None:
         super().__init__(card, path, content_hash)
-        self.input_kind = input_kind
-        self._session, self._input = session, session.get_inputs()[0].name
+        self.graph_input, self._session = way, session
 
     @staticmethod
-    def open(path: Path) -> "OnnxModel":
-        """Open a file. Raises :class:`ModelError` for a graph that does not map a batch of images to one embedding
-        each."""
-        session = open_session(path)
+    def open(path: Path, device: str | torch.device = "cpu", reading: Reading | None = None) -> "OnnxModel":
+        """Open a file. Raises :class:`ModelError` for a graph that does not map images to one embedding each.
+
+        Args:
+            device: where ONNX Runtime has CUDA's provider, a CUDA device is used; else the CPU.
+            reading: what is stated of a foreign graph; our exports carry a card, which counts instead.
+        """
+        session = open_session(regular(path, ModelError), device)
         metadata = session.get_modelmeta().custom_metadata_map
         if metadata.get(INPUT_KEY) == VECTORS:
             raise ModelError(f"{path}: a transformation of embeddings, not a model of images")
+        if CARD_KEY not in metadata:
+            return _open_foreign(session, path, reading or Reading())
         check_shapes(session, path, 4)
-        if CARD_KEY in metadata:
-            card = read_card(metadata[CARD_KEY], str(path))
-            kind: InputKind = IMAGES_OUTSIDE if metadata.get(INPUT_KEY) == IMAGES_OUTSIDE else IMAGES_INSIDE
-        else:
-            card, kind = _foreign_card(session, path)
+        card = read_card(metadata[CARD_KEY], str(path))
         shape = session.get_inputs()[0].shape
         if list(shape[1:]) != [3, *card.image_size]:
             raise ModelError(f"{path}: its input is {shape}, its model card says images of {card.image_size}")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        return OnnxModel(card, path, digest, session, kind)
+        order = slice(None) if card.color == "RGB" else slice(None, None, -1)  # the graph takes RGB always
+        outside = metadata.get(INPUT_KEY) == IMAGES_OUTSIDE
+        way = GraphInput(
+            session.get_inputs()[0].name,
+            session.get_outputs()[0].name,
+            "RGB",
+            (card.mean[order], card.std[order]) if outside else None,  # type: ignore[arg-type]
+        )
+        model = OnnxModel(card, path, digest, session, way)
+        model.identities = load_identities(card.identities, path.with_suffix(f".{IDENTITIES}"))
+        return model
+
+    @property
+    def input_kind(self) -> InputKind:
+        """Whether the graph takes pixels, or images that are normalised already."""
+        return IMAGES_INSIDE if self.graph_input.normalise is None else IMAGES_OUTSIDE
 
     def embed(self, images: np.ndarray, color: Any = "RGB", flip: bool = False, unit: bool = True) -> np.ndarray:
-        """As :meth:`EmbeddingModel.embed`; graphs take RGB always, whatever the network inside was trained on."""
-        return super().embed(images if color == "RGB" else images[..., ::-1], self.card.color, flip, unit)
-
-    def feed(self, images: np.ndarray) -> np.ndarray:
-        """(b, H, W, 3) uint8 RGB → the graph's input (b, 3, H, W) float32."""
-        pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32)
-        if self.input_kind == IMAGES_INSIDE:
-            return pixels
-        order = slice(None) if self.card.color == "RGB" else slice(None, None, -1)
-        mean = np.array(self.card.mean[order], np.float32).reshape(3, 1, 1)
-        std = np.array(self.card.std[order], np.float32).reshape(3, 1, 1)
-        return (pixels / 255 - mean) / std
+        """As :meth:`EmbeddingModel.embed`; the graph's order counts, whatever the network inside was trained on."""
+        same = color == self.graph_input.color
+        return super().embed(images if same else images[..., ::-1], self.card.color, flip, unit)
 
     def rows(self, images: np.ndarray) -> np.ndarray:
         """(b, H, W, 3) uint8 RGB → (b, D) float32 as the graph gives them, not made unit."""
@@ -151,7 +241,10 @@ class OnnxModel(EmbeddingModel):
     def _embed(self, images: np.ndarray) -> np.ndarray:
         if not len(images):
             return np.empty((0, self.dim), np.float32)
-        return np.asarray(self._session.run(None, {self._input: self.feed(images)})[0], np.float32)
+        try:
+            return self.graph_input.run(self._session, images)
+        except Exception as error:
+            raise ModelError(f"{self.path}: fails on {len(images)} images: {_line(error)}") from None
 
     def transform(self, direction: Direction, vectors: np.ndarray) -> np.ndarray:
         """An ONNX file holds one graph: transformations are files of their own. Always raises :class:`ModelError`."""
@@ -160,17 +253,132 @@ class OnnxModel(EmbeddingModel):
         )
 
 
-def _foreign_card(session: Any, path: Path) -> tuple[ModelCard, InputKind]:
-    import onnx
+def _open_foreign(session: Any, path: Path, stated: Reading) -> OnnxModel:
+    """A graph without a card: its input is described, its output found by running it on two black images."""
+    dtype, channels_last, size = _input_axes(session, path, stated)
+    pixels, why = _pixels(path, session.get_inputs()[0].name, dtype, stated)
+    said = stated.model_copy(update={"pixels": pixels}) if stated.preprocessing() is None else stated
+    mean, std = said.preprocessing() or ((0.5,) * 3, (0.5,) * 3)
+    batch = session.get_inputs()[0].shape[0]
+    fixed = isinstance(batch, int) and batch > 0
+    color = stated.color or "RGB"
+    way = GraphInput(
+        session.get_inputs()[0].name,
+        stated.output or "",
+        color,
+        None if pixels == "0..255" else (mean, std),
+        dtype,
+        channels_last,
+        batch if fixed else None,
+    )
+    notes = [f"embeddings are made in groups of {batch}, its fixed batch size"] if fixed else []
+    way, dim, more = _find_output(session, path, way, size, stated.output)
+    card = ModelCard(
+        dim=dim, image_size=size, color=color, mean=mean, std=std, notes="an ONNX file without a model card"
+    )
+    content = reading_hash(path, way.output, pixels, color, mean, std, size)
+    model = OnnxModel(card, path, content, session, way)
+    model.foreign, model.allow_collapsed = True, stated.allow_collapsed
+    ranges = {"0..255": "pixels 0 … 255", "0..1": "pixels 0 … 1"}
+    fed = ranges.get(pixels, f"pixels normalised by mean {_short(mean)} and std {_short(std)} (of pixel / 255)")
+    assumed = "" if stated.color else " (assumed)"
+    axes = " channels last," if channels_last else ""
+    kind = "" if dtype == np.float32 else f" {np.dtype(dtype).name},"
+    model.reading = "; ".join(
+        [
+            f"{path}: fed {fed} ({why}), {color}{assumed},{axes}{kind} {size[0]} × {size[1]}",
+            f"dimension {dim} from the output {way.output!r}",
+            *notes,
+            *more,
+        ]
+    )
+    return model
 
-    first = [node.name for node in onnx.load(path, load_external_data=False).graph.node[:8]]
-    inside = any(n.startswith(("Sub", "_minus")) for n in first) and any(n.startswith(("Mul", "_mul")) for n in first)
-    inside = inside or "bn_data" in first[:3]
-    shape, dim = session.get_inputs()[0].shape, session.get_outputs()[0].shape[1]
-    if shape[1] != 3 or not isinstance(dim, int):
-        raise ModelError(f"{path}: maps {shape} to dimension {dim}; needed is (batch, 3, H, W) to a fixed dimension")
-    card = ModelCard(dim=dim, image_size=(shape[2], shape[3]), notes="an ONNX file without a model card")
-    return card, IMAGES_INSIDE if inside else IMAGES_OUTSIDE
+
+def _short(values: Any) -> str:
+    return f"{values[0]:g}" if len(set(values)) == 1 else "(" + ", ".join(f"{value:g}" for value in values) + ")"
+
+
+def _input_axes(session: Any, path: Path, stated: Reading) -> tuple[Any, bool, tuple[int, int]]:
+    """dtype of the input, whether channels come last, (H, W)."""
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        raise ModelError(
+            f"{path}: {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); needed is one, of images"
+        )
+    shape = inputs[0].shape
+    if inputs[0].type not in _TYPES:
+        raise ModelError(f"{path}: its input is {inputs[0].type}; taken are float32, float16 and uint8")
+    if len(shape) != 4 or 3 not in (shape[1], shape[3]):
+        raise ModelError(f"{path}: its input is {shape}; needed is (batch, 3, H, W) or (batch, H, W, 3)")
+    channels_last = shape[1] != 3
+    sides = shape[1:3] if channels_last else shape[2:]
+    static = [side if isinstance(side, int) and side > 0 else None for side in sides]
+    size = stated.size or (static[0], static[1])
+    if size[0] is None or size[1] is None:
+        raise ModelError(f"{path}: its input {shape} leaves height and width free; state them: --size 112 (or 112x96)")
+    if any(known not in (None, side) for known, side in zip(static, size, strict=True)):
+        raise ModelError(f"{path}: its input is {shape}, --size says {size[0]} × {size[1]}")
+    return _TYPES[inputs[0].type], channels_last, (size[0], size[1])
+
+
+def _pixels(path: Path, name: str, dtype: Any, stated: Reading) -> tuple[Pixels, str]:
+    """The range that the graph is fed, and why."""
+    if dtype == np.uint8:
+        if stated.preprocessing() is not None and stated.pixels != "0..255":
+            raise ModelError(f"{path}: its input is uint8, which is pixels 0..255; leave --pixels, --mean, --std out")
+        return "0..255", "its input is uint8"
+    if stated.preprocessing() is not None:
+        return stated.pixels or "normalised", "as stated"
+    beginning = read_beginning(path, name)
+    if beginning.pixels is not None:
+        return beginning.pixels, f"the graph begins with {', '.join(beginning.steps)}"
+    return "normalised", "assumed: the graph does not begin with constants that say; state it with --pixels"
+
+
+def _find_output(
+    session: Any, path: Path, way: GraphInput, size: tuple[int, int], named: str | None
+) -> tuple[GraphInput, int, list[str]]:
+    """The graph's input with its output and group settled, D, and what is to be said of it."""
+    names = [output.name for output in session.get_outputs()]
+    if named is not None and named not in names:
+        raise ModelError(f"{path}: has no output {named!r}; it has {', '.join(names)}")
+    count, notes = way.group or 2, []
+    try:
+        found = _outputs(session, way, names, size, count)
+    except Exception as error:
+        if way.group is not None:
+            raise ModelError(f"{path}: fails on {count} images: {_line(error)}") from None
+        found, notes = {}, [_line(error)]
+    if way.group is None and not _candidates(found, count):
+        try:
+            alone = _outputs(session, way, names, size, 1)
+        except Exception as error:
+            raise ModelError(f"{path}: fails on one image: {_line(error)}") from None
+        reason = notes[0] if notes else f"two give {', '.join(str(np.shape(v)) for v in found.values())}"
+        found, count, way = alone, 1, replace(way, group=1)
+        notes = [f"one image at a time, for the graph does not work on several ({reason[:160]})"]
+    candidates = _candidates(found, count)
+    if named is not None and named not in candidates:
+        raise ModelError(f"{path}: its output {named!r} is {np.shape(found[named])}, no embedding (batch, D)")
+    if not candidates:
+        shapes = ", ".join(f"{name} {np.shape(value)}" for name, value in found.items())
+        raise ModelError(f"{path}: for {count} images its outputs are {shapes}; needed is (batch, D)")
+    chosen = named or next(iter(candidates))
+    if named is None and len(names) > 1:
+        notes.append(f"the first of its outputs that is an embedding, of {', '.join(names)} (another with --output)")
+    return replace(way, output=chosen), candidates[chosen], notes
+
+
+def _outputs(session: Any, way: GraphInput, names: list[str], size: tuple[int, int], count: int) -> dict[str, Any]:
+    black = np.zeros((count, *size, 3), np.uint8)
+    return dict(zip(names, session.run(names, {way.name: way.feed(black)}), strict=True))
+
+
+def _candidates(found: dict[str, Any], count: int) -> dict[str, int]:
+    """Output → D, of those that are an embedding."""
+    rows = {name: embedding_rows(value, count) for name, value in found.items()}
+    return {name: value.shape[1] for name, value in rows.items() if value is not None}
 
 
 class OnnxTransform:

@@ -9,6 +9,7 @@ right for mean and std 0.5).
 import logging
 import tempfile
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from trainer.data.identities import save_identities
 from trainer.errors import ModelError
 from trainer.files import replaced
-from trainer.models.card import Direction
+from trainer.models.card import IDENTITIES, Direction
 from trainer.models.graph import ImageGraph, Normalisation, Parity, compare, graph_card, plain_copy
 from trainer.models.model import TorchModel
 from trainer.models.onnx import (
@@ -65,6 +67,9 @@ def export_onnx(
 ) -> Parity:
     """Write the model as ONNX and compare it with torch (float32) on ``images``.
 
+    Hashes of the identities that it was trained on, where known, stand beside it in NAME.identities.npy: for
+    ``lce evaluate``, not for clients.
+
     Args:
         path: the file to be (.onnx); an existing one is replaced only by one that passed.
         images: (n, H, W, 3) uint8 RGB, real ones, n ≥ 1.
@@ -87,12 +92,16 @@ def export_onnx(
     card = graph_card(model.card, direction)
     graph = ImageGraph(model, normalisation, direction)
     metadata = {
-        CARD_KEY: card.model_dump_json(),
         INPUT_KEY: IMAGES_INSIDE if normalisation == "inside" else IMAGES_OUTSIDE,
     }
     example = torch.rand(2, 3, *card.image_size) * (255 if normalisation == "inside" else 1)
-    with replaced(path, ModelError) as partial:
-        write_graph(graph, example, partial, "data", metadata, precision)
+    with ExitStack() as files:
+        partial, seen = files.enter_context(replaced(path, ModelError)), None
+        if model.identities is not None:
+            beside = files.enter_context(replaced(path.with_suffix(f".{IDENTITIES}"), ModelError))
+            seen = save_identities(model.identities, beside)
+        card = card.model_copy(update={"identities": seen})
+        write_graph(graph, example, partial, "data", {CARD_KEY: card.model_dump_json(), **metadata}, precision)
 
         return compare(
             OnnxModel.open(partial).rows, images, expected, path, partial, None if reduced else bound, reduced

@@ -10,25 +10,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from trainer.data.identities import identities_of_run, load_identities
 from trainer.errors import ConfigError, ModelError
-from trainer.models.card import CARD_FILE, Direction, Files, read_folder_card
+from trainer.models.card import CARD_FILE, IDENTITIES, Direction, Files, ModelCard, read_folder_card
+from trainer.models.description import Reading, is_description, with_description
+from trainer.models.foreign_weights import open_weights
 from trainer.models.model import EmbeddingModel, NoNetwork, TorchModel
 from trainer.networks import build_backbone
+from trainer.networks.scale import fit_scale
 from trainer.networks.transform import build_transform
+from trainer.networks.weights import SUFFIXES
+from trainer.reading import open_regular, regular
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> EmbeddingModel:
-    """Open a model folder, a run folder (its ``model/``, else its newest checkpoint), a checkpoint or an ONNX file.
+def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Reading | None = None) -> EmbeddingModel:
+    """Open a model folder, a run folder (its ``model/``, else its newest checkpoint), a checkpoint, an ONNX file, torch
+    weights without a card (:mod:`trainer.models.foreign_weights`), or the description of a foreign model
+    (``NAME.model.json``).
+
+    Args:
+        reading: what is stated of a foreign model (one without a card of ours); it counts before what its description
+            states. Models with a card are read as the card says.
 
     Raises:
         ModelError: nothing there, an unfinished run, damaged files, weights that do not fit the card, or an ONNX graph
             that does not map a batch of images to one embedding each.
     """
     path = Path(path)
+    if is_description(path) or path.is_file() or path.suffix == ".onnx":
+        path, reading = with_description(path, reading or Reading())
     if path.suffix == ".onnx":
         from trainer.models.onnx import OnnxModel  # onnxruntime takes a second to import
 
-        return OnnxModel.open(path)
+        return OnnxModel.open(path, device, reading)
+    if path.suffix in SUFFIXES and not path.is_dir():
+        return open_weights(path, device, reading or Reading())
     folder = path if (path / CARD_FILE).is_file() else path / "model"
     if not (folder / CARD_FILE).is_file():
         from trainer.models.checkpointed import is_checkpointed, open_checkpoint
@@ -37,11 +53,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
             return open_checkpoint(path, device)
         reason = "the run has no checkpoint yet" if (path / "checkpoints").is_dir() else f"no {CARD_FILE} in it"
         raise ModelError(
-            f"{path}: no model ({reason}); give a model folder, a run folder, a checkpoint or an .onnx file"
+            f"{path}: no model ({reason}); give a model folder, a run folder, a checkpoint, "
+            "an .onnx file or torch weights"
         )
     card, files = read_folder_card(folder)
     if card.backbone is None and not card.transforms:
         raise ModelError(f"{folder / CARD_FILE}: names no backbone")
+    _check_size(card, folder)
     try:
         backbone = NoNetwork(path) if card.backbone is None else build_backbone(card.backbone, card.image_size)
     except ConfigError as error:
@@ -53,19 +71,43 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Embeddin
     for direction, part in card.transforms.items():
         transforms[direction] = build_transform(part.config, part.dim_in, part.dim_out)
         _load_state(transforms[direction], folder / f"{direction}.safetensors", digest.update, files)
-    return TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device)
+    model = TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device)
+    model.identities = load_identities(card.identities, folder / IDENTITIES) or identities_of_run(path)
+    return model
+
+
+def _check_size(card: ModelCard, folder: Path) -> None:
+    """Refuse a card whose networks have more numbers than their files have bytes, before they are built."""
+    parts: dict[str, Callable[[], nn.Module]] = {}
+    if (backbone := card.backbone) is not None:
+        parts["backbone"] = lambda: build_backbone(backbone, card.image_size)
+    for direction, part in card.transforms.items():
+        parts[direction] = lambda part=part: build_transform(part.config, part.dim_in, part.dim_out)  # type: ignore[misc]
+    for name, build in parts.items():
+        try:
+            with torch.device("meta"):
+                count = sum(value.numel() for value in build().parameters())
+        except (ConfigError, RuntimeError, OverflowError) as error:
+            raise ModelError(f"{folder / CARD_FILE}: {name}: {' '.join(str(error).split())[:200]}") from None
+        size = regular(folder / f"{name}.safetensors", ModelError).stat().st_size
+        if count > size:
+            raise ModelError(
+                f"{folder / CARD_FILE}: describes a {name} of {count:,} numbers, its file has {size:,} bytes"
+            )
 
 
 def _load_state(module: nn.Module, path: Path, update: Callable[[bytes], None], files: Files | None) -> None:
     try:
         crc, size = 0, 0
-        with path.open("rb") as file:
+        with open_regular(path, ModelError) as file:
             while data := file.read(2**22):
                 update(data)
                 crc, size = zlib.crc32(data, crc), size + len(data)
         if files is not None and files.get(path.name) != (size, crc):
             raise ModelError(f"{path}: is not what was written (its checksum in {CARD_FILE} differs); copy it again")
-        module.load_state_dict(load_file(path))
+        state = load_file(path)
+        fit_scale(module, state)
+        module.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: missing, damaged or not of the network in {CARD_FILE}: {reason}") from None

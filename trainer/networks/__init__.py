@@ -9,8 +9,9 @@ from typing import TypeAlias
 
 from torch import nn
 
-from trainer.config import BackboneConfig
 from trainer.errors import ConfigError
+from trainer.networks import ir
+from trainer.networks.config import BackboneConfig
 from trainer.networks.iresnet import UNITS, IResNet
 from trainer.networks.mobilefacenet import MobileFaceNet
 from trainer.networks.small import Small, SmallResNet
@@ -22,6 +23,7 @@ BACKBONES: dict[str, Builder] = {
     "small": Small,
     "small_resnet": SmallResNet,
     **{f"iresnet{depth}": partial(IResNet, depth) for depth in UNITS},
+    **{f"ir_{depth}": partial(ir.IR, depth) for depth in ir.UNITS},
     "mobilefacenet": MobileFaceNet,
     **{f"vit_{size}": partial(VisionTransformer, size) for size in SIZES},
 }

@@ -66,7 +66,7 @@ class IResNet(Recompute):
         area = -(-image_size[0] // 16) * -(-image_size[1] // 16)
         self.fc = nn.Linear(channels * area, dim)
         self.features = nn.BatchNorm1d(dim)
-        self.features.weight.requires_grad_(False)  # the embedding's scale is not learned: only its direction is used
+        self.features.weight.requires_grad_(False)  # only its direction is used, but for magface: networks/scale.py
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.1)

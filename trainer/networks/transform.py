@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from trainer.config import TransformConfig
+from trainer.networks.config import LinearConfig, MlpConfig, RbtConfig, TransformConfig
 
 # MXNet's momentum 0.9 is the share of the running value that is kept, PyTorch's is the share that is replaced.
 _BN_EPS, _BN_MOMENTUM = 2e-5, 0.1
@@ -78,15 +78,15 @@ def build_transform(config: TransformConfig, dim_in: int, dim_out: int) -> nn.Mo
     parametrisation, started there too.
     ``mlp``: Linear, BN, PReLU, Linear.
     """
-    if config.name == "rbt":
+    if isinstance(config, RbtConfig):
         dims = [dim_in] + [dim_out] * config.blocks
         return nn.Sequential(*(ResidualBottleneck(a, b, config.paths, config.bottleneck) for a, b in pairwise(dims)))
-    if config.name == "linear":
+    if isinstance(config, LinearConfig):
         linear = nn.Linear(dim_in, dim_out)
         nn.init.eye_(linear.weight)
         nn.init.zeros_(linear.bias)
         return linear
-    if config.name == "orthogonal":
+    if not isinstance(config, MlpConfig):
         return Orthogonal(dim_in, dim_out)
     hidden = config.hidden or 2 * max(dim_in, dim_out)
     first, norm, act = _layer(dim_in, hidden)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trainer.config import BackboneConfig, Config
 from trainer.networks import build_backbone
+from trainer.networks.config import BackboneConfig
 from trainer.networks.recompute import Recompute
+from trainer.run.config import Config
 
 
 @dataclass(frozen=True)

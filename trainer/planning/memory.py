@@ -10,6 +10,14 @@ GPU's, unless it says that it is the host's.
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.compat.methods.config import (
+    AdvBctConfig,
+    BctConfig,
+    LceConfig,
+    LceDirectConfig,
+    MixBctConfig,
+    UniBctConfig,
+)
 from trainer.head import native
 from trainer.head.kernels import chunk_rows
 from trainer.head.partial_fc import COMPILE_FROM_ROWS
@@ -114,13 +122,13 @@ def _tables(setting: Setting) -> list[Part]:
     table = setting.rows * dim * BYTES[head.rows]
     counters = 4 * setting.rows if setting.sampled or head.optimizer.name == "adamw" else 0
     parts = [Part("rows", table), Part("rows' optimizer state", _states(setting) * table + counters)]
-    compat = setting.config.compat
-    if compat.method in ("bct", "unibct"):
+    method = setting.config.method
+    if isinstance(method, BctConfig | UniBctConfig):
         frozen = setting.classes * (setting.bank_dim or dim) * BYTES[head.rows]
         parts.append(Part("old classifier's rows", frozen))
-    elif setting.bank_dim is not None and compat.method in ("lce", "advbct", "mixbct"):
+    elif setting.bank_dim is not None and isinstance(method, LceConfig | AdvBctConfig | MixBctConfig):
         centers = setting.classes * (setting.bank_dim * 4 + 4 + 1)
-        elsewhere = compat.method != "lce" or compat.mode != "direct" or compat.centers == "host"
+        elsewhere = not isinstance(method, LceDirectConfig) or method.centers == "host"
         parts.append(Part("old centres", centers, on_host=setting.device == "cuda" and elsewhere))
     return parts
 
@@ -140,7 +148,7 @@ def _head_step(setting: Setting) -> list[Part]:
     compiled = setting.rows >= COMPILE_FROM_ROWS
     blocks = (CHUNK_BLOCKS if compiled else PLAIN_BLOCKS) * chunk * batch * work
     narrow = chunk * (dim + batch) * 2 if head.compute == "bfloat16" else 0
-    lce = setting.bank_dim is not None and setting.config.compat.method == "lce"
+    lce = setting.bank_dim is not None and isinstance(setting.config.method, LceConfig)
     centers = chunk * dim * (4 if setting.sampled else 0) if lce else 0
     numbers = rows * (work * (1 + lce + head.sampling_correction) + (8 * DRAW_WORDS if setting.sampled else 0))
     deferred = 0

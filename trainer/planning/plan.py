@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.config import Config
+from trainer.compat.methods.config import LceDirectConfig
 from trainer.planning.activations import BackboneSizes, backbone_sizes
 from trainer.planning.memory import Part, peak_bytes, rank_memory
 from trainer.planning.setting import BYTES, Setting
 from trainer.planning.traffic import Collective, update_traffic
+from trainer.run.config import AdamWConfig, Config
 
 MOST_RANKS = 4096
 """How many ranks advice goes up to."""
@@ -91,7 +92,8 @@ def checkpoint_bytes(setting: Setting, backbone: BackboneSizes) -> int:
     if config.head.optimizer.name == "adamw":
         out += 4 * rows
     weights = (backbone.parameters + backbone.fixed + backbone.buffers) * number
-    own = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
+    optimizer = config.optimizer
+    own = 2 if isinstance(optimizer, AdamWConfig) else int(optimizer.momentum > 0)
     return out + weights * (2 if config.train.ema else 1) + own * backbone.parameters * number
 
 
@@ -164,8 +166,8 @@ def _changes(setting: Setting) -> dict[str, Edit]:
         out[f"data.batch_size={half}"] = lambda s, _: _with(s, "data", batch_size=half)
     if config.checkpoint.asynchronous and setting.device == "cpu":
         out["checkpoint.asynchronous=false"] = lambda s, _: _with(s, "checkpoint", asynchronous=False)
-    if setting.bank_dim is not None and setting.device == "cuda" and config.compat.mode == "direct":
-        out["old centres in host memory (compat.centers=host)"] = lambda s, _: _with(s, "compat", centers="host")
+    if setting.bank_dim is not None and setting.device == "cuda" and isinstance(config.method, LceDirectConfig):
+        out["old centres in host memory (compat.centers=host)"] = lambda s, _: _on_host(s)
     return out
 
 
@@ -180,6 +182,11 @@ def _with(setting: Setting, section: str, **values: Any) -> Setting:
     part = getattr(setting.config, section).model_copy(update=values)
     config: Config = setting.config.model_copy(update={section: part})
     return replace(setting, config=config)
+
+
+def _on_host(setting: Setting) -> Setting:
+    methods = tuple(one.model_copy(update={"centers": "host"}) for one in setting.config.compat)
+    return replace(setting, config=setting.config.model_copy(update={"compat": methods}))
 
 
 def ranks_to_fit(setting: Setting, limit_bytes: int) -> int | None:

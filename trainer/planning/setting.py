@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config import Config
+from trainer.compat.methods.config import FctConfig, LceMapsConfig
 from trainer.distributed import largest_share
 from trainer.errors import ConfigError
 from trainer.head.partition import class_range
 from trainer.head.sampling import stratum_count
+from trainer.run.config import Config
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
@@ -87,9 +88,10 @@ def check_sizes(setting: Setting) -> None:
             f"{setting.world_size} ranks for {setting.num_classes} classes: a rank would own none; start at most "
             f"{setting.num_classes}"
         )
-    compat, dim, old = setting.config.compat, setting.config.backbone.dim, setting.bank_dim
-    if old is not None and old != dim and compat.mode == "direct" and compat.method != "fct":
+    method, dim, old = setting.config.method, setting.config.backbone.dim, setting.bank_dim
+    maps = isinstance(method, LceMapsConfig | FctConfig)
+    if method is not None and old is not None and old != dim and not maps:
         raise ConfigError(
-            f"compat.method = {compat.method}: the old centres have dimension {old}, backbone.dim is {dim}; use "
+            f"compat.method = {method.method}: the old centres have dimension {old}, backbone.dim is {dim}; use "
             f"backbone.dim={old}, or lce with compat.mode=backward, forward or both, which map between the two"
         )

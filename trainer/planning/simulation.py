@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.compat.bank.center_bank import BankRows, CenterBank
 from trainer.compat.methods.inputs import Inputs
-from trainer.config import Config
 from trainer.data import Batch, build_loader
+from trainer.data.config import SyntheticConfig
 from trainer.data.index import Dataset
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
@@ -29,6 +29,7 @@ from trainer.head.partition import class_range
 from trainer.planning.activations import backbone_sizes
 from trainer.planning.setting import Setting
 from trainer.planning.traffic import update_traffic
+from trainer.run.config import Config
 from trainer.run.engine import Engine
 from trainer.run.task import TrainTask
 
@@ -124,9 +125,10 @@ class Updates:
 
     def __init__(self, config: Config, ranks: Ranks, bank_dim: int | None = None) -> None:
         data = config.data
+        assert isinstance(data, SyntheticConfig)
         bank = None if bank_dim is None else cast(CenterBank, MadeUpBank(data.synthetic_classes, bank_dim))
         inputs = Inputs(None, data.synthetic_classes, (data.synthetic_size, data.synthetic_size), bank)
-        self.loader = build_loader(config, None, ranks)
+        self.loader = build_loader(data, config.seed, None, ranks)
         self.task = TrainTask(config, inputs, ranks)
         self.engine = Engine(config, ranks, inputs, self.task, self.loader)
         self._batches = self.loader.batches()
@@ -169,9 +171,9 @@ def simulate(setting: Setting, world_size: int) -> Simulated:
     """
     if dist.is_initialized():
         raise ConfigError("a simulation makes its own process group; run it outside of a job")
-    compat, train = setting.config.compat, setting.config.train
+    method, train = setting.config.method, setting.config.train
     for key, value, known in (
-        ("compat.method", compat.method, ("none", "lce")),
+        ("compat.method", "none" if method is None else method.method, ("none", "lce")),
         ("train.parallel", train.parallel, ("ddp", "fsdp")),
         ("train.sync_batchnorm", train.sync_batchnorm, (False,)),
     ):
@@ -224,19 +226,20 @@ def _scaled_down(setting: Setting) -> Setting:
     size = (
         min(32, *setting.image_size) if setting.config.backbone.name.startswith(("small", "iresnet", "mobile")) else 112
     )
-    data = {
-        "loader": "synthetic",
-        "synthetic_classes": classes,
-        "synthetic_records": 4 * batch,
-        "synthetic_size": size,
-        "batch_size": batch,
-        "path": None,
-        "labels": None,
-    }
+    kept = setting.config.data
+    data = SyntheticConfig(
+        synthetic_classes=classes,
+        synthetic_records=4 * batch,
+        synthetic_size=size,
+        batch_size=batch,
+        drop_last=kept.drop_last,
+        sampling=kept.sampling,
+        repeat=kept.repeat,
+    )
     train = {"compile": False, "steps": 10, "channels_last": False, "compress_gradients": False}
     config = setting.config.model_copy(
         update={
-            "data": setting.config.data.model_copy(update=data),
+            "data": data,
             "run": setting.config.run.model_copy(update={"device": "cpu"}),
             "backbone": setting.config.backbone.model_copy(update={"weights": None}),
             "train": setting.config.train.model_copy(update=train),

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from trainer.compat.methods.config import LceConfig, LceMapsConfig
 from trainer.compat.methods.lce import TransformedCompat
 from trainer.planning.activations import BackboneSizes
 from trainer.planning.setting import Setting
@@ -76,15 +77,15 @@ def _softmax(setting: Setting) -> list[Collective]:
         return [Collective("softmax sums and target cosines", "all-reduce", (2 * gathered + 3) * 8, count)]
     numbers = gathered * setting.work_bytes
     out = [Collective("softmax sums, target cosines, largest logits", "all-reduce", numbers, 3 * count)]
-    if setting.bank_dim is not None and setting.config.compat.method == "lce":
+    if setting.bank_dim is not None and isinstance(setting.config.method, LceConfig):
         out.append(Collective("sums of LCE", "all-reduce", setting.work_bytes, 3 * count))
     return out
 
 
 def _compatibility(setting: Setting) -> list[Collective]:
     """LCE through transformations gathers the rows and centres of the batch's classes; direct LCE adds nothing."""
-    compat, dim = setting.config.compat, setting.config.backbone.dim
-    if setting.bank_dim is None or compat.method != "lce" or compat.mode == "direct":
+    dim = setting.config.backbone.dim
+    if setting.bank_dim is None or not isinstance(setting.config.method, LceMapsConfig):
         return []
     width = (dim + setting.bank_dim + 2) * setting.work_bytes
     count = setting.config.train.accumulate
@@ -94,11 +95,11 @@ def _compatibility(setting: Setting) -> list[Collective]:
 
 def _map_buffers(setting: Setting) -> int:
     """Numbers in the running statistics of LCE's transformations."""
-    compat = setting.config.compat
-    if setting.bank_dim is None or compat.method != "lce" or compat.mode == "direct":
+    method = setting.config.method
+    if setting.bank_dim is None or not isinstance(method, LceMapsConfig):
         return 0
     with torch.device("meta"):
-        maps = TransformedCompat(compat, setting.bank_dim, setting.config.backbone.dim)
+        maps = TransformedCompat(method, setting.bank_dim, setting.config.backbone.dim)
     return sum(value.numel() for value in maps.buffers() if value.is_floating_point())
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from trainer.compat.bank.center_bank import BankRows
+from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.cross import CrossInputs
 from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.lce import (
@@ -25,12 +26,14 @@ from trainer.compat.methods.lce import (
     own_classes,
     smallest_norm,
 )
-from trainer.config import Config
 from trainer.data import Batch
+from trainer.data.identities import identities
 from trainer.distributed import Ranks, gather_batch, largest_share, on_main, scale_gradient
 from trainer.head.partition import class_range
 from trainer.models.card import Direction, ModelCard, TransformCard
 from trainer.models.folder import save_model
+from trainer.models.model import TorchModel
+from trainer.run.config import Config
 from trainer.run.task import DTYPES, StepOutput
 
 
@@ -46,10 +49,12 @@ class CrossModelTask:
 
     def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
         assert inputs.cross is not None
+        assert isinstance(config.method, LceCrossConfig)
+        self.method = config.method
         self.config, self.inputs, self.ranks, self.cross = config, inputs, ranks, inputs.cross
         self._dtype = DTYPES[config.train.precision]
         torch.manual_seed(config.run.seed)
-        self.compat = TransformedCompat(config.compat, self.cross.dim_old, self.cross.dim_new)
+        self.compat = TransformedCompat(config.method, self.cross.dim_old, self.cross.dim_new)
         self.compat.to(ranks.device, self._dtype)
         self.capacity = largest_share(config.data.batch_size, ranks.world_size)
         own = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
@@ -63,7 +68,7 @@ class CrossModelTask:
         both: dict[Direction, nn.Module | None] = {"t21": self.compat.t21, "t12": self.compat.t12}
         return {direction: module for direction, module in both.items() if module is not None}
 
-    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
+    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
         """See :class:`trainer.run.task.Task`."""
         del step, last
         parts = [source.of(batch).to(self._dtype) for source in (self.cross.new, self.cross.old) if source is not None]
@@ -79,7 +84,7 @@ class CrossModelTask:
             loss, report = image_pairs_loss(self.compat, x, e, known, pairs)
         finite = torch.isfinite(loss.detach())
         if loss.requires_grad:
-            scale_gradient(loss, factor).backward()
+            scale_gradient(loss, factor * weight).backward()
         return StepOutput({"loss": loss.detach(), **report}, finite)
 
     def _pairs(self, labels: Tensor) -> Pairs | None:
@@ -112,7 +117,7 @@ class CrossModelTask:
         for direction, module in maps.items():
             module.load_state_dict(weights[direction])
             module.float()
-        cross, dataset, config = self.cross, self.inputs.dataset, self.config
+        cross, dataset = self.cross, self.inputs.dataset
         assert dataset is not None
         name, content = self._old_model()
         known = {
@@ -122,10 +127,13 @@ class CrossModelTask:
             "compatible_with_hash": content,
             "figures": figures,
         }
-        if cross.model is not None:
-            save_model(folder, cross.model.backbone, cross.model.card.model_copy(update=known), maps)
+        seen = identities(dataset)
+        both = seen if seen is None or cross.model is None else seen.and_of(cross.model.identities)
+        if isinstance(cross.model, TorchModel):
+            save_model(folder, cross.model.backbone, cross.model.card.model_copy(update=known), maps, both)
             return
-        look = dataset.info
+        look = dataset.info if cross.model is None else cross.model.card
+        source = self.method.new_embeddings if cross.model is None else cross.model.path
         card = ModelCard(
             dim=cross.dim_new,
             image_size=look.image_size,
@@ -135,15 +143,16 @@ class CrossModelTask:
             step=step,
             trained_on=str(dataset.path),
             classes=self.inputs.num_classes,
-            notes=f"maps alone, from the embeddings {config.compat.new_embeddings}",
+            maps_of=None if cross.model is None else cross.model.hash,
+            notes=f"maps alone, of the embeddings of {source}",
             **known,
         )
-        save_model(folder, None, card, maps)
+        save_model(folder, None, card, maps, both)
 
     def _card(self, direction: Direction) -> TransformCard:
         sizes = (self.cross.dim_new, self.cross.dim_old)
         dim_in, dim_out = sizes if direction == "t21" else sizes[::-1]
-        return TransformCard(config=self.config.compat.transform, dim_in=dim_in, dim_out=dim_out)
+        return TransformCard(config=self.method.transform, dim_in=dim_in, dim_out=dim_out)
 
     def _old_model(self) -> tuple[str | None, str | None]:
         """Name and hash of the old model, as far as known."""

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import Checkpoint, Checkpoints, list_checkpoints, load_tensors, read_seal
+from trainer.compat.methods.config import FctConfig, LceMapsConfig
 from trainer.compat.methods.inputs import Inputs
-from trainer.config import Config
 from trainer.data import Batch, Loader, build_loader
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
 from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
@@ -30,10 +30,11 @@ from trainer.files import write_text
 from trainer.models.model import embed_batches
 from trainer.randomness import step_seed
 from trainer.run.arcface_start import backbone_momentum
+from trainer.run.config import Config, dump_tree
 from trainer.run.cross_model import CrossModelTask
-from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, read_summary
+from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, owned_run, read_summary
 from trainer.run.monitor import Monitor
-from trainer.run.optim import Average, LossScale, Statistics, learning_rate
+from trainer.run.optim import Average, LossScale, Statistics, learning_rate, starts_momentum
 from trainer.run.startup import identity, prepare, together
 from trainer.run.task import Embeds, Task, TrainTask
 from trainer.run.watch import Vote, Watch
@@ -47,6 +48,13 @@ SHOWN_EMBEDDINGS = 128
 """How many embeddings of the finished model TensorBoard's projector is given."""
 
 
+_INDIFFERENT = (
+    *("run.dir:", "run.threads:", "run.timeout_seconds:", "data.workers:", "train.steps:", "train.epochs:"),
+    *("log.", "checkpoint.", "evaluate."),
+)
+"""Settings that do not change what a finished run has made."""
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators for one batch: dropout and the like depend on nothing that would have to be saved."""
     torch.manual_seed(step_seed(seed, step, rank))
@@ -55,6 +63,17 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose name begins with ``prefix``, named by what follows it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def weighted_mean(reports: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The mean of each figure over the batches that have it, by the batches' weights."""
+    if len(reports) == 1:
+        return reports[0]
+    out = dict[str, Tensor]()
+    for name in dict.fromkeys(name for report in reports for name in report):
+        given = [(report[name], weight) for report, weight in zip(reports, weights, strict=True) if name in report]
+        out[name] = torch.stack([value * weight for value, weight in given]).sum() / sum(weight for _, weight in given)
+    return out
 
 
 class RunState:
@@ -74,7 +93,7 @@ class RunState:
         self.skipped = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self.streak = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self.average = Average(task.modules(), config.train.ema) if config.train.ema else None
-        if config.optimizer.start_momentum and config.backbone.weights is not None:
+        if starts_momentum(config.optimizer) and config.backbone.weights is not None:
             momentum = backbone_momentum(config.backbone.weights)
             self.updater.start({f"backbone.{name}/momentum_buffer": value for name, value in momentum.items()})
 
@@ -148,7 +167,10 @@ class Engine:
         self.statistics.remember()
         state.updater.zero_grad()
         finite = torch.ones((), dtype=torch.bool, device=self.ranks.device)
-        for part in range(count):
+        sizes = state.loader.sizes(count)
+        weights = [count * size / sum(sizes) for size in sizes]
+        reports: list[dict[str, Tensor]] = []
+        for part, weight in enumerate(weights):
             watch.at(state.step, "data")
             with monitor.waiting_for_data():
                 batch = next(batches)
@@ -159,8 +181,9 @@ class Engine:
             watch.at(state.step, "forward")
             number = state.step * count + part
             seed_step(self.config.run.seed, number, self.ranks.rank)
-            out = self.task.compute(batch, number, part == count - 1, state.scale.value / count)
+            out = self.task.compute(batch, number, part == count - 1, state.scale.value / count, weight)
             finite = finite & out.finite
+            reports.append(out.report)
         watch.at(state.step, "update")
         norm = state.updater.gradient_norm()
         finite = finite & norm.isfinite()
@@ -170,7 +193,7 @@ class Engine:
         scale = state.scale.value.clone()
         state.scale.update(finite)
         state.step += 1
-        values: dict[str, float | Tensor] = {"epoch": state.step / self.epoch_steps, **out.report}
+        values: dict[str, float | Tensor] = {"epoch": state.step / self.epoch_steps, **weighted_mean(reports, weights)}
         values |= {"lr": lr, "grad_norm": norm / scale}
         return values if state.scale.fixed else {**values, "loss_scale": scale}
 
@@ -240,10 +263,11 @@ class Engine:
                 "changed nothing. Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
                 f"(limit: train.max_nonfinite_steps={limit})"
             )
+        method = self.config.method
         for name, key in (("T₂₁", "t21_norm"), ("T₁₂", "t12_norm")):
-            if line.get(key, 1.0) <= NO_NORM:
+            if line.get(key, 1.0) <= NO_NORM and isinstance(method, LceMapsConfig | FctConfig):
                 raise TrainingError(
-                    f"compat.transform.name = {self.config.compat.transform.name}: {name} gives vectors of norm "
+                    f"compat.transform.name = {method.transform.name}: {name} gives vectors of norm "
                     f"{line[key]:.3g} at step {self.state.step}, which cannot be compared; lower optimizer.lr, or "
                     "choose another compat.transform.name"
                 )
@@ -262,7 +286,7 @@ class Engine:
             "num_classes": self.inputs.num_classes,
             "old_model": list(self.inputs.old_model),
             "figures": self._figures,
-            "config": self.config.model_dump(mode="json"),
+            "config": dump_tree(self.config),
             "time": time.time(),
         }
         checkpoints.save(self.state.tensors(), seal)
@@ -327,9 +351,14 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
     """
     began = time.perf_counter()
     inputs = prepare(config, ranks)
+    with owned_run(config.run.dir, ranks):
+        return _start(config, ranks, inputs, began)
+
+
+def _start(config: Config, ranks: Ranks, inputs: Inputs, began: float) -> RunSummary:
     evaluation = together(lambda: open_periodic(config.evaluate, inputs.image_size, ranks))
     images = inputs.cross is None or inputs.cross.images
-    loader = together(lambda: build_loader(config, inputs.dataset, ranks, images))
+    loader = together(lambda: build_loader(config.data, config.seed, inputs.dataset, ranks, images))
     try:
         kind = TrainTask if inputs.cross is None else CrossModelTask
         try:
@@ -400,6 +429,7 @@ def _finished(engine: Engine) -> RunSummary | None:
 
     Raises:
         CheckpointError: it was made with other data.
+        ConfigError: it was made with other settings that decide what comes out.
     """
     folder = engine.folder
     summary = read_summary(folder, engine.steps)
@@ -411,11 +441,16 @@ def _finished(engine: Engine) -> RunSummary | None:
         except CheckpointError:
             continue  # nothing is continued from it
         engine.check_origin(found)
-    print(f"{folder}: finished already, {summary.step} steps; nothing to do", file=sys.stderr)
-    for change in changes_since(folder / "config.yaml", engine.config):
-        print(
-            f"{folder}: it was made with another setting, {change}; choose another run.dir to use it", file=sys.stderr
+    changes = changes_since(folder / "config.yaml", engine.config, common=True)
+    decisive = [change for change in changes if not change.startswith(_INDIFFERENT)]
+    if decisive:
+        raise ConfigError(
+            f"{folder}: finished already, with other settings ({'; '.join(decisive[:5])}); choose another run.dir to "
+            "use the new ones"
         )
+    print(f"{folder}: finished already, {summary.step} steps; nothing to do", file=sys.stderr)
+    for change in changes:
+        print(f"{folder}: it was made with another setting, {change}", file=sys.stderr)
     return summary
 
 

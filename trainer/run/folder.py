@@ -1,15 +1,20 @@
 """The run folder: its configuration, what changed since the last start, and the summary that marks it as finished."""
 
-import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from trainer.config import Config, dump_config
+from trainer.distributed import Ranks, launched_by, on_main
 from trainer.errors import ConfigError
 from trainer.files import write_text
+from trainer.owner import owned
+from trainer.reading import read_json, read_yaml
+from trainer.run.config import Config, dump_config
+from trainer.run.idle import without_idle
 from trainer.seals import unsealed
 
 SUMMARY = "summary.json"
@@ -41,6 +46,22 @@ class RunSummary:
     bad_records: int = 0
 
 
+@contextmanager
+def owned_run(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """One run owns its folder: rank 0 holds the lock, and all ranks raise what it meets.
+
+    Raises:
+        ConfigError: another run owns it; its process is named.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(owned(folder, ConfigError, lock=folder / ".owner", launcher=launched_by()))
+
+        on_main(enter, ranks)
+        yield
+
+
 def open_folder(config: Config) -> list[str]:
     """Make the run folder, keep the resolved configuration, and forget the notes of an earlier attempt's ranks.
 
@@ -59,13 +80,16 @@ def open_folder(config: Config) -> list[str]:
         raise ConfigError(f"run.dir = {config.run.dir}: cannot be written: {error.strerror}") from None
 
 
-def changes_since(before: Path, config: Config) -> list[str]:
-    """The settings that differ from those the folder was last run with, as ``key: old → new``."""
+def changes_since(before: Path, config: Config, common: bool = False) -> list[str]:
+    """The settings that differ from those the folder was last run with, as ``key: old → new``; ``common``: only those
+    that both have (another version may know other keys)."""
     if not before.exists():
         return []
-    old = flat(yaml.safe_load(before.read_text()))
+    tree, _ = without_idle(read_yaml(before, ConfigError) or {})
+    old = flat(tree)
     new = flat(yaml.safe_load(dump_config(config)))
-    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    keys = sorted(old.keys() & new.keys() if common else old.keys() | new.keys())
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -77,12 +101,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_summary(folder: Path, steps: int) -> RunSummary | None:
-    try:
-        summary = RunSummary(**unsealed(json.loads((folder / SUMMARY).read_text()), folder / SUMMARY, ConfigError))
-    except FileNotFoundError:
+    file = folder / SUMMARY
+    if not file.exists():
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{folder / SUMMARY}: not a summary of a run: {error}; remove it to continue the run"
-        ) from None
+    try:
+        summary = RunSummary(**unsealed(read_json(file, ConfigError), file, ConfigError))
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{file}: not a summary of a run: {error}; remove it to continue the run") from None
     return summary if summary.step >= steps else None

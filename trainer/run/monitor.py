@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.profiler import profile
 
-from trainer.config import LogConfig
 from trainer.data import Batch, Dataset
 from trainer.distributed import COMMUNICATION, Ranks, peak_memory_bytes
 from trainer.errors import ConfigError
 from trainer.files import replaced
+from trainer.run.config import LogConfig
 from trainer.run.display import Display
 from trainer.run.writers import Writer, open_writers
 
@@ -135,10 +135,11 @@ class Monitor:
 
     def say(self, message: str) -> None:
         """A line for people, on standard error (rank 0 only)."""
-        if self._display is not None:
-            self._display.say(message)
-        elif self.ranks.is_main:
-            print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a closed terminal, or a reader that has gone away, must not end the run
+            if self._display is not None:
+                self._display.say(message)
+            elif self.ranks.is_main:
+                print(message, file=sys.stderr, flush=True)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:

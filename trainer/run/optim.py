@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.distributed import all_reduce_sum
+from trainer.run.config import (
+    AdamWConfig,
+    CosineConfig,
+    OptimizerConfig,
+    PolynomialConfig,
+    ScheduleConfig,
+    SgdConfig,
+    StepConfig,
+)
 
 GROWTH_STEPS = 2000  # finite updates after which the loss scale doubles
 
@@ -29,14 +37,14 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) ->
     if step < warmup:
         return peak * (step + 1) / warmup
     t = min(1.0, (step - warmup) / max(1, steps - warmup))
-    match config.name:
-        case "polynomial":
+    match config:
+        case PolynomialConfig():
             return float(peak * (1 - t) ** config.power)
-        case "cosine":
+        case CosineConfig():
             return peak * (1 + math.cos(math.pi * t)) / 2
-        case "step":
+        case StepConfig():
             return float(peak * config.gamma ** sum(step >= milestone * steps for milestone in config.milestones))
-        case "constant":
+        case _:  # constant
             return peak
 
 
@@ -193,6 +201,11 @@ def _square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
 
 
+def starts_momentum(config: OptimizerConfig) -> bool:
+    """Whether the momentum that starting weights hold is taken too."""
+    return isinstance(config, SgdConfig) and config.start_momentum
+
+
 def undecayed(module: nn.Module) -> list[str]:
     """The trained parameters that stand behind a parametrisation (``torch.nn.utils.parametrize``), such as those of an
     orthogonal matrix: they are coordinates and no weights, and decay would leave the set that they describe (torch's
@@ -217,11 +230,12 @@ def build_optimizer(
     groups += [{"params": list(exempt), "weight_decay": 0.0}] if exempt else []
     groups = [group for group in groups if group["params"]]
     optimizer: torch.optim.Optimizer
-    if config.name == "sgd":
+    if isinstance(config, SgdConfig):
         optimizer = torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
         )
     else:
+        assert isinstance(config, AdamWConfig)
         optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -232,7 +246,7 @@ def build_optimizer(
 
 def initial_state(config: OptimizerConfig, parameter: Tensor) -> dict[str, Tensor]:
     """What the optimizer keeps of a parameter before the first step."""
-    if config.name == "adamw":
+    if not isinstance(config, SgdConfig):
         return {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),

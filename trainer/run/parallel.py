@@ -21,11 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.config import OptimizerConfig, TrainConfig
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.networks.recompute import Recompute
 from trainer.run import zero
+from trainer.run.config import OptimizerConfig, TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,18 +13,31 @@ import torch
 
 from trainer import __version__
 from trainer.compat.bank.center_bank import CenterBank
+from trainer.compat.methods.config import (
+    FctConfig,
+    LceConfig,
+    LceCrossConfig,
+    LceDirectConfig,
+    LceTransformedConfig,
+    MethodConfig,
+    UniBctConfig,
+    WithOldConfig,
+)
 from trainer.compat.methods.cross import open_cross
 from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
-from trainer.config import Config, dump_config
 from trainer.data import Dataset, DatasetInfo, open_dataset
+from trainer.data.config import DataConfig, RecordsConfig, SyntheticConfig
 from trainer.distributed import Ranks, agree, gather_objects, on_main
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
 from trainer.files import why_unwritable
+from trainer.models.model import introduce
 from trainer.networks import build_backbone
+from trainer.networks.scale import usual_norm
 from trainer.networks.weights import matching_weights
 from trainer.run import zero
 from trainer.run.arcface_start import head_rows
+from trainer.run.config import Config, dump_config
 from trainer.run.writers import check_writers
 
 T = TypeVar("T")
@@ -61,12 +74,13 @@ def together(action: Callable[[], T]) -> T:
 
 def _open(config: Config, ranks: Ranks) -> Inputs:
     check_writers(config.log)
-    if config.data.loader == "synthetic":
-        dataset, classes = None, config.data.synthetic_classes
-        size = (config.data.synthetic_size, config.data.synthetic_size)
+    data = config.data
+    dataset: Dataset | None = None
+    if isinstance(data, SyntheticConfig):
+        classes, size = data.synthetic_classes, (data.synthetic_size, data.synthetic_size)
     else:
-        assert config.data.path is not None
-        dataset = open_dataset(config.data.path, config.data.labels)
+        assert isinstance(data, RecordsConfig)
+        dataset = open_dataset(data.path, data.labels)
         classes, size = dataset.num_classes, dataset.info.image_size
         if len(dataset.kept) == 0:
             raise DataError(f"{dataset.path}: no record to train on (all labels are −1, or the data set is empty)")
@@ -74,79 +88,91 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
         raise ConfigError(
             f"{ranks.world_size} ranks for {classes} classes: a rank would own none; start at most {classes}"
         )
-    if config.compat.mode == "cross-model":
-        cross = open_cross(config, dataset, ranks.device)
+    method = config.method
+    if isinstance(method, LceCrossConfig):
+        cross = open_cross(method, dataset, ranks.device)
+        _introduce((cross.new, cross.old), dataset, ranks)
         if ranks.is_main:
             check_writable(config.run.dir)
         return Inputs(dataset, classes, size, None, None, cross)
-    bank = (
-        None if config.compat.method == "none" or config.compat.bank is None else _open_bank(config, classes, dataset)
-    )
-    old = _open_old(config, dataset, size, ranks)
-    if config.compat.method not in ("none", "lce"):
-        _check_rival(config, bank, old)
+    bank = None if method is None or method.bank is None else _open_bank(config, method, classes, dataset)
+    old = None if method is None else _open_old(method, data, dataset, ranks)
+    _introduce((old,), dataset, ranks)
+    if method is not None and not isinstance(method, LceConfig):
+        _check_rival(config, method, bank, old)
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, size)
     zero.check(config)
     _check_sync(config, ranks)
     if config.head.weights is not None:
-        if config.head.sub_centers > 1:
-            raise ConfigError("head.weights: one row per class; use head.sub_centers=1")
         head_rows(config.head.weights, classes, config.backbone.dim)
-    if config.backbone.weights is not None:
-        matching_weights(backbone, config.backbone.weights)
+    weights = None if config.backbone.weights is None else matching_weights(backbone, config.backbone.weights)
+    _check_norms(config, usual_norm(backbone, weights))
     if ranks.is_main:
         check_writable(config.run.dir)
     return Inputs(dataset, classes, size, bank, old)
 
 
-def _open_bank(config: Config, classes: int, dataset: Dataset | None) -> CenterBank:
-    if config.compat.mode != "direct" and config.head.sub_centers > 1:
+def _open_bank(config: Config, method: MethodConfig, classes: int, dataset: Dataset | None) -> CenterBank:
+    if isinstance(method, LceTransformedConfig) and config.head.sub_centers > 1:
         raise ConfigError(
-            f"compat.mode = {config.compat.mode} with head.sub_centers = {config.head.sub_centers}: an old centre has "
+            f"compat.mode = {method.mode} with head.sub_centers = {config.head.sub_centers}: an old centre has "
             "no single new row to align with; use head.sub_centers=1"
         )
-    assert config.compat.bank is not None
-    bank = CenterBank.open(config.compat.bank)
+    assert method.bank is not None
+    bank = CenterBank.open(method.bank)
     bank.check_classes(classes, dataset, "compat.bank")
-    if config.compat.method == "lce" and config.compat.mode == "direct" and bank.dim != config.backbone.dim:
+    if isinstance(method, LceDirectConfig) and bank.dim != config.backbone.dim:
         raise CenterBankError(
-            f"{config.compat.bank}: dimension {bank.dim}, backbone.dim is {config.backbone.dim}; "
+            f"{method.bank}: dimension {bank.dim}, backbone.dim is {config.backbone.dim}; "
             f"direct mode needs backbone.dim={bank.dim}; backward, forward and both map between the two dimensions"
         )
     return bank
 
 
-def _open_old(config: Config, dataset: Dataset | None, size: tuple[int, int], ranks: Ranks) -> OldEmbeddings | None:
-    compat = config.compat
-    if compat.method in ("none", "lce", "bct"):
-        return None
-    if compat.old_model is not None:
+def _open_old(method: MethodConfig, data: DataConfig, dataset: Dataset | None, ranks: Ranks) -> OldEmbeddings | None:
+    if isinstance(method, WithOldConfig) and method.old_model is not None:
         look = dataset.info if dataset is not None else DatasetInfo()
-        return ModelEmbeddings(compat.old_model, look, size, ranks.device)
-    assert compat.old_embeddings is not None
-    records = config.data.synthetic_records if dataset is None else len(dataset)
-    return StoredEmbeddings(compat.old_embeddings, records, dataset=dataset)
+        return ModelEmbeddings(method.old_model, look, ranks.device)
+    if not isinstance(method, WithOldConfig | UniBctConfig):
+        return None
+    assert method.old_embeddings is not None
+    records = data.synthetic_records if isinstance(data, SyntheticConfig) else len(dataset or ())
+    return StoredEmbeddings(method.old_embeddings, records, dataset=dataset)
 
 
-def _check_rival(config: Config, bank: CenterBank | None, old: OldEmbeddings | None) -> None:
-    """What the methods beside LCE ask for: no mode, and one dimension, unless a map is trained."""
-    method, dim = config.compat.method, config.backbone.dim
-    if config.compat.mode != "direct":
-        raise ConfigError(f"compat.mode = {config.compat.mode}: only compat.method=lce has modes; remove it")
+def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, ranks: Ranks) -> None:
+    """Say once how foreign models that run along are read, and refuse one that is fed wrongly."""
+    for source in sources:
+        if isinstance(source, ModelEmbeddings):
+            introduce(source.old, dataset, ranks.is_main)
+
+
+def _check_rival(config: Config, method: MethodConfig, bank: CenterBank | None, old: OldEmbeddings | None) -> None:
+    """What the methods beside LCE ask for: one dimension, unless a map is trained."""
+    dim = config.backbone.dim
     if bank is not None and old is not None and bank.dim != old.dim:
-        raise ConfigError(f"{config.compat.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")
+        raise ConfigError(f"{method.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")
     theirs = old.dim if old is not None else bank.dim if bank is not None else dim
-    if method != "fct" and theirs != dim:
+    if not isinstance(method, FctConfig) and theirs != dim:
         raise ConfigError(
-            f"compat.method = {method}: the old model's dimension is {theirs}, backbone.dim is {dim}; it compares them "
-            f"as they are: use backbone.dim={theirs}, or a method with a map (fct; lce with compat.mode=backward)"
+            f"compat.method = {method.method}: the old model's dimension is {theirs}, backbone.dim is {dim}; it "
+            f"compares them as they are: use backbone.dim={theirs}, or a method with a map (fct; lce with "
+            "compat.mode=backward)"
         )
-    if method == "mixbct" and config.head.margin.name in ("adaface", "magface"):
-        raise ConfigError(
-            f"head.margin.name = {config.head.margin.name}: it reads the embeddings' norms, which mixbct makes 1; "
-            "use cosface or arcface"
-        )
+
+
+def _check_norms(config: Config, norm: float | None) -> None:
+    """Refuse MagFace where its terms have no gradient from the first update on, and so never get one."""
+    margin = config.head.margin
+    if margin.name != "magface" or norm is None or margin.lower_norm < norm < margin.upper_norm:
+        return
+    raise ConfigError(
+        f"head.margin.lower_norm = {margin.lower_norm:g}, upper_norm = {margin.upper_norm:g}: embeddings of dimension "
+        f"{config.backbone.dim} begin with norms of about {norm:.3g}, and outside of its range magface moves none; "
+        f"take one around that, such as lower_norm={norm / 2.26:.2g} and upper_norm={norm * 4.86:.2g} (the paper's for "
+        "D = 512, in proportion)"
+    )
 
 
 def _check_sync(config: Config, ranks: Ranks) -> None:
@@ -221,6 +247,7 @@ def identity(config: Config, inputs: Inputs) -> dict[str, str]:
 
 def _synthetic(config: Config) -> str:
     data = config.data
+    assert isinstance(data, SyntheticConfig)
     return f"synthetic {data.synthetic_records} of {data.synthetic_classes} classes, {data.synthetic_size} pixels"
 
 

@@ -6,7 +6,7 @@ centres, directly (fused into the head's pass) or through learned transformation
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainer.compat.bank.center_bank import CenterBank
+from trainer.compat.methods.config import FctConfig, LceDirectConfig, LceTransformedConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.registry import build_method
-from trainer.config import Config
 from trainer.data import Batch, DatasetInfo
+from trainer.data.identities import identities
 from trainer.distributed import Ranks, largest_share, on_main, scale_gradient
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partial_fc import Companion, PartialFC
@@ -27,9 +28,11 @@ from trainer.models.card import Direction, ModelCard, TransformCard
 from trainer.models.folder import save_model
 from trainer.models.model import EmbeddingModel, TorchModel
 from trainer.networks import build_backbone
+from trainer.networks.scale import fit_scale, learn_scale
 from trainer.networks.weights import load_backbone_weights
 from trainer.run.arcface_start import head_momentum, head_rows
-from trainer.run.optim import local_part
+from trainer.run.config import Config
+from trainer.run.optim import local_part, starts_momentum
 from trainer.run.parallel import autocast, embed, gradient_sync, wrap
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float16": torch.float32, "float64": torch.float64}
@@ -56,14 +59,15 @@ class Task(Protocol):
     def modules(self) -> dict[str, nn.Module]:
         """The modules that the optimizer updates, by name; parameters may be sharded."""
 
-    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
-        """Forward and backward of one batch; parameter gradients are added up.
+    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
+        """Forward and backward of one batch; all gradients are added up.
 
         Args:
             batch: this rank's slice; images (b, 3, H, W), b may be 0.
             step: number of the batch, from which random draws are seeded.
             last: whether this is the last batch of the update (earlier ones need not reduce gradients over ranks).
             factor: float32 scalar on the modules' gradients: the loss scale, divided by the batches per update.
+            weight: on all gradients of this batch: its samples, relative to the mean of the update's batches.
         """
 
     def set_lr(self, lr: float) -> None:
@@ -120,9 +124,10 @@ class TrainTask:
             backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = backbone
         self.network = wrap(backbone, config.train, ranks, config.optimizer)
-        fused = inputs.bank is not None and config.compat.method == "lce" and config.compat.mode == "direct"
-        compat = build_compat(config, inputs.bank, ranks) if inputs.bank is not None and fused else None
-        self.method = build_method(config, inputs, ranks)
+        compat = None
+        if isinstance(config.method, LceDirectConfig) and inputs.bank is not None:
+            compat = build_compat(config.method, inputs.bank, ranks)
+        self.method = build_method(config.method, config, inputs, ranks)
         for module in self._extra().values():
             module.to(ranks.device, dtype)
         self.head = PartialFC(
@@ -144,13 +149,16 @@ class TrainTask:
         self._dtype = dtype
 
     def _build(self) -> nn.Module:
-        return build_backbone(self.config.backbone, self.inputs.image_size)
+        backbone = build_backbone(self.config.backbone, self.inputs.image_size)
+        if self.config.head.margin.name == "magface":
+            learn_scale(backbone)
+        return backbone
 
     def _start_head(self, path: Path) -> None:
         """Take this rank's rows, and their momentum where it is wanted and there."""
         mine, state = self.head.classes, self.head.shard_state()
         tables = {"rows": head_rows(path, mine.total, self.config.backbone.dim)}
-        momentum = head_momentum(path) if self.config.optimizer.start_momentum and "momentum" in state else None
+        momentum = head_momentum(path) if starts_momentum(self.config.optimizer) and "momentum" in state else None
         if momentum is not None:
             tables["momentum"] = momentum
         for name, table in tables.items():
@@ -168,7 +176,7 @@ class TrainTask:
     def _transforms(self) -> dict[Direction, nn.Module]:
         return {} if self.method is None else self.method.transforms()
 
-    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor) -> StepOutput:
+    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
         """See :class:`Task`."""
         images = batch.images.to(self._dtype)
         if self.config.train.channels_last:
@@ -181,7 +189,7 @@ class TrainTask:
                 embeddings = self.method.prepare(embeddings, batch, step)
             with self.head.deferred() if self._deferred else nullcontext():
                 out = self.head(embeddings, batch.labels, step, self._companion(factor, step))
-            out.loss.backward()
+            out.loss.backward(torch.full_like(out.loss, weight))
         report = {"loss": out.loss.detach(), **out.report}
         if "alignment" in report:  # in the paper's unit too: mean_d (u − v)² = (2 − 2 cos) / D on unit vectors
             report["alignment_mse"] = report["alignment"] * (2 / self.config.backbone.dim)
@@ -224,7 +232,14 @@ class TrainTask:
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]) -> None:
         """See :class:`Task`: the backbone and the transformations with their card."""
         card, backbone, transforms = self._plain(weights, step, figures)
-        on_main(lambda: save_model(folder, backbone, card, transforms), self.ranks)
+
+        def save() -> None:
+            known = identities(self.inputs.dataset)
+            if known is not None and self.config.backbone.weights is not None:
+                known = replace(known, complete=False)  # those weights have seen others
+            save_model(folder, backbone, card, transforms, known)
+
+        on_main(save, self.ranks)
 
     def model(self, weights: dict[str, dict[str, Tensor]], step: int) -> EmbeddingModel:
         """See :class:`Embeds`."""
@@ -241,6 +256,7 @@ class TrainTask:
             for name, part in weights.items()
         }
         backbone = self._build()
+        fit_scale(backbone, whole["backbone"])
         backbone.to(self._dtype).load_state_dict(whole["backbone"])
         dataset = self.inputs.dataset
         old_name, old_hash = self.inputs.old_model
@@ -252,7 +268,7 @@ class TrainTask:
             color=look.color,
             mean=look.mean,
             std=look.std,
-            mode=self.config.compat.way,
+            mode=self.config.label,
             compatible_with=old_name,
             compatible_with_hash=old_hash,
             step=step,
@@ -271,18 +287,20 @@ class TrainTask:
         assert source is not None
         new, old = self.config.backbone.dim, source.dim
         sizes = {"dim_in": new, "dim_out": old} if direction == "t21" else {"dim_in": old, "dim_out": new}
-        return TransformCard(config=self.config.compat.transform, **sizes)
+        method = self.config.method
+        assert isinstance(method, LceTransformedConfig | FctConfig)
+        return TransformCard(config=method.transform, **sizes)
 
 
-def build_compat(config: Config, bank: CenterBank, ranks: Ranks) -> DirectCompat:
+def build_compat(config: LceDirectConfig, bank: CenterBank, ranks: Ranks) -> DirectCompat:
     """The old model's centres and boundaries of this rank's classes, with the weights of the losses."""
     mine = class_range(bank.num_classes, ranks.rank, ranks.world_size)
     rows = bank.rows(mine.start, mine.stop)
-    where = ranks.device if config.compat.centers == "device" else torch.device("cpu")
+    where = ranks.device if config.centers == "device" else torch.device("cpu")
     return DirectCompat(
         rows.centers.to(where),
         rows.boundaries.to(where),
         rows.mask.to(where),
-        config.compat.alignment_weight,
-        0.0 if config.compat.authors_formula else config.compat.boundary_weight,  # theirs: AuthorsBoundary
+        config.alignment_weight,
+        0.0 if config.authors_formula else config.boundary_weight,  # theirs: AuthorsBoundary
     )

@@ -27,7 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, launched_by
+from trainer.errors import LceError
+from trainer.reading import read_json
 
 EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED = 0, 2, 70, 71, 75, 130
 PHASES = ("data", "forward", "update", "evaluate", "log", "save")
@@ -35,6 +37,7 @@ BEAT_SECONDS = 2.0
 GRACE_SECONDS = 8.0  # after Ctrl-C: a rank whose step takes longer (and thrice as long as any before) is ended
 AGAIN_SECONDS = 3.0  # a signal so long after a Ctrl-C is a second one, and not the first that the launcher sends on
 STUCK_SECONDS = 10.0  # in one phase: look whether another rank has failed
+ORPHAN_SECONDS = 60.0  # after the launcher's death
 SILENT_SECONDS = 15.0  # without a word while we are told to stop: that rank is gone
 _UPDATE = ("data", "forward", "update")
 _STOP, _FAILED = "stop", "failed"
@@ -49,18 +52,19 @@ def read_notes(folder: Path) -> list[dict[str, Any]]:
     """The notes of all ranks in ``<run>/ranks`` that can be read, in the order of the ranks."""
     notes = []
     for path in sorted(folder.glob("rank-*.json")):
-        with suppress(OSError, ValueError):
-            notes.append(json.loads(path.read_text()))
+        with suppress(LceError):
+            notes.append(read_json(path, LceError))
     return notes
 
 
-class _Heard:
+class Silence:
     """For how long each rank's note has been the same, by our own clock."""
 
     def __init__(self) -> None:
         self._heard: dict[int, tuple[float, float]] = {}  # rank → (the time in its note, when we first read that)
 
     def silent_seconds(self, note: dict[str, Any]) -> float:
+        """For how long a rank's note has been this one; 0 at its first reading."""
         now = time.monotonic()
         said, since = self._heard.get(note["rank"], (math.nan, now))
         if said != note["time"]:
@@ -69,6 +73,7 @@ class _Heard:
         return now - since
 
     def forget(self) -> None:
+        """Begin again."""
         self._heard.clear()
 
 
@@ -81,7 +86,7 @@ def ranks_left(run_dir: Path, since: float) -> list[dict[str, Any]]:
 def ranks_lost(run_dir: Path, since: float) -> list[int]:
     """The ranks among :func:`ranks_left` that will not come to the end: waits for those that still live, here by their
     process, elsewhere by notes that are renewed."""
-    heard, here = _Heard(), socket.gethostname()
+    heard, here = Silence(), socket.gethostname()
 
     def lives(note: dict[str, Any]) -> bool:
         return _is_running(note["pid"]) if note["host"] == here else heard.silent_seconds(note) < SILENT_SECONDS
@@ -132,8 +137,9 @@ class Vote:
 class Watch:
     """Keeps an eye on this rank and, when something fails, on the others.
 
-    Use as a context manager around the loop, on the main thread. While it is open, SIGINT and SIGTERM only set
-    :attr:`stop_signal`; a second Ctrl-C (which torchrun turns into SIGTERM) ends the process at once.
+    Use as a context manager around the loop, on the main thread. While it is open, SIGINT, SIGTERM and SIGHUP (as
+    SIGTERM) only set :attr:`stop_signal`; a second Ctrl-C (which torchrun turns into SIGTERM) ends the process at once.
+    The death of the launcher counts as a SIGTERM.
 
     Args:
         folder: ``<run>/ranks``.
@@ -148,19 +154,21 @@ class Watch:
         self._stopped_at = 0.0
         self._twice = False
         self._updating, self._update_seconds, self._longest_update = -1, 0.0, 0.0
-        self._heard = _Heard()
+        self._heard = Silence()
         self._looked, self._mute = 0.0, False
         self._reason: str | None = None
         self._echo = False
         self._handlers: dict[int, Any] = {}
         self._end = threading.Event()
+        self._launcher, self._orphaned = launched_by(), 0.0
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._handlers[number] = signal.signal(number, self._on_signal)
         self._thread.start()
         return self
 
@@ -189,13 +197,14 @@ class Watch:
             self._stopped_at = time.time()
         elif signal.SIGINT in (number, self.stop_signal) and time.time() - self._stopped_at > AGAIN_SECONDS:
             self._twice = True
-        self.stop_signal = max(self.stop_signal, number)
+        self.stop_signal = max(self.stop_signal, signal.SIGTERM if number == signal.SIGHUP else number)
 
     def _run(self) -> None:
         while not self._end.wait(BEAT_SECONDS if not self.stop_signal else 0.25):
             self._write()
             if not self.stop_signal:
                 self._look_for_request()
+            self._look_for_launcher()
             now = time.time()
             if now - self._since > self.timeout_seconds:
                 self._leave(f"no progress for {now - self._since:.0f} s", EXIT_PEER, hanging=True)
@@ -207,6 +216,17 @@ class Watch:
             late = self.stop_signal == signal.SIGINT and now - self._stopped_at > grace
             if late and self._phase not in ("evaluate", "save"):
                 self._leave(f"interrupted; the step did not end within {grace:.0f} s", EXIT_INTERRUPTED)
+
+    def _look_for_launcher(self) -> None:
+        """Stop when the launcher has died; who does not come to the next step within a minute ends."""
+        if not self._launcher or os.getppid() == self._launcher:
+            return
+        if not self._orphaned:
+            self._orphaned = time.monotonic()
+            if not self.stop_signal:
+                self._on_signal(signal.SIGTERM, None)
+        elif time.monotonic() - self._orphaned > ORPHAN_SECONDS and self._phase not in ("evaluate", "save"):
+            self._leave("its launcher has died", EXIT_TERMINATED)
 
     def _look_for_request(self) -> None:
         try:

@@ -23,8 +23,9 @@ from typing import Any, Protocol
 import yaml
 from numpy.typing import NDArray
 
-from trainer.config import LogConfig
 from trainer.errors import ConfigError
+from trainer.reading import read_yaml
+from trainer.run.config import LogConfig
 from trainer.run.folder import flat
 
 GROUP = "lce_trainer.monitors"
@@ -88,7 +89,7 @@ class WandbWriter:
     def __init__(self, folder: Path, start: int, project: str) -> None:
         import wandb
 
-        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        settings = read_yaml(folder / "config.yaml", ConfigError)
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self._run: Any = wandb.init(
             project=project, name=folder.name, id=identity, resume="allow", dir=str(folder), config=settings

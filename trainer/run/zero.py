@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.config import Config, OptimizerConfig, TrainConfig
 from trainer.distributed import Ranks, all_reduce_sum
 from trainer.errors import ConfigError
+from trainer.run.config import Config, OptimizerConfig, TrainConfig
 from trainer.run.optim import Updater, build_optimizer, initial_state
 
 

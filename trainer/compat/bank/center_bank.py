@@ -13,8 +13,8 @@ its own classes only; a shard's checksum is verified when its first row is read 
 """
 
 import json
-import shutil
 import zlib
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,9 @@ from torch import Tensor
 from trainer import __version__
 from trainer.data.index import Dataset, renumbered
 from trainer.errors import CenterBankError
-from trainer.files import TensorStream, checksum, partial_of, replace_folder, save_tensors
+from trainer.files import TensorStream, checksum, partial_of, remove, replace_folder, save_tensors
+from trainer.owner import owned
+from trainer.reading import read_json
 from trainer.seals import sealed, unsealed
 
 SHARD_BYTES = 64 * 2**20
@@ -250,14 +252,13 @@ def _read_manifest(folder: Path) -> _Manifest:
     if not path.is_file():
         raise CenterBankError(f"{folder}: no centre bank (bank.json is missing); make one with `lce centers`")
     try:
-        tree = unsealed(json.loads(path.read_text(encoding="utf-8")), path, CenterBankError, "centre bank")
+        tree = unsealed(read_json(path, CenterBankError), path, CenterBankError, "centre bank")
         manifest = _Manifest.model_validate(tree)
+    except CenterBankError as error:
+        raise CenterBankError(f"{error}: no description of a centre bank; make the bank again") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise CenterBankError(f"{path}: no description of a centre bank ({reason}); make the bank again") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
         raise CenterBankError(f"{path}: no description of a centre bank ({reason}); make the bank again") from None
     parts = manifest.centers
     ends = [0, *(part.stop for part in parts)]
@@ -276,7 +277,8 @@ class BankWriter:
     A context manager: what is unfinished at its end is removed. Memory: what is appended, and some numbers per class.
 
     Raises:
-        CenterBankError: the target exists and ``overwrite`` is False, or its parent folder cannot be written.
+        CenterBankError: another process owns the target (it is named), it exists and ``overwrite`` is False, or its
+            parent folder cannot be written.
     """
 
     def __init__(
@@ -294,7 +296,26 @@ class BankWriter:
         self.num_classes, self.dim, self.info, self.storage = num_classes, dim, info, storage
         if num_classes < 1 or dim < 1:
             raise CenterBankError(f"{self.path}: a bank needs at least one class and one dimension")
-        if self.path.exists() and not overwrite:
+        self._overwrite, self._own = overwrite, ExitStack()
+        self._partial: Path  # from __enter__ on
+        self._rows_per_shard = max(1, shard_bytes // (dim * _DTYPES[storage].itemsize))
+        self._parts: list[_FileInfo] = []
+        self._stream: TensorStream | None = None
+        self._scales = torch.zeros(num_classes if storage == "int8" else 0)
+        self.rows_written = 0
+        self._largest_error = 0.0
+
+    def __enter__(self) -> "BankWriter":
+        self._own.enter_context(owned(self.path, CenterBankError))
+        try:
+            self._begin()
+        except BaseException:
+            self._own.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        if self.path.exists() and not self._overwrite:
             raise CenterBankError(
                 f"{self.path}: exists already; remove it or choose another place (--force replaces it)"
             )
@@ -306,22 +327,14 @@ class BankWriter:
             self._partial.mkdir(parents=True)
         except OSError as error:
             raise CenterBankError(f"{self.path}: cannot be written here: {error.strerror}") from None
-        self._rows_per_shard = max(1, shard_bytes // (dim * _DTYPES[storage].itemsize))
-        self._parts: list[_FileInfo] = []
-        self._stream: TensorStream | None = None
-        self._scales = torch.zeros(num_classes if storage == "int8" else 0)
-        self.rows_written = 0
-        self._largest_error = 0.0
-
-    def __enter__(self) -> "BankWriter":
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._stream is not None:
             self._stream.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        remove(self._partial)
+        self._own.close()
 
     def append(self, centers: Tensor) -> None:
         """Add the next classes' centres: (n, D1) float32, unit rows, or zero rows for classes without a centre.

@@ -1,6 +1,7 @@
 """Which old classes a new class stands for: the old and the new data set rarely number their identities alike."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from trainer.compat.bank.matrices import read_labels
 from trainer.data.index import MOST_CLASSES
 from trainer.errors import CenterBankError
+from trainer.reading import open_regular
 
 
 class ClassMap:
@@ -125,8 +127,8 @@ def _read_csv(
     numbers: list[tuple[int, int]] = []
     columns = [_Column(names) for names in (new_names, old_names)]
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for line, row in enumerate(csv.reader(file), 1):
+        with open_regular(path, CenterBankError) as file:
+            for line, row in enumerate(csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline="")), 1):
                 if not row or (line == 1 and [cell.strip().lower() for cell in row] == ["new", "old"]):
                     continue
                 if len(row) != 2:

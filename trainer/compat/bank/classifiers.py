@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from trainer.checkpoint import SEAL, find_damage, list_checkpoints, read_index, read_seal
 from trainer.compat.bank.matrices import Rows, open_arrays
 from trainer.errors import CenterBankError, CheckpointError
+from trainer.reading import open_regular
 
 Layout = Literal["auto", "rows", "columns"]
 
@@ -40,7 +41,11 @@ class Classifier:
 
 
 def open_classifier(
-    paths: Sequence[str | Path], key: str | None = None, layout: Layout = "auto", num_classes: int | None = None
+    paths: Sequence[str | Path],
+    key: str | None = None,
+    layout: Layout = "auto",
+    num_classes: int | None = None,
+    ranks: int | None = None,
 ) -> Classifier:
     """Open an old classifier.
 
@@ -50,6 +55,7 @@ def open_classifier(
         key: the weight's name; None: guessed, and said in ``found``.
         layout: ``rows``: classes × dimension; ``columns``: the transpose; ``auto``: by the shape.
         num_classes: C_old where it is known: settles guesses, and finds a missing last rank.
+        ranks: how many there were, where it is known: a file of one rank does not say.
 
     Raises:
         CenterBankError: missing or refused files, a missing or repeated rank (named), no or several candidates,
@@ -64,7 +70,7 @@ def open_classifier(
         if not files:
             raise CenterBankError(f"{folder}: holds no checkpoint_gpu_*.pt, rank_*_softmax_weight.pt or checkpoint")
     if len(files) > 1 or _RANK_FILE.match(files[0].name):
-        return _sharded(files, key, num_classes)
+        return _sharded(files, key, num_classes, ranks)
     name, weight = _find_weight(files[0], key, num_classes)
     weight, words = _oriented(weight, layout, num_classes, files[0], name)
     rows = Rows([weight], [str(files[0])])
@@ -126,7 +132,7 @@ def _oriented(weight: Tensor, layout: Layout, num_classes: int | None, path: Pat
     return weight.t(), "read as dimension × classes"
 
 
-def _sharded(files: list[Path], key: str | None, num_classes: int | None) -> Classifier:
+def _sharded(files: list[Path], key: str | None, num_classes: int | None, ranks: int | None) -> Classifier:
     """One file per rank: ordered by rank, complete, and with sizes that one sharded head can have."""
     by_rank: dict[int, Path] = {}
     for path in files:
@@ -143,6 +149,7 @@ def _sharded(files: list[Path], key: str | None, num_classes: int | None) -> Cla
     missing = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
     if missing:
         raise CenterBankError(f"{folder}: the file of rank {_ranks(missing)} is missing; ranks are 0 … {max(by_rank)}")
+    _check_all_ranks(by_rank, num_classes, ranks)
     ordered = [by_rank[rank] for rank in range(len(by_rank))]
     found = [_find_weight(path, key, None) if key else _shard_weight(path) for path in ordered]
     rows = Rows([weight for _, weight in found], [str(path) for path in ordered])
@@ -150,6 +157,29 @@ def _sharded(files: list[Path], key: str | None, num_classes: int | None) -> Cla
     _check_sizes(folder, sizes, num_classes)
     words = f"{folder}: {found[0][0]!r} of {len(sizes)} ranks, {min(sizes)} … {max(sizes)} classes each"
     return Classifier(rows, f"{words}: {len(rows)} classes of dimension {rows.dim}")
+
+
+def _check_all_ranks(by_rank: dict[int, Path], num_classes: int | None, ranks: int | None) -> None:
+    """Raise unless the files of ranks 0 … n−1 are known to be all: no file of a rank says how many there were."""
+    first, given = by_rank[0], len(by_rank)
+    if ranks is not None and ranks != given:
+        raise CenterBankError(f"{first.parent}: the files of {given} ranks, --ranks says {ranks}; name all of them")
+    if ranks is not None or num_classes is not None:
+        return
+    kind = re.sub(r"\d+", "*", first.name)
+    more = [
+        path for path in sorted(first.parent.glob(kind)) if _RANK_FILE.match(path.name) and path not in by_rank.values()
+    ]
+    if more:
+        raise CenterBankError(
+            f"{more[0]}: a file of another rank next to the {given} given; name all, or the folder "
+            f"(--ranks {given} if it is of another run)"
+        )
+    if given == 1:
+        raise CenterBankError(
+            f"{first}: the classes of rank 0; its name does not say how many ranks there were. Name the other files, "
+            "or say the count with --ranks (--ranks 1: it was the only one) or --old-classes"
+        )
 
 
 def rank_files(path: Path) -> list[Path]:
@@ -240,7 +270,8 @@ class _Window(io.RawIOBase):
     """Bytes [start, start + length) of a file as a file of its own."""
 
     def __init__(self, path: Path, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = path.open("rb"), start, length, 0
+        self._file = open_regular(path, CenterBankError)
+        self._start, self._length, self._at = start, length, 0
 
     def seekable(self) -> bool:
         return True

@@ -22,6 +22,9 @@ from trainer.errors import CenterBankError
 
 CHUNK_BYTES = 2 * 2**20  # stays in the processor's caches from reading to writing
 SMALLEST_NORM = 1e-6
+COLLAPSED = 0.99
+"""5 % quantile of the boundaries above which embeddings are taken to coincide."""
+FEWEST_MEASURED = 8
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -91,6 +94,7 @@ def bank_from_embeddings(
     centers: CenterBank | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     progress: Progress | None = None,
+    allow_collapsed: bool = False,
     **options: Any,
 ) -> CenterBank:
     """Centres as the normalised mean of the class's normalised embeddings, and boundaries by ``rule``.
@@ -105,11 +109,12 @@ def bank_from_embeddings(
         centers: take this bank's centres where it has one (old classifier rows) and measure the boundaries and counts
         only.
         chunk_bytes: of vectors held at once; a single class with more is held whole.
+        allow_collapsed: boundaries may all be close to 1, as those of a model that was fed wrongly are.
         options: of :class:`BankWriter` (storage, overwrite).
 
     Raises:
         CenterBankError: lengths differ, a label outside [−1, C), an embedding that is zero or not finite, or
-            ``centers`` of another shape or of other identities.
+            ``centers`` of another shape or of other identities, or boundaries that all but coincide with 1.
     """
     _check_embeddings(embeddings, labels, num_classes)
     if centers is not None:
@@ -145,6 +150,8 @@ def bank_from_embeddings(
             writer.append(torch.where(has_center[:, None], means, 0.0))
             if progress is not None:
                 progress(int(starts[last]), len(order))
+        if not allow_collapsed:
+            _check_spread(boundaries[(counts > 1) & mask], path)
         writer.finish(
             torch.from_numpy(_fill_single(boundaries, counts, rule)),
             torch.from_numpy(counts),
@@ -178,6 +185,19 @@ def _check_embeddings(embeddings: Rows, labels: np.ndarray, num_classes: int) ->
     wrong = np.flatnonzero((labels < -1) | (labels >= num_classes))
     if len(wrong):
         raise CenterBankError(f"label {labels[wrong[0]]} of record {wrong[0]} is outside [-1, {num_classes})")
+
+
+def _check_spread(boundaries: np.ndarray, path: str | Path) -> None:
+    """Raise where nearly every measured boundary is close to 1: all images of a class coincide."""
+    if len(boundaries) < FEWEST_MEASURED:
+        return
+    low = float(np.quantile(boundaries, 0.05))
+    if low > COLLAPSED:
+        raise CenterBankError(
+            f"{path}: 95 % of the classes have boundaries above {low:.4f}: embeddings that all but coincide are of a "
+            "model that was fed what it does not take (lce model describe); the bank was not kept; --allow-collapsed "
+            "if it is right"
+        )
 
 
 def _class_blocks(starts: np.ndarray, step: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from trainer.data.index import Dataset, RowsInfo, describe_rows
 from trainer.distributed import Ranks, agree, barrier, on_main
 from trainer.errors import CenterBankError, ConfigError, LceError
 from trainer.files import why_unwritable
-from trainer.models.model import EmbeddingModel, embed_batches
+from trainer.models.model import EmbeddingModel, check_distinct, embed_batches
+from trainer.owner import owned
+from trainer.reading import read_json
 
 BLOCK_RECORDS = 2048
 
@@ -61,10 +63,7 @@ class _Work:
                 note.write_text(json.dumps(self.job, indent=1), encoding="utf-8")
             except OSError as error:
                 raise CenterBankError(f"{self.folder}: cannot be written: {error.strerror}") from None
-        try:
-            known = json.loads(note.read_text(encoding="utf-8"))
-        except ValueError:
-            known = None
+        known = read_json(note, CenterBankError)
         if known != self.job:
             raise CenterBankError(
                 f"{self.folder}: unfinished work of another model, data set or setting; finish or remove it"
@@ -213,43 +212,47 @@ def bank_from_model(
     )
 
     def check() -> None:
+        check_distinct(model, dataset)
         _check_targets(path, keep_embeddings, bool(options.get("overwrite")))
         if centers is not None:
             check_centers(centers, dataset.num_classes, model.dim, info)
 
-    on_main(check, ranks)
-    file = embed_by_record(
-        model, dataset, labels, work, flip=flip, batch_size=batch_size, ranks=ranks, progress=embed_progress
-    )
-
-    def convert() -> None:
-        bank_from_embeddings(
-            open_rows([file]),
-            labels,
-            dataset.num_classes,
-            path,
-            info,
-            rule=rule,
-            centers=centers,
-            progress=bank_progress,
-            **options,
+    with ExitStack() as own:
+        on_main(lambda: own.enter_context(owned(path, CenterBankError)) and None, ranks)
+        on_main(check, ranks)
+        file = embed_by_record(
+            model, dataset, labels, work, flip=flip, batch_size=batch_size, ranks=ranks, progress=embed_progress
         )
-        if keep_embeddings is not None:
-            keep_embeddings.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(file, keep_embeddings)
-            rows = RowsInfo(
-                records=len(dataset),
-                dim=model.dim,
-                model=str(model.path),
-                model_hash=model.hash,
-                dataset=str(dataset.path),
-                fingerprint=dataset.records_fingerprint,
-            )
-            describe_rows(keep_embeddings, rows)
-        shutil.rmtree(work)
 
-    on_main(convert, ranks)
-    barrier()
+        def convert() -> None:
+            bank_from_embeddings(
+                open_rows([file]),
+                labels,
+                dataset.num_classes,
+                path,
+                info,
+                rule=rule,
+                centers=centers,
+                progress=bank_progress,
+                allow_collapsed=model.allow_collapsed or not model.foreign,
+                **options,
+            )
+            if keep_embeddings is not None:
+                keep_embeddings.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(file, keep_embeddings)
+                rows = RowsInfo(
+                    records=len(dataset),
+                    dim=model.dim,
+                    model=str(model.path),
+                    model_hash=model.hash,
+                    dataset=str(dataset.path),
+                    fingerprint=dataset.records_fingerprint,
+                )
+                describe_rows(keep_embeddings, rows)
+            shutil.rmtree(work)
+
+        on_main(convert, ranks)
+        barrier()
     return CenterBank.open(path)
 
 

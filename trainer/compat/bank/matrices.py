@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from trainer import files
 from trainer.data.store import load_array
 from trainer.errors import CenterBankError, DataError
+from trainer.reading import regular
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -109,9 +111,7 @@ def open_arrays(path: str | Path) -> dict[str, Tensor]:
         CenterBankError: missing, damaged, of an unknown kind, or a pickle that wants more than tensors and plain
         values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CenterBankError(f"{path}: no such file")
+    path = regular(path, CenterBankError)
     try:
         if path.suffix == ".npy":
             return {"array": _from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))}
@@ -121,26 +121,19 @@ def open_arrays(path: str | Path) -> dict[str, Tensor]:
             return _safetensors_arrays(path)
         if path.suffix in TORCH_SUFFIXES:
             return _flatten(load_torch(path))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, SafetensorError, TypeError) as error:
-        raise CenterBankError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    except CenterBankError:
+        raise
+    except Exception as error:  # numpy, zipfile and safetensors fail as variously as files can be damaged
+        raise CenterBankError(
+            f"{path}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
     known = ".npy, .npz, .safetensors, " + ", ".join(TORCH_SUFFIXES)
     raise CenterBankError(f"{path}: unknown kind of file; known are {known}")
 
 
 def load_torch(path: Path) -> Any:
-    """``torch.load`` with ``weights_only=True`` and memory mapping. Raises :class:`CenterBankError` for anything it
-    refuses."""
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CenterBankError(
-            f"{path}: refused: it is no file of plain tensors ({reason}); nothing of it was executed. "
-            "Save the weights alone (a state dict, or .safetensors) and try again"
-        ) from None
+    """See :func:`trainer.files.load_torch`. Raises :class:`CenterBankError`."""
+    return files.load_torch(path, CenterBankError)
 
 
 def read_labels(path: str | Path, what: str = "labels") -> np.ndarray:

@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from trainer.compat.methods import losses
-from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.config import AdvBctConfig
+from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.lce import gather_pairs, own_classes
 from trainer.compat.methods.with_old import WithOld
-from trainer.config import Config
 from trainer.distributed import Ranks
 from trainer.head.partition import class_range
 
@@ -22,8 +22,9 @@ class AdvBct(WithOld):
     :func:`trainer.compat.methods.losses.elastic_boundary`.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
-        super().__init__(config, inputs, ranks)
+    def __init__(self, config: AdvBctConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
+        super().__init__(config, run, inputs, ranks)
+        self.config = config
         assert inputs.bank is not None
         self.num_classes, dim = inputs.num_classes, inputs.bank.dim
         mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.compat.bank.center_bank import CenterBank
-from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.config import BctConfig, UniBctConfig
+from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
-from trainer.config import Config
 from trainer.distributed import Ranks, scale_gradient
 from trainer.head.frozen import FrozenClassifier, FrozenRows
 from trainer.head.kernels import Kernels, chunk_rows
@@ -25,25 +25,25 @@ class Bct(CompatMethod):
     :class:`trainer.head.frozen.FrozenClassifier`. Left out: see :func:`trainer.compat.methods.losses.bct`.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
-        self.weight, self.ranks = config.compat.weight, ranks
-        head = config.head
-        known = self.rows(config, inputs, class_range(inputs.num_classes, ranks.rank, ranks.world_size))
+    def __init__(self, config: BctConfig | UniBctConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
+        self.weight, self.ranks = config.weight, ranks
+        head = run.head
+        known = self.rows(run, inputs, class_range(inputs.num_classes, ranks.rank, ranks.world_size))
         chunk = chunk_rows(head.chunk_rows, ranks.device.type)
         self.classifier = FrozenClassifier(
             FrozenRows(known.rows.to(ranks.device), known.mask.to(ranks.device), known.classes),
             scale=head.margin.scale,
-            margin=config.compat.old_margin,
+            margin=config.old_margin,
             kernels=Kernels(chunk, compiled=len(known.rows) >= COMPILE_FROM_ROWS),
             compute=getattr(torch, head.compute),
             sample_rate=head.sample_rate,
-            seed=config.run.seed,
+            seed=run.seed,
         )
 
-    def rows(self, config: Config, inputs: Inputs, classes: ClassRange) -> FrozenRows:
+    def rows(self, run: Sections, inputs: Inputs, classes: ClassRange) -> FrozenRows:
         """The old rows of this rank's classes."""
         assert inputs.bank is not None
-        return bank_rows(inputs.bank, classes, getattr(torch, config.head.rows))
+        return bank_rows(inputs.bank, classes, getattr(torch, run.head.rows))
 
     def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``influence`` is BCT's loss."""

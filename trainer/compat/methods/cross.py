@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from trainer.compat.bank.center_bank import CenterBank
+from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
-from trainer.config import Config
 from trainer.data import Dataset
 from trainer.errors import CenterBankError, ConfigError
-from trainer.models.model import TorchModel
+from trainer.models.model import EmbeddingModel
 from trainer.models.open import load_model
 
 
@@ -25,7 +25,8 @@ class CrossInputs:
         new: the new model's embedding of every image.
         old: the old model's; None when the pairs to align are the centres of two banks.
         bank, new_bank: old and new centres by class. The boundary needs the old ones.
-        model: the new model, to be handed over with the maps; None: the maps are handed over alone.
+        model: the new model; a network of torch is handed over with the maps. None, or an ONNX graph: the maps are
+        handed over alone.
         dim_old, dim_new: D1, D2.
         images: whether images have to be read at all.
     """
@@ -34,7 +35,7 @@ class CrossInputs:
     old: OldEmbeddings | None
     bank: CenterBank | None
     new_bank: CenterBank | None
-    model: TorchModel | None
+    model: EmbeddingModel | None
     dim_old: int
     dim_new: int
     images: bool
@@ -46,20 +47,14 @@ class CrossInputs:
         return "; ".join("none" if part is None else part.fingerprint for part in parts)
 
 
-def open_cross(config: Config, dataset: Dataset | None, device: torch.device) -> CrossInputs:
+def open_cross(compat: LceCrossConfig, dataset: Dataset | None, device: torch.device) -> CrossInputs:
     """Open and check what ``compat.mode = cross-model`` works on.
 
     Raises:
         LceError: what is missing, or does not fit: number of records or classes, dimensions.
     """
-    compat, train = config.compat, config.train
     if dataset is None:
         raise ConfigError("compat.mode = cross-model: needs labelled records; set data.path")
-    if train.parallel != "ddp" or train.precision not in ("float32", "float64"):
-        raise ConfigError(
-            f"train.parallel = {train.parallel}, train.precision = {train.precision}: cross-model training has nothing "
-            "to shard and no backbone to speed up; use ddp and float32 (or float64)"
-        )
     new = _embeddings("new", compat.new_embeddings, compat.new_model, dataset, device)
     if new is None:
         raise ConfigError(
@@ -84,7 +79,7 @@ def open_cross(config: Config, dataset: Dataset | None, device: torch.device) ->
         raise CenterBankError(f"{compat.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")
     dim_old = old.dim if old is not None else bank.dim if bank is not None else 0
     images = any(isinstance(source, ModelEmbeddings) for source in (new, old))
-    return CrossInputs(new, old, bank, new_bank, _model(compat.new_model, device), dim_old, new.dim, images)
+    return CrossInputs(new, old, bank, new_bank, _new_model(compat.new_model, new, device), dim_old, new.dim, images)
 
 
 def _embeddings(
@@ -94,7 +89,7 @@ def _embeddings(
     if stored is not None:
         return StoredEmbeddings(stored, len(dataset), f"compat.{which}_embeddings", dataset)
     if model is not None:
-        return ModelEmbeddings(model, dataset.info, dataset.info.image_size, device, f"compat.{which}_model")
+        return ModelEmbeddings(model, dataset.info, device)
     return None
 
 
@@ -104,13 +99,14 @@ def _bank(key: str, path: Path, dataset: Dataset) -> CenterBank:
     return bank
 
 
-def _model(path: Path | None, device: torch.device) -> TorchModel | None:
-    if path is None:
-        return None
-    model = load_model(path, device)
-    if not isinstance(model, TorchModel):
+def _new_model(path: Path | None, new: OldEmbeddings, device: torch.device) -> EmbeddingModel | None:
+    """The model that gives the new embeddings, where it is known. Raises :class:`ConfigError`: of another dimension."""
+    if isinstance(new, ModelEmbeddings):
+        return new.old
+    model = None if path is None else load_model(path, device)
+    if model is not None and model.dim != new.dim:
         raise ConfigError(
-            f"compat.new_model = {path}: an ONNX graph cannot be handed over with the maps; give the model's run or "
-            "model folder, or compat.new_embeddings alone"
+            f"compat.new_model = {path}: gives dimension {model.dim}, compat.new_embeddings have {new.dim}; these are "
+            "of another model"
         )
     return model

@@ -4,10 +4,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from trainer.compat.methods import losses
-from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.config import FctConfig
+from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.lce import smallest_norm
 from trainer.compat.methods.with_old import WithOld
-from trainer.config import Config
 from trainer.distributed import Ranks
 from trainer.models.card import Direction
 from trainer.networks.transform import build_transform
@@ -22,9 +22,10 @@ class Fct(WithOld):
     the paper trains the map after the model.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
-        super().__init__(config, inputs, ranks)
-        self.t12 = build_transform(config.compat.transform, self.source.dim, config.backbone.dim)
+    def __init__(self, config: FctConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
+        super().__init__(config, run, inputs, ranks)
+        self.config = config
+        self.t12 = build_transform(config.transform, self.source.dim, run.backbone.dim)
 
     def transforms(self) -> dict[Direction, nn.Module]:
         """See :class:`CompatMethod`."""

@@ -1,11 +1,31 @@
 """The opened inputs of a run, as the compatibility methods and the tasks take them."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.methods.cross import CrossInputs
 from trainer.compat.methods.old_embeddings import OldEmbeddings
 from trainer.data import Dataset
+from trainer.data.config import DataConfig
+from trainer.head.config import HeadConfig
+from trainer.networks.config import BackboneConfig
+
+
+class Sections(Protocol):
+    """What a method may read of the run's configuration beside its own section."""
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def backbone(self) -> BackboneConfig: ...
+
+    @property
+    def head(self) -> HeadConfig: ...
+
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)

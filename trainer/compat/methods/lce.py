@@ -21,11 +21,10 @@ from torch.nn.functional import normalize
 
 from trainer.compat.bank.center_bank import BankRows
 from trainer.compat.methods import losses
-from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.config import LceDirectConfig, LceMapsConfig, LceTransformedConfig
+from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
-from trainer.config import CompatConfig, Config
 from trainer.distributed import Ranks, all_gather_rows
-from trainer.errors import ConfigError
 from trainer.head.partition import class_range
 from trainer.models.card import Direction
 from trainer.networks.transform import build_transform
@@ -131,21 +130,12 @@ class TransformedCompat(nn.Module):
     Args:
         config: mode, weights (alignment in (1 − cos) units) and transform.
         dim_old, dim_new: D1, D2.
-
-    Raises:
-        ConfigError: direct mode, which has no transformation.
     """
 
-    def __init__(self, config: CompatConfig, dim_old: int, dim_new: int) -> None:
+    def __init__(self, config: LceMapsConfig, dim_old: int, dim_new: int) -> None:
         super().__init__()
-        if config.mode == "direct":
-            raise ConfigError(
-                "compat.mode = direct: has no transformation to train; choose backward, forward, both or cross-model"
-            )
         self.config = config
-        backward, forward = config.mode != "forward", config.mode != "backward"
-        if config.mode == "cross-model":
-            backward, forward = config.maps != "t12", config.maps != "t21"
+        backward, forward = config.directions
         self.t21 = build_transform(config.transform, dim_new, dim_old) if backward else None
         self.t12 = build_transform(config.transform, dim_old, dim_new) if forward else None
 
@@ -210,9 +200,9 @@ class TransformedLce(CompatMethod):
     """:class:`TransformedCompat` in training: the pairs of the batch's classes come from the ranks that own them, by
     one collective."""
 
-    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+    def __init__(self, config: LceTransformedConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
         assert inputs.bank is not None
-        self.compat = TransformedCompat(config.compat, inputs.bank.dim, config.backbone.dim)
+        self.compat = TransformedCompat(config, inputs.bank.dim, run.backbone.dim)
         mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
         self.bank = inputs.bank.rows(mine.start, mine.stop)
         self.num_classes, self.ranks = inputs.num_classes, ranks
@@ -233,9 +223,9 @@ class AuthorsBoundary(CompatMethod):
     """The authors' boundary in direct mode, ``compat.authors_formula``: embeddings are not made unit
     (:func:`trainer.compat.methods.losses.boundary`); the alignment stays in the head's pass. One collective a step."""
 
-    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+    def __init__(self, config: LceDirectConfig, inputs: Inputs, ranks: Ranks) -> None:
         assert inputs.bank is not None
-        self.weight, self.num_classes, self.ranks = config.compat.boundary_weight, inputs.num_classes, ranks
+        self.weight, self.num_classes, self.ranks = config.boundary_weight, inputs.num_classes, ranks
         mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
         self.bank = inputs.bank.rows(mine.start, mine.stop)
 

@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.compat.methods import losses
-from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.config import MixBctConfig
+from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.with_old import WithOld
-from trainer.config import Config
 from trainer.data import Batch
 from trainer.data.draws import uniforms
 from trainer.distributed import Ranks, all_reduce_sum
@@ -21,14 +21,15 @@ class MixBct(WithOld):
 
     An old embedding is credible when its cosine with the bank's centre of its class is at least the class's boundary:
     make the bank with ``--quantile 0.1`` for the authors' nearest 90 %. Which credible images are replaced is drawn by
-    (seed, step, record), the same at any world size. There is no loss of its own; ``compat.weight`` has no effect. One
+    (seed, step, record), the same at any world size. There is no loss of its own. One
     more collective, an all-reduce of B numbers, by which the owner of a class says what is credible.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
-        super().__init__(config, inputs, ranks)
+    def __init__(self, config: MixBctConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
+        super().__init__(config, run, inputs, ranks)
+        self.config = config
         assert inputs.bank is not None
-        self.seed = config.run.seed
+        self.seed = run.seed
         self.classes = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
         self.bank = inputs.bank.rows(self.classes.start, self.classes.stop)
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.data import Batch, Dataset, DatasetInfo
 from trainer.data.index import rows_info
@@ -86,36 +86,23 @@ class StoredEmbeddings:
 
 
 class ModelEmbeddings:
-    """The old model on the batch's own images, without gradient; every rank embeds its slice.
+    """The old model on the batch's own images, without gradient; every rank embeds its slice. Images of another size
+    than the model's are resized.
 
     Args:
         path: model folder, run folder or .onnx file.
         look: how the data set's images are normalised, which is undone before the old model's own normalisation.
-        image_size: (H, W) of the batches.
         device: where the model runs.
-        key: the setting that names it, for errors.
 
     Raises:
-        ModelError: no model there. ConfigError: it takes images of another size.
+        ModelError: no model there.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        look: DatasetInfo,
-        image_size: tuple[int, int],
-        device: torch.device,
-        key: str = "compat.old_model",
-    ) -> None:
+    def __init__(self, path: Path, look: DatasetInfo, device: torch.device) -> None:
         self.old: EmbeddingModel = load_model(path, device)
         self.card, self.dim, self.look = self.old.card, self.old.dim, look
         self.model: tuple[str, str] | None = (str(path), self.old.hash)
         self.fingerprint = self.old.hash
-        if self.card.image_size != image_size:
-            raise ConfigError(
-                f"{key} = {path}: takes images of {self.card.image_size}, the data set's are {image_size}; "
-                f"embed the data set in the model's size and give {key.replace('model', 'embeddings')}"
-            )
 
     @torch.no_grad()
     def of(self, batch: Batch) -> Tensor:
@@ -124,6 +111,8 @@ class ModelEmbeddings:
             return torch.zeros(0, self.dim, device=batch.labels.device)
         mean, std = (batch.images.new_tensor(v).view(3, 1, 1) for v in (self.look.mean, self.look.std))
         pixels = batch.images * std + mean
+        if pixels.shape[2:] != self.card.image_size:
+            pixels = nn.functional.interpolate(pixels, self.card.image_size, mode="bilinear", antialias=True)
         if isinstance(self.old, TorchModel):
             if self.look.color != self.card.color:
                 pixels = pixels.flip(1)

@@ -7,9 +7,9 @@ import torch
 
 from trainer.compat.methods import losses
 from trainer.compat.methods.bct import Bct
-from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.old_embeddings import StoredEmbeddings
-from trainer.config import Config
+from trainer.data.config import SyntheticConfig
 from trainer.head.frozen import FrozenRows
 from trainer.head.partition import ClassRange
 
@@ -26,14 +26,14 @@ class UniBct(Bct):
     training set each time. Left out as well: links across classes.
     """
 
-    def rows(self, config: Config, inputs: Inputs, classes: ClassRange) -> FrozenRows:
+    def rows(self, run: Sections, inputs: Inputs, classes: ClassRange) -> FrozenRows:
         """See :class:`Bct`. Memory: the old embeddings of a few classes at a time."""
         old = cast(StoredEmbeddings, inputs.old)
-        labels = record_labels(config, inputs)
+        labels = record_labels(run, inputs)
         own = np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
         own = own[np.argsort(labels[own], kind="stable")]
         sorted_labels = labels[own]
-        dtype = getattr(torch, config.head.rows)
+        dtype = getattr(torch, run.head.rows)
         rows, masks = [torch.empty(0, old.dim, dtype=dtype)], [torch.empty(0, dtype=torch.bool)]
         for first in range(classes.start, classes.stop, PROTOTYPE_BLOCK):
             last = min(first + PROTOTYPE_BLOCK, classes.stop)
@@ -47,8 +47,9 @@ class UniBct(Bct):
         return FrozenRows(torch.cat(rows), torch.cat(masks), classes)
 
 
-def record_labels(config: Config, inputs: Inputs) -> np.ndarray:
+def record_labels(run: Sections, inputs: Inputs) -> np.ndarray:
     """The class of every record, (N,) int64; −1: not used."""
-    if inputs.dataset is None:
-        return np.arange(config.data.synthetic_records) % inputs.num_classes
+    if isinstance(run.data, SyntheticConfig):
+        return np.arange(run.data.synthetic_records) % inputs.num_classes
+    assert inputs.dataset is not None
     return np.asarray(inputs.dataset.labels)

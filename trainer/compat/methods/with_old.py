@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.config import WithOldConfig
+from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
-from trainer.config import Config
 from trainer.data import Batch
 from trainer.distributed import Ranks, gather_batch, largest_share
 
@@ -16,11 +16,12 @@ class WithOld(CompatMethod):
     One collective more than the head makes: an all-gather of W·b·(4·D1 + 8) bytes in float32.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
+    def __init__(self, config: WithOldConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
+        del config
         assert inputs.old is not None
-        self.config, self.source, self.ranks = config.compat, inputs.old, ranks
+        self.source, self.ranks = inputs.old, ranks
         # As the head pads its own gathered batch.
-        self.capacity = largest_share(config.data.batch_size, ranks.world_size)
+        self.capacity = largest_share(run.data.batch_size, ranks.world_size)
 
     def prepare(self, embeddings: Tensor, batch: Batch, step: int) -> Tensor:
         """See :class:`CompatMethod`: gathers ``old`` (B, D1), in the order of the head's gathered batch, and ``known``

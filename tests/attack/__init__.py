@@ -1,0 +1,41 @@
+"""Attempts to break what docs/reliability.md promises, and the one table of what came of them.
+
+Every test takes the number of its attempts from :func:`amounts`: a small seeded share runs in ``make test``, more in
+``make attack``, most with ``FULL=1``. It reports each attempt's outcome to :func:`tally`; ``make attack`` ends by
+printing the table, and with ``FULL=1`` writes it to ``tests/attack/table.md``.
+"""
+
+import os
+from collections import Counter
+
+import pytest
+
+OUTCOMES = ("equal", "refused", "handled", "silent", "traceback", "hang")
+"""The last three are failures."""
+_TALLY: dict[str, Counter[str]] = {}
+
+
+def amounts(share: int, attack: int, full: int) -> pytest.MarkDecorator:
+    """Parametrise a test by ``amount``: the share of ``make test``, and, marked ``attack``, that of ``make attack``."""
+    many = full if os.environ.get("FULL") == "1" else attack
+    return pytest.mark.parametrize(
+        "amount", [share, pytest.param(many, marks=pytest.mark.attack)], ids=["share", "attack"]
+    )
+
+
+def tally(kind: str, outcome: str, count: int = 1) -> None:
+    """Count an attempt's outcome, one of :data:`OUTCOMES`, in the row of its ``kind``."""
+    assert outcome in OUTCOMES
+    _TALLY.setdefault(kind, Counter())[outcome] += count
+
+
+def table() -> str:
+    """What was counted, as Markdown; empty: nothing."""
+    if not _TALLY:
+        return ""
+    head = ("attack", "attempts", *OUTCOMES)
+    rows = [(kind, str(sum(counts.values())), *(str(counts[o]) for o in OUTCOMES)) for kind, counts in _TALLY.items()]
+    total: Counter[str] = sum(_TALLY.values(), Counter())
+    rows.append(("all", str(sum(total.values())), *(str(total[o]) for o in OUTCOMES)))
+    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,57 @@
+"""The resolved configuration of every recipe is that of version 0.1 (resolved-0.1.json, dumped by commit ca532cf): only
+keys without effect have gone, and a file that holds them is read without them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.run.config import dump_config, load_config, parse_config
+from trainer.run.folder import changes_since, flat
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SNAPSHOT = json.loads(Path(__file__).with_name("resolved-0.1.json").read_text())
+NEW = {"log.line_seconds", "log.images"}
+"""Keys that version 0.1 did not have."""
+
+
+def resolved(files: str) -> dict[str, Any]:
+    """What version 0.1 made of a recipe, flat."""
+    return dict(SNAPSHOT["base"] | SNAPSHOT["recipes"][files])
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """The tree of flat values."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        below = tree
+        for section in sections:
+            below = below.setdefault(section, {})
+        below[last] = value
+    return tree
+
+
+@pytest.mark.parametrize("files", SNAPSHOT["recipes"])
+def test_a_recipe_resolves_as_before(files: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, *rest = [str(CONFIGS / file) for file in files.split()]
+    now = load_config(first, [*rest, "run.dir=runs/x"])
+    before, after = resolved(files), flat(yaml.safe_load(dump_config(now)))
+    assert {key: value for key, value in after.items() if key not in NEW} == {
+        key: value for key, value in before.items() if key in after
+    }
+    assert not caplog.records
+    assert parse_config(nested(before), "old") == now
+    assert "old: written by an earlier version; keys without effect left out: compat." in caplog.text
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(nested(before)))
+    new = changes_since(tmp_path / "config.yaml", now)
+    assert {line.split(":")[0] for line in new} <= NEW
+
+
+def test_only_what_version_01_wrote_is_forgiven() -> None:
+    values = resolved("million_cpu.yaml")
+    del values["head.margin.h"]
+    with pytest.raises(Exception, match="belongs to"):
+        parse_config(nested(values), "typed")

@@ -1,0 +1,140 @@
+"""Keys that would do nothing, or cannot hold, are refused; a later layer that chooses another variant replaces the
+former one's keys."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.errors import ConfigError
+from trainer.head.config import ArcFaceConfig
+from trainer.run.config import Config, dump_config, load_config, parse_config
+
+BASE: dict[str, Any] = {
+    "run": {"dir": "runs/x"},
+    "data": {"loader": "synthetic"},
+}
+CROSS = ["data.loader=torch", "data.path=d", "compat.method=lce", "compat.mode=cross-model", "compat.new_embeddings=n"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(BASE))
+    return tmp_path / "run.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("head.margin.upper_norm=90", "head.margin.upper_norm belongs to magface; head.margin.name is cosface"),
+        ("head.margin.m1=1.1", "head.margin.m1 belongs to combined; head.margin.name is cosface"),
+        ("head.margin.name=combined head.margin.m=0.5", "head.margin.m belongs to cosface, arcface, adaface and"),
+        ("head.optimizer.beta1=0.8", "head.optimizer.beta1 belongs to adamw; head.optimizer.name is sgd"),
+        ("optimizer.name=adamw optimizer.momentum=0.9", "optimizer.momentum belongs to sgd; optimizer.name is adamw"),
+        ("optimizer.name=adamw optimizer.start_momentum=true", "optimizer.start_momentum belongs to sgd"),
+        ("optimizer.start_momentum=true", "optimizer.start_momentum: no weights that hold one"),
+        ("schedule.name=cosine schedule.gamma=0.5", "schedule.gamma belongs to step; schedule.name is cosine"),
+        ("schedule.name=cosine schedule.power=1", "schedule.power belongs to polynomial; schedule.name is cosine"),
+        ("schedule.name=step schedule.milestones=[0.9,0.5,7]", "schedule.milestones = .*ascending shares"),
+        ("train.steps=9 train.epochs=2", "train.epochs has no effect with train.steps"),
+        ("head.sampling_correction=true", "head.sampling_correction: weights drawn negatives"),
+        ("head.impl=reference head.chunk_rows=9", "head.chunk_rows belongs to fused; head.impl is reference"),
+        (
+            "compat.method=lce compat.bank=b compat.mix_share=0.2",
+            "compat.mix_share belongs to mixbct; compat",
+        ),
+        ("compat.method=lce compat.bank=b compat.old_margin=1", "compat.old_margin belongs to bct and unibct"),
+        ("compat.method=lce compat.bank=b compat.maps=t21", "compat.maps belongs to lce/cross-model; compat.mode is d"),
+        (
+            "compat.method=lce compat.bank=b compat.transform.name=mlp",
+            "compat.transform belongs to lce/backward, lce/forward, lce/both, lce/cross-model and fct; compat.mode is",
+        ),
+        ("evaluate.sets={a: a.bin}", "evaluate.sets: never measured with evaluate.every_steps=0"),
+        ("evaluate.every_steps=5", "nothing is measured without evaluate.sets"),
+        (" ".join([*CROSS, "head.sample_rate=0.5"]), "head.sample_rate belongs to runs that train a network"),
+        (" ".join([*CROSS, "backbone.dim=64"]), "backbone.dim belongs to runs that train a network"),
+        ("compat.bank=/does/not/exist compat.mode=both", "compat.bank belongs to lce, bct, .*; compat.method is none"),
+        ("compat.method=bct compat.bank=b compat.mode=both", "compat.mode belongs to lce; compat.method is bct"),
+        ("compat.method=mixbct compat.weight=2", "compat.weight belongs to .*; compat.method is mixbct"),
+        ("data.workers=3", "data.workers belongs to auto, dali and torch; data.loader is synthetic"),
+        ("head.margin.name=magface head.margin.upper_norm=5", "lower_norm < upper_norm"),
+        ("head.margin.name=arcfase", "head.margin.name = 'arcfase': unknown; did you mean arcface"),
+        ("head.sample_rate=0.5 head.optimizer.weight_decay=6 schedule.warmup=0.5", "above 0.5"),
+        ("compat=[{method: bct, bank: a},{method: lce, bank: b}]", "combined methods are not supported yet"),
+        ("compat=[{method: bct, bank: a, mode: both},{method: lce}]", "compat.0.mode belongs to lce"),
+    ],
+)
+def test_a_key_without_effect_is_refused(words: str, reason: str, file: Path) -> None:
+    given = words.split() if "{" not in words else [words]
+    with pytest.raises(ConfigError, match=reason) as error:
+        load_config(file, given)
+    assert "\n" not in str(error.value)
+
+
+def test_the_control_is_accepted(file: Path) -> None:
+    """Each of those keys with the variant that has it."""
+    words = ["head.margin.name=magface", "head.margin.upper_norm=90", "head.optimizer.name=adamw", "train.epochs=2"]
+    words += ["head.optimizer.beta1=0.8", "schedule.name=step", "schedule.milestones=[0.5,0.9]", "compat.method=lce"]
+    words += ["compat.bank=b", "compat.mode=both", "compat.transform.name=mlp", "head.sample_rate=0.5"]
+    words += ["head.sampling_correction=true", "head.optimizer.weight_decay=6"]
+    config = load_config(file, words)
+    assert config.label == "both"
+    assert load_config(file, CROSS).label == "cross-model"
+
+
+def merged(tmp_path: Path, *layers: dict[str, Any], words: tuple[str, ...] = ()) -> Config:
+    names = []
+    for number, layer in enumerate((BASE, *layers)):
+        (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(layer))
+        names.append(str(tmp_path / f"{number}.yaml"))
+    return load_config(names[0], [*names[1:], *words])
+
+
+def test_keys_of_the_former_variant_fall(tmp_path: Path) -> None:
+    magface = {"head": {"margin": {"name": "magface", "upper_norm": 90, "scale": 32}}}
+    arcface = {"head": {"margin": {"name": "arcface", "m": 0.5}}}
+    config = merged(tmp_path, magface, arcface)
+    assert config.head.margin == ArcFaceConfig(scale=32, m=0.5)
+    assert "upper_norm" not in dump_config(config)
+    back = merged(tmp_path, magface, arcface, words=("head.margin.name=magface",))
+    assert back.head.margin.upper_norm == 110  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"1.yaml: head.margin.upper_norm belongs to magface"):
+        merged(tmp_path, {"head": {"margin": {"upper_norm": 90}}}, words=("head.margin.name=arcface",))
+    late = merged(tmp_path, {"head": {"margin": {"upper_norm": 90}}}, words=("head.margin.name=magface",))
+    assert late.head.margin.upper_norm == 90  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"2.yaml: head.margin.upper_norm belongs to magface"):
+        merged(tmp_path, arcface, {"head": {"margin": {"upper_norm": 90}}})
+
+
+def test_methods_and_lengths_replace_each_other(tmp_path: Path) -> None:
+    lce = {"compat": {"method": "lce", "mode": "both", "bank": "b", "transform": {"name": "mlp", "hidden": 9}}}
+    config = merged(tmp_path, lce, {"compat": {"method": "bct"}})
+    assert config.compat == (type(config.compat[0])(method="bct", bank="b"),)
+    assert merged(tmp_path, lce, words=("compat.method=none",)).compat == ()
+    direct = merged(tmp_path, lce, words=("compat.mode=direct",))
+    assert direct.label == "direct"
+    linear = merged(tmp_path, lce, words=("compat.transform.name=linear",))
+    assert linear.method is not None
+    assert "hidden" not in dump_config(linear)
+    assert merged(tmp_path, {"train": {"epochs": 9}}, words=("train.steps=5",)).train.steps == 5
+    longer = merged(tmp_path, {"train": {"steps": 9}}, words=("train.epochs=5",)).train
+    assert (longer.steps, longer.epochs) == (None, 5)
+
+
+def test_one_method_may_stand_in_a_list(tmp_path: Path) -> None:
+    lce = {"method": "lce", "bank": "b"}
+    one, same = merged(tmp_path, {"compat": [lce]}), merged(tmp_path, {"compat": lce})
+    assert one == same
+    assert dump_config(one) == dump_config(same)
+    assert merged(tmp_path, {"compat": [lce]}, words=("compat.bank=c",)).method.bank == Path("c")  # type: ignore
+    assert merged(tmp_path, {"compat": []}).compat == ()
+
+
+def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
+    for words in ([], ["train.steps=3"], ["compat.method=fct", "compat.old_model=o"], CROSS):
+        config = parse_config(BASE, "test", words)
+        (tmp_path / "dumped.yaml").write_text(dump_config(config))
+        again = load_config(tmp_path / "dumped.yaml")
+        assert again == config
+        assert dump_config(again) == dump_config(config)

@@ -1,0 +1,570 @@
+"""Models of other trainers: ONNX graphs read by their operators whatever their form, torch weights by their layers.
+
+``origins/`` holds narrow networks (2 to 4 channels at first) that the code of arcface_torch, AdaFace, CVLface and
+MagFace built and saved, and ``expected.npz`` what that code's networks gave for :func:`pixels`, unit rows.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from tools.cli import main
+from trainer.compat.bank.center_bank import CenterBank
+from trainer.errors import ModelError
+from trainer.models.description import Reading
+from trainer.models.onnx import OnnxModel, providers
+from trainer.models.open import load_model
+from trainer.models.preprocessing import read_beginning
+
+ORIGINS = Path(__file__).parent / "origins"
+SIZE, DIM = (32, 32), 16
+
+
+def pixels() -> np.ndarray:
+    """The images of ``expected.npz``, (8, 112, 112, 3) uint8."""
+    coarse = np.random.default_rng(17).integers(0, 256, (8, 7, 7, 3)).astype(np.uint8)
+    return coarse.repeat(16, 1).repeat(16, 2)
+
+
+def small_pixels(count: int = 12) -> np.ndarray:
+    coarse = np.random.default_rng(1).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
+    return coarse.repeat(4, 1).repeat(4, 2)
+
+
+def matrix() -> np.ndarray:
+    return (np.random.default_rng(0).normal(size=(3 * 32 * 32, DIM)) * 0.02).astype(np.float32)
+
+
+def node(operator: str, inputs: list[str], outputs: list[str], name: str = "", **attributes: Any) -> Any:
+    return helper.make_node(operator, inputs, outputs, name=name, **attributes)
+
+
+def graph_file(
+    path: Path,
+    before: list[Any] | None = None,
+    constants: dict[str, Any] | None = None,
+    *,
+    shape: list[Any] | None = None,
+    dtype: int = TensorProto.FLOAT,
+    last: str = "input",
+    after: list[Any] | None = None,
+    outputs: dict[str, list[Any]] | None = None,
+    weights: np.ndarray | None = None,
+) -> Path:
+    """``before`` (from ``input`` to ``last``), then a linear map of all pixels to ``e``, then ``after``."""
+    nodes = [*(before or []), node("Flatten", [last], ["f"]), node("MatMul", ["f", "W"], ["e"]), *(after or [])]
+    made = {"W": matrix() if weights is None else weights, **(constants or {})}
+    initial = [numpy_helper.from_array(np.asarray(value), name) for name, value in made.items()]
+    kind = TensorProto.FLOAT16 if made["W"].dtype == np.float16 else TensorProto.FLOAT
+    whole = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("input", dtype, shape or ["b", 3, *SIZE])],
+        [helper.make_tensor_value_info(name, kind, s) for name, s in (outputs or {"e": ["b", DIM]}).items()],
+        initial,
+    )
+    model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+def f(value: Any) -> np.ndarray:
+    return np.asarray(value, np.float32)
+
+
+Spelling = tuple[list[Any], dict[str, Any]]
+
+SPELLINGS: dict[str, Spelling] = {
+    "named by MXNet": (
+        [node("Sub", ["input", "m"], ["s"], "Sub_0"), node("Mul", ["s", "k"], ["q"], "Mul_1")],
+        {"m": f(127.5), "k": f(1 / 128)},
+    ),
+    "named by torch": (
+        [node("Sub", ["input", "m"], ["s"], "/norm/Sub"), node("Mul", ["s", "k"], ["q"], "/norm/Mul")],
+        {"m": f(127.5), "k": f(1 / 128)},
+    ),
+    "without names": (
+        [node("Sub", ["input", "m"], ["s"]), node("Mul", ["s", "k"], ["q"])],
+        {"m": f(127.5), "k": f(1 / 128)},
+    ),
+    "with Div": (
+        [node("Sub", ["input", "m"], ["s"], "Sub_0"), node("Div", ["s", "k"], ["q"], "Div_1")],
+        {"m": f(127.5), "k": f(128)},
+    ),
+}
+
+
+def folder_of(path: Path, count: int = 40, size: int = 32) -> Path:
+    """A set of images: 20 identities of two pictures each."""
+    for number, picture in enumerate(np.random.default_rng(2).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)):
+        into = path / f"p{number // 2:02d}" / f"{number}.png"
+        into.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR).save(into)
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    folder_of(folder / "pictures")
+    assert main(["pack", str(folder / "pictures"), str(folder / "packed"), "--size", "32"]) == 0
+    return folder / "packed"
+
+
+def test_four_spellings_of_one_graph_give_equal_banks(
+    tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    banks = []
+    for number, (before, constants) in enumerate(SPELLINGS.values()):
+        path = graph_file(tmp_path / f"{number}.onnx", before, constants, last="q")
+        assert main(["centers", "from-model", str(path), str(packed), str(tmp_path / f"bank{number}")]) == 0
+        assert "fed pixels 0 … 255 (the graph begins with Sub 127.5, " in capsys.readouterr().err
+        rows = CenterBank.open(tmp_path / f"bank{number}").rows(0, 20)
+        banks.append((rows.centers.numpy(), rows.boundaries.numpy()))
+    for centers, boundaries in banks[1:]:
+        np.testing.assert_allclose(centers, banks[0][0], atol=1e-6)
+        np.testing.assert_allclose(boundaries, banks[0][1], atol=1e-6)
+    assert np.abs(banks[0][1]).max() < 0.99
+
+
+def _normalisation(*values: float) -> dict[str, np.ndarray]:
+    return {name: f([value] * 3) for name, value in zip(("g", "b", "m", "v"), values, strict=True)}
+
+
+BEGINNINGS: list[tuple[list[Any], dict[str, Any], str | None]] = [
+    ([], {}, None),
+    ([node("Sub", ["input", "m"], ["a"]), node("Div", ["a", "s"], ["q"])], {"m": f(0.5), "s": f(0.5)}, "0..1"),
+    (
+        [node("Sub", ["input", "m"], ["a"]), node("Div", ["a", "s"], ["q"])],
+        {"m": f([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1), "s": f([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1)},
+        "0..1",
+    ),
+    (
+        [node("Sub", ["input", "m"], ["a"]), node("Mul", ["k", "a"], ["q"])],
+        {"m": f([123.7, 116.3, 103.5]).reshape(3, 1, 1), "k": f(0.0171)},
+        "0..255",
+    ),
+    ([node("Mul", ["input", "k"], ["a"]), node("Add", ["a", "m"], ["q"])], {"k": f(2), "m": f(-1)}, "0..1"),
+    ([node("Div", ["input", "k"], ["q"])], {"k": f(255)}, "0..255"),
+    (
+        [
+            node("Cast", ["input"], ["c"], to=1),
+            node("Div", ["c", "s"], ["a"]),
+            node("Sub", ["a", "m"], ["d"]),
+            node("Div", ["d", "m"], ["q"]),
+        ],
+        {"s": f(255), "m": f(0.5)},
+        "0..255",
+    ),
+    (
+        [node("BatchNormalization", ["input", "g", "b", "m", "v"], ["q"], "bn_data")],
+        _normalisation(1, 0, 127.5, 5000),
+        "0..255",
+    ),
+    ([node("BatchNormalization", ["input", "g", "b", "m", "v"], ["q"])], _normalisation(1, 0, 0.02, 0.3), "normalised"),
+    (
+        [
+            node("Constant", [], ["m"], value_float=127.5),
+            node("Sub", ["input", "m"], ["a"]),
+            node("Constant", [], ["k"], value=numpy_helper.from_array(f(128))),
+            node("Div", ["a", "k"], ["q"]),
+        ],
+        {},
+        "0..255",
+    ),
+    ([node("Sub", ["input", "z"], ["a"], "x"), node("Mul", ["a", "o"], ["q"], "y")], {"z": f(0), "o": f(1)}, "0..255"),
+    # neither constants of the input's colours nor on the way from the input:
+    ([node("ReduceMean", ["input"], ["m"], axes=[1, 2, 3]), node("Sub", ["input", "m"], ["q"])], {}, None),
+    ([node("Mul", ["input", "k"], ["q"])], {"k": f(np.ones((3, 32, 32)))}, None),
+]
+
+
+@pytest.mark.parametrize(("before", "constants", "expected"), BEGINNINGS)
+def test_what_a_graph_does_first_says_what_it_takes(
+    tmp_path: Path, before: list[Any], constants: dict[str, Any], expected: str | None
+) -> None:
+    path = graph_file(tmp_path / "m.onnx", before, constants, last="q" if before else "input")
+    assert read_beginning(path, "input").pixels == expected
+
+
+def embedding(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Unit rows of the linear map, from (b, 3, H, W) or (b, H, W, 3) as it takes them."""
+    found = images.reshape(len(images), -1).astype(np.float64) @ weights.astype(np.float64)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def signed(images: np.ndarray) -> np.ndarray:
+    return (images.transpose(0, 3, 1, 2) - 127.5) / 127.5
+
+
+FORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "float16": ({"dtype": TensorProto.FLOAT16, "weights": matrix().astype(np.float16)}, "float16"),
+    "fixed batch of 1": ({"shape": [1, 3, *SIZE], "outputs": {"e": [1, DIM]}}, "in groups of 1"),
+    "fixed batch of 5": ({"shape": [5, 3, *SIZE], "outputs": {"e": [5, DIM]}}, "in groups of 5"),
+    "two outputs": (
+        {
+            "after": [node("ReduceL2", ["e"], ["norm"], axes=[1], keepdims=1)],
+            "outputs": {"norm": ["b", 1], "e": ["b", DIM]},
+        },
+        "the first of its outputs that is an embedding, of norm, e",
+    ),
+    "four axes": (
+        {
+            "after": [node("Unsqueeze", ["e", "ax"], ["o"])],
+            "constants": {"ax": np.array([2, 3])},
+            "outputs": {"o": ["b", DIM, 1, 1]},
+        },
+        "from the output 'o'",
+    ),
+    "unnamed dimension": ({"outputs": {"e": ["b", "d"]}}, f"dimension {DIM}"),
+    "fails in batches": (
+        {
+            "before": [node("Reshape", ["input", "to"], ["r"])],
+            "constants": {"to": np.array([1, 3, *SIZE])},
+            "last": "r",
+            "outputs": {"e": ["b", DIM]},
+        },
+        "one image at a time",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_inputs_and_outputs(tmp_path: Path, form: str) -> None:
+    options, said = FORMS[form]
+    model = load_model(graph_file(tmp_path / "m.onnx", **options))
+    assert said in model.reading
+    images = small_pixels()
+    tolerance = 5e-3 if form == "float16" else 1e-5
+    np.testing.assert_allclose(model.embed(images), embedding(signed(images), matrix()), atol=tolerance)
+    assert model.embed(images[:0]).shape == (0, DIM)
+
+
+def test_uint8_takes_pixels_and_channels_may_come_last(tmp_path: Path) -> None:
+    cast = [node("Cast", ["input"], ["c"], to=1)]
+    path = graph_file(tmp_path / "u.onnx", cast, last="c", dtype=TensorProto.UINT8, shape=["b", 3, *SIZE])
+    images = small_pixels()
+    expected = embedding(images.transpose(0, 3, 1, 2), matrix())
+    np.testing.assert_allclose(load_model(path).embed(images), expected, atol=1e-5)
+    with pytest.raises(ModelError, match="its input is uint8"):
+        load_model(path, reading=Reading(pixels="0..1"))
+    path = graph_file(tmp_path / "n.onnx", shape=["b", *SIZE, 3])
+    model = load_model(path)
+    assert "channels last" in model.reading
+    np.testing.assert_allclose(model.embed(images), embedding((images - 127.5) / 127.5, matrix()), atol=1e-5)
+
+
+def test_a_free_size_has_to_be_stated(tmp_path: Path) -> None:
+    path = graph_file(tmp_path / "m.onnx", shape=["b", 3, "h", "w"])
+    with pytest.raises(ModelError, match=r"leaves height and width free; state them: --size"):
+        load_model(path)
+    model = load_model(path, reading=Reading(size=SIZE))
+    assert model.card.image_size == SIZE
+    with pytest.raises(ModelError, match="--size says 24 × 24"):
+        load_model(graph_file(tmp_path / "f.onnx"), reading=Reading(size=(24, 24)))
+    with pytest.raises(ModelError, match=r"fails on one image"):
+        load_model(path, reading=Reading(size=(24, 24)))
+
+
+def test_statements_count_before_the_graph(tmp_path: Path) -> None:
+    images, weights = small_pixels(), matrix()
+    before, constants = SPELLINGS["named by torch"]
+    plain = graph_file(tmp_path / "m.onnx")
+    hashes = set()
+    rgb = images.transpose(0, 3, 1, 2)
+    mean, std = np.array([0.4, 0.5, 0.6]).reshape(3, 1, 1), np.array([0.2, 0.3, 0.5]).reshape(3, 1, 1)
+    cases: list[tuple[Reading, np.ndarray]] = [
+        (Reading(), (rgb - 127.5) / 127.5),
+        (Reading(pixels="0..255"), rgb),
+        (Reading(pixels="0..1"), rgb / 255),
+        (Reading(color="BGR"), (rgb[:, ::-1] - 127.5) / 127.5),
+        (Reading(color="BGR", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.5)), (rgb[:, ::-1] / 255 - mean) / std),
+    ]
+    for reading, fed in cases:
+        model = load_model(plain, reading=reading)
+        np.testing.assert_allclose(model.embed(images), embedding(fed, weights), atol=1e-5)
+        np.testing.assert_allclose(model.embed(images[..., ::-1], "BGR"), embedding(fed, weights), atol=1e-5)
+        hashes.add(model.hash)
+    assert len(hashes) == len(cases), "caches must not mix two readings of one file"
+    inside = load_model(graph_file(tmp_path / "i.onnx", before, constants, last="q"), reading=Reading(pixels="0..1"))
+    assert isinstance(inside, OnnxModel)
+    assert "as stated" in inside.reading
+    np.testing.assert_allclose(inside.embed(images), embedding((rgb / 255 - 127.5) / 128, weights), atol=1e-5)
+    two = {"e": ["b", DIM], "norm": ["b", 1]}
+    path = graph_file(tmp_path / "t.onnx", after=[node("ReduceL2", ["e"], ["norm"], axes=[1], keepdims=1)], outputs=two)
+    assert load_model(path, reading=Reading(output="e")).dim == DIM
+    for name, words in (("norm", "no embedding"), ("x", "it has e, norm")):
+        with pytest.raises(ModelError, match=words):
+            load_model(path, reading=Reading(output=name))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shape": ["b", 1, *SIZE], "weights": matrix()[:1024]}, r"needed is \(batch, 3, H, W\)"),
+        (
+            {"dtype": TensorProto.DOUBLE, "before": [node("Cast", ["input"], ["c"], to=1)], "last": "c"},
+            "taken are float32, float16 and uint8",
+        ),
+        ({"after": [node("ReduceL2", ["e"], ["n"], axes=[1])], "outputs": {"n": ["b", 1]}}, r"needed is \(batch, D\)"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_with_a_line(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        load_model(graph_file(tmp_path / "m.onnx", **options))
+
+
+def collapsed(path: Path) -> Path:
+    """Takes 0 … 255 but does not show it (its range is inside its first weights): (x − 127.5) / 128 as a map."""
+    weights = matrix()
+    shift = -127.5 * weights.sum(0)
+    return graph_file(path, after=[node("Add", ["e", "s"], ["o"])], constants={"s": shift}, outputs={"o": ["b", DIM]})
+
+
+def test_a_model_that_is_fed_wrongly_is_refused_by_every_command(
+    tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = collapsed(tmp_path / "old.onnx")
+    data, words = f"unseen={packed}", "embeddings of different images all but coincide (mean cosine "
+    from_model = ["centers", "from-model", str(old), str(packed), str(tmp_path / "bank")]
+    evaluate = ["evaluate", "--old", str(old), "--new", str(old), "--data", data, "--fars", "1e-1", "--cache", "none"]
+    describe = ["model", "describe", str(old), "--data", str(packed)]
+    for command in (from_model, evaluate, describe):
+        assert main(command) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "bank").exists()
+    assert main([*from_model, "--allow-collapsed"]) == 0
+    assert main([*from_model, "--force", "--pixels", "0..255"]) == 0
+    assert "fed pixels 0 … 255 (as stated)" in capsys.readouterr().err
+    assert float(CenterBank.open(tmp_path / "bank").rows(0, 20).boundaries.max()) < 0.99
+    assert main([*evaluate, "--pixels", "0..255", "--replicates", "100", "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["sets"]["unseen"]
+
+
+def test_a_bank_whose_boundaries_coincide_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "e.npy", (random.normal(size=(1, 8)) + 1e-3 * random.normal(size=(40, 8))).astype(np.float32))
+    np.save(tmp_path / "l.npy", np.arange(40) // 2)
+    command = ["centers", "from-embeddings", str(tmp_path / "e.npy"), str(tmp_path / "bank"), "--labels"]
+    assert main([*command, str(tmp_path / "l.npy")]) == 2
+    assert "95 % of the classes have boundaries above" in capsys.readouterr().err
+    assert not (tmp_path / "bank").exists()
+    assert main([*command, str(tmp_path / "l.npy"), "--allow-collapsed"]) == 0
+
+
+def test_a_description_is_kept_where_the_user_names_it(
+    tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").mkdir()
+    old, images = collapsed(tmp_path / "a" / "old.onnx"), small_pixels()
+    expected = load_model(old, reading=Reading(pixels="0..255", color="BGR")).embed(images)
+    elsewhere, beside = tmp_path / "kept.model.json", tmp_path / "a" / "old.model.json"
+    for target in (elsewhere, beside):
+        words = ["model", "describe", str(old), "--pixels", "0..255", "--color", "BGR", "--write", str(target)]
+        assert main(words) == 0
+        assert "fed pixels 0 … 255 (as stated), BGR" in capsys.readouterr().out
+        for path in (target, old) if target == beside else (target,):
+            model = load_model(path)
+            assert (model.path.resolve(), model.card.color) == (old.resolve(), "BGR")
+            np.testing.assert_allclose(model.embed(images), expected, atol=1e-6)
+    assert main(words) == 2
+    assert "--force replaces it" in capsys.readouterr().err
+    assert main([*words, "--force"]) == 0
+    assert load_model(elsewhere, reading=Reading(color="RGB")).card.color == "RGB"  # what is stated now counts first
+    assert main(["model", "describe", str(elsewhere), "--data", str(packed), "--json", str(tmp_path / "d.json")]) == 0
+    assert json.loads((tmp_path / "d.json").read_text())["color"] == "BGR"
+    graph_file(old)
+    for path in (old, elsewhere):
+        with pytest.raises(ModelError, match=r"describes another old.onnx .* describe it anew"):
+            load_model(path)
+    assert main([*words, "--force"]) == 0  # which is what it says
+    beside.write_text(beside.read_text()[:-20])
+    with pytest.raises(ModelError, match="is no readable JSON"):
+        load_model(old)
+    beside.unlink()
+    old.unlink()
+    with pytest.raises(ModelError, match="which does not exist"):
+        load_model(elsewhere)
+    with pytest.raises(ModelError, match="no such file"):
+        load_model(old)
+
+
+def test_options_that_do_not_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = graph_file(tmp_path / "m.onnx")
+    assert main(["model", "describe", str(old), "--pixels", "0..1", "--mean", "0.5"]) == 2
+    assert "mean and std belong to pixels = normalised" in capsys.readouterr().err
+    assert main(["model", "describe", str(old), "--write", str(tmp_path / "x.json")]) == 2
+    assert "ends with .model.json" in capsys.readouterr().err
+    for option, value in (("--mean", "1,2"), ("--std", "a"), ("--size", "0")):
+        with pytest.raises(SystemExit):
+            main(["model", "describe", str(old), option, value])
+    assert main(["model", "describe", str(old), "--std", "0"]) == 2
+
+
+def test_onnx_runtime_uses_cuda_where_it_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import onnxruntime
+
+    assert providers("cpu") == ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert providers("cuda:1") == ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert providers("cuda:3") == [("CUDAExecutionProvider", {"device_id": 3}), "CPUExecutionProvider"]
+    assert providers("cpu") == ["CPUExecutionProvider"]
+    asked = []
+    original = onnxruntime.InferenceSession
+
+    def session(path: str, options: Any, providers: list[Any]) -> Any:
+        asked.append(providers)
+        return original(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    load_model(graph_file(tmp_path / "m.onnx"), torch.device("cuda", 2))  # a rank's own device
+    assert asked == [[("CUDAExecutionProvider", {"device_id": 2}), "CPUExecutionProvider"]]
+
+
+FILES = {
+    "arcface_r18.pt": ("iresnet18 of width 2", "RGB"),
+    "arcface_mbf.pt": ("mobilefacenet of width 4", "RGB"),
+    "adaface_ir18.ckpt": ("ir_18 of width 2", "BGR"),
+    "cvlface_ir18.pt": ("ir_18 of width 2", "RGB"),
+    "magface_r18.pth": ("iresnet18 of width 2", "BGR"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_of_other_trainers_give_what_their_own_code_gives(name: str) -> None:
+    network, color = FILES[name]
+    model = load_model(ORIGINS / name)
+    assert f"{name}: {network}, dimension 16, 112 × 112" in model.reading
+    assert model.card.color == color
+    np.testing.assert_allclose(model.embed(pixels()), np.load(ORIGINS / "expected.npz")[name.split(".")[0]], atol=1e-5)
+
+
+def test_an_export_that_fails_in_batches_is_run_one_by_one() -> None:
+    """arcface_torch's torch2onnx.py on its own MobileFaceNet."""
+    model = load_model(ORIGINS / "arcface_mbf.onnx")
+    assert "one image at a time, for the graph does not work on several" in model.reading
+    np.testing.assert_allclose(model.embed(pixels()), np.load(ORIGINS / "expected.npz")["arcface_mbf"], atol=1e-5)
+
+
+WRAPPINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3},
+    "model": lambda s: {f"model.{k}": v for k, v in s.items()},
+    "net": lambda s: {f"net.{k}": v for k, v in s.items()},
+    "module": lambda s: {f"module.{k}": v for k, v in s.items()},
+    "_orig_mod": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "module._orig_mod": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+    "_orig_mod.module": lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
+    "state_dict, model.net": lambda s: {"state_dict": {f"model.net.{k}": v for k, v in s.items()}},
+    "beside a head": lambda s: {**{f"backbone.{k}": v for k, v in s.items()}, "head.weight": torch.zeros(4, 16)},
+    "arcface_torch's checkpoint": lambda s: {
+        "epoch": 1,
+        "state_dict_backbone": s,
+        "state_dict_softmax_fc": {"weight": torch.zeros(4, 16)},
+        "state_optimizer": {"state": {0: {"momentum_buffer": torch.zeros(2, 3, 3, 3)}}, "param_groups": []},
+    },
+    "without counters": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
+    "half": lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()},
+    "a Namespace beside": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=0.1)},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_wrappings_of_state_dicts(tmp_path: Path, wrapping: str, legacy: bool) -> None:
+    if legacy and wrapping == "a Namespace beside":
+        pytest.skip("stand-ins need the list of names that the zip format gives")
+    state = torch.load(ORIGINS / "arcface_r18.pt", weights_only=True)
+    path = tmp_path / "w.pt"
+    torch.save(WRAPPINGS[wrapping](state), path, _use_new_zipfile_serialization=not legacy)
+    found = load_model(path).embed(pixels())
+    tolerance = 5e-3 if wrapping == "half" else 1e-5
+    np.testing.assert_allclose(found, np.load(ORIGINS / "expected.npz")["arcface_r18"], atol=tolerance)
+
+
+class Runs:
+    """What unpickling would run."""
+
+    def __reduce__(self) -> Any:
+        return eval, ("print('it ran')",)
+
+
+def _changed(change: Callable[[dict[str, Any]], Any], name: str = "arcface_r18.pt") -> Any:
+    return change(dict(torch.load(ORIGINS / name, weights_only=True)))
+
+
+def _renamed(state: dict[str, Any]) -> dict[str, Any]:
+    return {k.replace("downsample", "shortcut"): v for k, v in state.items()}
+
+
+def refused() -> Iterator[tuple[Any, str]]:
+    yield _changed(_renamed), r"lacks layer1.0.downsample.0.weight, .* and \d+ more; it has layer1.0.shortcut.0.weight,"
+    yield _changed(lambda s: {"a": s, "b": s}), "holds 2 networks that fit, below 'a.', 'b.'"
+    yield _changed(lambda s: {k: v for k, v in s.items() if "layer4" not in k}), r"stages of 2, 2, 2, 0 units\); export"
+    yield {"encoder.weight": torch.zeros(3, 3)}, r"of no network known here \(it has encoder.weight"
+    yield _changed(lambda s: {k: v for k, v in s.items() if k != "fc.weight"}), "'fc.weight'"
+    yield {"epoch": 3}, "not a state dict"
+    yield torch.nn.Linear(2, 2), "it holds a Linear"
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_unknown_layouts_show_the_names_that_do_not_meet(tmp_path: Path, number: int) -> None:
+    content, words = list(refused())[number]
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=words):
+        load_model(tmp_path / "w.pt")
+
+
+def test_nothing_that_a_file_names_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = torch.load(ORIGINS / "arcface_r18.pt", weights_only=True)
+    torch.save({"state_dict": state, "hook": Runs()}, tmp_path / "w.pt")
+    load_model(tmp_path / "w.pt")  # with a stand-in for what it names
+    torch.save({"state_dict": state, "hook": Runs()}, tmp_path / "o.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ModelError, match="nothing of it was executed"):
+        load_model(tmp_path / "o.pt")
+    assert "it ran" not in capsys.readouterr().out
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"cut.pt: refused"):
+        load_model(tmp_path / "cut.pt")
+    script = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    torch.jit.save(script, tmp_path / "script.pt")
+    with pytest.raises(ModelError, match="TorchScript"):
+        load_model(tmp_path / "script.pt")
+
+
+def test_an_ir_network_without_wrapping_needs_its_colour_order(tmp_path: Path) -> None:
+    state = torch.load(ORIGINS / "cvlface_ir18.pt", weights_only=True)
+    torch.save({k.removeprefix("net."): v for k, v in state.items()}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="AdaFace trains it on BGR, CVLface on RGB; state which with --color"):
+        load_model(tmp_path / "w.pt")
+    model = load_model(tmp_path / "w.pt", reading=Reading(color="RGB", backbone="ir_18"))
+    np.testing.assert_allclose(model.embed(pixels()), np.load(ORIGINS / "expected.npz")["cvlface_ir18"], atol=1e-5)
+    with pytest.raises(ModelError, match="its layers are those of ir_18, not of ir_50"):
+        load_model(tmp_path / "w.pt", reading=Reading(color="RGB", backbone="ir_50"))
+
+
+def test_resized_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One data set, models of 64 and of 32 pixels."""
+    data = folder_of(tmp_path / "data", size=48)
+    assert main(["pack", str(data), str(tmp_path / "packed"), "--size", "48"]) == 0
+    weights = np.repeat(matrix(), 4, 0)
+    small = graph_file(tmp_path / "small.onnx")
+    large = graph_file(tmp_path / "large.onnx", shape=["b", 3, 64, 64], weights=weights)
+    for number, model in enumerate((small, large)):
+        out = tmp_path / f"bank{number}"
+        assert main(["centers", "from-model", str(model), str(tmp_path / "packed"), str(out)]) == 0
+        said = capsys.readouterr().err
+        assert f"its images of 48 × 48 are resized to {'32 × 32' if model == small else '64 × 64'}" in said
+    words = ["--data", f"x={tmp_path / 'packed'}", "--fars", "1e-1", "--replicates", "100", "--cache", "none"]
+    assert main(["evaluate", "--old", str(small), "--new", str(large), *words]) == 0  # both of dimension 16
+    assert capsys.readouterr().err.count("are resized to") == 2

@@ -1,0 +1,59 @@
+"""In CI a skipped test that nobody expects fails the run; elsewhere it does not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.skips import expected_skips
+
+TEXT = """
+import pytest
+
+def test_that_runs(): pass
+
+def test_that_cannot(): pytest.skip("no moon here")
+"""
+
+
+CONFTEST = """
+from pathlib import Path
+from tests.skips import register
+
+def pytest_configure(config):
+    register(config, Path("skips.yaml"))
+"""
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(folder: Path, skips: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """pytest on a folder with a list of expected skips and one test that is skipped."""
+    for name, text in (("conftest.py", CONFTEST), ("skips.yaml", skips), ("test_moon.py", TEXT)):
+        (folder / name).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("skips", "ci", "status"),
+    [
+        ("[]", "true", 1),
+        ("[]", "false", 0),
+        ("[{test: test_moon.py, reason: no moon, why: new moon}]", "true", 0),
+        ("[{test: test_moon.py, reason: no sun, why: night}]", "true", 1),
+    ],
+)
+def test_an_unexpected_skip_fails_in_ci(tmp_path: Path, skips: str, ci: str, status: int) -> None:
+    done = run(tmp_path, skips, CI=ci)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert ("skipped: " in done.stdout) == (ci == "true")
+    assert ("NOT EXPECTED" in done.stdout) == (status == 1)
+
+
+def test_every_expected_skip_names_tests_that_are_there() -> None:
+    for test, reason in expected_skips():
+        files = [ROOT / test] if test.endswith(".py") else list((ROOT / test).rglob("test_*.py"))
+        assert any(reason in file.read_text(encoding="utf-8") for file in files), f"tests/skips.yaml: {test}: {reason}"

@@ -1,0 +1,77 @@
+"""Say how a model file is read, and keep what is stated of a foreign one.
+
+  lce model describe old.onnx                                            # what is read from the file, what is assumed
+  lce model describe old.onnx --data data/train                          # and whether its embeddings tell images apart
+  lce model describe old.onnx --pixels 0..255 --color BGR --write old.model.json
+
+A description next to the file it describes (old.model.json next to old.onnx) is found by every command and by training
+runs; one elsewhere is given in the file's stead. Models of this trainer carry a card, which needs no description.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tools.foreign import add_reading_arguments, reading_of
+from tools.output import write_json
+
+if TYPE_CHECKING:
+    from trainer.models.model import EmbeddingModel
+
+HELP = "how a model file is read; describe a foreign one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("action", choices=("describe",))
+    parser.add_argument("model", type=Path, help="run folder, checkpoint, model folder, .onnx or weights file")
+    parser.add_argument("--data", metavar="DATASET", help="refuse a model whose embeddings of its images coincide")
+    parser.add_argument("--write", type=Path, metavar="NAME.model.json", help="keep what is stated of a foreign model")
+    parser.add_argument("--force", action="store_true", help="replace a description that exists")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
+    add_reading_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describe; returns the exit status."""
+    from trainer.data import open_named
+    from trainer.errors import ModelError
+    from trainer.models.description import description_of, with_description, write_description
+    from trainer.models.model import check_distinct
+    from trainer.models.open import load_model
+
+    stated = reading_of(args)
+    replaces = args.write is not None and args.write.exists()
+    if replaces and not args.force:
+        raise ModelError(f"{args.write}: exists already; --force replaces it")
+    if replaces and args.write.resolve() == description_of(args.model).resolve():
+        args.write.unlink()  # it may be of an earlier file; what counts is what is stated now
+    model = load_model(args.model, "cpu", stated)
+    if args.data is not None:
+        check_distinct(model, open_named(args.data))
+    if args.write is not None:
+        if not model.foreign:
+            raise ModelError(f"{args.model}: carries a model card, which says how it is read; there is nothing to keep")
+        file, known = with_description(args.model, stated)
+        write_description(args.write, file, known)
+    figures = _figures(model)
+    write_json(figures, args.json)
+    if args.json != "-":
+        print(model.reading or f"{args.model}: {figures['network']}, dimension {model.dim}; read as its card says")
+    return 0
+
+
+def _figures(model: "EmbeddingModel") -> dict[str, Any]:
+    card = model.card
+    return {
+        "path": str(model.path),
+        "network": card.backbone.name if card.backbone else "ONNX graph",
+        "dimension": card.dim,
+        "image_size": list(card.image_size),
+        "color": card.color,
+        "mean": list(card.mean),
+        "std": list(card.std),
+        "foreign": model.foreign,
+        "reading": model.reading,
+        "hash": model.hash,
+    }

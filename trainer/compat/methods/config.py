@@ -1,0 +1,198 @@
+"""The section ``compat``: each method of compatible training, and each mode of LCE, with the keys that it has.
+
+Weights are in (1 − cos) units, independent of D. The paper's alignment weight λ_a multiplies a mean over dimensions
+too: its λ_a is ``alignment_weight · D / 2`` (λ_a = 100 at D = 2048 is 0.098 here, at D = 64 it is 3.1).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from trainer.config import Section, Variants
+from trainer.networks.config import AnyTransform, RbtConfig
+
+_METHOD = "how the new model is made compatible with a deployed one; none: it is not"
+_MODE = "where the two models are compared: in one space (direct), or through maps between their spaces"
+_BANK = "centre bank of the old model (`lce centers …`); its folder"
+_NAMES_OLD = "centre bank of the old model: it names that model in what is exported"
+
+
+class MethodConfig(Section):
+    """A method of compatible training; the base of its kinds.
+
+    Attributes:
+        bank: where the method takes one; None: it is not given, or the method takes none.
+    """
+
+    method: str
+    bank: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """How a model card names what made the model compatible: LCE's mode, or the method."""
+        return self.method
+
+
+class NoMethodConfig(Section):
+    """A model of its own."""
+
+    method: Literal["none"] = Field("none", description=_METHOD)
+
+
+class LceConfig(MethodConfig):
+    """LCE (Meng et al., ICCV 2021); the base of its modes."""
+
+    method: Literal["lce"] = Field("lce", description=_METHOD)
+    mode: str
+    alignment_weight: float = Field(0.4, ge=0, description="λ_a in (1 − cos) units")
+    boundary_weight: float = Field(1.0, ge=0, description="λ_b")
+    authors_formula: bool = Field(
+        False, description="the authors' terms: T's output and the boundary's embeddings are not made unit"
+    )
+
+    @property
+    def label(self) -> str:
+        """See :attr:`MethodConfig.label`."""
+        return self.mode
+
+
+class LceDirectConfig(LceConfig):
+    """New and old embeddings share one space."""
+
+    mode: Literal["direct"] = Field("direct", description=_MODE)
+    bank: Path = Field(description=_BANK)
+    centers: Literal["device", "host"] = Field(
+        "device", description="where the old centres lie; host: a step's rows are copied to the device"
+    )
+
+
+class LceMapsConfig(LceConfig):
+    """Base of the modes that train maps between the two spaces."""
+
+    transform: AnyTransform = Field(RbtConfig(), description="the map T between the embedding spaces")
+
+    @property
+    def directions(self) -> tuple[bool, bool]:
+        """Whether T₂₁ (new → old) and T₁₂ (old → new) are trained."""
+        raise NotImplementedError
+
+
+class LceTransformedConfig(LceMapsConfig):
+    """New and old embeddings have spaces of their own, and maps between them are trained along."""
+
+    mode: Literal["backward", "forward", "both"] = Field("both", description=_MODE)
+    bank: Path = Field(description=_BANK)
+
+    @property
+    def directions(self) -> tuple[bool, bool]:
+        """See :attr:`LceMapsConfig.directions`."""
+        return self.mode != "forward", self.mode != "backward"
+
+
+class LceCrossConfig(LceMapsConfig):
+    """Two finished models: only the maps between their spaces are trained."""
+
+    mode: Literal["cross-model"] = Field("cross-model", description=_MODE)
+    bank: Path | None = Field(None, description=f"{_BANK}; the boundary needs it")
+    old_embeddings: Path | None = Field(None, description="old embeddings by record (.npy, float32, N × D1)")
+    old_model: Path | None = Field(
+        None, description="or the old model (model folder, run folder, .onnx), run along on the batch's images"
+    )
+    new_embeddings: Path | None = Field(None, description="new embeddings by record (.npy, float32, N × D2)")
+    new_model: Path | None = Field(
+        None, description="the new model, run along where new_embeddings is not set; exported with the maps"
+    )
+    new_bank: Path | None = Field(None, description="centres of the new model, to align with those of bank")
+    maps: Literal["both", "t21", "t12"] = Field("both", description="which maps are trained: t21 is new → old")
+
+    @property
+    def directions(self) -> tuple[bool, bool]:
+        """See :attr:`LceMapsConfig.directions`."""
+        return self.maps != "t12", self.maps != "t21"
+
+
+class WithOldConfig(MethodConfig):
+    """Base of the methods that compare an image with its old embedding."""
+
+    old_embeddings: Path | None = Field(None, description="old embeddings by record (.npy, float32, N × D1)")
+    old_model: Path | None = Field(
+        None, description="or the old model (model folder, run folder, .onnx), run along on the batch's images"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> "WithOldConfig":
+        given = (self.old_embeddings is not None) + (self.old_model is not None)
+        if given != 1:
+            raise ValueError(
+                f"compat.old_embeddings, compat.old_model: compat.method {self.method} needs one of them, {given} given"
+            )
+        return self
+
+
+class BctConfig(MethodConfig):
+    """BCT: the old classifier judges the new embeddings as well."""
+
+    method: Literal["bct"] = Field("bct", description=_METHOD)
+    bank: Path = Field(description=_BANK)
+    weight: float = Field(1.0, ge=0, description="the weight of the method's loss")
+    old_margin: float = Field(0.0, ge=0, description="cosine margin before the old classifier")
+
+
+class UniBctConfig(MethodConfig):
+    """UniBCT: BCT with prototypes refined from the old embeddings."""
+
+    method: Literal["unibct"] = Field("unibct", description=_METHOD)
+    bank: Path | None = Field(None, description=_NAMES_OLD)
+    old_embeddings: Path = Field(description="old embeddings by record (.npy, float32, N × D1)")
+    weight: float = Field(1.0, ge=0, description="the weight of the method's loss")
+    old_margin: float = Field(0.0, ge=0, description="cosine margin before the old classifier")
+
+
+class L2Config(WithOldConfig):
+    """L2: regression to the old embedding of the same image."""
+
+    method: Literal["l2"] = Field("l2", description=_METHOD)
+    bank: Path | None = Field(None, description=_NAMES_OLD)
+    weight: float = Field(1.0, ge=0, description="the weight of the method's loss")
+
+
+class AdvBctConfig(WithOldConfig):
+    """AdvBCT: an adversarial discriminator and an elastic boundary."""
+
+    method: Literal["advbct"] = Field("advbct", description=_METHOD)
+    bank: Path = Field(description=_BANK)
+    weight: float = Field(1.0, ge=0, description="the weight of the reversed gradient of the discriminator")
+    boundary_weight: float = Field(1.0, ge=0, description="the weight of the elastic boundary")
+
+
+class MixBctConfig(WithOldConfig):
+    """MixBCT: old embeddings stand in for some of the batch before the head."""
+
+    method: Literal["mixbct"] = Field("mixbct", description=_METHOD)
+    bank: Path = Field(description=_BANK)
+    mix_share: float = Field(0.3, ge=0, le=1, description="share of the batch that old embeddings stand in for")
+
+
+class FctConfig(WithOldConfig):
+    """FCT: a map from old to new embeddings, trained next to an independent model."""
+
+    method: Literal["fct"] = Field("fct", description=_METHOD)
+    bank: Path | None = Field(None, description=_NAMES_OLD)
+    weight: float = Field(1.0, ge=0, description="the weight of the method's loss")
+    transform: AnyTransform = Field(RbtConfig(), description="the map T from old to new embeddings")
+
+
+AnyMethod: TypeAlias = Annotated[
+    NoMethodConfig
+    | LceDirectConfig
+    | LceTransformedConfig
+    | LceCrossConfig
+    | BctConfig
+    | UniBctConfig
+    | L2Config
+    | AdvBctConfig
+    | MixBctConfig
+    | FctConfig,
+    Variants(method="none", mode="direct"),
+]

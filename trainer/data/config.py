@@ -1,0 +1,73 @@
+"""The section ``data``: which images are trained on, in what order, and how they are changed."""
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
+
+from trainer.config import Section, Variants, unit
+
+
+class AugmentConfig(Section):
+    """Random image changes in training, drawn per sample from (seed, epoch, record); every probability or size of 0 is
+    off."""
+
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    rotate_degrees: float = Field(
+        0.0, ge=0, description="standard deviation of the rotation", json_schema_extra=unit("degrees")
+    )
+    scale: float = Field(0.0, ge=0, lt=1, description="standard deviation of the relative size")
+    translate: float = Field(
+        0.0, ge=0, lt=1, description="standard deviation of the shift", json_schema_extra=unit("image widths")
+    )
+    contrast: float = Field(0.0, ge=0, description="standard deviation of the relative contrast about mid grey")
+    brightness: float = Field(
+        0.0, ge=0, description="standard deviation of the shift of brightness; 1 is the full range"
+    )
+    saturation: float = Field(0.0, ge=0, description="standard deviation of the relative saturation")
+    noise: float = Field(0.0, ge=0, description="standard deviation of the pixel noise; 1 is the full range")
+    blur: float = Field(0.0, ge=0, le=1, description="probability of a Gaussian blur of 0.5 to 1.5 pixels")
+    low_resolution: float = Field(
+        0.0, ge=0, le=1, description="probability of shrinking to 1/4…1/2 of the size and back"
+    )
+    occlusion: float = Field(0.0, ge=0, le=1, description="probability of a grey rectangle over 1/5…2/5 of each side")
+
+
+class DataConfig(Section):
+    """The training images; the base of what the loaders take.
+
+    ``loader: auto`` takes DALI where it is installed, else torch.
+    """
+
+    loader: str
+    batch_size: int = Field(128, ge=1, description="the global batch B; every rank reads its slice of it")
+    drop_last: bool = Field(False, description="drop the incomplete last batch of an epoch instead of training on it")
+    sampling: Literal["shuffle", "class_balanced"] = Field(
+        "shuffle", description="shuffle: every record once an epoch; class_balanced: every class equally often"
+    )
+    repeat: int = Field(1, ge=1, description="repeated augmentation: each drawn record this many times in a row")
+
+
+class RecordsConfig(DataConfig):
+    """Images of a RecordIO data set."""
+
+    loader: Literal["auto", "dali", "torch"] = Field(
+        "auto", description="what reads the images; auto: DALI when installed, else torch"
+    )
+    path: Path = Field(description="a folder with dataset.yaml (made by `lce pack`)")
+    labels: Path | None = Field(None, description="int64 .npy that replaces the data set's labels; -1 drops a record")
+    workers: int = Field(2, ge=0, description="decoding threads (DALI) or processes (torch) per rank")
+    max_bad_records: int = Field(0, ge=0, description="how many damaged records training may skip before it stops")
+    augment: AugmentConfig = Field(AugmentConfig(), description="random image changes in training")
+
+
+class SyntheticConfig(DataConfig):
+    """Synthetic images, for measurements and trials."""
+
+    loader: Literal["synthetic"] = Field("synthetic", description="what makes the images")
+    synthetic_classes: int = Field(1000, ge=1, description="the class count C")
+    synthetic_size: int = Field(112, ge=8, description="the image side", json_schema_extra=unit("pixels"))
+    synthetic_records: int = Field(100_000, ge=1, description="the records of one epoch")
+
+
+AnyData: TypeAlias = Annotated[RecordsConfig | SyntheticConfig, Variants(loader="auto")]

@@ -1,0 +1,175 @@
+"""The section ``head``: the margin, the rows' optimizer, and how the class-sharded softmax is computed."""
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from trainer.config import Section, Variants
+
+_MARGIN = "the margin on the target's cosine; formulas and papers in trainer/head/margin.py"
+_ROWS = "how the head's rows are updated; of rows that were not drawn see trainer/head/row_optimizer.py"
+
+
+class MarginConfig(Section):
+    """The margin on the target's cosine; the base of its kinds. Formulas and papers in trainer/head/margin.py."""
+
+    name: str
+    scale: float = Field(64.0, gt=0, description="s: logits are s · cos")
+    inter_class_filter: float = Field(
+        0.0, ge=0, le=1, description="negatives with a cosine above this are left out (noisy labels); 0 is off"
+    )
+
+
+class SoftmaxConfig(MarginConfig):
+    """No margin."""
+
+    name: Literal["softmax"] = Field("softmax", description=_MARGIN)
+
+
+class CosFaceConfig(MarginConfig):
+    """cos θ − m."""
+
+    name: Literal["cosface"] = Field("cosface", description=_MARGIN)
+    m: float = Field(0.4, ge=0, description="the margin")
+
+
+class AngularConfig(MarginConfig):
+    """Base of margins that are added to the angle."""
+
+    gradient: Literal["exact", "straight_through"] = Field(
+        "exact", description="straight_through replaces the margin's derivative by 1, as arcface_torch does"
+    )
+
+
+class ArcFaceConfig(AngularConfig):
+    """cos(θ + m)."""
+
+    name: Literal["arcface"] = Field("arcface", description=_MARGIN)
+    m: float = Field(0.4, ge=0, description="the margin")
+
+
+class CombinedConfig(AngularConfig):
+    """cos(m1·θ + m2) − m3."""
+
+    name: Literal["combined"] = Field("combined", description=_MARGIN)
+    m1: float = Field(1.0, ge=1, description="factor of the angle in cos(m1·θ + m2) − m3")
+    m2: float = Field(0.0, ge=0, description="margin on the angle in cos(m1·θ + m2) − m3")
+    m3: float = Field(0.0, ge=0, description="margin on the cosine in cos(m1·θ + m2) − m3")
+
+
+class AdaFaceConfig(MarginConfig):
+    """A margin that grows with the embedding's norm relative to its running mean."""
+
+    name: Literal["adaface"] = Field("adaface", description=_MARGIN)
+    m: float = Field(0.4, ge=0, description="the margin")
+    h: float = Field(0.333, gt=0, description="concentration of the norm statistic")
+    norm_momentum: float = Field(0.01, gt=0, le=1, description="share of the batch in the running norm statistics")
+
+
+class MagFaceConfig(MarginConfig):
+    """A margin that grows with the embedding's norm, and a term that draws the norms up."""
+
+    name: Literal["magface"] = Field("magface", description=_MARGIN)
+    lower_norm: float = Field(10.0, gt=0, description="l_a, from where the margin grows; below √D, where norms begin")
+    upper_norm: float = Field(110.0, gt=0, description="u_a, up to where the margin grows; above √D")
+    lower_margin: float = Field(0.45, ge=0, description="l_m, the margin at l_a")
+    upper_margin: float = Field(0.8, ge=0, description="u_m, the margin at u_a")
+    norm_weight: float = Field(35.0, ge=0, description="λ_g, the weight of the norm term")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "MagFaceConfig":
+        if self.lower_norm >= self.upper_norm or self.lower_margin > self.upper_margin:
+            raise ValueError("head.margin: magface needs lower_norm < upper_norm and lower_margin <= upper_margin")
+        return self
+
+
+class CurricularConfig(MarginConfig):
+    """ArcFace's margin, and negatives that count more the more the network has learnt."""
+
+    name: Literal["curricular"] = Field("curricular", description=_MARGIN)
+    m: float = Field(0.4, ge=0, description="the margin")
+
+
+AnyMargin: TypeAlias = Annotated[
+    SoftmaxConfig | CosFaceConfig | ArcFaceConfig | CombinedConfig | AdaFaceConfig | MagFaceConfig | CurricularConfig,
+    Variants(name="cosface"),
+]
+
+
+class RowOptimizerConfig(Section):
+    """How the head's rows are updated; the base of its kinds."""
+
+    name: str
+    lr_factor: float = Field(1.0, gt=0, description="the rows' learning rate is this times the schedule's")
+    weight_decay: float = Field(5e-4, ge=0, description="weight decay, per update and unit of learning rate")
+
+
+class SgdRowsConfig(RowOptimizerConfig):
+    """SGD with momentum, as if every row were updated in every step."""
+
+    name: Literal["sgd"] = Field("sgd", description=_ROWS)
+    momentum: float = Field(0.9, ge=0, lt=1, description="share of the former step that is kept")
+
+
+class AdamWRowsConfig(RowOptimizerConfig):
+    """AdamW on a clock per row that runs while the row is drawn."""
+
+    name: Literal["adamw"] = Field("adamw", description=_ROWS)
+    beta1: float = Field(0.9, ge=0, lt=1, description="share of the first moment that is kept")
+    beta2: float = Field(0.999, ge=0, lt=1, description="share of the second moment that is kept")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+
+
+AnyRowOptimizer: TypeAlias = Annotated[SgdRowsConfig | AdamWRowsConfig, Variants(name="sgd")]
+
+
+class HeadConfig(Section):
+    """The class-sharded margin softmax."""
+
+    impl: Literal["fused", "reference"] = Field("fused", description="reference: logits materialised, dense gradient")
+    update: Literal["fused", "deferred"] = Field(
+        "fused",
+        description="deferred: rows wait until the backbone's gradient is known to be finite; costs their gradient's "
+        "memory and a wait for the device (always so with accumulated batches and float16)",
+    )
+    margin: AnyMargin = Field(CosFaceConfig(), description="the margin on the target's cosine")
+    sample_rate: float = Field(1.0, gt=0, le=1, description="share of the classes drawn as negatives each step")
+    sampling_correction: bool = Field(
+        False, description="weight drawn negatives by 1 / sample_rate, so that their sum estimates the full one"
+    )
+    sub_centers: int = Field(
+        1, ge=1, le=16, description="K rows per class, the nearest one counts (sub-center ArcFace)"
+    )
+    optimizer: AnyRowOptimizer = Field(SgdRowsConfig(), description="how the rows are updated")
+    compute: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype that the products take; results are float32"
+    )
+    rows: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of rows and their state")
+    chunk_rows: int = Field(0, ge=0, description="impl fused: rows per chunk of the pass; 0: chosen for the device")
+    init_std: float = Field(0.01, gt=0, description="standard deviation of the rows at the start")
+    weights: Path | None = Field(
+        None, description="start from these rows: arcface_torch's output folder, a classifier file, or a run folder"
+    )
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "HeadConfig":
+        if self.sampling_correction and self.sample_rate == 1:
+            raise ValueError(
+                "head.sampling_correction: weights drawn negatives, and head.sample_rate is 1: none are drawn; remove "
+                "it, or set head.sample_rate below 1"
+            )
+        if self.weights is not None and self.sub_centers > 1:
+            raise ValueError("head.weights: one row per class; use head.sub_centers=1")
+        if self.impl == "reference":
+            self._check_reference()
+        return self
+
+    def _check_reference(self) -> None:
+        if self.chunk_rows:
+            raise ValueError("head.chunk_rows belongs to fused; head.impl is reference")
+        if self.rows == "bfloat16":
+            raise ValueError(
+                "head.rows=bfloat16 needs stochastic rounding; head.impl=reference does not support it, use "
+                "head.impl=fused"
+            )

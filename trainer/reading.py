@@ -1,0 +1,164 @@
+"""Files that others made, read so that nothing in them can do more than be refused in one line.
+
+Every path that a user gives, and every file inside what a user gives, is opened here or checked by :func:`regular`
+first: a pipe or a device would be waited for, or read, without end. JSON, YAML and .npy end in an error of the caller's
+type, whatever their parsers make of what they hold.
+"""
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from trainer.errors import LceError
+
+MOST_BYTES = 1 << 28
+"""Of a text that is read whole."""
+MOST_LEVELS = 100
+"""Of lists and mappings inside each other."""
+MOST_VALUES = 10_000_000
+"""With what YAML repeats by reference counted each time."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def regular(path: str | Path, error_type: type[LceError]) -> Path:
+    """``path``, when it is a regular file. Raises: it is missing, a folder, a pipe or a device."""
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError:
+        raise error_type(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise error_type(f"{path}: cannot be read: {_line(error)}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or socket" if not stat.S_ISCHR(mode) else "a device"
+        raise error_type(f"{path}: is {kind}, not a file")
+    return Path(path)
+
+
+def open_regular(path: str | Path, error_type: type[LceError]) -> BinaryIO:
+    """Open a regular file for reading bytes. Raises: as :func:`regular`, or it may not be read."""
+    regular(path, error_type)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may have been exchanged meanwhile
+    except OSError as error:
+        raise error_type(f"{path}: cannot be read: {_line(error)}") from None
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise error_type(f"{path}: is not a file")
+    return file
+
+
+def read_bytes(path: str | Path, error_type: type[LceError], most_bytes: int = MOST_BYTES) -> bytes:
+    """A regular file's bytes. Raises: as :func:`open_regular`, or it is larger than ``most_bytes``."""
+    with open_regular(path, error_type) as file:
+        if os.fstat(file.fileno()).st_size > most_bytes:
+            raise error_type(f"{path}: is larger than the {most_bytes} bytes that are read of such a file")
+        try:
+            return file.read(most_bytes)
+        except OSError as error:
+            raise error_type(f"{path}: cannot be read: {_line(error)}") from None
+
+
+def read_text(path: str | Path, error_type: type[LceError], encoding: str = "utf-8") -> str:
+    """A regular file's text, line ends as \\n. Raises: as :func:`read_bytes`, or it is not of that encoding."""
+    try:
+        text = read_bytes(path, error_type).decode(encoding)
+    except UnicodeDecodeError as error:
+        raise error_type(f"{path}: is no {encoding.upper()} text: {_line(error)}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | Path, error_type: type[LceError]) -> Any:
+    """What a JSON file holds. Raises: as :func:`parse_json`."""
+    return parse_json(read_bytes(path, error_type), str(path), error_type)
+
+
+def parse_json(data: str | bytes, name: str, error_type: type[LceError]) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        LceError: of ``error_type``, with ``name``: no JSON, numbers of thousands of digits, more than
+            :data:`MOST_LEVELS` levels, characters that are none (lone surrogates; those that stand for the bytes of a
+            file's name are let through).
+    """
+    raw = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
+    try:
+        tree = json.loads(raw)
+        _check_size(tree)
+        if _SURROGATE.search(raw):
+            json.dumps(tree, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    except Exception as error:
+        raise error_type(f"{name}: is no readable JSON: {_line(error)}") from None
+    return tree
+
+
+def read_yaml(path: str | Path, error_type: type[LceError]) -> Any:
+    """What a YAML file holds. Raises: as :func:`parse_yaml`."""
+    return parse_yaml(read_text(path, error_type), str(path), error_type)
+
+
+def parse_yaml(text: str, name: str, error_type: type[LceError]) -> Any:
+    """What a YAML text holds, plain values only.
+
+    Raises:
+        LceError: of ``error_type``, with ``name``: no YAML, values that cannot be (dates, numbers), more than
+            :data:`MOST_LEVELS` levels, references to what they are part of, or that multiply without bound.
+    """
+    try:
+        tree = yaml.safe_load(text)
+        _check_size(tree)
+    except Exception as error:
+        raise error_type(f"{name}: is no readable YAML: {_line(error)}") from None
+    return tree
+
+
+def read_array(path: str | Path, error_type: type[LceError]) -> NDArray[Any]:
+    """The array of a .npy file, memory-mapped read-only. Raises: it is none, is cut short, or would unpickle."""
+    regular(path, error_type)
+    try:
+        with np.errstate(all="ignore"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy parses the header as Python does, and fails as variously
+        raise error_type(f"{path}: is no readable .npy file: {_line(error)}") from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise error_type(f"{path}: is no .npy file but an archive of arrays")
+    return array
+
+
+def _check_size(tree: Any) -> None:
+    """Raises :class:`ValueError`: nested too deeply, within itself, or too large when it is written out."""
+    sizes: dict[int, int] = {}
+
+    def count(node: Any, level: int) -> int:
+        if not isinstance(node, dict | list | tuple | set):
+            return 1
+        if level > MOST_LEVELS:
+            raise ValueError(f"more than {MOST_LEVELS} levels of lists and mappings inside each other")
+        known = sizes.get(id(node))
+        if known is None:
+            children = node.values() if isinstance(node, dict) else node
+            known = 1 + sum(count(child, level + 1) for child in children)
+            sizes[id(node)] = known
+        if known > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES} values, with those that are repeated by reference")
+        return known
+
+    count(tree, 1)
+
+
+def _line(error: BaseException) -> str:
+    """The reason in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, RecursionError):
+        return "too many levels of lists and mappings inside each other"
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 300 else f"{text[:297]}…") or type(error).__name__
