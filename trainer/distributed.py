@@ -10,14 +10,16 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -320,6 +322,58 @@ def as_sharded(local: Tensor, total: int, mesh: DeviceMesh) -> DTensor:
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
+class Labels:
+    """The labels of all ranks on the device, and on the host once their copy, which nothing waits for before, is there.
+
+    Args:
+        labels: (B,) int64.
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        self.device = labels
+        self._arrived: torch.cuda.Event | None = None
+        self._host = labels
+        if labels.is_cuda:
+            self._host = torch.empty(labels.shape, dtype=labels.dtype, pin_memory=torch.cuda.is_available())
+            self._host.copy_(labels, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def host(self) -> NDArray[np.int64]:
+        """(B,); waits for the copy, which is over long before the work that was queued after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+            self._arrived = None
+        return self._host.numpy()
+
+    @classmethod
+    def gather(cls, labels: Tensor, world_size: int, capacity: int) -> "Labels":
+        """From every rank's own (n,) labels, n ≤ capacity: (W·capacity,), −1 where a rank fills no place. One
+        collective.
+        """
+        own = labels.new_full((capacity,), -1)
+        own[: len(labels)] = labels
+        if world_size == 1:
+            return cls(own)
+        out = own.new_empty(world_size * capacity)
+        _all_gather(out, own)
+        return cls(out)
+
+
+def upload(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:
+    """Arrays (n_i,) of int64 on the device: one copy from pinned memory, which the host does not wait for."""
+    whole = send(torch.from_numpy(np.concatenate(arrays)), device)
+    return list(whole.split([len(one) for one in arrays]))
+
+
+def send(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device, from pinned memory where it comes from the host's, so that nothing waits for the copy."""
+    if device.type == "cuda" and not value.is_cuda and torch.cuda.is_available():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
 class _GatherBatch(torch.autograd.Function):
     """All-gather of (n, D) rows padded to ``capacity`` → (W·capacity, D); backward: one reduce-scatter of the sum."""
 
@@ -344,12 +398,44 @@ class _GatherBatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        full = grads[0].contiguous()
-        if ctx.world_size > 1:
-            part = full.new_empty(ctx.capacity, full.shape[1])
-            _reduce_scatter(part, full)
-            full = part
-        return full[: ctx.n], None, None, None
+        return _scattered(ctx, grads[0]), None, None, None
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather of (n, D) rows padded to ``capacity`` → (W·capacity, D); backward: one reduce-scatter of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, world_size: int, capacity: int) -> Tensor:
+        ctx.n, ctx.world_size, ctx.capacity = len(rows), world_size, capacity
+        own = rows.detach()
+        if len(rows) < capacity:
+            own = torch.cat([own, own.new_zeros(capacity - len(rows), rows.shape[1])])
+        if world_size == 1:
+            return own.clone()
+        out = own.new_empty(world_size * capacity, own.shape[1])
+        _all_gather(out, own.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _scattered(ctx, grads[0]), None, None
+
+
+def _scattered(ctx: Any, gradient: Tensor) -> Tensor:
+    full = gradient.contiguous()
+    if ctx.world_size > 1:
+        part = full.new_empty(ctx.capacity, full.shape[1])
+        _reduce_scatter(part, full)
+        full = part
+    return full[: ctx.n]
+
+
+def gather_rows(rows: Tensor, world_size: int, capacity: int) -> Tensor:
+    """The rows (W·capacity, D) of the global batch on every rank, where :meth:`Labels.gather` has gathered its labels;
+    the gradient comes back summed over the ranks. See :func:`gather_batch`.
+    """
+    gathered: Tensor = _GatherRows.apply(rows, world_size, capacity)
+    return gathered
 
 
 def gather_batch(rows: Tensor, labels: Tensor, world_size: int, capacity: int) -> tuple[Tensor, Tensor]:

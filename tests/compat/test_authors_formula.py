@@ -15,7 +15,7 @@ from tests.sections import variant
 from trainer.compat.methods import losses
 from trainer.compat.methods.config import AnyMethod
 from trainer.compat.methods.lce import Pairs, TransformedCompat
-from trainer.distributed import Ranks
+from trainer.distributed import Labels, Ranks
 from trainer.run.engine import train
 from trainer.run.startup import prepare
 from trainer.run.task import TrainTask
@@ -55,7 +55,7 @@ def test_direct_boundary_is_the_plain_one(tmp_path: Path) -> None:
     labels = torch.tensor([0, 1, 7, 4, 9, -1])
     assert task.method is not None
     assert inputs.bank is not None
-    loss, report = task.method.loss(x, labels, x.new_empty(5, 6), 0)
+    loss, report = task.method.loss(x, Labels(labels), x.new_empty(5, 6), 0)
     rows, known = inputs.bank.rows(0, 11), labels >= 0
     y = labels[known]
     of = (rows.centers[y].double(), rows.boundaries[y].double(), rows.mask[y])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.data.samples import loader_of, packed
+from tests.head.cases import draw_negatives
 from tests.ranks import run_ranks
 from tests.runs import Linear, config, log_of, losses_of, train_rank
 from trainer.compat.bank.center_bank import BankInfo, CenterBank, write_bank
@@ -25,7 +26,6 @@ from trainer.data.draws import uniforms
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError, DataError, LceError, ModelError
 from trainer.head.partial_fc import PartialFC
-from trainer.head.sampling import draw_negatives
 from trainer.models.card import ModelCard
 from trainer.models.folder import save_model
 from trainer.models.model import resized

@@ -13,6 +13,7 @@ from trainer.head.config import HeadConfig
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partial_fc import PartialFC
 from trainer.head.partition import class_range
+from trainer.head.sampling import Draw
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Case:
     empty_rank: int | None = None
     ignored: bool = True
     accumulate: int = 1
+
+
+def draw_negatives(seed: int, step: int, total: int, rate: float, start: int, stop: int) -> Tensor:
+    """The classes drawn in [start, stop), counted from ``start``."""
+    return Draw.of(seed, step, total, rate).negatives(start, stop)
 
 
 def make_bank(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.head.cases import Case, largest_difference, run_head
+from tests.head.cases import Case, draw_negatives, largest_difference, run_head
 from tests.ranks import run_ranks
 from tests.sections import variant
 from trainer.distributed import Ranks
 from trainer.head.config import AnyMargin, AnyRowOptimizer, HeadConfig
 from trainer.head.partial_fc import PartialFC
-from trainer.head.sampling import draw_negatives
 
 TIGHT = 1e-9  # float64, after several steps; the scale 16 multiplies rounding errors in every exponent
 

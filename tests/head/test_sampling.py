@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.head.cases import draw_negatives
 from trainer.head.partition import class_range
-from trainer.head.sampling import draw_negatives, join_positives, stratum_count
+from trainer.head.sampling import Draw, draw_rows, stratum_count
 
 
 @settings(max_examples=100, deadline=None)
@@ -54,17 +55,38 @@ def test_steps_and_seeds_draw_differently() -> None:
         assert 40 < len(first & other) < 170  # 100 expected by chance
 
 
-def test_positives_are_joined_once() -> None:
-    negatives, positives = torch.tensor([1, 4, 6]), torch.tensor([6, 9, 9, 0, 1])
-    rows, place = join_positives(negatives, positives)
-    assert rows[:3].tolist() == [1, 4, 6]
-    assert sorted(rows[3:].tolist()) == [0, 9]
-    assert rows[place].tolist() == positives.tolist()
-    rows, place = join_positives(torch.empty(0, dtype=torch.int64), positives)
-    assert rows[place].tolist() == positives.tolist()
-    rows, place = join_positives(negatives, torch.empty(0, dtype=torch.int64))
-    assert rows.tolist() == [1, 4, 6]
-    assert len(place) == 0
+@settings(max_examples=60, deadline=None)
+@given(
+    total=st.integers(1, 300),
+    world_size=st.integers(1, 9),
+    rate=st.sampled_from([1.0, 0.5, 0.1, 0.01]),
+    step=st.integers(0, 1000),
+)
+def test_the_host_s_indexes_are_those_of_the_drawn_rows(total: int, world_size: int, rate: float, step: int) -> None:
+    """Every rank, class counts that divide and that do not: places, positives that were not drawn, own classes."""
+    labels = np.random.default_rng(step).integers(-1, total, 40)
+    seen = []
+    for rank in range(world_size):
+        own = class_range(total, rank, world_size)
+        draw = None if rate == 1 else Draw.of(3, step, total, rate)
+        drawn = draw_rows(labels, own, draw, torch.device("cpu"))
+        rows = np.arange(own.size) if drawn.index is None else drawn.index.numpy()
+        here = np.flatnonzero((labels >= own.start) & (labels < own.stop))
+        distinct = np.unique(labels[here]) - own.start
+        assert sorted(drawn.samples.tolist()) == here.tolist()
+        np.testing.assert_array_equal(rows[drawn.places] + own.start, labels[drawn.samples])
+        np.testing.assert_array_equal(drawn.place_list, np.sort(drawn.places))
+        np.testing.assert_array_equal(rows[drawn.own], distinct)
+        np.testing.assert_array_equal(drawn.own[drawn.own_order], drawn.own_list)
+        np.testing.assert_array_equal(drawn.own_list, np.sort(drawn.own))
+        assert len(np.unique(rows)) == len(rows)
+        negatives = draw_negatives(3, step, total, rate, own.start, own.stop).numpy()
+        if draw is not None:
+            assert drawn.negatives == len(negatives)
+            np.testing.assert_array_equal(rows[: drawn.negatives], negatives)
+            assert set(rows[drawn.negatives :]) == set(distinct) - set(negatives)
+            seen += (negatives + own.start).tolist()
+    assert rate == 1 or len(seen) == len(set(seen)) == stratum_count(total, rate)
 
 
 def test_correction_makes_the_denominator_unbiased() -> None:

@@ -1,7 +1,7 @@
 """Models of other trainers: ONNX graphs read by their operators whatever their form, torch weights by their layers.
 
-``origins/`` holds narrow networks (2 to 4 channels at first) that the code of arcface_torch, AdaFace, CVLface and
-MagFace built and saved, and ``expected.npz`` what that code's networks gave for :func:`pixels`, unit rows.
+``origins/`` holds narrow networks (2 to 4 channels at first) that the code of arcface_torch, AdaFace, CVLface, MagFace
+and PLSC built and saved, and ``expected.npz`` what that code's networks gave for :func:`pixels`, unit rows.
 """
 
 import argparse
@@ -448,6 +448,12 @@ def test_weights_of_other_trainers_give_what_their_own_code_gives(name: str) -> 
     assert f"{name}: {network}, dimension 16, 112 × 112" in model.reading
     assert model.card.color == color
     np.testing.assert_allclose(model.embed(pixels()), np.load(ORIGINS / "expected.npz")[name.split(".")[0]], atol=1e-5)
+
+
+def test_plsc_exported_by_paddle_gives_what_it_gives_there() -> None:
+    model = load_model(ORIGINS / "plsc_r18.onnx", reading=Reading(pixels="normalised", color="RGB"))
+    assert "fed pixels normalised by mean 0.5 and std 0.5 (of pixel / 255) (as stated), RGB, 112 × 112" in model.reading
+    np.testing.assert_allclose(model.embed(pixels()), np.load(ORIGINS / "expected.npz")["plsc_r18"], atol=1e-5)
 
 
 def test_an_export_that_fails_in_batches_is_run_one_by_one() -> None:

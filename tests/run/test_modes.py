@@ -12,7 +12,7 @@ from tests.runs import config, log_of, losses_of, train_rank
 from tests.sections import variant
 from trainer.compat.bank.center_bank import BankInfo, write_bank
 from trainer.compat.methods.config import AnyMethod
-from trainer.distributed import Ranks
+from trainer.distributed import Labels, Ranks
 from trainer.errors import CenterBankError, ConfigError
 from trainer.models.open import load_model
 from trainer.networks.config import AnyTransform
@@ -100,7 +100,7 @@ def test_the_factor_falls_on_the_transformation_alone(tmp_path: Path) -> None:
         rows = torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_()
         companion = task._companion(torch.tensor(factor), 0)
         assert companion is not None
-        companion(embeddings, labels, rows)[0].backward()
+        companion(embeddings, Labels(labels), rows)[0].backward()
         weights = [p.grad for d in ("t21", "t12") for p in task.modules()[d].parameters()]
         found.append((embeddings.grad, rows.grad, weights))
         for direction in ("t21", "t12"):

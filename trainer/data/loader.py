@@ -15,6 +15,7 @@ from torch import Tensor
 from trainer.data.index import Dataset
 from trainer.data.order import Samples, Schedule, Slot
 from trainer.data.pixels import image_problem
+from trainer.distributed import send
 from trainer.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class Reader:
 
 def labels_of(dataset: Dataset, records: NDArray[np.int64], device: torch.device) -> Tensor:
     """The labels of some records on the device, (b,) int64."""
-    return torch.from_numpy(np.asarray(dataset.labels[records], dtype=np.int64)).to(device, non_blocking=True)
+    return send(torch.from_numpy(np.asarray(dataset.labels[records], dtype=np.int64)), device)
 
 
 def empty_batch(size: tuple[int, int], device: torch.device) -> Batch:

@@ -16,6 +16,7 @@ from trainer.data import augment
 from trainer.data.draws import uniforms
 from trainer.data.loader import Batch, PositionedLoader
 from trainer.data.order import Schedule, Slot
+from trainer.distributed import send
 
 _PATTERNS = 64
 _NOISE = 0.3
@@ -38,11 +39,11 @@ class SyntheticLoader(PositionedLoader):
     def _produce(self, epoch: int, samples: int) -> Generator[tuple[Slot, Batch], None, None]:
         for slot in self.schedule.slots(epoch, samples):
             records = torch.from_numpy(slot.samples.records)
-            labels = (records % self.classes).to(self.device)
+            labels = send(records % self.classes, self.device)
             yield slot, Batch(self._images(slot, labels), labels, records)
 
     def _images(self, slot: Slot, labels: Tensor) -> Tensor:
         digits = [labels // _PATTERNS**k % _PATTERNS + k * _PATTERNS for k in range(3)]
         drawn = uniforms(self.seed, slot.samples.epoch, slot.samples.records, slot.samples.copies, 1)[:, 0]
-        start = torch.from_numpy(np.floor(drawn * len(self._noise)).astype(np.int64)).to(self.device)
+        start = send(torch.from_numpy(np.floor(drawn * len(self._noise)).astype(np.int64)), self.device)
         return self._patterns[digits[0]] + self._patterns[digits[1]] + self._patterns[digits[2]] + self._noise[start]

@@ -20,7 +20,7 @@ from trainer.distributed import all_reduce_sum
 from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.partition import ClassRange
 from trainer.head.products import product
-from trainer.head.sampling import draw_negatives
+from trainer.head.sampling import Draw
 from trainer.head.step import MASKED, constant_shift
 
 
@@ -117,7 +117,7 @@ class FrozenClassifier:
         if self.sample_rate >= 1:
             return None
         c = self.classes
-        negatives = draw_negatives(self.seed, step, c.total, self.sample_rate, c.start, c.stop, places.device)
+        negatives = Draw.of(self.seed, step, c.total, self.sample_rate).negatives(c.start, c.stop, places.device)
         return torch.unique(torch.cat([self.place[negatives[self.mask[negatives]]], places]))
 
 

@@ -140,13 +140,14 @@ class FusedSoftmax:
         targets = self._targets(batch, drawn, rows)
         cosine = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         cosine[targets.index.samples] = targets.cosine.double()
-        shift, curriculum = self._shift, None
+        shift: float | Tensor = self._shift
+        curriculum = None
         if self.margin.reweights_negatives:
             all_reduce_sum(cosine)  # the negatives' weights depend on it: one more collective, of B numbers
             curriculum = self._curriculum(batch, cosine, training)
             cosine = cosine / (dist.get_world_size() if dist.is_initialized() else 1)
-            if shift:  # a hard negative's logit reaches s·(1 + τ)
-                shift += self.settings.scale * max(0.0, float(curriculum.tau))
+            if self._shift:  # a hard negative's logit reaches s·(1 + τ)
+                shift = self._shift + self.settings.scale * curriculum.tau.clamp_min(0)
         log_weight = self._log_weights(drawn, rows) if self.settings.correction else None
         keep = rows.count * len(x) * 4 <= KEEP_SHARE * sum(t.nbytes for t in self.optimizer.tables)
         inputs = PassInput(batch, drawn, rows, targets, shift, log_weight, curriculum, keep)
@@ -181,11 +182,8 @@ class FusedSoftmax:
         return Targets(index, cosine, places * k + nearest)
 
     def _curriculum(self, batch: Batch, cosine: Tensor, training: bool) -> Curriculum:
-        valid = batch.valid
-        target = self.margin.target(cosine[valid], batch.norm[valid].double(), training * batch.usable)
-        psi = torch.full_like(cosine, 2.0)
-        psi[valid] = target.psi
-        psi = psi.to(self.optimizer.work)
+        target = self.margin.target(cosine, batch.norm.double(), training * batch.usable, batch.valid)
+        psi = torch.where(batch.valid, target.psi, 2.0).to(self.optimizer.work)
         return Curriculum(psi, self.margin.state()["margin_tau"].to(psi), target)
 
     def _log_weights(self, drawn: Drawn, rows: Selection) -> Tensor:
@@ -215,18 +213,17 @@ class FusedSoftmax:
         sums, cosine = packed[:size], packed[size : 2 * size]
         alignment, hinge, hinge_count = packed[2 * size :].unbind()
         target = (
-            self.margin.target(cosine[valid], batch.norm[valid].double(), training * batch.usable)
+            self.margin.target(cosine, batch.norm.double(), training * batch.usable, valid)
             if curriculum is None
             else curriculum.target
         )
-        psi = torch.zeros_like(cosine)
-        psi[valid] = target.psi
+        psi = torch.where(valid, target.psi, 0.0)
         log_sum = torch.logaddexp(sums.log() + inputs.shift, scale * psi)
-        per_sample = (log_sum - scale * psi)[valid]
+        per_sample = torch.where(valid, log_sum - scale * psi, 0.0)
         loss = per_sample.sum() / batch.count
-        report = {"classification": loss, "target_cosine": cosine[valid].sum() / batch.count}
+        report = {"classification": loss, "target_cosine": torch.where(valid, cosine, 0.0).sum() / batch.count}
         if target.penalty is not None:
-            report["norm_penalty"] = target.penalty.sum() / batch.count
+            report["norm_penalty"] = torch.where(valid, target.penalty, 0.0).sum() / batch.count
             loss = loss + report["norm_penalty"]
         if self.old is not None:
             report["alignment"] = alignment / self.old.total.clamp_min(1)
@@ -279,8 +276,7 @@ class FusedSoftmax:
         work, loss, batch, index = self.optimizer.work, step.loss, step.inputs.batch, step.inputs.targets.index
         share = grad / batch.count * self.settings.scale
         log_sum = torch.where(batch.valid, loss.log_sum, torch.inf).nan_to_num(posinf=torch.inf).to(work)
-        value = torch.zeros(len(batch.valid), dtype=torch.float64, device=batch.x.device)
-        value[batch.valid] = (loss.probability - 1) * loss.target.slope * share  # (p − 1)·s·ψ'
+        value = (loss.probability - 1) * loss.target.slope * share  # (p − 1)·s·ψ', used where there is a class
         own = own_grad[index.own_order] if len(own_grad) else own_grad
         return LossGradient(grad, share.to(work), log_sum[None, :], value.to(work)[index.samples], own, gate)
 
@@ -289,11 +285,10 @@ class FusedSoftmax:
         loss, batch = step.loss, step.inputs.batch
         if loss.target.norm_slope is None:
             return
-        value = torch.zeros(len(batch.valid), dtype=torch.float64, device=dx.device)
         pull = (loss.probability - 1) * self.settings.scale * loss.target.norm_slope
         if loss.target.penalty_slope is not None:
             pull = pull + loss.target.penalty_slope
-        value[batch.valid] = pull * gradient.grad / batch.count
+        value = pull * gradient.grad / batch.count
         own = step.inputs.targets.index.samples
         dx.index_add_(0, own, value[own, None].to(dx) * batch.x[own])
 
@@ -378,7 +373,7 @@ class FusedSoftmax:
 
     def _sum_negatives(self, inputs: PassInput, products: Tensor, inverse: Tensor, first: int, last: int) -> Tensor:
         # shift − log(weight) per class (n, 1): weight C/S for a class that only the draw brought in
-        offset = torch.full((last - first, 1), inputs.shift, dtype=self.optimizer.work, device=products.device)
+        offset = torch.zeros(last - first, 1, dtype=self.optimizer.work, device=products.device) + inputs.shift
         if inputs.log_weight is not None:
             offset = offset - inputs.log_weight[first:last]
         if self._plain():
@@ -406,8 +401,7 @@ class FusedSoftmax:
             slope = torch.where(hard, curriculum.tau + 2 * cosine, slope)
             z = torch.where(hard, z * (curriculum.tau + cosine), z)
         if self.settings.inter_class_filter:
-            far = products.new_tensor(MASKED)
-            z, slope = torch.where(noisy, far, z), slope.masked_fill(noisy, 0.0)
+            z, slope = z.masked_fill(noisy, MASKED), slope.masked_fill(noisy, 0.0)
         return z, slope, nearest
 
     def _chunk_weights(

@@ -71,10 +71,12 @@ class Margin:
     def __init__(self, m1: float = 1.0, m2: float = 0.0, m3: float = 0.0, straight_through: bool = False) -> None:
         self.m1, self.m2, self.m3, self.straight_through = m1, m2, m3, straight_through
 
-    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
+    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor, valid: Tensor | None = None) -> Target:
         """Modify target cosines (B,) in [−1, 1] of embeddings with norms (B,) > 0; the same on every rank.
 
-        ``training`` says whether running statistics move: a bool, or a 0-dim number 1 or 0 that the host need not know.
+        Args:
+            training: whether running statistics move: a bool, or a 0-dim number 1 or 0 that the host need not know.
+            valid: (B,) bool, the samples that have a class, of which statistics are made; None: all.
         """
         if self.m1 == 1.0 and self.m2 == 0.0:
             return Target(cosine - self.m3, torch.ones_like(cosine))
@@ -97,19 +99,22 @@ class AdaFace(Margin):
     with the share ``norm_momentum``, starting at 20 and 100.
     """
 
-    def __init__(self, config: AdaFaceConfig) -> None:
+    def __init__(self, config: AdaFaceConfig, device: torch.device | None = None) -> None:
         super().__init__()
         self.config = config
-        self.mean = torch.tensor(20.0, dtype=torch.float64)
-        self.deviation = torch.tensor(100.0, dtype=torch.float64)
+        self.mean = torch.full((), 20.0, dtype=torch.float64, device=device)
+        self.deviation = torch.full((), 100.0, dtype=torch.float64, device=device)
 
-    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
+    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor, valid: Tensor | None = None) -> Target:
         """See :meth:`Margin.target`; in training the running statistics move first."""
         norm = norm.detach().clamp(1e-3, 100.0)
-        if len(norm) > 1:
-            share = self.config.norm_momentum * _weight(training)
-            self.mean += share * (norm.mean().to(self.mean) - self.mean)
-            self.deviation += share * (norm.std().to(self.mean) - self.deviation)
+        ones = _ones(norm, valid)
+        count = ones.sum()
+        mean = (norm * ones).sum().double() / count.clamp_min(1)
+        deviation = (((norm - mean).square() * ones).sum() / (count - 1).clamp_min(1)).sqrt()
+        share = (count > 1).double() * training * self.config.norm_momentum
+        self.mean += share * (mean - self.mean)
+        self.deviation += share * (deviation - self.deviation)
         z = ((norm - self.mean.to(norm)) / (self.deviation.to(norm) + 1e-3) * self.config.h).clamp(-1, 1)
         angle = torch.arccos(cosine.clamp(-1, 1))
         shift = (angle - self.config.m * z).clamp(0, math.pi) - angle
@@ -135,7 +140,7 @@ class MagFace(Margin):
         super().__init__()
         self.config = config
 
-    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
+    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor, valid: Tensor | None = None) -> Target:
         """See :meth:`Margin.target`."""
         c = self.config
         a = norm.clamp(c.lower_norm, c.upper_norm)
@@ -158,14 +163,16 @@ class Curricular(Margin):
 
     reweights_negatives = True
 
-    def __init__(self, config: CurricularConfig) -> None:
+    def __init__(self, config: CurricularConfig, device: torch.device | None = None) -> None:
         super().__init__(m2=config.m)
-        self.tau = torch.tensor(0.0, dtype=torch.float64)
+        self.tau = torch.zeros((), dtype=torch.float64, device=device)
 
-    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor) -> Target:
+    def target(self, cosine: Tensor, norm: Tensor, training: bool | Tensor, valid: Tensor | None = None) -> Target:
         """See :meth:`Margin.target`; in training τ moves first."""
-        if len(cosine):
-            self.tau += 0.01 * _weight(training) * (cosine.mean().to(self.tau) - self.tau)
+        ones = _ones(cosine, valid)
+        count = ones.sum()
+        mean = (cosine * ones).sum().double() / count.clamp_min(1)
+        self.tau += (count > 0).double() * training * 0.01 * (mean - self.tau)
         return super().target(cosine, norm, training)
 
     def state(self) -> dict[str, Tensor]:
@@ -173,8 +180,8 @@ class Curricular(Margin):
         return {"margin_tau": self.tau}
 
 
-def build_margin(config: MarginConfig) -> Margin:
-    """The margin that a configuration names."""
+def build_margin(config: MarginConfig, device: torch.device | None = None) -> Margin:
+    """The margin that a configuration names, its running statistics on ``device``."""
     match config:
         case CosFaceConfig():
             return Margin(m3=config.m)
@@ -183,17 +190,18 @@ def build_margin(config: MarginConfig) -> Margin:
         case CombinedConfig():
             return Margin(config.m1, config.m2, config.m3, config.gradient == "straight_through")
         case AdaFaceConfig():
-            return AdaFace(config)
+            return AdaFace(config, device)
         case MagFaceConfig():
             return MagFace(config)
         case CurricularConfig():
-            return Curricular(config)
+            return Curricular(config, device)
         case _:  # softmax
             return Margin()
 
 
-def _weight(training: bool | Tensor) -> Tensor:
-    return torch.as_tensor(training).to("cpu", torch.float64)
+def _ones(like: Tensor, valid: Tensor | None) -> Tensor:
+    """1 for the samples that count, 0 for the others, (B,)."""
+    return torch.ones_like(like) if valid is None else valid.to(like)
 
 
 def _angular(cosine: Tensor, m1: float, m2: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.distributed import Ranks, as_sharded, class_mesh, gather_batch, scale_gradient
+from trainer.distributed import Labels, Ranks, as_sharded, class_mesh, gather_batch, gather_rows, scale_gradient
 from trainer.errors import ConfigError, DataError
 from trainer.head import native
 from trainer.head.config import HeadConfig
@@ -27,7 +27,7 @@ from trainer.head.old_centers import DirectCompat
 from trainer.head.partition import ClassRange, class_range
 from trainer.head.reference import ReferenceSoftmax
 from trainer.head.row_optimizer import build_row_optimizer
-from trainer.head.sampling import Drawn, draw_negatives, join_positives, stratum_count
+from trainer.head.sampling import Draw, draw_rows
 from trainer.head.step import PassSettings, Softmax, Verdict, constant_shift
 from trainer.randomness import block_seed
 
@@ -56,7 +56,7 @@ class HeadOutput:
 class Companion(Protocol):
     """A loss beside the head's that every rank computes alike from the same gathered tensors, such as LCE through T."""
 
-    def __call__(self, embeddings: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, embeddings: Tensor, labels: Labels, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (0-dim, equal on all ranks) and what to report of it, detached.
 
         Args:
@@ -111,7 +111,7 @@ class PartialFC(nn.Module):
             compat.check(self.classes.size, dim)
         self.compat = compat
         old = None if compat is None else OldCenters(compat, compat.total(ranks.device))
-        self.margin = build_margin(config.margin)
+        self.margin = build_margin(config.margin, ranks.device)
         rows = initial_rows(config, self.classes, dim, ranks.device, seed)
         self.softmax = _build_softmax(config, rows, self.margin, num_classes, old, ranks, seed)
         self._deferring = False
@@ -125,34 +125,50 @@ class PartialFC(nn.Module):
         """The learning rate of the coming updates."""
         self.softmax.set_lr(lr)
 
-    def forward(self, embeddings: Tensor, labels: Tensor, step: int, companion: Companion | None = None) -> HeadOutput:
+    def gather_labels(self, labels: Tensor) -> Labels:
+        """Gather the labels (b,) of a batch on their own, before its embeddings are known.
+
+        Their copy on the host, of which the indexes of the step are made, is then there when :meth:`forward` asks.
+        """
+        return Labels.gather(labels, self.ranks.world_size, self._capacity(len(labels)))
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor | Labels, step: int, companion: Companion | None = None
+    ) -> HeadOutput:
         """The loss of the global batch.
 
         Args:
             embeddings: (b, D) of this rank, not normalised; b may differ between ranks and be 0.
-            labels: (b,) int64 in [−1, C); −1: no class, no term.
+            labels: (b,) int64 in [−1, C); −1: no class, no term. Or what :meth:`gather_labels` made of them.
             step: number of the update; with the seed it decides which negatives are drawn.
             companion: a further loss of the gathered batch, added to the head's; see :class:`Companion`.
         """
-        capacity = self._capacity(len(embeddings))
-        x, every_label = gather_batch(embeddings, labels, self.ranks.world_size, capacity)
-        if x.device.type == "cpu" and bool((every_label >= self.classes.total).any()):
-            raise DataError(f"label {int(every_label.max())} in a batch, but the head has {self.classes.total} classes")
+        world = self.ranks.world_size
+        if isinstance(labels, Labels):
+            every = labels
+            x = gather_rows(embeddings, world, len(every.device) // world)
+        else:
+            x, gathered = gather_batch(embeddings, labels, world, self._capacity(len(embeddings)))
+            every = Labels(gathered)
+        if (largest := every.host.max(initial=-1)) >= self.classes.total:
+            raise DataError(f"label {largest} in a batch, but the head has {self.classes.total} classes")
         verdict = Verdict()  # settled below, read in backward
         x = _FiniteGradient.apply(x, verdict)
         with torch.no_grad():
-            drawn = self._draw(every_label, step)
+            sampled, total = self.config.sample_rate < 1, self.classes.total
+            draw = Draw.of(self.seed, step, total, self.config.sample_rate) if sampled else None
+            drawn = draw_rows(every.host, self.classes, draw, x.device)
         rounding = hash((self.seed, step, self.classes.start)) & 0x7FFFFFFFFFFFFFFF
         done = self.softmax.step(
-            x, every_label, drawn, verdict, training=self.training, deferred=self._deferring, seed=rounding
+            x, every.device, drawn, verdict, training=self.training, deferred=self._deferring, seed=rounding
         )
         out = HeadOutput(done.loss, done.report, done.finite)
-        out = self._with_companion(companion, x, every_label, done.own, out)
+        out = self._with_companion(companion, x, every, done.own, out)
         verdict.finite = out.finite
         return out
 
     def _with_companion(
-        self, companion: Companion | None, x: Tensor, labels: Tensor, own: Tensor, out: HeadOutput
+        self, companion: Companion | None, x: Tensor, labels: Labels, own: Tensor, out: HeadOutput
     ) -> HeadOutput:
         if companion is None:
             return out
@@ -215,18 +231,6 @@ class PartialFC(nn.Module):
         size = torch.tensor([local], device=self.ranks.device)
         dist.all_reduce(size, dist.ReduceOp.MAX)
         return int(size)
-
-    def _draw(self, labels: Tensor, step: int) -> Drawn:
-        samples = ((labels >= self.classes.start) & (labels < self.classes.stop)).nonzero()[:, 0]
-        positives = labels[samples] - self.classes.start
-        distinct, among = torch.unique(positives, return_inverse=True)
-        if self.config.sample_rate >= 1:
-            return Drawn(None, self.classes.size, samples, positives, 1.0, distinct)
-        c, rate = self.classes, self.config.sample_rate
-        negatives = draw_negatives(self.seed, step, c.total, rate, c.start, c.stop, labels.device)
-        index, places = join_positives(negatives, positives)
-        own = torch.empty_like(distinct).scatter_(0, among, places)
-        return Drawn(index, len(negatives), samples, places, stratum_count(c.total, rate) / c.total, own)
 
 
 class _FiniteGradient(torch.autograd.Function):

@@ -16,12 +16,16 @@ batch by C/S (Horvitz–Thompson), which makes the sum over the negatives unbias
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.distributed import upload
+from trainer.head.partition import ClassRange
 from trainer.randomness import mix
 
-Counter = TypeVar("Counter", int, Tensor)
+Counter = TypeVar("Counter", int, Tensor, NDArray[np.int64])
 _MASK = (1 << 64) - 1
 
 
@@ -30,9 +34,10 @@ class Drawn:
     """The rows of a step: ``index`` (n,) local classes or None for all; the first ``negatives`` of them were drawn
     as such.
 
-    ``samples`` (P,) are the samples whose class is on this rank and ``places`` (P,) their classes' places among the
-    drawn. ``probability`` is S/C. ``own`` (u,) are the places of the batch's classes that are on this rank, each once,
-    in ascending order of the classes.
+    ``samples`` (P,) are the samples whose class is on this rank, by ascending ``places`` (P,) of their classes among
+    the drawn; ``place_list`` are the same on the host. ``probability`` is S/C. ``own`` (u,) are the places of the
+    batch's classes that are on this rank, each once, in ascending order of the classes; ``own_order`` (u,) sorts them,
+    to ``own_list`` on the host.
     """
 
     index: Tensor | None
@@ -41,6 +46,9 @@ class Drawn:
     places: Tensor
     probability: float
     own: Tensor
+    own_order: Tensor
+    place_list: NDArray[np.int64]
+    own_list: NDArray[np.int64]
 
 
 def stratum_count(total: int, rate: float) -> int:
@@ -48,56 +56,81 @@ def stratum_count(total: int, rate: float) -> int:
     return min(total, max(1, round(rate * total)))
 
 
-def draw_negatives(
-    seed: int, step: int, total: int, rate: float, start: int, stop: int, device: torch.device | None = None
-) -> Tensor:
-    """The drawn classes of a rank, as ascending local rows in [0, stop − start), int64 (S_local,).
+@dataclass(frozen=True)
+class Draw:
+    """The draw of one step: arithmetic on the numbers of strata and classes, alike on the host and on the device."""
+
+    total: int
+    strata: int
+    key: int
+    offset: int
+
+    @classmethod
+    def of(cls, seed: int, step: int, total: int, rate: float) -> "Draw":
+        """For the run's seed, the update's number, C classes and the share of them to draw."""
+        key = mix(mix(seed) ^ (step & _MASK))
+        return cls(total, stratum_count(total, rate), key, mix(key ^ _MASK) % max(total, 1))
+
+    def chosen(self, stratum: Counter) -> Counter:
+        """The class that a stratum gives, in coordinates rotated by the offset."""
+        begin = stratum * self.total // self.strata
+        size = (stratum + 1) * self.total // self.strata - begin
+        return begin + (_hash(stratum, self.key) >> 31) % size
+
+    def parts(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The strata [first, last) whose draws lie among the classes [start, stop): one range, or two where the
+        rotation wraps around.
+        """
+        found = []
+        for low, high in _rotated(start, stop, self.offset, self.total):
+            first, last = ((low + 1) * self.strata - 1) // self.total, (high * self.strata - 1) // self.total
+            # Only the first and the last stratum may reach over the edge of [low, high).
+            skip = last > first and not low <= self.chosen(last) < high
+            found.append((first + (not low <= self.chosen(first) < high), last + 1 - skip))
+        return found
+
+    def negatives(self, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+        """The drawn classes of a rank, as ascending rows in [0, stop − start), int64 (S_local,)."""
+        parts = [torch.arange(*part, dtype=torch.int64, device=device) for part in self.parts(start, stop)]
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        return torch.cat([none, *((self.chosen(k) + self.offset) % self.total - start for k in parts)])
+
+    def places(self, classes: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+        """Where classes in [start, stop) stand among :meth:`negatives`; −1: not drawn."""
+        rotated = (classes - self.offset) % max(self.total, 1)
+        stratum = ((rotated + 1) * self.strata - 1) // max(self.total, 1)
+        found, before = np.full_like(classes, -1), 0
+        drawn = self.chosen(stratum) == rotated
+        for first, last in self.parts(start, stop):
+            here = drawn & (stratum >= first) & (stratum < last)
+            found[here] = before + stratum[here] - first
+            before += last - first
+        return found
+
+
+def draw_rows(labels: NDArray[np.int64], classes: ClassRange, draw: Draw | None, device: torch.device) -> Drawn:
+    """The rows of a step of the rank that owns ``classes``: all, or the drawn ones and the batch's own.
+
+    Everything is decided on the host, and goes to the device in one copy that nothing waits for.
 
     Args:
-        seed: the run's seed.
-        step: the update's number.
-        total: C, all classes.
-        rate: share of them to draw.
-        start: first class of the rank.
-        stop: one past its last class.
-        device: where the result is wanted.
+        labels: (B,) of all ranks; −1: no class.
+        draw: of this step; None: all rows take part.
     """
-    strata = stratum_count(total, rate)
-    key = mix(mix(seed) ^ (step & _MASK))
-    offset = mix(key ^ _MASK) % max(total, 1)
-    parts = []
-    for low, high in _rotated(start, stop, offset, total):
-        first, last = ((low + 1) * strata - 1) // total, (high * strata - 1) // total
-        k = torch.arange(first, last + 1, dtype=torch.int64, device=device)
-        begin = k * total // strata
-        size = (k + 1) * total // strata - begin
-        drawn = begin + (_hash(k, key) >> 31) % size
-        # Only the first and the last stratum may reach over the edge of [low, high); decide them on the host,
-        # without a device sync.
-        skip_first = not low <= _draw_one(first, key, total, strata) < high
-        skip_last = last > first and not low <= _draw_one(last, key, total, strata) < high
-        drawn = drawn[int(skip_first) : len(drawn) - int(skip_last)]
-        parts.append((drawn + offset) % total - start)
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
-
-
-def join_positives(negatives: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the positives that were not drawn to the drawn rows.
-
-    Args:
-        negatives: ascending local rows (S,), as :func:`draw_negatives` returns them.
-        positives: local rows of the batch's labels (P,), with repetitions.
-
-    Returns:
-        The rows of the step (S + U,), negatives first, and the place of each positive among them (P,).
-    """
-    place = torch.searchsorted(negatives, positives)
-    inside = place.clamp_max(max(len(negatives) - 1, 0))
-    found = negatives[inside] == positives if len(negatives) else torch.zeros_like(positives, dtype=torch.bool)
-    extra, inverse = torch.unique(positives[~found], return_inverse=True)
-    place = place.clone()
-    place[~found] = len(negatives) + inverse
-    return torch.cat([negatives, extra]), place
+    samples = np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
+    distinct, among = np.unique(labels[samples], return_inverse=True)
+    own, extra, negatives = distinct - classes.start, np.empty(0, np.int64), classes.size
+    if draw is not None:
+        negatives = sum(last - first for first, last in draw.parts(classes.start, classes.stop))
+        own = draw.places(distinct, classes.start, classes.stop)
+        extra = distinct[own < 0] - classes.start
+        own[own < 0] = negatives + np.arange(len(extra))
+    order, own_order = np.argsort(own[among], kind="stable"), np.argsort(own)
+    places = own[among][order]
+    to: list[Tensor] = upload([samples[order], places, own, own_order, extra], device)
+    index = None if draw is None else torch.cat([draw.negatives(classes.start, classes.stop, device), to[4]])
+    share = 1.0 if draw is None else draw.strata / draw.total
+    return Drawn(index, negatives, to[0], to[1], share, to[2], to[3], places, own[own_order])
 
 
 def _rotated(start: int, stop: int, offset: int, total: int) -> list[tuple[int, int]]:
@@ -109,19 +142,14 @@ def _rotated(start: int, stop: int, offset: int, total: int) -> list[tuple[int, 
     return [(low, high)] if high <= total else [(low, total), (0, high - total)]
 
 
-def _draw_one(k: int, key: int, total: int, strata: int) -> int:
-    begin = k * total // strata
-    return begin + (_hash(k, key) >> 31) % ((k + 1) * total // strata - begin)
-
-
-# The strata's hash must be the same on tensors and on Python integers. Torch has no unsigned 64-bit product, so it
+# The strata's hash must be the same on tensors, arrays and Python integers. Torch has no unsigned 64-bit product, so it
 # works on 31-bit halves: two rounds of multiply-xorshift on values < 2**31 never leave int64, and the key enters
 # each round.
 _ROUNDS = ((0x45D9F3B, 15), (0x2C1B3C6D, 13))
 
 
 def _hash(k: Counter, key: int) -> Counter:
-    """62-bit hashes of counters (an int64 tensor or one Python integer) under a 64-bit key."""
+    """62-bit hashes of counters (an int64 tensor or array, or one Python integer) under a 64-bit key."""
     keys = _round_keys(key)
     low, high = (k ^ keys[0]) & 0x7FFFFFFF, ((k >> 31) ^ keys[1]) & 0x7FFFFFFF
     for factor, shift in _ROUNDS:

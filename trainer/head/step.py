@@ -12,6 +12,7 @@ class, P samples whose class is on this rank, u distinct classes among them.
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,12 +107,10 @@ class TargetIndex:
     @classmethod
     def of(cls, drawn: Drawn, classes: int, chunk: int) -> "TargetIndex":
         """For ``classes`` classes in chunks of ``chunk``."""
-        order = torch.argsort(drawn.places)
-        places = drawn.places[order]
-        edges = torch.arange(0, classes + chunk, chunk, device=order.device)
-        own, own_order = torch.sort(drawn.own)
-        bounds = torch.searchsorted(places, edges).tolist()
-        return cls(drawn.samples[order], places, bounds, own, own_order, torch.searchsorted(own, edges).tolist())
+        edges = np.arange(0, classes + chunk, chunk)
+        bounds, own_bounds = (np.searchsorted(at, edges).tolist() for at in (drawn.place_list, drawn.own_list))
+        own = drawn.own[drawn.own_order]
+        return cls(drawn.samples, drawn.places, bounds, own, drawn.own_order, own_bounds)
 
 
 @dataclass(frozen=True)
@@ -140,16 +139,16 @@ class Curriculum:
 class PassInput:
     """What both passes over the rows need.
 
-    ``rows`` are the rows of the step, ``shift`` the constant taken off every logit, ``log_weight`` (n, 1) is
-    log C/S for classes that only the draw brought in (None: no correction), ``keep_products`` whether the first
-    pass's products are kept for the second.
+    ``rows`` are the rows of the step, ``shift`` the constant taken off every logit (0-dim where it depends on τ),
+    ``log_weight`` (n, 1) is log C/S for classes that only the draw brought in (None: no correction), ``keep_products``
+    whether the first pass's products are kept for the second.
     """
 
     batch: Batch
     drawn: Drawn
     rows: Selection
     targets: Targets
-    shift: float
+    shift: float | Tensor
     log_weight: Tensor | None
     curriculum: Curriculum | None
     keep_products: bool
@@ -185,9 +184,9 @@ class Boundary:
 class Loss:
     """The loss of the global batch, equal on all ranks.
 
-    ``value`` (0-dim; NaN where the step is not finite), ``report`` (0-dim tensors), log of the softmax's denominator
-    (B,), the target's probability and the margin's answer for the valid samples, and the number of samples in the
-    boundary loss.
+    ``value`` (0-dim; NaN where the step is not finite), ``report`` (0-dim tensors), log of the softmax's denominator,
+    the target's probability and the margin's answer for every sample (B,) (of no meaning where it has no class), and
+    the number of samples in the boundary loss.
     """
 
     value: Tensor

@@ -28,7 +28,7 @@ from trainer.compat.methods.lce import (
 )
 from trainer.data import Batch
 from trainer.data.identities import identities
-from trainer.distributed import Ranks, gather_batch, largest_share, on_main, scale_gradient
+from trainer.distributed import Labels, Ranks, gather_batch, largest_share, on_main, scale_gradient, send
 from trainer.head.partition import class_range
 from trainer.models.card import Direction, ModelCard, TransformCard
 from trainer.models.folder import save_model
@@ -75,7 +75,7 @@ class CrossModelTask:
         whole, labels = gather_batch(torch.cat(parts, 1), batch.labels, self.ranks.world_size, self.capacity)
         x, e = whole[:, : self.cross.dim_new], whole[:, self.cross.dim_new :]
         labels = torch.where((x != 0).any(1), labels, -1)  # zero rows: no embedding
-        pairs = self._pairs(labels)
+        pairs = self._pairs(Labels(labels))
         if self.cross.old is None:
             assert pairs is not None
             loss, report = self.compat(pairs, x)
@@ -87,12 +87,12 @@ class CrossModelTask:
             scale_gradient(loss, factor * weight).backward()
         return StepOutput({"loss": loss.detach(), **report}, finite)
 
-    def _pairs(self, labels: Tensor) -> Pairs | None:
+    def _pairs(self, labels: Labels) -> Pairs | None:
         """The classes of the global batch with their centres."""
         if self._centers is None:
             return None
         own = own_classes(labels, self.inputs.num_classes, self.ranks)
-        rows = self._rows[own.to(self._rows.device)].to(labels.device, self._dtype)
+        rows = send(self._rows[own.to(self._rows.device)].to(self._dtype), labels.device.device)
         return gather_pairs(labels, rows, self._centers, self.inputs.num_classes, self.ranks)
 
     def set_lr(self, lr: float) -> None:
@@ -209,7 +209,7 @@ def image_pairs_loss(
             cosines = boundary_cosines(u[has], mapped_centers[place], unit)
     align = torch.stack(terms).mean()
     if classes is not None and bool(has.any()):
-        bound = (classes.boundaries[classes.place[known][has]] - cosines).clamp_min(0).mean()
+        bound = (classes.boundaries[classes.place_on_device()[known][has]] - cosines).clamp_min(0).mean()
     loss = compat.config.alignment_weight * align + compat.config.boundary_weight * bound
     return loss, {"alignment": align.detach(), "boundary": bound.detach(), **norms}
 
@@ -220,7 +220,7 @@ def _of_images(classes: Pairs | None, known: Tensor, like: Tensor) -> tuple[Tens
     if classes is None:
         none = torch.zeros(len(like), dtype=torch.bool, device=like.device)
         return like.new_empty(0, like.shape[1]), torch.empty(0, dtype=torch.int64, device=like.device), none
-    place = classes.place[known]
+    place = classes.place_on_device()[known]
     has = place >= 0
     has[has.clone()] = classes.mask[place[has]]
     return normalize(classes.centers[classes.mask]), torch.cumsum(classes.mask, 0)[place[has]] - 1, has

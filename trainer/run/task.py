@@ -20,7 +20,7 @@ from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.registry import build_method
 from trainer.data import Batch, DatasetInfo
 from trainer.data.identities import identities
-from trainer.distributed import Ranks, largest_share, on_main, scale_gradient
+from trainer.distributed import Labels, Ranks, largest_share, on_main, scale_gradient
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partial_fc import Companion, PartialFC
 from trainer.head.partition import class_range
@@ -181,6 +181,8 @@ class TrainTask:
         images = batch.images.to(self._dtype)
         if self.config.train.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        # On CUDA the labels travel ahead of the network: the head's indexes are made of their copy on the host.
+        labels = self.head.gather_labels(batch.labels) if batch.labels.is_cuda else batch.labels
         with gradient_sync(self.network, last):
             with autocast(self.config.train, self.ranks.device):
                 embeddings = embed(self.network, images)
@@ -188,7 +190,7 @@ class TrainTask:
             if self.method is not None:
                 embeddings = self.method.prepare(embeddings, batch, step)
             with self.head.deferred() if self._deferred else nullcontext():
-                out = self.head(embeddings, batch.labels, step, self._companion(factor, step))
+                out = self.head(embeddings, labels, step, self._companion(factor, step))
             out.loss.backward(torch.full_like(out.loss, weight))
         report = {"loss": out.loss.detach(), **out.report}
         if "alignment" in report:  # in the paper's unit too: mean_d (u − v)² = (2 − 2 cos) / D on unit vectors
@@ -201,7 +203,7 @@ class TrainTask:
             return None
         method = self.method
 
-        def loss(embeddings: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(embeddings: Tensor, labels: Labels, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             rows, embeddings = scale_gradient(rows, 1 / factor), scale_gradient(embeddings, 1 / factor)
             value, report = method.loss(embeddings, labels, rows, step)
             return scale_gradient(value, factor), report

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from trainer.compat.methods import losses
 from trainer.compat.methods.config import AdvBctConfig
 from trainer.compat.methods.inputs import Inputs, Sections
-from trainer.compat.methods.lce import gather_pairs, own_classes
+from trainer.compat.methods.lce import Known, gather_pairs
 from trainer.compat.methods.with_old import WithOld
-from trainer.distributed import Ranks
+from trainer.distributed import Labels, Ranks
 from trainer.head.partition import class_range
 
 
@@ -35,7 +35,7 @@ class AdvBct(WithOld):
         """See :class:`CompatMethod`."""
         return {"discriminator": self.discriminator}
 
-    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``adversarial`` is the discriminator's cross entropy, ``boundary`` in radians."""
         del rows, step
         adversarial = embeddings.new_zeros(())
@@ -43,12 +43,10 @@ class AdvBct(WithOld):
             adversarial = losses.adversarial(
                 embeddings[self.known], self.old[self.known], self.discriminator, self.config.weight
             )
-        own = own_classes(labels, self.num_classes, self.ranks)
-        pairs = gather_pairs(labels, embeddings.new_empty(len(own), 0), self.bank, self.num_classes, self.ranks)
-        labelled = pairs.place >= 0
-        place = pairs.place[labelled]
-        boundary = losses.elastic_boundary(
-            embeddings[labelled], pairs.centers[place], pairs.boundaries[place], pairs.mask[place]
-        )
+        pairs = gather_pairs(labels, None, self.bank, self.num_classes, self.ranks)
+        known = Known.of(pairs)
+        centers, limits = (t[known.places].to(embeddings.dtype) for t in (pairs.centers, pairs.boundaries))
+        x = embeddings.index_select(0, known.samples)
+        boundary = losses.elastic_boundary(x, centers, limits, slice(None))
         total = adversarial + self.config.boundary_weight * boundary
         return total, {"adversarial": adversarial.detach(), "boundary": boundary.detach()}

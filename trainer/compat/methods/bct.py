@@ -8,7 +8,7 @@ from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.methods.config import BctConfig, UniBctConfig
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
-from trainer.distributed import Ranks, scale_gradient
+from trainer.distributed import Labels, Ranks, scale_gradient
 from trainer.head.frozen import FrozenClassifier, FrozenRows
 from trainer.head.kernels import Kernels, chunk_rows
 from trainer.head.partial_fc import COMPILE_FROM_ROWS
@@ -45,12 +45,12 @@ class Bct(CompatMethod):
         assert inputs.bank is not None
         return bank_rows(inputs.bank, classes, getattr(torch, run.head.rows))
 
-    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``influence`` is BCT's loss."""
         del rows
         # The rank's part of the gradient, W times: the head takes the mean over the ranks, which makes it the sum.
         mine = scale_gradient(embeddings, self.ranks.world_size)
-        value, _ = self.classifier.loss(mine, labels, step)
+        value, _ = self.classifier.loss(mine, labels.device, step)
         return self.weight * value, {"influence": value.detach()}
 
 

@@ -8,7 +8,7 @@ from trainer.compat.methods.config import FctConfig
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.lce import smallest_norm
 from trainer.compat.methods.with_old import WithOld
-from trainer.distributed import Ranks
+from trainer.distributed import Labels, Ranks
 from trainer.models.card import Direction
 from trainer.networks.transform import build_transform
 
@@ -31,7 +31,7 @@ class Fct(WithOld):
         """See :class:`CompatMethod`."""
         return {"t12": self.t12}
 
-    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``map`` is 1 − cos(T₁₂(old), new), ``t12_norm`` the smallest norm that T₁₂ gave; 0
         and none with fewer than two images (batch statistics need two). The backbone gets no gradient of it."""
         del labels, rows, step

@@ -6,7 +6,7 @@ from trainer.compat.methods import losses
 from trainer.compat.methods.config import L2Config
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.with_old import WithOld
-from trainer.distributed import Ranks
+from trainer.distributed import Labels, Ranks
 
 
 class L2(WithOld):
@@ -16,7 +16,7 @@ class L2(WithOld):
         super().__init__(config, run, inputs, ranks)
         self.config = config
 
-    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``l2`` is the mean of ½ ‖·‖² = 1 − cos."""
         del labels, rows, step
         value = losses.l2(embeddings[self.known], self.old[self.known])

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -24,7 +26,7 @@ from trainer.compat.methods import losses
 from trainer.compat.methods.config import LceDirectConfig, LceMapsConfig, LceTransformedConfig
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
-from trainer.distributed import Ranks, all_gather_rows
+from trainer.distributed import Labels, Ranks, all_gather_rows, send, upload
 from trainer.head.partition import class_range
 from trainer.models.card import Direction
 from trainer.networks.transform import build_transform
@@ -57,48 +59,83 @@ class Pairs:
     """The classes of a global batch with both their centres, the same on every rank.
 
     Attributes:
-        classes: (U,) int64, ascending. rows: (U, D2), of the new classifier, with gradient to the owner's rows.
+        classes: (U,) int64, ascending, on the host. rows: (U, D2), of the new classifier, with gradient to the owner's
+            rows.
         centers: (U, D1). boundaries: (U,). mask: (U,) bool.
-        place: (B,) int64, where each sample's class is; −1 for samples without a class.
+        place: (B,) int64, where each sample's class is; −1 for samples without a class. On the host.
     """
 
-    classes: Tensor
+    classes: NDArray[np.int64]
     rows: Tensor
     centers: Tensor
     boundaries: Tensor
     mask: Tensor
-    place: Tensor
+    place: NDArray[np.int64]
+
+    def place_on_device(self) -> Tensor:
+        """``place`` where the other tensors are."""
+        return upload([self.place], self.rows.device)[0]
 
 
-def classes_of(labels: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Known:
+    """The classes and samples of a batch that have an old centre, as indexes on the device.
+
+    Attributes:
+        classes: (V,) places among the pairs. samples: (n,) places in the batch. places: (n,) of the samples' classes
+            among the pairs, and ``among`` (n,) among ``classes``.
+    """
+
+    classes: Tensor
+    samples: Tensor
+    places: Tensor
+    among: Tensor
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> "Known":
+        """Waits for the device: which of the other ranks' classes have a centre came with the gathered pairs."""
+        mask = pairs.mask.cpu().numpy()
+        samples = np.flatnonzero(pairs.place >= 0)
+        if len(samples):
+            samples = samples[mask[pairs.place[samples]]]
+        places = pairs.place[samples]
+        among = np.cumsum(mask)[places] - 1 if len(places) else places
+        return cls(*upload([np.flatnonzero(mask), samples, places, among], pairs.mask.device))
+
+
+def classes_of(labels: Tensor | Labels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The distinct classes (U,) of all ranks' labels (B,), ascending, and each sample's place (B,) among them (−1:
-    none)."""
-    classes, place = torch.unique(labels, return_inverse=True)
+    none).
+    """
+    host = (labels if isinstance(labels, Labels) else Labels(labels)).host
+    classes, place = np.unique(host, return_inverse=True)
     without = int(len(classes) > 0 and classes[0] < 0)
     return classes[without:], place - without
 
 
-def gather_pairs(labels: Tensor, rows: Tensor, bank: BankRows, num_classes: int, ranks: Ranks) -> Pairs:
+def gather_pairs(labels: Tensor | Labels, rows: Tensor | None, bank: BankRows, num_classes: int, ranks: Ranks) -> Pairs:
     """Collect the pairs of the batch's classes; every rank calls it.
 
     Args:
         labels: (B,) of all ranks, in [−1, C).
         rows: (u, D2), this rank's classifier rows of the batch's classes that it owns (:func:`own_classes`), in
-            ascending order; a leaf whose gradient the caller hands to the head.
+            ascending order; a leaf whose gradient the caller hands to the head. None: the old model's part alone, in
+            float32 on this rank's device.
         bank: this rank's part of the centre bank (all its c classes).
     """
+    labels = labels if isinstance(labels, Labels) else Labels(labels)
     classes, place = classes_of(labels)
-    own = class_range(num_classes, ranks.rank, ranks.world_size)
-    local = classes[(classes >= own.start) & (classes < own.stop)] - own.start
-    sizes = [
-        int(((classes >= r.start) & (classes < r.stop)).sum())
-        for r in (class_range(num_classes, rank, ranks.world_size) for rank in range(ranks.world_size))
-    ]
+    starts = [class_range(num_classes, rank, ranks.world_size).start for rank in range(ranks.world_size)]
+    edges = [*np.searchsorted(classes, starts).tolist(), len(classes)]
+    sizes = np.diff(edges).tolist()
+    local = classes[edges[ranks.rank] : edges[ranks.rank + 1]] - starts[ranks.rank]
+    if rows is None:
+        rows = torch.empty(len(local), 0, dtype=torch.float32, device=labels.device.device)
     if len(rows) != len(local):
         raise ValueError(f"{len(rows)} rows were given for the {len(local)} classes of the batch that this rank owns")
-    index = local.to(bank.centers.device)
+    index = torch.from_numpy(local).to(bank.centers.device)
     known = [bank.centers[index], bank.boundaries[index, None], bank.mask[index, None]]
-    packed = torch.cat([rows, *(value.to(rows) for value in known)], 1)
+    packed = torch.cat([rows, send(torch.cat([value.to(rows.dtype) for value in known], 1), rows.device)], 1)
     whole = gather_own(packed, sizes, ranks.rank)
     dim = rows.shape[1]
     return Pairs(
@@ -111,12 +148,13 @@ def gather_pairs(labels: Tensor, rows: Tensor, bank: BankRows, num_classes: int,
     )
 
 
-def own_classes(labels: Tensor, num_classes: int, ranks: Ranks) -> Tensor:
+def own_classes(labels: Tensor | Labels, num_classes: int, ranks: Ranks) -> Tensor:
     """The distinct classes (u,) of all ranks' labels (B,) that this rank owns, ascending, counted from its first
-    class."""
+    class; on the host.
+    """
     own = class_range(num_classes, ranks.rank, ranks.world_size)
     classes, _ = classes_of(labels)
-    return classes[(classes >= own.start) & (classes < own.stop)] - own.start
+    return torch.from_numpy(classes[(classes >= own.start) & (classes < own.stop)] - own.start)
 
 
 class TransformedCompat(nn.Module):
@@ -150,19 +188,16 @@ class TransformedCompat(nn.Module):
             the smallest norm that each map gave (``t21_norm``, ``t12_norm``), detached. With fewer than two classes or
             samples that have a centre (batch statistics need two) everything is 0, and no norm is given.
         """
-        has_center = torch.zeros(len(pairs.place), dtype=torch.bool, device=embeddings.device)
-        known = pairs.place >= 0
-        has_center[known] = pairs.mask[pairs.place[known]]
-        place = pairs.place[has_center]
-        if int(pairs.mask.sum()) < 2 or len(place) < 2:
+        known = Known.of(pairs)
+        if len(known.classes) < 2 or len(known.samples) < 2:
             zero = embeddings.new_zeros(())
             return zero, {"alignment": zero, "boundary": zero}
         dtype = next(self.parameters()).dtype  # the rows may have another
-        w, o = (normalize(of[pairs.mask].to(dtype)) for of in (pairs.rows, pairs.centers))
-        ours, x = not self.config.authors_formula, embeddings[has_center].to(dtype)
+        w, o = (normalize(of.index_select(0, known.classes).to(dtype)) for of in (pairs.rows, pairs.centers))
+        ours, x = not self.config.authors_formula, embeddings.index_select(0, known.samples).to(dtype)
         x = normalize(x) if ours else x
-        among = torch.cumsum(pairs.mask, 0)[place] - 1
-        b, terms, norms = pairs.boundaries[place].to(dtype), [], dict[str, Tensor]()
+        among, terms, norms = known.among, list[Tensor](), dict[str, Tensor]()
+        b = pairs.boundaries.index_select(0, known.places).to(dtype)
         if self.t21 is not None:
             mapped_w, mapped_x = self.t21(torch.cat([w, x])).split([len(w), len(x)])
             norms["t21_norm"] = smallest_norm(mapped_w)
@@ -212,7 +247,7 @@ class TransformedLce(CompatMethod):
         both: dict[Direction, nn.Module | None] = {"t21": self.compat.t21, "t12": self.compat.t12}
         return {direction: module for direction, module in both.items() if module is not None}
 
-    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``alignment`` and ``boundary``."""
         del step
         value, report = self.compat(gather_pairs(labels, rows, self.bank, self.num_classes, self.ranks), embeddings)
@@ -229,18 +264,16 @@ class AuthorsBoundary(CompatMethod):
         mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
         self.bank = inputs.bank.rows(mine.start, mine.stop)
 
-    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``boundary``."""
         del rows, step
-        own = own_classes(labels, self.num_classes, self.ranks)
-        pairs = gather_pairs(labels, embeddings.new_empty(len(own), 0), self.bank, self.num_classes, self.ranks)
-        labelled = pairs.place >= 0
-        place = pairs.place[labelled]
+        pairs = gather_pairs(labels, None, self.bank, self.num_classes, self.ranks)
+        known = Known.of(pairs)
         value = losses.boundary(
-            embeddings[labelled],
-            pairs.centers[place],
-            pairs.boundaries[place],
-            pairs.mask[place],
+            embeddings.index_select(0, known.samples),
+            pairs.centers[known.places].to(embeddings.dtype),
+            pairs.boundaries[known.places].to(embeddings.dtype),
+            slice(None),
             authors_formula=True,
         )
         return self.weight * value, {"boundary": value.detach()}

@@ -66,7 +66,7 @@ def boundary(
     embeddings: Tensor,
     centers: Tensor,
     boundaries: Tensor,
-    mask: Tensor,
+    mask: Tensor | slice,
     *,
     t21: Map | None = None,
     t12: Map | None = None,
@@ -78,7 +78,8 @@ def boundary(
     T₂₁. In forward mode, where only T₁₂ is trained, ``cos(x_i, T₁₂(o_i))`` (the paper gives no formula for it).
 
     Args:
-        embeddings: (n, D2). centers: (n, D1), boundaries: (n,), mask: (n,) bool, all of the samples' own classes.
+        embeddings: (n, D2). centers: (n, D1), boundaries: (n,), mask: (n,) bool (or a slice), all of
+            the samples' own classes.
         authors_formula: the product of the unnormalised embedding (or T's output) with the centre, clamped to [−1, 1],
             as in the authors' code; nearly every sample then lies in the clamp, where the gradient is 0.
     """
@@ -156,7 +157,7 @@ def unibct_prototypes(
 
 
 def elastic_boundary(
-    embeddings: Tensor, centers: Tensor, boundaries: Tensor, mask: Tensor, elasticity: float = 0.5
+    embeddings: Tensor, centers: Tensor, boundaries: Tensor, mask: Tensor | slice, elasticity: float = 0.5
 ) -> Tensor:
     """An elastic radius in the manner of AdvBCT (Pan et al., CVPR 2023): ``mean_i max(0, θ_i − r_i)`` in radians.
 

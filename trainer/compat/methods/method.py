@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from trainer.data import Batch
+from trainer.distributed import Labels
 from trainer.models.card import Direction
 
 
@@ -25,7 +26,7 @@ class CompatMethod:
         del batch, step
         return embeddings
 
-    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss beside the head's, weighted, and what to report; both equal on all ranks.
 
         Called within the head's step, see :class:`trainer.head.partial_fc.Companion`. The gradient with respect to

@@ -11,7 +11,7 @@ from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.with_old import WithOld
 from trainer.data import Batch
 from trainer.data.draws import uniforms
-from trainer.distributed import Ranks, all_reduce_sum
+from trainer.distributed import Labels, Ranks, all_reduce_sum
 from trainer.head.partition import class_range
 
 
@@ -61,7 +61,7 @@ class MixBct(WithOld):
         replaced[labelled] = losses.mixbct_choice(sure[labelled], self.config.mix_share, draws[labelled])
         return replaced
 
-    def loss(self, embeddings: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: no loss; ``replaced`` is the share of the batch that was."""
         del labels, rows, step
         return embeddings.new_zeros(()), {"replaced": self.replaced}
