@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGES = ("trainer", "launch", "tools")
-EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 70, 130, 141
+EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_PIPE = 2, 70, 130, 141
 
 # A subcommand is a module with HELP (one line), add_arguments(parser) and run(args) -> exit status. It imports what is
 # heavy or optional inside run(), so that `lce --help` stays quick and works without the extras.

@@ -209,12 +209,6 @@ def test_position_counts_what_was_handed_out_not_what_was_prefetched(dataset: Da
         loader.load_state_dict({"epoch": 0, "samples": 99})
 
 
-def test_wait_for_data_is_counted(dataset: Dataset) -> None:
-    loader = loader_of(dataset, "torch", workers=0)
-    take(loader, 2)
-    assert loader.wait_seconds > 0
-
-
 def test_class_balanced_sampling_reaches_the_batches(tmp_path: Path) -> None:
     dataset = open_dataset(packed(tmp_path, 3, 4))
     table = np.where(np.arange(12) % 4 == 0, dataset.labels, 0)

@@ -87,7 +87,7 @@ class RunState:
     def __init__(self, config: Config, task: Task, loader: Loader, ranks: Ranks) -> None:
         self.task, self.loader = task, loader
         self.step = 0
-        self.updater = build_updater(task.modules(), getattr(task, "network", None), config.optimizer)
+        self.updater = build_updater(task.modules(), task.wrapped(), config.optimizer)
         half = config.train.precision == "float16"
         self.scale = LossScale(2.0**16 if half else 1.0, not half, ranks.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=ranks.device)
