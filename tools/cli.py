@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):  # names of files may hold bytes that are no characters
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     from trainer.errors import LceError
+    from trainer.extras import remedy
 
     try:
         status = int(args.run(args))
@@ -154,7 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"lce {args.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
+        missing = remedy(error) if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None:
+            print(f"lce {args.command}: {missing}", file=sys.stderr)
+            return EXIT_USAGE
         traceback.print_exc()
         return EXIT_CRASH
 

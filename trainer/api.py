@@ -17,7 +17,6 @@ from trainer.distributed import process_group
 from trainer.errors import ConfigError, ModelError
 from trainer.evaluation.embeddings import EmbeddingCache, default_cache, embed_set
 from trainer.evaluation.provenance import provenance
-from trainer.evaluation.report import write_report
 from trainer.evaluation.results import Options, study
 from trainer.gallery import files
 from trainer.gallery.convert import Forward, Reencode
@@ -113,6 +112,8 @@ def evaluate(
     result["models"] = {role: {"path": str(model.path), "hash": model.hash} for role, model in models.items()}
     result |= {"settings": {}, "provenance": provenance(), "pair_sets": {}, "template_sets": {}}
     if report is not None:
+        from trainer.evaluation.report import write_report  # matplotlib, which training does not need
+
         write_report(Path(report), result)
     return result
 

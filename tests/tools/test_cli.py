@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.cli import main, translated
+from trainer.extras import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,3 +67,21 @@ def imported(*words: str) -> set[str]:
 )
 def test_a_command_imports_what_it_needs(words: tuple[str, ...], without: tuple[str, ...]) -> None:
     assert not set(without) & imported(*words)
+
+
+def test_a_missing_package_names_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("run: {dir: x}")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["runs", "plot", str(tmp_path / "run"), str(tmp_path / "page.html")]) == 2
+    assert capsys.readouterr().err == (
+        "lce runs: needs matplotlib, which is not installed: pip install 'lce-trainer[evaluate]'\n"
+    )
+
+
+def test_every_extra_that_is_named_is_one() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f"\n{extra} = [" in text for extra in EXTRAS.values())
