@@ -371,7 +371,7 @@ def test_from_images_to_compatible_models(tmp_path: Path) -> None:
     old, dataset = load_model(tmp_path / "old"), open_dataset(data)
     array = tmp_path / "old.npy"
     bank_from_model(old, dataset, tmp_path / "bank", keep_embeddings=array)
-    source = ModelEmbeddings(tmp_path / "old", dataset.info, (32, 32), torch.device("cpu"))
+    source = ModelEmbeddings(tmp_path / "old", dataset.info, torch.device("cpu"))
     loader = loader_of(dataset, "torch")
     batch = next(loader.batches())
     loader.close()
