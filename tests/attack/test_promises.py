@@ -373,7 +373,7 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("train.precision", "float32"): learns(train__precision="float32"),
     ("train.precision", "float64"): same(1e-3, 2, {"train__precision": "float64"}, {}),
     ("train.precision", "bfloat16"): same(0.05, 2, {"train__precision": "bfloat16"}, {}),
-    ("train.precision", "float16"): same(0.05, 2, {"train__precision": "float16"}, {}),
+    ("train.precision", "float16"): same(0.05, 1, {"train__precision": "float16"}, {}),
     **{("train.parallel", name): parallel(name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")},
     ("train.compress_gradients", "true"): same(1e-6, 1, {"train__compress_gradients": True}, {}),
     ("train.compile", "true"): deep({"train__compile": True}, 1e-3),
