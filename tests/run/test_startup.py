@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
+from tests.banks import write_bank
 from tests.data.samples import packed
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, tree
-from trainer.compat.bank.center_bank import BankInfo, CenterBank, write_bank
+from trainer.compat.bank.center_bank import BankInfo, CenterBank
 from trainer.compat.bank.convert import check_centers
 from trainer.data import open_dataset
 from trainer.data.index import seal_table
