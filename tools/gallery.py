@@ -28,11 +28,16 @@ from tools.output import write_json
 from trainer.errors import LceError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainer.evaluation.arrays import FloatArray, IntArray
     from trainer.gallery.convert import Converter
+    from trainer.gallery.files import Check
     from trainer.gallery.postgres import PostgresGallery
 
 HELP = "upgrade stored embeddings: arrays, FAISS indexes, PostgreSQL, Qdrant"
 EXIT_UNFINISHED = 75
+MIXED = 0.02  # share of rows in another space, at which verification fails
 RECALL_LOSS = 0.05  # of an index against the old one's, at which verification fails
 
 ACTIONS = {
@@ -113,6 +118,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--least-recall", type=float, help="what an index must find (default: 0.05 less than the old one found)"
     )
+    parser.add_argument("--old", metavar="MODEL", help="the old model: says in whose space rows are, by --images")
+    parser.add_argument("--bank", metavar="BANK", help="the old model's centre bank: says in whose space rows are")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,9 +146,24 @@ def run(args: argparse.Namespace) -> int:
     return 1 if reasons else 0
 
 
+def _mixed(outcome: dict[str, Any]) -> list[str]:
+    """Why the spaces of the rows are not as they should be; empty: they are, or nothing says it."""
+    spaces = outcome.get("spaces")
+    if spaces is None:
+        return []
+    wanted = outcome["expected_space"] or max(("old", "new"), key=lambda space: spaces[space])
+    other = "new" if wanted == "old" else "old"
+    if spaces[other] <= MIXED:
+        return []
+    shares = f"{spaces[other]:.1%} of the rows are in the {other} model's space"
+    return [f"{shares}, {spaces[wanted]:.1%} in the {wanted} one's"]
+
+
 def _failures(args: argparse.Namespace, outcome: dict[str, Any]) -> list[str]:
     """Why a verification fails; empty: it does not."""
-    found: list[str] = []
+    found = _mixed(outcome)
+    if "smallest_cosine" not in outcome:
+        return found
     recall, before, least = outcome["recall"], outcome["recall_before"], args.least_recall
     if outcome["smallest_cosine"] < args.least_cosine:
         found.append(f"the smallest cosine is {outcome['smallest_cosine']:.6f}, allowed is {args.least_cosine}")
@@ -177,8 +199,14 @@ _NAMES = {
 def _lines(args: argparse.Namespace, outcome: dict[str, Any]) -> list[str]:
     """An outcome for people."""
     if args.action == "verify":
-        lines = [f"verified: {outcome['rows']:,} rows re-computed, smallest cosine {outcome['smallest_cosine']:.6f}"]
-        lines[0] = lines[0] if outcome["verified"] else lines[0].replace("verified: ", "")
+        lines = []
+        if (spaces := outcome.get("spaces")) is not None:
+            shares = f"the old model's {spaces['old']:.1%}, the new one's {spaces['new']:.1%}"
+            lines.append(f"spaces of {spaces['rows']:,} rows: {shares}, unclear {spaces['unclear']:.1%}")
+        if "smallest_cosine" not in outcome:
+            return lines
+        begin = "verified: " if outcome["verified"] else ""
+        lines.append(f"{begin}{outcome['rows']:,} rows re-computed, smallest cosine {outcome['smallest_cosine']:.6f}")
         lines.append(f"rows: {outcome['rows_now']:,}, {outcome['rows_before']:,} before")
         if outcome["recall"] is not None:
             before = "" if outcome["recall_before"] is None else f", {outcome['recall_before']:.3f} before"
@@ -197,15 +225,49 @@ _Outcome = tuple[dict[str, Any], str | None]
 """Figures, and why the work is not finished."""
 
 
-def _converter(args: argparse.Namespace, dim_in: int) -> "Converter":
+def _verify(
+    args: argparse.Namespace,
+    phase: str,
+    verify: "Callable[[], Check]",
+    draw: "Callable[[], tuple[IntArray, list[FloatArray]]]",
+) -> _Outcome:
+    """Verify an upgrade, and (with --old and --images, or --bank) say in whose space a sample of the rows is."""
+    if args.bank is None and args.old is None:
+        return asdict(verify()), None
+    from trainer.compat.bank.center_bank import CenterBank
+    from trainer.data import open_dataset
+    from trainer.distributed import choose_device
+    from trainer.gallery.spaces import by_bank, by_images
+
+    device = choose_device(args.device, 0)
+    new = open_model(_model(args), args, device)
+    ids, vectors = draw()
+    if args.bank is not None:
+        spaces = by_bank(vectors, CenterBank.open(args.bank), new)
+    elif args.images is None:
+        raise LceError("gallery verify: --old needs --images, the pictures of the gallery")
+    else:
+        spaces = by_images(ids, vectors, open_dataset(args.images), open_model(args.old, args, device), new)
+    outcome: dict[str, Any] = asdict(verify()) if phase == "swapped" else {"rows": spaces.rows}
+    expected = {"swapped": "new", "finished": "new", "converting": "old"}.get(phase)
+    return {**outcome, "spaces": asdict(spaces), "expected_space": expected}, None
+
+
+def _model(args: argparse.Namespace) -> str:
+    if args.model is None:
+        raise LceError(f"gallery {args.action}: give the new model with --model")
+    return str(args.model)
+
+
+def _converter(args: argparse.Namespace, dim_in: int, version: str | None = None) -> "Converter":
+    """The conversion that the arguments ask for; pictures that only tell the spaces apart (``version``) make none."""
     from trainer.data import open_dataset
     from trainer.distributed import choose_device
     from trainer.gallery.convert import Forward, Reencode
 
-    if args.model is None:
-        raise LceError(f"gallery {args.action}: give the new model with --model")
-    model = open_model(args.model, args, choose_device(args.device, 0))
-    return Reencode(model, open_dataset(args.images), dim_in) if args.images else Forward(model)
+    model = open_model(_model(args), args, choose_device(args.device, 0))
+    by_images = args.images and not (args.action == "verify" and (version or "").startswith("t12-"))
+    return Reencode(model, open_dataset(args.images), dim_in) if by_images else Forward(model)
 
 
 def _file(args: argparse.Namespace) -> _Outcome:
@@ -224,11 +286,17 @@ def _file(args: argparse.Namespace) -> _Outcome:
         return {"phase": "finished"}, None
     before = files.status(path)
     fresh = before is None or before.phase == "finished"
+    if args.action == "verify":
+        phase, version, dim = ("none", None, 0) if before is None else (before.phase, before.version, before.dim_in)
+        return _verify(
+            args,
+            phase,
+            lambda: files.verify(path, _converter(args, dim, version), args.sample),
+            lambda: files.sample(path, args.sample),
+        )
     converter = _converter(args, open_gallery(path).dim if before is None or fresh else before.dim_in)
     if args.action == "plan":
         return asdict(files.plan(path, converter)), None
-    if args.action == "verify":
-        return asdict(files.verify(path, converter, args.sample)), None
     from tools.progress import progress_bar
     from trainer.data import open_dataset
     from trainer.gallery.orders import order_rows
@@ -261,11 +329,17 @@ def _database(args: argparse.Namespace) -> _Outcome:
     if args.action in ("rollback", "finish"):
         gallery.rollback() if args.action == "rollback" else gallery.finish()
         return asdict(gallery.status()), None
+    if args.action == "verify":
+        state = gallery.status()
+        return _verify(
+            args,
+            state.phase,
+            lambda: gallery.verify(_converter(args, gallery.dim, state.version), args.sample),
+            lambda: gallery.sample(args.sample),
+        )
     converter = _converter(args, gallery.dim)
     if args.action == "plan":
         return gallery.plan(converter), None
-    if args.action == "verify":
-        return asdict(gallery.verify(converter, args.sample)), None
     return _upgrade_table(args, gallery, converter)
 
 
@@ -306,11 +380,17 @@ def _points(args: argparse.Namespace) -> _Outcome:
             gallery.rollback() if args.action == "rollback" else gallery.finish()
         if args.action not in ("plan", "upgrade", "verify"):
             return asdict(gallery.status()), None
-        converter = _converter(args, gallery.status().dim_in or gallery.dim)
+        state = gallery.status()
+        if args.action == "verify":
+            return _verify(
+                args,
+                state.phase,
+                lambda: gallery.verify(_converter(args, gallery.dim, state.version), args.sample),
+                lambda: gallery.sample(args.sample),
+            )
+        converter = _converter(args, state.dim_in or gallery.dim)
         if args.action == "plan":
             return gallery.plan(converter), None
-        if args.action == "verify":
-            return asdict(gallery.verify(converter, args.sample)), None
         if args.order != "stored":
             raise LceError("gallery upgrade: Qdrant gives points by id; leave out --order")
         with progress_bar("converting") as progress:

@@ -716,7 +716,7 @@ class PostgresGallery:
         with self._connect() as connection:
             text = "SELECT ctid, {v}, {k} FROM {t} WHERE {v} IS NOT NULL ORDER BY random() LIMIT %s"
             rows = self._run(connection, text, count).fetchall()
-        ids = np.array([row[2] for row in rows], np.int64) if self._table.numbered else np.arange(len(rows))
+        ids = np.array([row[2] for row in rows], np.int64) if self._table.numbered else np.full(len(rows), -1)
         return ids, [_array(row[1]) for row in rows]
 
     def search(self, as_old: FloatArray | None, as_new: FloatArray, k: int) -> list[tuple[Any, float]]:

@@ -346,6 +346,16 @@ class QdrantGallery:
                 missing=len(old) - len(both),
             )
 
+    def sample(self, count: int, seed: int = 0) -> tuple[IntArray, list[FloatArray]]:
+        """Ids (row numbers where they are none) and stored vectors of random points behind the alias."""
+        with self._clear():
+            ids = [record.id for records in self._batches(self._collection, 4096, False) for record in records]
+            chosen = [ids[at] for at in np.random.default_rng(seed).permutation(len(ids))[:count]]
+            records = [r for r in self._client.retrieve(self._collection, chosen, with_vectors=True) if self._of(r)]
+        numbered = all(isinstance(record.id, int) for record in records)
+        numbers = np.array([r.id for r in records], np.int64) if numbered else np.full(len(records), -1)
+        return numbers, [np.asarray(self._of(record), np.float32) for record in records]
+
     def rollback(self) -> None:
         """The alias points at the old collection again, and the new one is deleted.
 
