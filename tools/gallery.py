@@ -237,13 +237,15 @@ def _verify(
     from trainer.compat.bank.center_bank import CenterBank
     from trainer.data import open_dataset
     from trainer.distributed import choose_device
-    from trainer.gallery.spaces import by_bank, by_images
+    from trainer.gallery.spaces import by_centers, by_images
 
     device = choose_device(args.device, 0)
     new = open_model(_model(args), args, device)
     ids, vectors = draw()
     if args.bank is not None:
-        spaces = by_bank(vectors, CenterBank.open(args.bank), new)
+        bank = CenterBank.open(args.bank)
+        blocks = (bank.rows(at, min(at + 65536, bank.num_classes)) for at in range(0, bank.num_classes, 65536))
+        spaces = by_centers(vectors, (rows.centers[rows.mask].numpy() for rows in blocks), new)
     elif args.images is None:
         raise LceError("gallery verify: --old needs --images, the pictures of the gallery")
     else:

@@ -1,12 +1,11 @@
 """In which model's space stored vectors are: told by what both models make of the same pictures, or by the centres of a
 bank. The dimension tells nothing where both have the same."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.compat.bank.center_bank import CenterBank
 from trainer.data.index import Dataset
 from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import FloatArray, IntArray
@@ -14,7 +13,6 @@ from trainer.models.model import EmbeddingModel, embed_dataset
 
 UNCLEAR = 0.02
 """Two cosines nearer to each other than this do not tell the spaces apart."""
-_CLASSES = 1 << 16  # of a bank at a time
 
 
 @dataclass(frozen=True)
@@ -47,28 +45,38 @@ def by_images(
     )
 
 
-def by_bank(vectors: Sequence[FloatArray], bank: CenterBank, new: EmbeddingModel) -> Spaces:
-    """Compare stored vectors with the nearest centre of a bank of the old model, and with the nearest of T₁₂ of these.
+def by_centers(vectors: Sequence[FloatArray], centers: Iterable[FloatArray], new: EmbeddingModel) -> Spaces:
+    """Compare stored vectors with the nearest of the old model's class centres, and with the nearest of T₁₂ of these.
+
+    Args:
+        centers: (c, D1) float32, unit, a block of classes at a time.
 
     Raises:
-        ModelError: the new model has no T₁₂ from the bank's dimension.
+        ModelError: the new model has no T₁₂ from the centres' dimension.
     """
+    best_old, best_new = np.full(len(vectors), -1.0), np.full(len(vectors), -1.0)
     card = new.card.transforms.get("t12")
-    if card is None or card.dim_in != bank.dim:
-        raise ModelError(f"{new.path}: has no T₁₂ of dimension {bank.dim} to put the bank's centres into the new space")
-    best = {"old": np.full(len(vectors), -1.0), "new": np.full(len(vectors), -1.0)}
-    for start in range(0, bank.num_classes, _CLASSES):
-        rows = bank.rows(start, min(start + _CLASSES, bank.num_classes))
-        centers = rows.centers[rows.mask].numpy()
-        if not len(centers):
-            continue
-        for space, given in (("old", centers), ("new", new.transform("t12", centers))):
-            for dim in {len(vector) for vector in vectors} & {given.shape[1]}:
-                at = [i for i, vector in enumerate(vectors) if len(vector) == dim]
-                some = np.stack([vectors[i] for i in at])
-                unit = some / np.maximum(np.linalg.norm(some, axis=1, keepdims=True), 1e-12)
-                best[space][at] = np.maximum(best[space][at], (unit @ given.T).max(axis=1))
-    return _shares(best["old"], best["new"])
+    for block in centers:
+        if card is None or card.dim_in != block.shape[1]:
+            raise ModelError(
+                f"{new.path}: has no T₁₂ of dimension {block.shape[1]} to put the centres into the new space; give the "
+                "pictures instead"
+            )
+        if len(block):
+            best_old = np.maximum(best_old, _nearest(vectors, block))
+            best_new = np.maximum(best_new, _nearest(vectors, new.transform("t12", block)))
+    return _shares(best_old, best_new)
+
+
+def _nearest(vectors: Sequence[FloatArray], references: FloatArray) -> FloatArray:
+    """The largest cosine (n,) of each vector to one of the unit references (c, D); −1 for one of another dimension."""
+    best = np.full(len(vectors), -1.0)
+    at = [i for i, vector in enumerate(vectors) if len(vector) == references.shape[1]]
+    if at:
+        some = np.stack([vectors[i] for i in at])
+        unit = some / np.maximum(np.linalg.norm(some, axis=1, keepdims=True), 1e-12)
+        best[at] = (unit @ references.T).max(axis=1)
+    return best
 
 
 def _cosine(vector: FloatArray, reference: FloatArray) -> float:
