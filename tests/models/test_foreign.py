@@ -540,7 +540,7 @@ def test_nothing_that_a_file_names_is_run(tmp_path: Path, capsys: pytest.Capture
         load_model(tmp_path / "o.pt")
     assert "it ran" not in capsys.readouterr().out
     (tmp_path / "cut.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:5000])
-    with pytest.raises(ModelError, match=r"cut.pt: refused"):
+    with pytest.raises(ModelError, match=r"cut.pt: refused: .* cut short"):
         load_model(tmp_path / "cut.pt")
     script = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     torch.jit.save(script, tmp_path / "script.pt")
