@@ -70,7 +70,6 @@ def test_dry_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["--nnodes", "2"], "--master HOST:PORT"),
-        (["--nproc", "-1"], "at least 1"),
         (["--nnodes", "two", "--master", "h:1"], "--nnodes two: a number of machines"),
         (["--nnodes", "0"], "--nnodes 0: a number of machines"),
         (["--nnodes", "2:4", "--with", "mpirun"], "with torchrun and --rendezvous c10d alone"),
