@@ -83,9 +83,8 @@ def test_wrong_use(path: Path, capsys: pytest.CaptureFixture[str], words: list[s
 
 
 def test_sbatch_file(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = _shown(
-        capsys, str(path), "--with", "slurm", "--nproc", "8", "--nnodes", "4", "--gpus", "8", "--time", "1-00:00:00"
-    )
+    words = ["--with", "slurm", "--nproc", "8", "--nnodes", "4", "--gpus", "8", "--time", "1-00:00:00"]
+    text = _shown(capsys, str(path), *words, "data.synthetic_classes=64")
     for line in (
         "--nodes=4",
         "--gpus-per-node=8",
