@@ -201,11 +201,16 @@ def _converter(args: argparse.Namespace, dim_in: int) -> "Converter":
     from trainer.data import open_dataset
     from trainer.distributed import choose_device
     from trainer.gallery.convert import Forward, Reencode
+    from trainer.models.model import check_distinct
 
     if args.model is None:
         raise LceError(f"gallery {args.action}: give the new model with --model")
     model = open_model(args.model, args, choose_device(args.device, 0))
-    return Reencode(model, open_dataset(args.images), dim_in) if args.images else Forward(model)
+    if not args.images:
+        return Forward(model)
+    images = open_dataset(args.images)
+    check_distinct(model, images)
+    return Reencode(model, images, dim_in)
 
 
 def _file(args: argparse.Namespace) -> _Outcome:

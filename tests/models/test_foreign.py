@@ -339,10 +339,13 @@ def test_a_model_that_is_fed_wrongly_is_refused_by_every_command(
     from_model = ["centers", "from-model", str(old), str(packed), str(tmp_path / "bank")]
     evaluate = ["evaluate", "--old", str(old), "--new", str(old), "--data", data, "--fars", "1e-1", "--cache", "none"]
     describe = ["model", "describe", str(old), "--data", str(packed)]
-    for command in (from_model, evaluate, describe):
+    np.save(tmp_path / "faces.npy", np.eye(40, DIM, dtype=np.float32) + 0.1)
+    gallery = ["gallery", "plan", str(tmp_path / "faces.npy"), "--model", str(old), "--images", str(packed)]
+    for command in (from_model, evaluate, describe, gallery):
         assert main(command) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "bank").exists()
+    assert main([*gallery, "--pixels", "0..255"]) == 0
     assert main([*from_model, "--allow-collapsed"]) == 0
     assert main([*from_model, "--force", "--pixels", "0..255"]) == 0
     assert "fed pixels 0 … 255 (as stated)" in capsys.readouterr().err
