@@ -266,10 +266,14 @@ def _converter(args: argparse.Namespace, dim_in: int, version: str | None = None
     from trainer.data import open_dataset
     from trainer.distributed import choose_device
     from trainer.gallery.convert import Forward, Reencode
+    from trainer.models.model import check_distinct
 
     model = open_model(_model(args), args, choose_device(args.device, 0))
-    by_images = args.images and not (args.action == "verify" and (version or "").startswith("t12-"))
-    return Reencode(model, open_dataset(args.images), dim_in) if by_images else Forward(model)
+    if not args.images or (args.action == "verify" and (version or "").startswith("t12-")):
+        return Forward(model)
+    images = open_dataset(args.images)
+    check_distinct(model, images)
+    return Reencode(model, images, dim_in)
 
 
 def _file(args: argparse.Namespace) -> _Outcome:

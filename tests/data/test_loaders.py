@@ -16,7 +16,7 @@ from trainer.data import Batch, Dataset, Loader, open_dataset
 from trainer.data.config import AugmentConfig
 from trainer.data.dali import DaliLoader
 from trainer.distributed import Ranks
-from trainer.errors import ConfigError, DataError
+from trainer.errors import BrokenRunError, ConfigError, DataError
 
 KINDS = ("dali", "torch")
 
@@ -237,7 +237,7 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(dataset: Dataset) -> No
     (worker,) = multiprocessing.active_children()
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="a data worker died"):
+    with pytest.raises(BrokenRunError, match="a data worker died"):
         list(itertools.islice(batches, 100))
 
 

@@ -339,10 +339,13 @@ def test_a_model_that_is_fed_wrongly_is_refused_by_every_command(
     from_model = ["centers", "from-model", str(old), str(packed), str(tmp_path / "bank")]
     evaluate = ["evaluate", "--old", str(old), "--new", str(old), "--data", data, "--fars", "1e-1", "--cache", "none"]
     describe = ["model", "describe", str(old), "--data", str(packed)]
-    for command in (from_model, evaluate, describe):
+    np.save(tmp_path / "faces.npy", np.eye(40, DIM, dtype=np.float32) + 0.1)
+    gallery = ["gallery", "plan", str(tmp_path / "faces.npy"), "--model", str(old), "--images", str(packed)]
+    for command in (from_model, evaluate, describe, gallery):
         assert main(command) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "bank").exists()
+    assert main([*gallery, "--pixels", "0..255"]) == 0
     assert main([*from_model, "--allow-collapsed"]) == 0
     assert main([*from_model, "--force", "--pixels", "0..255"]) == 0
     assert "fed pixels 0 … 255 (as stated)" in capsys.readouterr().err
@@ -485,11 +488,11 @@ WRAPPINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
-@pytest.mark.parametrize("legacy", [False, True])
+BEFORE_ZIP = [w for w in WRAPPINGS if w != "a Namespace beside"]  # stand-ins need the list of names of the zip format
+
+
+@pytest.mark.parametrize(("wrapping", "legacy"), [(w, False) for w in WRAPPINGS] + [(w, True) for w in BEFORE_ZIP])
 def test_wrappings_of_state_dicts(tmp_path: Path, wrapping: str, legacy: bool) -> None:
-    if legacy and wrapping == "a Namespace beside":
-        pytest.skip("stand-ins need the list of names that the zip format gives")
     state = torch.load(ORIGINS / "arcface_r18.pt", weights_only=True)
     path = tmp_path / "w.pt"
     torch.save(WRAPPINGS[wrapping](state), path, _use_new_zipfile_serialization=not legacy)
@@ -540,7 +543,7 @@ def test_nothing_that_a_file_names_is_run(tmp_path: Path, capsys: pytest.Capture
         load_model(tmp_path / "o.pt")
     assert "it ran" not in capsys.readouterr().out
     (tmp_path / "cut.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:5000])
-    with pytest.raises(ModelError, match=r"cut.pt: refused"):
+    with pytest.raises(ModelError, match=r"cut.pt: refused: .* cut short"):
         load_model(tmp_path / "cut.pt")
     script = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     torch.jit.save(script, tmp_path / "script.pt")
