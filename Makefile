@@ -25,7 +25,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # DALI is built for Linux alone; elsewhere the torch loader reads the same data sets.
 comma := ,
-EXTRAS := dev$(comma)docs$(if $(filter Linux,$(shell uname -s)),$(comma)gpu)
+EXTRAS := dev$(comma)docs$(comma)demo$(if $(filter Linux,$(shell uname -s)),$(comma)gpu)
 
 .PHONY: install demo test test-fast mutants attack lint format results docs package-check clean
 

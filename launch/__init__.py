@@ -1,0 +1,1 @@
+"""lce-trainer: how a job is started."""

@@ -61,6 +61,7 @@ class Job:
         if "OMP_NUM_THREADS" not in os.environ:  # else torchrun sets 1, with a warning
             out["OMP_NUM_THREADS"] = str(threads_of_a_rank(self.nproc))
         out["LCE_LAUNCHED"] = "1"  # the ranks end when their launcher has died
+        out["PYTHONSAFEPATH"] = "1"  # a trainer.py or tools/ in the working folder is not taken for ours
         return out
 
 

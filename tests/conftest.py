@@ -17,6 +17,7 @@ SLOW = (
     "evaluation/test_evaluate.py",
     "evaluation/test_report_browser.py",
     "gallery/test_postgres.py",
+    "gallery/test_postgres_tables.py",
     "head/test_equality.py",
     "head/test_frozen.py",
     "head/test_misuse.py",

@@ -358,8 +358,9 @@ def configuration(case: dict[str, Any], folder: Path, world: int, chunk: int) ->
     """A run in batches of 12 a rank."""
     import numpy as np
 
+    from tests.banks import write_bank
     from tests.runs import tree
-    from trainer.compat.bank.center_bank import BankInfo, write_bank
+    from trainer.compat.bank.center_bank import BankInfo
     from trainer.run.config import parse_config
 
     case = dict(case)

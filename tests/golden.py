@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from tests.banks import write_bank
 from tests.runs import config, losses_of
-from trainer.compat.bank.center_bank import BankInfo, write_bank
+from trainer.compat.bank.center_bank import BankInfo
 from trainer.distributed import Ranks
 from trainer.machine import processor_name
 from trainer.run.engine import train

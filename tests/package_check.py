@@ -13,7 +13,22 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = ("nvidia-dali-cuda130", "deepspeed", "mpi4py", "faiss-cpu", "psycopg", "pgvector", "pytest", "mypy", "pdoc")
+OPTIONAL = (
+    "nvidia-dali-cuda130",
+    "deepspeed",
+    "mpi4py",
+    "faiss-cpu",
+    "psycopg",
+    "pgvector",
+    "pytest",
+    "mypy",
+    "pdoc",
+    "scikit-learn",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "fonttools",
+)
 WANTED = ("tools/pictures/drawing.py", "trainer/py.typed", "configs/base.yaml", "configs/gpus/64.yaml")
 
 

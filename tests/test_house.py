@@ -23,6 +23,7 @@ ROOMS = (
     ("trainer.gallery",),
     ("trainer.run",),
     ("trainer.planning",),
+    ("trainer.api",),
     ("trainer.__main__",),
     ("launch",),
     ("tools",),

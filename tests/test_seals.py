@@ -14,6 +14,7 @@ import yaml
 
 from tests.compat.test_center_bank import written
 from tests.models.test_export import images, saved
+from tools import cli
 from trainer import seals
 from trainer.checkpoint import CheckpointConfig, Checkpoints, read_seal
 from trainer.compat.bank.center_bank import CenterBank, _read_manifest
@@ -179,3 +180,14 @@ def test_a_seal_survives_json_and_yaml_and_any_order_of_keys() -> None:
     for text in (json.loads(json.dumps(tree)), yaml.safe_load(yaml.safe_dump(sealed({"b": 1.0, "a": ["ü", 1e300]})))):
         assert unsealed(dict(reversed(text.items())), "test", LceError).keys() == {"a", "b"}
     assert unsealed(["no mapping"], "test", LceError) == ["no mapping"]
+
+
+def test_lce_checkpoint_verify_sees_a_changed_seal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint(tmp_path)
+    assert cli.main(["checkpoint", "verify", str(folder)]) == 0
+    for old, new in (('"step": 300', '"step": 200'), ('"samples": 77', '"samples": 78')):
+        whole = (folder / "state.json").read_text()
+        (folder / "state.json").write_text(whole.replace(old, new))
+        assert cli.main(["checkpoint", "verify", str(folder)]) == 1
+        assert "its checksum differs" in capsys.readouterr().out
+        (folder / "state.json").write_text(whole)

@@ -1,0 +1,1 @@
+"""lce-trainer: the command ``lce``."""

@@ -9,16 +9,15 @@ reader that has gone away with 141, a training's by SIGTERM with 75.
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from trainer import __version__
-from trainer.config import is_layer
-from trainer.errors import LceError
-
-EXIT_DONE, EXIT_NO, EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 70, 130, 141
+PACKAGES = ("trainer", "launch", "tools")
+EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_PIPE = 2, 70, 130, 141
 
 # A subcommand is a module with HELP (one line), add_arguments(parser) and run(args) -> exit status. It imports what is
 # heavy or optional inside run(), so that `lce --help` stays quick and works without the extras.
@@ -41,43 +40,108 @@ COMMANDS = (
     "bench",
 )
 
+HINTS = {
+    "train": "lce launch trains: lce launch CONFIG.yaml",
+    "convert": "lce centers makes centre banks, lce gallery converts galleries, lce export writes models",
+    "test": "lce evaluate compares models",
+    "eval": "lce evaluate compares models",
+}
+"""What people type who come from other tools."""
+
 MODULES = {"demo": "tools.demo.command", "characters": "tools.demo.characters"}
 """Where a command's module is not ``tools.NAME``."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, with every subcommand's own help."""
-    parser = argparse.ArgumentParser(prog="lce", description=f"lce-trainer {__version__}: {__doc__.split(':')[0]}")
-    parser.description = "Train face recognition models that stay compatible with the deployed one."
+def shadowed() -> str | None:
+    """What stands in the way of this distribution's packages: one line, or None where they are all its own.
+
+    A package of one of our names may come first on the path, and another distribution may have overwritten our files:
+    both are found without importing anything.
+    """
+    root = Path(__file__).resolve().parents[1]
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if origin != root / name / "__init__.py":
+            where = origin or (spec and spec.submodule_search_locations and next(iter(spec.submodule_search_locations)))
+            return (
+                f"the package {name} of lce-trainer ({root / name}) is shadowed by {where or 'nothing'}: rename that, "
+                "or take its folder off PYTHONPATH"
+            )
+        if "lce-trainer" not in origin.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
+            return (
+                f"{origin} is not lce-trainer's: another distribution installed a package {name} over it; use an "
+                "environment of its own, or reinstall lce-trainer last"
+            )
+    return None
+
+
+def build_parser(commands: Sequence[str] = COMMANDS, arguments: bool = True) -> argparse.ArgumentParser:
+    """The command line with the subcommands ``commands``; without their ``arguments`` just what each is for."""
+    from trainer import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="lce", description="Train face recognition models that stay compatible with the deployed one."
+    )
     parser.add_argument("--version", action="version", version=f"lce-trainer {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in commands:
         module = importlib.import_module(MODULES.get(name, f"tools.{name}"))
-        sub = commands.add_parser(
+        sub = subparsers.add_parser(
             name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
+        if arguments:
+            module.add_arguments(sub)
+        sub.set_defaults(run=module.run, parser=sub)
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; ``key=value`` and FILE.yaml may stand behind options too (argparse alone takes them in one place only)."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse; ``key=value`` and FILE.yaml may stand behind options too (argparse alone takes them in one place only).
+    Only the module of the command that is called is imported."""
+    named = argv[0] if argv else ""
+    known = named in COMMANDS
+    parser = build_parser([named] if known else COMMANDS, arguments=known)
+    if named in HINTS:
+        parser.error(f"there is no command {named}: {HINTS[named]}")
     args, rest = parser.parse_known_args(argv)
     if rest:
-        fits = [("=" in word or is_layer(word)) and not word.startswith("-") for word in rest]
-        if not hasattr(args, "overrides") or not all(fits):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        from trainer.config import is_layer
+
+        wrong = [word for word in rest if word.startswith("-") or not ("=" in word or is_layer(word))]
+        if not hasattr(args, "overrides"):
+            args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if wrong:
+            args.parser.error(f"{wrong[0]}: no such option{_as_key(wrong[0], rest)}")
         args.overrides = [*args.overrides, *rest]
     return args
 
 
+def _as_key(word: str, rest: Sequence[str]) -> str:
+    """How a setting that was given as an option (``--lr 0.1``) or as YAML (``lr: 0.1``) is written."""
+    name, _, value = word.lstrip("-").partition("=")
+    follows = [other for other in rest[rest.index(word) + 1 :][:1] if not other.startswith("-")]
+    if word.startswith("-"):
+        example = f"{name.replace('-', '_')}={value or (follows[0] if follows else 'VALUE')}"
+        return f"; a setting of the configuration is written SECTION.{example}, see lce config"
+    return "; a setting of the configuration is written key=value without spaces, see lce config"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one ``lce`` command; returns its exit status."""
-    args = parse(build_parser(), argv)
-    args.words = list(sys.argv[1:] if argv is None else argv)  # for commands that start themselves again on all ranks
+    problem = shadowed()
+    if problem is not None:
+        print(f"lce: {problem}", file=sys.stderr)
+        return EXIT_USAGE
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process that a command starts takes modules from the working folder
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parse(argv)
+    args.words = argv  # for commands that start themselves again on all ranks
     with contextlib.suppress(AttributeError):  # names of files may hold bytes that are no characters
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    from trainer.errors import LceError
+    from trainer.extras import remedy
+
     try:
         status = int(args.run(args))
         sys.stdout.flush()
@@ -86,14 +150,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at the end
         return EXIT_PIPE
     except LceError as error:
-        print(f"lce {args.command}: {error}", file=sys.stderr)
+        print(f"lce {args.command}: {translated(str(error), args.parser)}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print(f"lce {args.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
+        missing = remedy(error) if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None:
+            print(f"lce {args.command}: {missing}", file=sys.stderr)
+            return EXIT_USAGE
         traceback.print_exc()
         return EXIT_CRASH
+
+
+def translated(message: str, parser: argparse.ArgumentParser) -> str:
+    """A library's message: the arguments that it names in backquotes get the names of the command's options."""
+    for action in _actions(parser):
+        if action.option_strings:
+            message = message.replace(f"`{action.dest}`", action.option_strings[-1])
+    return message
+
+
+def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The options of a command and of its actions."""
+    out = []
+    for action in parser._actions:
+        out.append(action)
+        if isinstance(action, argparse._SubParsersAction):
+            out += [inner for sub in action.choices.values() for inner in _actions(sub)]
+    return out
 
 
 if __name__ == "__main__":

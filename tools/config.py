@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Node, Section, is_layer, values_of
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+    from trainer.config import Node, Section
 
 HELP = "show every key of the configuration, or a resolved one"
 INTRODUCTION = """# Configuration
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what is asked for."""
+    from trainer.config import is_layer
     from trainer.run.config import Config, dump_config, load_config
 
     if args.what is not None and is_layer(args.what):
@@ -82,12 +84,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def sections(root: type[Section]) -> Iterator[tuple[str, Node]]:
+def sections(root: "type[Section]") -> "Iterator[tuple[str, Node]]":
     """Every section by its dotted name, in the order of the file; those inside others follow them."""
+    from trainer.config import Node
+
     yield from _below("", Node((root,)))
 
 
-def _below(prefix: str, node: Node) -> Iterator[tuple[str, Node]]:
+def _below(prefix: str, node: "Node") -> "Iterator[tuple[str, Node]]":
     for key in node.all_keys():
         child = node.child(key, node.kinds[0])
         if child is not None:
@@ -95,7 +99,7 @@ def _below(prefix: str, node: Node) -> Iterator[tuple[str, Node]]:
             yield from _below(f"{prefix}{key}.", child)
 
 
-def chosen(name: str | None) -> list[tuple[str, Node]]:
+def chosen(name: str | None) -> "list[tuple[str, Node]]":
     """The section of that name with those inside it; None: all. Raises :class:`ConfigError`."""
     from trainer.run.config import Config
 
@@ -106,7 +110,7 @@ def chosen(name: str | None) -> list[tuple[str, Node]]:
     return found
 
 
-def keys(node: Node) -> list[Key]:
+def keys(node: "Node") -> list[Key]:
     """The keys of a section that hold values, those of all variants; one that differs between them once for each."""
     out = []
     for name in node.all_keys():
@@ -122,8 +126,10 @@ def keys(node: Node) -> list[Key]:
     return out
 
 
-def _described(node: Node, name: str, kind: type[Section]) -> tuple[str, str, str, str]:
+def _described(node: "Node", name: str, kind: "type[Section]") -> tuple[str, str, str, str]:
     """Type, default, unit and meaning of a key of one variant."""
+    from trainer.config import values_of
+
     known = kind.model_fields[name]
     if name in node.tags:
         values = dict.fromkeys(value for one in node.kinds for value in values_of(one, name))
@@ -164,7 +170,7 @@ def _name(annotation: Any) -> str:
     return names.get(annotation, "path")
 
 
-def _text(name: str, node: Node) -> str:
+def _text(name: str, node: "Node") -> str:
     lines = [name]
     for key in keys(node):
         unit = f" {key.unit}" if key.unit else ""
@@ -174,7 +180,7 @@ def _text(name: str, node: Node) -> str:
     return "\n".join(lines)
 
 
-def node_word(node: Node) -> str:
+def node_word(node: "Node") -> str:
     """What tells the variants of a section apart."""
     return next(iter(node.tags), "")
 
@@ -196,8 +202,10 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
 
 
-def schema(root: type[Section]) -> dict[str, Any]:
+def schema(root: "type[Section]") -> dict[str, Any]:
     """A JSON schema of configuration files: layers, so that nothing is required but what tells variants apart."""
+    from trainer.config import values_of
+
     tree = root.model_json_schema()
     for name in tree["$defs"]:
         tree["$defs"][name].pop("required", None)

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         choose_device(config.run.device, job.nproc - 1)  # refuses cuda without CUDA, and more ranks than GPUs
     if job.many_nodes and args.launcher == "torchrun" and ":" not in job.master:
         raise ConfigError(f"--nnodes {job.nnodes}: needs --master HOST:PORT, the first machine as all others reach it")
-    if job.many_nodes and args.launcher != "slurm" and job.master:
+    if job.many_nodes and args.launcher != "slurm" and job.master and not args.dry_run:
         _check_master(job.master)
     if args.launcher == "slurm":
         return _slurm(args, job)

@@ -13,6 +13,7 @@ import socket
 import stat
 import tempfile
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -274,8 +275,11 @@ def load_torch(path: Path, error_type: type[LceError]) -> Any:
             except RuntimeError:  # not a zip archive, which cannot be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        with path.open("rb") as file:
+            cut = file.read(2) == b"PK" and not zipfile.is_zipfile(path)
+        reason = "its archive is cut short or damaged" if cut else _reason(error)
         raise error_type(
-            f"{path}: refused: it is no file of plain tensors ({_reason(error)}); nothing of it was executed. "
+            f"{path}: refused: it is no file of plain tensors ({reason}); nothing of it was executed. "
             "Save the weights alone (a state dict, or .safetensors) and try again"
         ) from None
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from tests.attack.commands import ROOT, ended, launched, rank_pids, start, wait_for_step
+from tests.banks import write_bank
 from tests.data.samples import identity_folders, packed
 from trainer.checkpoint import list_checkpoints
-from trainer.compat.bank.center_bank import BankInfo, write_bank
+from trainer.compat.bank.center_bank import BankInfo
 from trainer.data.index import open_dataset
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack

@@ -1,7 +1,10 @@
 """Two commands on one target: one works, the other is refused with status 2 and the first one's name."""
 
+import os
 import re
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import yaml
 from tests.attack import amounts, tally
 from tests.attack.commands import alive, ended, launched, rank_pids, start, wait_for_step
 from tests.data.samples import identity_folders
-from tests.runs import log_of
+from tests.runs import log_of, tree
 from trainer.checkpoint import list_checkpoints
 from trainer.data.index import open_dataset
 
@@ -166,3 +169,29 @@ def test_two_banks_of_one_name(tmp_path: Path, amount: int) -> None:
         assert status == 0, output
         assert not list(tmp_path.glob(".*.owner"))
         tally("concurrent lce centers", "refused")
+
+
+@pytest.mark.parametrize("launcher", ["mpirun"])
+def test_ranks_of_other_launchers_end_with_lce_launch(tmp_path: Path, launcher: str) -> None:
+    """``lce launch`` is killed; mpirun stands between it and the ranks."""
+    for module in {"mpirun": ["mpi4py"], "deepspeed": ["deepspeed"]}[launcher]:
+        pytest.importorskip(module)
+    if shutil.which(launcher, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None:
+        pytest.skip(f"no {launcher}")
+    changes = {
+        "train__steps": 100000,
+        "backbone__name": "small",
+        "head__rows": "float32",
+        "train__precision": "float32",
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tmp_path / "run", **changes)))
+    run = start(["-m", "tools.cli", "launch", tmp_path / "run.yaml", "--nproc", 2, "--with", launcher])
+    wait_for_step(tmp_path, 3)
+    pids = rank_pids(tmp_path)
+    assert len(pids) == 2
+    run.kill()
+    run.wait()
+    end = time.monotonic() + 90
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(alive, pids))

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from trainer.compat.bank.center_bank import BankInfo, BankWriter, CenterBank, write_bank
+from tests.banks import write_bank
+from trainer.compat.bank.center_bank import BankInfo, BankWriter, CenterBank
 from trainer.errors import CenterBankError
 from trainer.head.partition import class_range
 

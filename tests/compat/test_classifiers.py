@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from tests.banks import write_bank
 from tools.cli import main
 from trainer.compat.bank.bank_info import describe, nearest_pairs, summarise
-from trainer.compat.bank.center_bank import BankInfo, write_bank
+from trainer.compat.bank.center_bank import BankInfo
 from trainer.compat.bank.classifiers import open_classifier
 from trainer.compat.bank.matrices import open_arrays, open_rows, read_labels
 from trainer.errors import CenterBankError

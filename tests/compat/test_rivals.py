@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.banks import write_bank
+from tests.compat.plain import mixbct
 from tests.data.samples import loader_of, packed
 from tests.head.cases import draw_negatives
 from tests.ranks import run_ranks
 from tests.runs import Linear, config, log_of, losses_of, train_rank
-from trainer.compat.bank.center_bank import BankInfo, CenterBank, write_bank
+from trainer.compat.bank.center_bank import BankInfo, CenterBank
 from trainer.compat.bank.from_model import bank_from_model
 from trainer.compat.methods import losses
 from trainer.compat.methods.advbct import AdvBct
@@ -180,7 +182,7 @@ def plain_mix(chosen: Config, x: Tensor, old: Tensor, known: Tensor, rows: Any) 
         leaf = x.detach().clone().requires_grad_()
         seen = leaf[valid]
         if mix:
-            seen = losses.mixbct(seen, old[valid], credible[valid], chosen.method.mix_share, draws[valid])
+            seen = mixbct(seen, old[valid], credible[valid], chosen.method.mix_share, draws[valid])
         head = PartialFC(chosen.head, CLASSES, DIM, Ranks(), seed=3)
         head.set_lr(0.0)
         loss = head(seen, LABELS[valid], STEP).loss
@@ -371,7 +373,7 @@ def test_from_images_to_compatible_models(tmp_path: Path) -> None:
     old, dataset = load_model(tmp_path / "old"), open_dataset(data)
     array = tmp_path / "old.npy"
     bank_from_model(old, dataset, tmp_path / "bank", keep_embeddings=array)
-    source = ModelEmbeddings(tmp_path / "old", dataset.info, (32, 32), torch.device("cpu"))
+    source = ModelEmbeddings(tmp_path / "old", dataset.info, torch.device("cpu"))
     loader = loader_of(dataset, "torch")
     batch = next(loader.batches())
     loader.close()

@@ -38,6 +38,9 @@ def file(tmp_path: Path) -> Path:
         ("schedule.name=cosine schedule.power=1", "schedule.power belongs to polynomial; schedule.name is cosine"),
         ("schedule.name=step schedule.milestones=[0.9,0.5,7]", "schedule.milestones = .*ascending shares"),
         ("train.steps=9 train.epochs=2", "train.epochs has no effect with train.steps"),
+        ("head.impl=reference head.sub_centers=2", "head.impl = reference: without sub-centres"),
+        ("head.impl=reference head.optimizer.name=adamw head.sample_rate=0.5", "adamw at sample_rate 1 only"),
+        ("head.impl=reference head.rows=bfloat16", "needs stochastic rounding"),
         ("head.sampling_correction=true", "head.sampling_correction: weights drawn negatives"),
         ("head.impl=reference head.chunk_rows=9", "head.chunk_rows belongs to fused; head.impl is reference"),
         (

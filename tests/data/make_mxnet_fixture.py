@@ -1,11 +1,13 @@
 """Write the fixture tests/data/mxnet with a real MXNet, in an environment of its own.
 
-It was made once, with Python 3.8:
-    python3.8 -m venv mxnet-env && mxnet-env/bin/pip install mxnet==1.9.1 'numpy<1.24' pillow
-    mxnet-env/bin/python tests/data/make_mxnet_fixture.py tests/data/mxnet
+It was made once, with Python 3.8 and 3.9:
+    python3.9 -m venv mxnet-env && mxnet-env/bin/pip install mxnet==1.9.1 'numpy<1.24' pillow
+    mxnet-env/bin/python tests/data/make_mxnet_fixture.py tests/data/mxnet [NAME …]    # all of them, or those named
 
 plain/        records 0…59 with their class as a float label
 insightface/  240 images of 24 characters: header record 0, images 1…240, one record per identity
+recbuilder/   14 images of 6 characters in the order of InsightFace's RecBuilder: images, identities, header record
+face2rec2/    the same in the order of its face2rec2.py: images with two labels, header record, identities
 vector/       label vectors of three entries
 magic/        data (not images) that contains RecordIO's magic at aligned and other places: records of several parts
 expected.json the labels and a SHA-256 of every record's image, as this script put them in
@@ -44,7 +46,7 @@ def write(folder, records):
     writer = mxnet.recordio.MXIndexedRecordIO(str(folder / "train.idx"), str(folder / "train.rec"), "w")
     expected = []
     for key, label, image in records:
-        header = mxnet.recordio.IRHeader(0, label, key, 0)
+        header = mxnet.recordio.IRHeader(0, label, key, 0)  # MXNet sets the flag to the number of labels
         writer.write_idx(key, mxnet.recordio.pack(header, image))
         expected.append({"key": key, "label": label, "sha256": hashlib.sha256(image).hexdigest()})
     writer.close()
@@ -63,6 +65,40 @@ def insightface():
         yield last + 1 + k, [1.0 + count * k, 1.0 + count * (k + 1)], b""
 
 
+COUNTS = (2, 3, 1, 4, 2, 2)
+
+
+def few():
+    """The 14 images of :data:`COUNTS`, keys from 1 on, and the range of keys of each character."""
+    images, ranges = [], []
+    for k, count in enumerate(COUNTS):
+        first = 1 + len(images)
+        images += [(first + v, float(k), draw(CHARACTERS[k], v)) for v in range(count)]
+        ranges.append([float(first), float(first + count)])
+    return images, ranges
+
+
+def header_last():
+    """RecBuilder: the header record, key 0, is the last of the file."""
+    images, ranges = few()
+    end = 1 + len(images)
+    yield from images
+    for k, span in enumerate(ranges):
+        yield end + k, span, b""
+    yield 0, [float(end), float(end + len(ranges))], b""
+
+
+def header_after_images():
+    """face2rec2.py: the header record between images and identities; images say whether they were aligned."""
+    images, ranges = few()
+    end = 1 + len(images)
+    for key, label, image in images:
+        yield key, [label, 1.0], image
+    yield 0, [float(end), float(end + len(ranges))], b""
+    for k, span in enumerate(ranges):
+        yield end + k, span, b""
+
+
 def magics():
     """Data with the magic at its beginning, in its middle, twice in a row, at its end, and where it is not aligned."""
     yield 0, 0.0, MAGIC + b"begins with it."
@@ -74,20 +110,27 @@ def magics():
     yield 6, 6.0, b""
 
 
-def main(out):
-    """Write everything below ``out``."""
+def main(out, names):
+    """Write everything, or what is named, below ``out``."""
     plain = [(k, float(k % 12), draw(CHARACTERS[k % 12], k)) for k in range(60)]
     vectors = [(k, [float(k % 4), 0.5 * k, -float(k)], draw(CHARACTERS[k % 4], k)) for k in range(12)]
-    expected = {
-        "plain": write(out / "plain", plain),
-        "insightface": write(out / "insightface", list(insightface())),
-        "vector": write(out / "vector", vectors),
-        "magic": write(out / "magic", list(magics())),
-        "mxnet": mxnet.__version__,
+    makers = {
+        "plain": lambda: plain,
+        "insightface": insightface,
+        "recbuilder": header_last,
+        "face2rec2": header_after_images,
+        "vector": lambda: vectors,
+        "magic": magics,
     }
-    (out / "insightface" / "property").write_text("24,24,24\n")
-    (out / "expected.json").write_text(json.dumps(expected))
+    file = out / "expected.json"
+    expected = json.loads(file.read_text()) if file.exists() else {}
+    for name in names or makers:
+        expected[name] = write(out / name, makers[name]())
+    for name, count in (("insightface", len(CHARACTERS)), ("recbuilder", len(COUNTS)), ("face2rec2", len(COUNTS))):
+        (out / name / "property").write_text(f"{count},24,24\n")
+    expected["mxnet"] = mxnet.__version__
+    file.write_text(json.dumps(expected))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,8 +1,10 @@
 """Opening data sets: layouts, label tables, and what is refused."""
 
+import hashlib
 import json
 import os
 import pickle
+import shutil
 import time
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 from tests.data.samples import MXNET, encoded, identity_folders, mxnet_copy, packed, unsealed
-from trainer.data import open_dataset, recordio, store
+from trainer.data import Dataset, open_dataset, recordio, store
+from trainer.data.checking import check
 from trainer.data.index import DatasetInfo, PartInfo, renumbered, save_description, seal_table
 from trainer.data.splitting import SplitOptions, save_tables, split
 from trainer.errors import DataError
@@ -31,6 +34,66 @@ def test_insightface_layout_with_and_without_an_index(tmp_path: Path) -> None:
     rebuilt = open_dataset(folder)
     assert rebuilt.labels.tolist() == labels
     assert [rebuilt.read(record) for record in range(len(rebuilt))] == images
+
+
+def records_of(name: str, keep_index: bool, keep_property: bool, folder: Path) -> Dataset:
+    """One of MXNet's files, perhaps without what stands beside it, opened."""
+    copy = mxnet_copy(name, folder)
+    if not keep_index:
+        (copy / "train.idx").unlink()
+    if not keep_property:
+        (copy / "property").unlink()
+    return open_dataset(copy)
+
+
+@pytest.mark.parametrize("keep_property", [True, False])
+@pytest.mark.parametrize("keep_index", [True, False])
+@pytest.mark.parametrize("name", ["recbuilder", "face2rec2"])
+def test_insightfaces_own_writers(name: str, keep_index: bool, keep_property: bool, tmp_path: Path) -> None:
+    """They write the header record behind the images: key 0 says which it is, not its position in the file."""
+    dataset = records_of(name, keep_index, keep_property, tmp_path)
+    expected = [record for record in EXPECTED[name] if 1 <= record["key"] <= 14]
+    images = [hashlib.sha256(dataset.read(k)).hexdigest() for k in range(len(dataset))]
+    assert images == [record["sha256"] for record in expected]
+    assert dataset.labels.tolist() == np.repeat(np.arange(6), [2, 3, 1, 4, 2, 2]).tolist()
+    assert (dataset.num_classes, dataset.info.image_size) == (6, (24, 24))
+    report = check(dataset, deep=True)
+    assert (report.damage, report.header_records, report.relabelled) == ([], 7, 0)
+
+
+def edited(folder: Path, leave_out: int, relabel: dict[int, float] | None = None) -> Path:
+    """RecBuilder's file without the record of one key, and with other labels under some keys."""
+    rec = mxnet_copy("recbuilder", folder) / "train.rec"
+    writer, raw, at = recordio.RecordWriter(folder / "edited" / "train.rec"), rec.read_bytes(), 0
+    while at < len(raw):
+        data, at = recordio.unframe(raw, at)
+        record = recordio.decode_record(data)
+        if record.id in (relabel or {}):
+            data = recordio.encode_record(record.image, (relabel or {})[record.id], record.id)
+        if record.id != leave_out:
+            writer.write(record.id, data)
+    writer.close()
+    return folder / "edited"
+
+
+def test_identity_records_are_never_taken_for_images(tmp_path: Path) -> None:
+    """Without the header, 20 records seem to have 15 classes; with another count of identities, labels are wrong."""
+    (tmp_path / "edited").mkdir()
+    with pytest.raises(DataError, match=r"6 record\(s\) hold two labels and no image.*no header record"):
+        open_dataset(edited(tmp_path, 0))
+    shutil.rmtree(tmp_path / "recbuilder")
+    with pytest.raises(DataError, match=r"header record counts 6 identities, but the images have 5 different labels"):
+        open_dataset(edited(tmp_path, -1, {6: 1.0}))
+    (tmp_path / "edited" / "property").write_text("5,24,24")
+    with pytest.raises(DataError, match="counts 6 identities"):
+        open_dataset(tmp_path / "edited")
+
+
+def test_a_property_file_of_fewer_classes_is_named(tmp_path: Path) -> None:
+    folder = mxnet_copy("recbuilder", tmp_path)
+    (folder / "property").write_text("5,24,24")
+    with pytest.raises(DataError, match=r"recbuilder/property: record 12 has the label 5; allowed are 0…4"):
+        open_dataset(folder)
 
 
 def test_label_vectors_give_their_first_entry(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from trainer.data import recordio
 from trainer.errors import DataError
 
 EXPECTED = json.loads((MXNET / "expected.json").read_text())
-NAMES = ("plain", "insightface", "vector", "magic")
+NAMES = ("plain", "insightface", "recbuilder", "face2rec2", "vector", "magic")
 MAGIC = struct.pack("<I", recordio.MAGIC)
 
 

@@ -12,10 +12,11 @@ import torch
 from tests.docs.pages import PAGES, ROOT, Block, blocks, words_of
 from tools import cli
 
-STORY = ("quick-start", "upgrades", "gallery-upgrade")  # each goes on in the folder of the one before
+STORY = ("quick-start", "python", "upgrades", "gallery-upgrade")  # each goes on in the folder of the one before
 SINGLE = tuple(page.stem for page in PAGES if page.parent.name == "docs" and page.stem not in STORY)
 FIXTURE = ROOT / "tests" / "data" / "mxnet" / "insightface"
 NOT_OURS = ("apt-get", "make", "pip", ".venv/bin/python", "torchrun")
+ORIGINS = ROOT / "tests" / "models" / "origins"
 
 
 def run_page(name: str, folder: Path) -> None:
@@ -73,6 +74,7 @@ def test_the_story_runs_from_pictures_to_an_upgraded_gallery(tmp_path: Path, mon
 def test_a_page_of_its_own_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_home(tmp_path, monkeypatch)
     shutil.copytree(FIXTURE, tmp_path / "insightface")
+    shutil.copytree(ORIGINS, tmp_path / "origins")
     run_page(name, tmp_path)
 
 
@@ -99,7 +101,7 @@ def check(words: list[str], dry: bool) -> None:
     """Parse a command of ours; a launch of files that exist is shown as well, if it is not run anyway."""
     if "--help" in words or "…" in words:
         return
-    args = cli.parse(cli.build_parser(), words)
+    args = cli.parse(words)
     if dry and words[0] == "launch" and Path(args.config).is_file():
         assert cli.main([*words, "--dry-run", "run.device=cpu"]) == 0
 

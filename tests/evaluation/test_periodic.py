@@ -133,3 +133,12 @@ def test_large_sets_are_cut_by_identity(tmp_path: Path) -> None:
     alone = packed(tmp_path / "alone", images=1)
     with pytest.raises(DataError, match="nothing to find"):
         PeriodicEvaluation(EvaluateConfig(every_steps=1, sets={"x": alone}), (32, 32), Ranks())
+
+
+def test_sets_too_small_to_score_are_refused_at_the_start(tmp_path: Path) -> None:
+    images = [encoded(seed, (32, 32)) for seed in range(18)]
+    (tmp_path / "nine.bin").write_bytes(pickle.dumps((images, [bool(pair % 2) for pair in range(9)])))
+    lonely = packed(tmp_path / "lonely", classes=1)
+    for path, reason in ((tmp_path / "nine.bin", "9 pairs are too few for 10 folds"), (lonely, "one identity alone")):
+        with pytest.raises(DataError, match=rf"evaluate\.sets\.x = .*{reason}"):
+            PeriodicEvaluation(EvaluateConfig(every_steps=1, sets={"x": path}), (32, 32), Ranks())

@@ -18,7 +18,9 @@ def _net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "data parallel", "arcface_torch"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "pt", "data parallel", "arcface_torch", "compiled", "nested", "no counters"]
+)
 def test_files(tmp_path: Path, kind: str) -> None:
     state = _net().state_dict()
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
@@ -26,6 +28,12 @@ def test_files(tmp_path: Path, kind: str) -> None:
         save_file(state, path)
     elif kind == "data parallel":
         torch.save({f"module.{k}": v for k, v in state.items()}, path)
+    elif kind == "compiled":
+        torch.save({f"module._orig_mod.{k}": v for k, v in state.items()}, path)
+    elif kind == "nested":
+        torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()}, "head.weight": torch.ones(5, 2)}, path)
+    elif kind == "no counters":
+        torch.save({k: v for k, v in state.items() if "num_batches" not in k}, path)
     elif kind == "arcface_torch":  # its checkpoint_gpu_N.pt
         torch.save({"epoch": 3, "global_step": 9, "state_dict_backbone": state}, path)
     else:

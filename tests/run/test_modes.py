@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.banks import write_bank
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, losses_of, train_rank
 from tests.sections import variant
-from trainer.compat.bank.center_bank import BankInfo, write_bank
+from trainer.compat.bank.center_bank import BankInfo
 from trainer.compat.methods.config import AnyMethod
 from trainer.distributed import Labels, Ranks
 from trainer.errors import CenterBankError, ConfigError

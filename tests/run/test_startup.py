@@ -11,16 +11,19 @@ import pytest
 import torch
 import yaml
 
+from tests.banks import write_bank
 from tests.data.samples import packed
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, tree
-from trainer.compat.bank.center_bank import BankInfo, CenterBank, write_bank
+from trainer.compat.bank.center_bank import BankInfo, CenterBank
 from trainer.compat.bank.convert import check_centers
 from trainer.data import open_dataset
 from trainer.data.index import seal_table
+from trainer.data.listing import list_source
+from trainer.data.packing import PackOptions, pack
 from trainer.data.splitting import SplitOptions, save_tables, split
 from trainer.distributed import Ranks
-from trainer.errors import CenterBankError, ConfigError, DataError, LceError, ModelError
+from trainer.errors import CenterBankError, ConfigError, DataError, ForeignRecordsError, LceError, ModelError
 from trainer.models.open import load_model
 from trainer.run import startup
 from trainer.run.engine import train
@@ -107,6 +110,20 @@ def test_bad_input_is_refused_and_leaves_nothing(dataset: Path, tmp_path: Path, 
         train(_real(tmp_path / "run", dataset, **changes), Ranks())
     assert "\n" not in str(caught.value)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_label_table_of_another_order_is_refused_in_training_and_while_it_is_measured(tmp_path: Path) -> None:
+    folder = packed(tmp_path, 4, 4)
+    pack(list_source(tmp_path / "source"), tmp_path / "packed2", PackOptions(seed=1))
+    dataset = open_dataset(folder)
+    save_tables(split(dataset, SplitOptions("open-class", share=0.5)), tmp_path, dataset, "")
+    table = tmp_path / "new.npy"
+    words = r"numbers the records of .*packed \(16 records, .*not those of .*packed2"
+    with pytest.raises(ForeignRecordsError, match=words):
+        train(_real(tmp_path / "run", tmp_path / "packed2", data__labels=str(table)), Ranks())
+    measured = {"evaluate__every_steps": 1, "evaluate__sets": {"new": f"{tmp_path / 'packed2'}@{table}"}}
+    with pytest.raises(ForeignRecordsError, match=words):
+        train(_real(tmp_path / "run", folder, **measured), Ranks())
 
 
 def test_a_bank_of_other_identities_is_refused(tmp_path: Path) -> None:

@@ -239,7 +239,16 @@ class Side:
 
     def finish(self) -> dict[str, Any]:
         """Peak memory of a rank in bytes, the largest; ours also measures the bound."""
+        from trainer.errors import ConfigError
+
         answers = self._ask("finish")
+        eager = next((answer["eager"] for answer in answers if answer.get("eager")), None)
+        if eager is not None:
+            raise ConfigError(
+                f"torch.compile failed, the head ran uncompiled and is not what is measured here: {eager}"
+            )
+        for answer in answers:
+            answer.pop("eager", None)
         return {key: max(answer[key] for answer in answers) for key in answers[0]}
 
     def close(self) -> None:
@@ -401,6 +410,7 @@ def _timed_step(head: Any, x: Any, y: Any, number: int, companion: Any = None, o
 
 def _final(name: str, args: argparse.Namespace, head: Any, device: Any, bounds: list[float]) -> dict[str, Any]:
     from trainer.distributed import peak_memory_bytes
+    from trainer.head.kernels import why_eager
 
     peak = peak_memory_bytes(device)
     if name != "ours":
@@ -410,6 +420,7 @@ def _final(name: str, args: argparse.Namespace, head: Any, device: Any, bounds: 
         state += head.compat.centers.numel() * head.compat.centers.element_size()
     return {
         "peak_bytes": peak,
+        "eager": why_eager(),
         "state_bytes": state,
         "bound_seconds": statistics.median(bounds[STEPS_A_TURN * args.warmup :]),
     }

@@ -157,14 +157,15 @@ def _walk_files(dataset: Dataset, report: CheckReport) -> None:
             )
         headers = np.setdiff1d(found, part.offsets[:-1])
         report.header_records += len(headers)
-        if len(dataset.store.parts) == 1 and len(headers) and headers[0] == 0:
-            _identity_ranges(part, headers[1:], dataset, report)
+        if len(dataset.store.parts) == 1 and len(headers):
+            _identity_ranges(part, headers, dataset, report)
 
 
 def _identity_ranges(part: Part, headers: NDArray[np.int64], dataset: Dataset, report: CheckReport) -> None:
     """InsightFace's identity records: the images of each range [first, last) of keys must have one label.
 
-    Keys are float32 there, so a file of more than 2²⁴ records cannot be judged.
+    The header record has the id 0, and the identity records have their keys. Keys are float32 there, so a file of more
+    than 2²⁴ records cannot be judged.
     """
     size = part.path.stat().st_size
     labels = np.asarray(dataset.labels)
@@ -176,7 +177,7 @@ def _identity_ranges(part: Part, headers: NDArray[np.int64], dataset: Dataset, r
         except DataError as error:
             report.damage.append(str(error))
             continue
-        if record.flag != 2 or record.image or max(record.labels) >= recordio.EXACT_FLOAT_LABELS:
+        if record.flag != 2 or record.image or record.id == 0 or max(record.labels) >= recordio.EXACT_FLOAT_LABELS:
             continue
         first, last = (int(key) - 1 for key in record.labels)
         if not 0 <= first <= last <= len(labels):

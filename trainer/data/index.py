@@ -18,7 +18,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainer.data import checksums, store
+from trainer.data import checksums, recordio, store
 from trainer.data.pixels import decode_image, image_size
 from trainer.errors import DataError, ForeignRecordsError, MissingDataError
 from trainer.files import checksum, write_text
@@ -429,15 +429,17 @@ def _open(folder: Path, labels: Path | None, checks: Checks) -> Dataset:
                 f"{folder}: was packed without checksums; damage that still decodes would not be noticed "
                 f"(`lce check {folder} --seal` adds them)"
             )
-    if (folder / DESCRIPTION).exists():
+    stated = folder / DESCRIPTION
+    if stated.exists():
         info, images, found = _open_described(folder)
     elif recs := sorted(folder.glob("*.rec")):
         info, images, found = _open_records(folder, recs)
+        stated = folder / "property" if info.num_classes is not None else recs[0]
     else:
         info, images, found = _open_files(folder)
     if checks != "none":
         checksums.attach(folder, images)
-    source = folder / (info.labels or DESCRIPTION)
+    source = folder / info.labels if info.labels else stated
     classes, before = info.num_classes, found
     if labels is not None:
         source = labels
@@ -575,9 +577,28 @@ def _open_described(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.
     parts, labels = [], []
     for part in info.parts:
         found = store.load_or_find(folder / part.rec)
+        if info.num_classes is None and part.label_map is None:
+            _check_identities(folder / part.rec, found)
         parts.append(store.Part(folder / part.rec, found.offsets, part.first_id))
         labels.append(_mapped(found.labels, part, folder))
     return info, store.RecordStore(parts), np.concatenate(labels)
+
+
+def _check_identities(rec: Path, found: store.Found) -> None:
+    """Raise :class:`DataError` where InsightFace's header record counts other identities than the labels do."""
+    largest = int(found.labels.max(initial=-1))
+    if found.identities is None or largest >= MOST_CLASSES:  # so many are refused by themselves
+        return
+    there = np.zeros(largest + 1, bool)
+    there[found.labels[found.labels >= 0]] = True
+    distinct = int(there.sum())
+    exact = len(found.labels) + found.identities < recordio.EXACT_FLOAT_LABELS  # its keys are float32
+    if abs(distinct - found.identities) > (0 if exact else 4):
+        raise DataError(
+            f"{rec}: its header record counts {found.identities} identities, but the images have {distinct} different "
+            f"labels; was the list it was written from sorted by label? Sort it and write it again, or state "
+            f"num_classes and parts in a {DESCRIPTION}"
+        )
 
 
 def _mapped(labels: NDArray[np.int64], part: PartInfo, folder: Path) -> NDArray[np.int64]:
@@ -592,8 +613,11 @@ def _mapped(labels: NDArray[np.int64], part: PartInfo, folder: Path) -> NDArray[
 
 
 def _open_records(folder: Path, recs: list[Path]) -> tuple[DatasetInfo, store.Store, NDArray[np.int64]]:
-    """A folder of .rec files of other tools; InsightFace's ``property`` file (classes,height,width) is honoured."""
+    """A folder of .rec files of other tools; InsightFace's ``property`` file (classes,height,width) is
+    honoured."""
     found = [store.load_or_find(rec) for rec in recs]
+    for rec, one in zip(recs, found, strict=True):
+        _check_identities(rec, one)
     images = store.RecordStore([store.Part(rec, f.offsets) for rec, f in zip(recs, found, strict=True)])
     labels = found[0].labels if len(found) == 1 else np.concatenate([f.labels for f in found])
     file = folder / "property"

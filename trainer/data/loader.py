@@ -1,7 +1,6 @@
 """What all loaders share: the batch, the position in the data, and the damaged records that are passed over."""
 
 import logging
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,7 +40,6 @@ class Loader(Protocol):
 
     name: str
     steps_per_epoch: int
-    wait_seconds: float
     bad_records: dict[int, str]
 
     def batches(self) -> Iterator[Batch]:
@@ -69,7 +67,6 @@ class PositionedLoader(ABC):
     """A loader that walks a :class:`Schedule`; subclasses turn its slots into batches.
 
     Attributes:
-        wait_seconds: total time the training step has waited in ``next()`` for data.
         bad_records: the damaged records this rank has met, with the reason.
     """
 
@@ -78,7 +75,6 @@ class PositionedLoader(ABC):
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.steps_per_epoch = schedule.steps_per_epoch
-        self.wait_seconds = 0.0
         self.bad_records: dict[int, str] = {}
         self._epoch, self._samples = 0, 0
         self._source: Generator[tuple[Slot, Batch], None, None] | None = None
@@ -93,9 +89,7 @@ class PositionedLoader(ABC):
         source = self._source = self._produce(self._epoch, self._samples)
         try:
             while source is self._source:
-                start = time.perf_counter()
                 slot, batch = next(source)
-                self.wait_seconds += time.perf_counter() - start
                 self._epoch, self._samples = slot.next_epoch, slot.next_samples
                 yield batch
         finally:

@@ -30,7 +30,7 @@ from trainer.seals import sealed, unsealed, warn_once
 
 _GATHER_ROWS = 1 << 18
 _KEPT = (".json", ".offsets.npy", ".labels.npy")
-_FOUND_VERSION = 2  # of what is kept beside a .rec; 1 believed an index that was cut short, and had no checksums
+_FOUND_VERSION = 3  # of what is kept beside a .rec; 2 took the first record of the file for InsightFace's header
 
 
 class Store(Protocol):
@@ -306,49 +306,71 @@ class Found:
 def find_images(rec: Path) -> Found:
     """Find the image records of a .rec and their labels, by its .idx where there is one, else by one scan of the file.
 
-    InsightFace's layout is recognised by its first record (flag 2, no image): its two labels [n, m) are the keys of the
-    identity records, which are left out, as is that first record. Otherwise every record is an image.
+    InsightFace's layout is recognised by its header record (two labels, no image), which has the key 0 and may stand
+    anywhere in the file; without an .idx it is the one with the id 0. Its labels [n, m) are the keys of the identity
+    records, which are left out, as is the header. Otherwise every record is an image.
 
     Raises:
-        DataError: damage in either file, or labels that are no whole numbers ≥ −1.
+        DataError: damage in either file, labels that are no whole numbers ≥ −1, identity records without a header.
     """
     size = file_size(rec)
     idx = rec.with_suffix(".idx")
-    if idx.exists():
-        keys, offsets = recordio.read_index(idx)
-        if len(offsets) == 0:
-            raise DataError(f"{idx}: is empty; delete it and it is rebuilt from {rec.name}")
-        by_place = np.argsort(offsets, kind="stable")
-        keys, offsets = keys[by_place], offsets[by_place]
-        outside = (offsets < 0) | (offsets >= size) | (offsets % 4 != 0)
-        if outside.any():
-            bad = int(np.flatnonzero(outside)[0])
-            raise DataError(
-                f"{idx}: key {keys[bad]} points to byte {offsets[bad]}, but {rec.name} has {size} bytes; delete it"
-            )
-        if bool((np.diff(offsets) == 0).any()):
-            bad = int(np.flatnonzero(np.diff(offsets) == 0)[0])
-            raise DataError(
-                f"{idx}: keys {keys[bad]} and {keys[bad + 1]} point to the same byte {offsets[bad]}; delete {idx.name}"
-            )
-        _check_listed(rec, idx, offsets, size)
-    else:
-        offsets = np.fromiter(recordio.scan(rec), np.int64)
-        keys = np.arange(len(offsets))
+    keys, offsets = _indexed(rec, idx, size) if idx.exists() else (None, np.fromiter(recordio.scan(rec), np.int64))
     ends = np.append(offsets[1:], size)
-    header = Part(rec, np.array([offsets[0], ends[0]]))
-    first = header.record(0)
-    header.close()
-    identities = None
-    if first.flag == 2 and not first.image:
-        low, high = (int(label) for label in first.labels)
-        images = (keys >= 1) & (keys < low)
-        images[0] = False
+    heads = _heads(rec, offsets)
+    at = _header_at(keys, heads)
+    images, identities = np.ones(len(offsets), bool), None
+    if at is not None:
+        header = Part(rec, np.array([offsets[at], ends[at]]))
+        low, high = (int(label) for label in header.record(0).labels)
+        header.close()
+        # Without an index the keys are those that InsightFace's writers give: 1, 2 … in the file's order.
+        keys = np.arange(len(offsets)) + (np.arange(len(offsets)) < at) if keys is None else keys
+        # From 2²⁴ on, the header's float32 may be a key too many or too few.
+        images = (keys >= 1) & ((keys < low) if low < recordio.EXACT_FLOAT_LABELS else ~heads.empty)
+        images[at] = False
         identities = high - low
-        offsets, ends = offsets[images], ends[images]
-        if len(offsets) == 0:
+        if not images.any():
             raise DataError(f"{rec}: its header record announces images 1…{low - 1}, but the index lists none of them")
-    return Found(np.append(offsets, ends[-1]), _header_labels(rec, offsets), identities)
+    if (lost := images & heads.empty).any():
+        what = "no header record (key 0) is there" if at is None else "its header record counts them as images"
+        raise DataError(
+            f"{rec}: {int(lost.sum())} record(s) hold two labels and no image, as InsightFace's identity records do, "
+            f"but {what}; the file is cut short or put together from others: copy it again, or pack the images anew"
+        )
+    labels = _whole_labels(rec, heads.labels[images])
+    return Found(np.append(offsets[images], ends[images][-1]), labels, identities)
+
+
+def _header_at(keys: NDArray[np.int64] | None, heads: "_Heads") -> int | None:
+    """Where InsightFace's header record stands among the records; None: there is none."""
+    for found in ((keys == 0) if keys is not None else None, heads.ids == 0):
+        if found is not None and (at := np.flatnonzero(found & heads.empty)).size:
+            return int(at[0])
+    return None
+
+
+def _indexed(rec: Path, idx: Path, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Keys and offsets that an .idx lists, both (n,), by offset. Raises :class:`DataError`: they do not fit the .rec of
+    ``size`` bytes."""
+    keys, offsets = recordio.read_index(idx)
+    if len(offsets) == 0:
+        raise DataError(f"{idx}: is empty; delete it and it is rebuilt from {rec.name}")
+    by_place = np.argsort(offsets, kind="stable")
+    keys, offsets = keys[by_place], offsets[by_place]
+    outside = (offsets < 0) | (offsets >= size) | (offsets % 4 != 0)
+    if outside.any():
+        bad = int(np.flatnonzero(outside)[0])
+        raise DataError(
+            f"{idx}: key {keys[bad]} points to byte {offsets[bad]}, but {rec.name} has {size} bytes; delete it"
+        )
+    if bool((np.diff(offsets) == 0).any()):
+        bad = int(np.flatnonzero(np.diff(offsets) == 0)[0])
+        raise DataError(
+            f"{idx}: keys {keys[bad]} and {keys[bad + 1]} point to the same byte {offsets[bad]}; delete {idx.name}"
+        )
+    _check_listed(rec, idx, offsets, size)
+    return keys, offsets
 
 
 def _check_listed(rec: Path, idx: Path, offsets: NDArray[np.int64], size: int) -> None:
@@ -386,9 +408,19 @@ def _check_listed(rec: Path, idx: Path, offsets: NDArray[np.int64], size: int) -
         )
 
 
-def _header_labels(rec: Path, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The first label of each record that begins at ``offsets``, gathered without a loop over records."""
-    labels = np.empty(len(offsets), np.int64)
+@dataclass(frozen=True)
+class _Heads:
+    """Of each record: the first label (n,) float64, the id (n,) uint64, and whether it has two labels and no image."""
+
+    labels: NDArray[np.float64]
+    ids: NDArray[np.uint64]
+    empty: NDArray[np.bool_]
+
+
+def _heads(rec: Path, offsets: NDArray[np.int64]) -> _Heads:
+    """What the records that begin at ``offsets`` say of themselves, gathered without a loop over records."""
+    labels, ids = np.empty(len(offsets), np.float64), np.empty(len(offsets), np.uint64)
+    empty = np.empty(len(offsets), bool)
     size = rec.stat().st_size
     mapped = np.memmap(rec, np.uint8, "r")
     for start in range(0, len(offsets), _GATHER_ROWS):
@@ -408,12 +440,18 @@ def _header_labels(rec: Path, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
             part = Part(rec, np.array([rows[cut], size]))
             values[cut] = part.record(0).label
             part.close()
-        bad = np.flatnonzero(~((values == np.floor(values)) & (values >= -1) & (values < 2.0**53)))
-        if len(bad):
-            row, label = start + int(bad[0]), values[bad[0]]
-            raise DataError(f"{rec}: record {row} has the label {label}, which is no class number")
-        labels[start : start + len(rows)] = values.astype(np.int64)
-    return labels
+        block = slice(start, start + len(rows))
+        labels[block] = values
+        ids[block] = words[:, 4] | words[:, 5].astype(np.uint64) << np.uint64(32)
+        empty[block] = (words[:, 1] == 24 + 8) & (words[:, 2] == 2)
+    return _Heads(labels, ids, empty)
+
+
+def _whole_labels(rec: Path, values: NDArray[np.float64]) -> NDArray[np.int64]:
+    bad = np.flatnonzero(~((values == np.floor(values)) & (values >= -1) & (values < 2.0**53)))
+    if len(bad):
+        raise DataError(f"{rec}: record {bad[0]} has the label {values[bad[0]]}, which is no class number")
+    return values.astype(np.int64)
 
 
 def load_or_find(rec: Path) -> Found:

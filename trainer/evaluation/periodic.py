@@ -18,7 +18,7 @@ from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.config import EvaluateConfig
 from trainer.evaluation.pairs import PairSet, pair_cosines, read_bin
-from trainer.evaluation.verification import fold_accuracy, score_pairs
+from trainer.evaluation.verification import FOLDS, fold_accuracy, score_pairs
 from trainer.models.model import EmbeddingModel, embed_dataset, introduce
 from trainer.models.open import load_model
 
@@ -52,13 +52,19 @@ class PeriodicEvaluation:
             self.pairs[name] = read_bin(path, image_size)
             self.datasets[name] = self.pairs[name].dataset
             self.records[name] = np.arange(len(self.datasets[name]))
+            genuine = self.pairs[name].genuine
+            if len(genuine) < FOLDS:
+                raise DataError(f"evaluate.sets.{name} = {path}: {len(genuine)} pairs are too few for {FOLDS} folds")
             return
         dataset = open_named(path)
         if tuple(dataset.info.image_size) != tuple(image_size):
             raise DataError(f"evaluate.sets.{name} = {path}: images of {dataset.info.image_size}, not {image_size}")
         self.datasets[name] = dataset
         self.records[name] = some_identities(dataset, self.config.max_images)
-        if len(np.unique(dataset.labels[self.records[name]])) == len(self.records[name]):
+        identities = len(np.unique(dataset.labels[self.records[name]]))
+        if identities < 2:
+            raise DataError(f"evaluate.sets.{name} = {path}: one identity alone; there is nobody to confuse it with")
+        if identities == len(self.records[name]):
             raise DataError(f"evaluate.sets.{name} = {path}: no identity with two images; there is nothing to find")
 
     def measure(self, model: EmbeddingModel, beat: Callable[[], None]) -> dict[str, float]:

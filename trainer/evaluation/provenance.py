@@ -7,7 +7,7 @@ import platform
 from trainer import __version__
 from trainer.machine import commit
 
-_PACKAGES = ("torch", "numpy", "scikit-learn", "onnxruntime", "faiss-cpu", "matplotlib")
+_PACKAGES = ("torch", "numpy", "onnxruntime", "faiss-cpu", "matplotlib")
 
 
 def provenance() -> dict[str, str]:

@@ -18,6 +18,9 @@ BINS = 1 << 20
 _BLOCK = 1 << 22  # scores held at a time (16 MiB of float32)
 _EXCLUDED = np.float32(-2)  # marks what is no impostor pair; below every cosine
 
+FOLDS = 10
+"""Of the LFW protocol."""
+
 
 @dataclass(frozen=True)
 class PairList:
@@ -231,7 +234,7 @@ def scores_of(cosines: FloatArray, genuine: BoolArray) -> PairScores:
     return PairScores(histogram(cosines[genuine]), histogram(cosines[~genuine]), empty, empty)
 
 
-def fold_accuracy(cosines: FloatArray, genuine: BoolArray, folds: int = 10) -> tuple[float, float]:
+def fold_accuracy(cosines: FloatArray, genuine: BoolArray, folds: int = FOLDS) -> tuple[float, float]:
     """Accuracy by the LFW protocol: each of ``folds`` contiguous folds is judged at the best threshold of the others.
 
     Args:

@@ -519,6 +519,13 @@ def verify(path: Path, converter: Converter, sample: int = 1000, seed: int = 0) 
     return Check(len(rows), smallest, *recalls, old.rows, new.rows, missing)
 
 
+def sample(path: Path, count: int, seed: int = 0) -> tuple[IntArray, list[FloatArray]]:
+    """Ids and stored vectors of random rows, whatever space they are in."""
+    gallery = open_gallery(path)
+    rows = np.sort(np.random.default_rng(seed).choice(gallery.rows, min(count, gallery.rows), replace=False))
+    return gallery.ids(rows), list(gallery.read(rows))
+
+
 def _positions(old: Format, new: Format, rows: IntArray) -> IntArray:
     """Where rows (n,) of the old gallery stand in the new one (n,); −1: nowhere. By number while the ids agree, else by
     id."""

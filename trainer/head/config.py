@@ -170,6 +170,12 @@ class HeadConfig(Section):
     def _check_reference(self) -> None:
         if self.chunk_rows:
             raise ValueError("head.chunk_rows belongs to fused; head.impl is reference")
+        if self.sub_centers > 1 or self.margin.name == "curricular" or self.compute != "float32":
+            raise ValueError("head.impl = reference: without sub-centres, curricular margin, tf32 and bfloat16 compute")
+        if self.optimizer.name == "adamw" and self.sample_rate < 1:
+            raise ValueError(
+                "head.impl = reference: adamw at sample_rate 1 only (torch's AdamW also moves rows that were not drawn)"
+            )
         if self.rows == "bfloat16":
             raise ValueError(
                 "head.rows=bfloat16 needs stochastic rounding; head.impl=reference does not support it, use "

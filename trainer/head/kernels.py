@@ -1,5 +1,9 @@
 """The element-wise work of the fused pass on a chunk of rows, plain torch that torch.compile fuses where that pays."""
 
+import atexit
+import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,20 +55,44 @@ def _observed(observer: Callable[..., Any], function: Callable[..., Any], *argum
     return observer(function, arguments)
 
 
+_problems: list[str] = []
+
+
+def why_eager() -> str | None:
+    """Why the heads of this process run uncompiled though they were to be compiled; None: they do not."""
+    return _problems[0] if _problems else None
+
+
 def _with_fallback(function: Callable[..., Any], kernels: Kernels) -> Callable[..., Any]:
     fast = torch.compile(function)
 
     def call(*arguments: Any) -> Any:
+        nonlocal fast
         if not kernels.compiled:
             return function(*arguments)
         try:
             return fast(*arguments)
         except Exception as error:  # whatever the compiler of this machine raises: none, broken, unsupported
+            problem = error
+        try:  # a run that was killed while it compiled leaves a library without content in the cache, for good
+            fast = _compiled_anew(function)
+            return fast(*arguments)
+        except Exception:
             kernels.compiled = False
-            warnings.warn(f"torch.compile does not work here, the head runs uncompiled: {error!s:.200}", stacklevel=2)
+            _problems.append(f"{' '.join(str(problem).split()):.200}")
+            warnings.warn(f"torch.compile does not work here, the head runs uncompiled: {_problems[0]}", stacklevel=2)
             return function(*arguments)
 
     return call
+
+
+def _compiled_anew(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` compiled with an empty cache, which is removed with this process."""
+    folder = tempfile.mkdtemp(prefix="lce-inductor-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    torch.compiler.reset()
+    return torch.compile(function)
 
 
 def exp_sum(products: Tensor, inverse: Tensor, offset: Tensor) -> Tensor:

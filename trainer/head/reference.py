@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.distributed import all_reduce_sum
-from trainer.errors import ConfigError
 from trainer.head.config import AdamWRowsConfig, HeadConfig, SgdRowsConfig
 from trainer.head.fused import OldCenters
 from trainer.head.margin import Margin, Target
@@ -42,9 +41,6 @@ class ReferenceSoftmax:
         num_classes: C.
         old: LCE's direct mode; None: without.
         world_size: W.
-
-    Raises:
-        ConfigError: settings that only the fused pass offers.
     """
 
     def __init__(
@@ -56,12 +52,6 @@ class ReferenceSoftmax:
         old: OldCenters | None,
         world_size: int,
     ) -> None:
-        if config.sub_centers > 1 or config.margin.name == "curricular" or config.compute != "float32":
-            raise ConfigError("head.impl = reference: float32 compute alone, no sub-centres, no curricular margin")
-        if config.optimizer.name == "adamw" and config.sample_rate < 1:
-            raise ConfigError(
-                "head.impl = reference: adamw at sample_rate 1 only (torch's AdamW also moves rows that were not drawn)"
-            )
         self.config, self.rows, self.margin = config, rows, margin
         self.num_classes, self.old, self.world_size = num_classes, old, world_size
         self.weight = torch.nn.Parameter(rows)

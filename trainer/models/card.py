@@ -1,6 +1,7 @@
 """The model card: what a user must know of a model, written beside its weights and into every export."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from trainer import __version__
 from trainer.data.identities import IdentitiesCard
+from trainer.data.index import DatasetInfo
 from trainer.errors import ModelError
 from trainer.networks.config import AnyTransform, BackboneConfig
 from trainer.reading import parse_json, read_json
@@ -74,6 +76,35 @@ class ModelCard(BaseModel):
     licence: str = ""
     notes: str = ""
     version: str = Field(__version__, description="the lce-trainer that wrote it")
+
+
+def transform_card(config: AnyTransform, direction: Direction, new: int, old: int) -> TransformCard:
+    """T₂₁ from ``new`` to ``old`` dimensions, or T₁₂ the other way."""
+    dim_in, dim_out = (new, old) if direction == "t21" else (old, new)
+    return TransformCard(config=config, dim_in=dim_in, dim_out=dim_out)
+
+
+def trained_card(
+    images: DatasetInfo | ModelCard, trained_on: Path | str | None, old_model: Sequence[str | None], **fields: Any
+) -> ModelCard:
+    """The card of what a training run makes.
+
+    Args:
+        images: whose preprocessing it takes. trained_on: the data set; None: synthetic data.
+        old_model: name and hash of the model that it is compatible with, as far as they are known.
+        fields: further fields of the card.
+    """
+    name, content = old_model
+    return ModelCard(
+        image_size=images.image_size,
+        color=images.color,
+        mean=images.mean,
+        std=images.std,
+        trained_on="synthetic" if trained_on is None else str(trained_on),
+        compatible_with=name,
+        compatible_with_hash=content,
+        **fields,
+    )
 
 
 Files = dict[str, tuple[int, int]]

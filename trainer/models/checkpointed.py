@@ -12,7 +12,7 @@ from trainer.config import parse_section
 from trainer.data.identities import identities_of
 from trainer.data.index import DatasetInfo, open_dataset
 from trainer.errors import LceError, ModelError
-from trainer.models.card import ModelCard
+from trainer.models.card import trained_card
 from trainer.models.model import TorchModel
 from trainer.networks import build_backbone
 from trainer.networks.config import BackboneConfig
@@ -59,20 +59,15 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
         raise
     except (LceError, RuntimeError, KeyError) as error:
         raise ModelError(f"{path}: no model can be taken from it: {error}") from None
-    name, content_of_old = checkpoint.seal.get("old_model", (None, None))  # seals of version 0.1 do not have it
-    card = ModelCard(
+    card = trained_card(
+        look,
+        config["data"].get("path"),
+        checkpoint.seal.get("old_model", (None, None)),  # seals of version 0.1 do not have it
         backbone=chosen.model_copy(update={"weights": None}),
         dim=chosen.dim,
-        image_size=look.image_size,
-        color=look.color,
-        mean=look.mean,
-        std=look.std,
         step=checkpoint.step,
-        trained_on=config["data"].get("path") or "synthetic",
         classes=int(checkpoint.seal["num_classes"]),
         mode=_label(config["compat"]),
-        compatible_with=name,
-        compatible_with_hash=content_of_old,
         left_out=tuple(d for d in ("t21", "t12") if any(n.startswith(f"module.{d}.") for n in found)),
         notes=f"from the checkpoint {path}",
     )

@@ -57,6 +57,9 @@ class Orthogonal(nn.Module):
         super().__init__()
         linear = nn.Linear(dim_in, dim_out, bias=False)
         nn.init.eye_(linear.weight)
+        if linear.weight.is_meta:  # built to be counted: the parametrisation would read its numbers
+            self.linear = linear
+            return
         self.linear = cast(nn.Linear, parametrizations.orthogonal(linear, orthogonal_map="householder"))
 
     def forward(self, x: Tensor) -> Tensor:

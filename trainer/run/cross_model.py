@@ -30,7 +30,7 @@ from trainer.data import Batch
 from trainer.data.identities import identities
 from trainer.distributed import Labels, Ranks, gather_batch, largest_share, on_main, scale_gradient, send
 from trainer.head.partition import class_range
-from trainer.models.card import Direction, ModelCard, TransformCard
+from trainer.models.card import Direction, trained_card, transform_card
 from trainer.models.folder import save_model
 from trainer.models.model import TorchModel
 from trainer.run.config import Config
@@ -67,6 +67,9 @@ class CrossModelTask:
     def _maps(self) -> dict[Direction, nn.Module]:
         both: dict[Direction, nn.Module | None] = {"t21": self.compat.t21, "t12": self.compat.t12}
         return {direction: module for direction, module in both.items() if module is not None}
+
+    def wrapped(self) -> None:
+        """See :class:`trainer.run.task.Task`: maps are not wrapped."""
 
     def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
         """See :class:`trainer.run.task.Task`."""
@@ -119,40 +122,35 @@ class CrossModelTask:
             module.float()
         cross, dataset = self.cross, self.inputs.dataset
         assert dataset is not None
-        name, content = self._old_model()
+        old = self._old_model()
         known = {
-            "transforms": {direction: self._card(direction) for direction in maps},
+            "transforms": {
+                direction: transform_card(self.method.transform, direction, cross.dim_new, cross.dim_old)
+                for direction in maps
+            },
             "mode": "cross-model",
-            "compatible_with": name,
-            "compatible_with_hash": content,
             "figures": figures,
         }
         seen = identities(dataset)
         both = seen if seen is None or cross.model is None else seen.and_of(cross.model.identities)
         if isinstance(cross.model, TorchModel):
-            save_model(folder, cross.model.backbone, cross.model.card.model_copy(update=known), maps, both)
+            named = {"compatible_with": old[0], "compatible_with_hash": old[1]}
+            card = cross.model.card.model_copy(update=known | named)
+            save_model(folder, cross.model.backbone, card, maps, both)
             return
-        look = dataset.info if cross.model is None else cross.model.card
         source = self.method.new_embeddings if cross.model is None else cross.model.path
-        card = ModelCard(
+        card = trained_card(
+            dataset.info if cross.model is None else cross.model.card,
+            dataset.path,
+            old,
             dim=cross.dim_new,
-            image_size=look.image_size,
-            color=look.color,
-            mean=look.mean,
-            std=look.std,
             step=step,
-            trained_on=str(dataset.path),
             classes=self.inputs.num_classes,
             maps_of=None if cross.model is None else cross.model.hash,
             notes=f"maps alone, of the embeddings of {source}",
             **known,
         )
         save_model(folder, None, card, maps, both)
-
-    def _card(self, direction: Direction) -> TransformCard:
-        sizes = (self.cross.dim_new, self.cross.dim_old)
-        dim_in, dim_out = sizes if direction == "t21" else sizes[::-1]
-        return TransformCard(config=self.method.transform, dim_in=dim_in, dim_out=dim_out)
 
     def _old_model(self) -> tuple[str | None, str | None]:
         """Name and hash of the old model, as far as known."""

@@ -27,6 +27,7 @@ from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects
 from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
 from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
 from trainer.files import write_text
+from trainer.head.kernels import why_eager
 from trainer.models.model import embed_batches
 from trainer.randomness import step_seed
 from trainer.run.arcface_start import backbone_momentum
@@ -87,7 +88,7 @@ class RunState:
     def __init__(self, config: Config, task: Task, loader: Loader, ranks: Ranks) -> None:
         self.task, self.loader = task, loader
         self.step = 0
-        self.updater = build_updater(task.modules(), getattr(task, "network", None), config.optimizer)
+        self.updater = build_updater(task.modules(), task.wrapped(), config.optimizer)
         half = config.train.precision == "float16"
         self.scale = LossScale(2.0**16 if half else 1.0, not half, ranks.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=ranks.device)
@@ -401,6 +402,9 @@ def _train(engine: Engine, began: float) -> RunSummary:
             bad |= met
         for record in sorted(bad)[:10]:
             monitor.say(f"damaged record passed over: {bad[record]}")
+        eager = next((reason for reason in gather_objects(why_eager()) if reason is not None), None)
+        if eager is not None:
+            monitor.say(f"head: eager, which is slower: torch.compile failed ({eager})")
         summary = RunSummary(
             "interrupted" if stopped else "finished",
             stopped,
@@ -411,6 +415,7 @@ def _train(engine: Engine, began: float) -> RunSummary:
             round(time.perf_counter() - began, 3),
             monitor.last,
             len(bad),
+            "" if eager is None else "eager",
         )
         if stopped:
             monitor.say(

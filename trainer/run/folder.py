@@ -32,6 +32,7 @@ class RunSummary:
         skipped_steps: updates left out because loss or gradients were not finite.
         seconds: wall time of this process's part.
         last: the last logged line.
+        head: ``eager``, where torch.compile failed on some rank and the head's work ran uncompiled.
         bad_records: damaged records that any rank met in this part, each replaced by a sound one.
     """
 
@@ -44,6 +45,7 @@ class RunSummary:
     seconds: float
     last: dict[str, Any]
     bad_records: int = 0
+    head: str = ""
 
 
 @contextmanager

@@ -14,17 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.methods.config import FctConfig, LceDirectConfig, LceTransformedConfig
 from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.lce import direct_compat
 from trainer.compat.methods.registry import build_method
 from trainer.data import Batch, DatasetInfo
 from trainer.data.identities import identities
 from trainer.distributed import Labels, Ranks, largest_share, on_main, scale_gradient
-from trainer.head.old_centers import DirectCompat
 from trainer.head.partial_fc import Companion, PartialFC
-from trainer.head.partition import class_range
-from trainer.models.card import Direction, ModelCard, TransformCard
+from trainer.models.card import Direction, ModelCard, TransformCard, trained_card, transform_card
 from trainer.models.folder import save_model
 from trainer.models.model import EmbeddingModel, TorchModel
 from trainer.networks import build_backbone
@@ -58,6 +56,9 @@ class Task(Protocol):
 
     def modules(self) -> dict[str, nn.Module]:
         """The modules that the optimizer updates, by name; parameters may be sharded."""
+
+    def wrapped(self) -> nn.Module | None:
+        """The network as wrapped for the ranks, for its updater (it may be DeepSpeed's engine), where there is one."""
 
     def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
         """Forward and backward of one batch; all gradients are added up.
@@ -126,7 +127,7 @@ class TrainTask:
         self.network = wrap(backbone, config.train, ranks, config.optimizer)
         compat = None
         if isinstance(config.method, LceDirectConfig) and inputs.bank is not None:
-            compat = build_compat(config.method, inputs.bank, ranks)
+            compat = direct_compat(config.method, inputs.bank, ranks)
         self.method = build_method(config.method, config, inputs, ranks)
         for module in self._extra().values():
             module.to(ranks.device, dtype)
@@ -169,6 +170,10 @@ class TrainTask:
     def modules(self) -> dict[str, nn.Module]:
         """The backbone and what the method trains beside it."""
         return {"backbone": self.backbone} | self._extra()
+
+    def wrapped(self) -> nn.Module:
+        """See :class:`Task`."""
+        return self.network
 
     def _extra(self) -> dict[str, nn.Module]:
         return {} if self.method is None else self.method.modules()
@@ -261,20 +266,14 @@ class TrainTask:
         fit_scale(backbone, whole["backbone"])
         backbone.to(self._dtype).load_state_dict(whole["backbone"])
         dataset = self.inputs.dataset
-        old_name, old_hash = self.inputs.old_model
-        look = dataset.info if dataset is not None else DatasetInfo()
-        card = ModelCard(
+        card = trained_card(
+            DatasetInfo(image_size=self.inputs.image_size) if dataset is None else dataset.info,
+            None if dataset is None else dataset.path,
+            self.inputs.old_model,
             backbone=self.config.backbone,
             dim=self.config.backbone.dim,
-            image_size=self.inputs.image_size,
-            color=look.color,
-            mean=look.mean,
-            std=look.std,
             mode=self.config.label,
-            compatible_with=old_name,
-            compatible_with_hash=old_hash,
             step=step,
-            trained_on="synthetic" if dataset is None else str(dataset.path),
             classes=self.inputs.num_classes,
             figures=figures,
             transforms={direction: self._transform_card(direction) for direction in self._transforms()},
@@ -287,22 +286,6 @@ class TrainTask:
     def _transform_card(self, direction: Direction) -> TransformCard:
         source = self.inputs.bank or self.inputs.old
         assert source is not None
-        new, old = self.config.backbone.dim, source.dim
-        sizes = {"dim_in": new, "dim_out": old} if direction == "t21" else {"dim_in": old, "dim_out": new}
         method = self.config.method
         assert isinstance(method, LceTransformedConfig | FctConfig)
-        return TransformCard(config=method.transform, **sizes)
-
-
-def build_compat(config: LceDirectConfig, bank: CenterBank, ranks: Ranks) -> DirectCompat:
-    """The old model's centres and boundaries of this rank's classes, with the weights of the losses."""
-    mine = class_range(bank.num_classes, ranks.rank, ranks.world_size)
-    rows = bank.rows(mine.start, mine.stop)
-    where = ranks.device if config.centers == "device" else torch.device("cpu")
-    return DirectCompat(
-        rows.centers.to(where),
-        rows.boundaries.to(where),
-        rows.mask.to(where),
-        config.alignment_weight,
-        0.0 if config.authors_formula else config.boundary_weight,  # theirs: AuthorsBoundary
-    )
+        return transform_card(method.transform, direction, self.config.backbone.dim, source.dim)

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 import torch
@@ -433,25 +433,3 @@ class BankWriter:
                 start, stop = self._parts[-1].stop if self._parts else 0, self.rows_written
                 size, crc32 = stream.size_bytes, stream.crc32
                 self._parts.append(_FileInfo(file=name, start=start, stop=stop, size_bytes=size, crc32=crc32))
-
-
-def write_bank(
-    path: str | Path,
-    *,
-    centers: Tensor,
-    boundaries: Tensor,
-    counts: Tensor,
-    mask: Tensor,
-    info: BankInfo,
-    class_ids: Tensor | None = None,
-    **options: Any,
-) -> CenterBank:
-    """Write a bank that fits in memory: centers (C, D1) unit, the others (C,). ``options`` go to :class:`BankWriter`.
-
-    Raises:
-        CenterBankError: see :class:`BankWriter`.
-    """
-    with BankWriter(path, len(centers), centers.shape[1], info, **options) as writer:
-        writer.append(torch.where(mask[:, None], centers, torch.zeros((), dtype=centers.dtype)))
-        writer.finish(boundaries, counts, mask, class_ids)
-    return CenterBank.open(path)

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from trainer.compat.bank.center_bank import BankRows
+from trainer.compat.bank.center_bank import BankRows, CenterBank
 from trainer.compat.methods import losses
 from trainer.compat.methods.config import LceDirectConfig, LceMapsConfig, LceTransformedConfig
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
 from trainer.distributed import Labels, Ranks, all_gather_rows, send, upload
+from trainer.head.old_centers import DirectCompat
 from trainer.head.partition import class_range
 from trainer.models.card import Direction
 from trainer.networks.transform import build_transform
@@ -277,3 +278,17 @@ class AuthorsBoundary(CompatMethod):
             authors_formula=True,
         )
         return self.weight * value, {"boundary": value.detach()}
+
+
+def direct_compat(config: LceDirectConfig, bank: CenterBank, ranks: Ranks) -> DirectCompat:
+    """The old model's centres and boundaries of this rank's classes, with the weights of the losses."""
+    mine = class_range(bank.num_classes, ranks.rank, ranks.world_size)
+    rows = bank.rows(mine.start, mine.stop)
+    where = ranks.device if config.centers == "device" else torch.device("cpu")
+    return DirectCompat(
+        rows.centers.to(where),
+        rows.boundaries.to(where),
+        rows.mask.to(where),
+        config.alignment_weight,
+        0.0 if config.authors_formula else config.boundary_weight,  # theirs: AuthorsBoundary
+    )

@@ -210,26 +210,14 @@ def adversarial(embeddings: Tensor, old_embeddings: Tensor, discriminator: Map, 
     return binary_cross_entropy_with_logits(discriminator(both)[:, 0], target)
 
 
-def mixbct(embeddings: Tensor, old_embeddings: Tensor, credible: Tensor, share: float, draws: Tensor) -> Tensor:
-    """MixBCT (Liang et al., arXiv 2308.06948): old embeddings stand in for a share of the new ones before the
-    classifier.
-
-    The one classification loss then sees both, so its rows must serve both. Both kinds are made unit here.
+def mixbct_choice(credible: Tensor, share: float, draws: Tensor) -> Tensor:
+    """Which images of a batch MixBCT replaces by their old embeddings (Liang et al., arXiv 2308.06948), (n,) bool.
 
     Args:
-        embeddings, old_embeddings: (n, D1), image by image. credible: (n,) bool, the old embedding is among the
-            nearest (the authors' 90 %) to its centre. share: of the batch to be replaced. draws: (n,) in [0, 1),
-            uniform and independent; the credible images with the smallest draws are replaced.
-
-    Returns:
-        (n, D1) unit vectors for the classifier; no gradient flows where an old one stands.
+        credible: (n,) bool, the old embedding is among the nearest (the authors' 90 %) to its centre. share: of the
+            batch to be replaced. draws: (n,) in [0, 1), uniform and independent; the credible images with the smallest
+            draws are replaced.
     """
-    replaced = mixbct_choice(credible, share, draws)
-    return torch.where(replaced[:, None], normalize(old_embeddings).detach(), normalize(embeddings))
-
-
-def mixbct_choice(credible: Tensor, share: float, draws: Tensor) -> Tensor:
-    """Which images of a batch :func:`mixbct` replaces, (n,) bool; the arguments are its own."""
     order = torch.where(credible, draws, torch.inf).argsort(stable=True)
     count = min(int(share * len(credible)), int(credible.sum()))
     replaced = torch.zeros_like(credible)

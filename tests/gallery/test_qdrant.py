@@ -1,0 +1,149 @@
+"""Upgrade of a Qdrant collection in the client's local mode: ids and payloads kept, killed, rolled back, refused."""
+
+import uuid
+
+import numpy as np
+import pytest
+
+from tests.evaluation.samples import identities
+from tests.gallery.rotation import Rotation
+from trainer.errors import DataError
+
+qdrant_client = pytest.importorskip("qdrant_client", reason="needs qdrant-client (extra `gallery`)")
+
+from trainer.gallery.qdrant import QdrantGallery  # noqa: E402
+
+models = qdrant_client.models
+VECTORS = identities(20, 3, dim=16, seed=1)[0]
+NEW = Rotation()(None, VECTORS)
+IDS = [i if i % 2 else str(uuid.UUID(int=i + 1)) for i in range(60)]
+
+
+def named(vector, name):
+    return {name: vector} if name else vector
+
+
+@pytest.fixture(params=["", "face"])
+def store(tmp_path, request):
+    """A folder with the collection v1 under the alias faces, and the name of its vector."""
+    client, name = qdrant_client.QdrantClient(path=str(tmp_path)), request.param
+    client.create_collection(
+        "v1", vectors_config=named(models.VectorParams(size=16, distance=models.Distance.COSINE), name)
+    )
+    points = [
+        models.PointStruct(id=i, vector=named(v.tolist(), name), payload={"who": f"p{at // 3}", "tags": [at, None]})
+        for at, (i, v) in enumerate(zip(IDS, VECTORS, strict=True))
+    ]
+    client.upsert("v1", points)
+    alias = models.CreateAlias(collection_name="v1", alias_name="faces")
+    client.update_collection_aliases([models.CreateAliasOperation(create_alias=alias)])
+    client.close()
+    return str(tmp_path), name
+
+
+def content(store):
+    """Of the alias: id → (vector, payload)."""
+    client = qdrant_client.QdrantClient(path=store[0])
+    records = client.scroll("faces", limit=1000, with_vectors=True)[0]
+    client.close()
+    return {r.id: (r.vector[store[1]] if store[1] else r.vector, r.payload) for r in records}
+
+
+def opened(store, action):
+    gallery = QdrantGallery(store[0], "faces", store[1])
+    try:
+        return action(gallery)
+    finally:
+        gallery.close()
+
+
+def check_new(store):
+    found = content(store)
+    assert list(map(str, sorted(found, key=str))) == sorted(map(str, IDS))
+    for at, number in enumerate(IDS):
+        assert found[number][0] == pytest.approx(NEW[at], abs=1e-5)
+        assert found[number][1] == {"who": f"p{at // 3}", "tags": [at, None]}
+
+
+def test_a_collection_is_upgraded_verified_rolled_back_and_finished(store):
+    before = content(store)
+    seen = []
+    state = opened(store, lambda g: g.upgrade(Rotation(), batch=16, progress=lambda a, b: seen.append((a, b))))
+    assert (state.phase, state.done, seen[-1]) == ("swapped", 60, (60, 60))
+    check_new(store)
+    check = opened(store, lambda g: g.verify(Rotation(), sample=40))
+    assert (check.rows, check.rows_before, check.rows_now, check.missing) == (40, 60, 60, 0)
+    assert check.smallest_cosine > 0.9999
+    assert opened(store, lambda g: g.upgrade(Rotation())).phase == "swapped"
+    opened(store, lambda g: g.rollback())
+    assert content(store) == before
+    assert opened(store, lambda g: g.status()).phase == "none"
+    opened(store, lambda g: g.upgrade(Rotation()))
+    opened(store, lambda g: g.finish())
+    check_new(store)
+    with pytest.raises(DataError, match="was converted to rotation-1 already"):
+        opened(store, lambda g: g.upgrade(Rotation()))
+
+
+def test_an_interrupted_upgrade_goes_on_and_takes_what_changed_meanwhile(store, tmp_path):
+    log = tmp_path / "log"
+
+    class Cut(Rotation):
+        calls = 0
+
+        def __call__(self, ids, vectors):
+            Cut.calls += 1
+            if Cut.calls == 3:
+                raise KeyboardInterrupt
+            return super().__call__(ids, vectors)
+
+    with pytest.raises(KeyboardInterrupt):
+        opened(store, lambda g: g.upgrade(Cut(log=log), batch=16))
+    state = opened(store, lambda g: g.status())
+    assert (state.phase, state.done) == ("converting", 32)
+    first = log.read_text().split()
+    client = qdrant_client.QdrantClient(path=store[0])
+    gone, changed, added = first[0], first[1], 1001
+    as_id = int if first[0].isdigit() else str
+    client.delete("v1", points_selector=models.PointIdsList(points=[as_id(gone)]))
+    kept = IDS.index(int(changed) if changed.isdigit() else changed)
+    vector = named(VECTORS[0].tolist(), store[1])
+    client.upsert("v1", [models.PointStruct(id=IDS[kept], vector=vector, payload={"who": "other"})])
+    client.upsert("v1", [models.PointStruct(id=added, vector=vector, payload={})])
+    client.close()
+    opened(store, lambda g: g.upgrade(Rotation(), batch=16))
+    found = content(store)
+    assert len(found) == 60
+    assert added in found
+    assert as_id(gone) not in found
+    assert found[IDS[kept]] == (pytest.approx(NEW[0], abs=1e-5), {"who": "other"})
+    client = qdrant_client.QdrantClient(path=store[0])
+    client.upsert("faces", [models.PointStruct(id=2002, vector=named(NEW[0].tolist(), store[1]), payload={})])
+    client.close()
+    with pytest.raises(DataError, match=r"points were enrolled after the swap \(2002 and 0 more\)"):
+        opened(store, lambda g: g.rollback())
+
+
+def test_refusals(store, tmp_path):
+    with pytest.raises(DataError, match="v1: is a collection itself; make an alias"):
+        QdrantGallery(store[0], "v1", store[1])
+    with pytest.raises(DataError, match=r"nobody: no such alias in Qdrant; there are \['faces'\]"):
+        QdrantGallery(store[0], "nobody", store[1])
+    with pytest.raises(DataError, match="name the vector with --vector"):
+        QdrantGallery(store[0], "faces", "other")
+    with pytest.raises(DataError, match="no folder of Qdrant's local mode"):
+        QdrantGallery(str(tmp_path / "none"), "faces")
+    with pytest.raises(DataError, match="run again to continue"):
+        QdrantGallery("http://127.0.0.1:1", "faces")
+    wide = Rotation()
+    wide.dim_in = 32
+    with pytest.raises(DataError, match="takes 32"):
+        opened(store, lambda g: g.upgrade(wide))
+    for action in ("rollback", "finish"):
+        with pytest.raises(DataError, match=r"no upgrade|nothing to finish"):
+            opened(store, lambda g, action=action: getattr(g, action)())
+    images = Rotation("images-1")
+    images.by_id = True
+    with pytest.raises(DataError, match="some are no numbers"):
+        opened(store, lambda g: g.upgrade(images))
+    assert np.array_equal(sorted(map(str, content(store))), sorted(map(str, IDS)))

@@ -1,0 +1,87 @@
+"""The command itself: hints for what people type, errors that name options, and what it imports."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.cli import main, translated
+from trainer.extras import EXTRAS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["train", "x.yaml"], "lce launch trains"),
+        (["launch", "x.yaml", "--lr", "0.1", "run.dir=runs/x"], "--lr: no such option; a setting of the configuration"),
+        (["launch", "x.yaml", "--lr", "0.1"], "SECTION.lr=0.1"),
+        (["launch", "--dry-run", "x.yaml", "a.b=1", "--nproc", "2", "optimizer.lr", "=", "0.05"], "without spaces"),
+        (["launch", "x.yaml", "--nproc", "2", "optimizer.lr: 0.1"], "key=value without spaces"),
+        (["check", "x", "--depp"], "lce check"),
+    ],
+)
+def test_what_people_type_gets_its_hint(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert hint in err
+    assert "run.dir=runs/x" not in err.splitlines()[-1]
+
+
+def test_a_library_s_argument_gets_the_option_s_name() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch-size")
+    actions = parser.add_subparsers()
+    actions.add_parser("make").add_argument("-f", "--force")
+    assert translated("`batch_size` 0, `force` replaces it; `other`", parser) == (
+        "--batch-size 0, --force replaces it; `other`"
+    )
+
+
+def imported(*words: str) -> set[str]:
+    """The modules that a command has imported when it ends."""
+    code = (
+        "import sys; from tools.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "sys.stdout.write('\\n' + ' '.join(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("words", "without"),
+    [
+        (("--help",), ("torch", "numpy", "pydantic", "yaml", "rich")),
+        (("launch", "--help"), ("torch", "numpy", "pydantic")),
+        (("runs", "nowhere"), ("torch", "numpy", "pydantic")),
+    ],
+)
+def test_a_command_imports_what_it_needs(words: tuple[str, ...], without: tuple[str, ...]) -> None:
+    assert not set(without) & imported(*words)
+
+
+def test_a_missing_package_names_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("run: {dir: x}")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["runs", "plot", str(tmp_path / "run"), str(tmp_path / "page.html")]) == 2
+    assert capsys.readouterr().err == (
+        "lce runs: needs matplotlib, which is not installed: pip install 'lce-trainer[evaluate]'\n"
+    )
+
+
+def test_every_extra_that_is_named_is_one() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f"\n{extra} = [" in text for extra in EXTRAS.values())
