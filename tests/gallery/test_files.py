@@ -846,3 +846,20 @@ def test_parquet_and_npz_keep_what_else_is_in_them(tmp_path):
     with np.load(tmp_path / "named.npz") as file:
         assert set(file.files) == {"vectors", "ids", "label", "names"}
         assert np.array_equal(file["names"], IDS.astype(str))
+
+
+def test_a_new_gallery_that_is_damaged_or_gone_does_not_keep_the_old_one_from_coming_back(tmp_path):
+    for spoil in (lambda path: os.truncate(path, 500), lambda path: path.unlink()):
+        path = tmp_path / "a.npy"
+        MAKERS["a.npy"](path)
+        original = path.read_bytes()
+        upgrade(path, Rotation())
+        spoil(path)
+        with pytest.raises(DataError, match=r"is no \.npy array|no such gallery file"):
+            verify(path, Rotation())
+        rollback(path)
+        assert path.read_bytes() == original
+    upgrade(path, Rotation())
+    (work_folder(path) / "state.json").write_text("[1]")
+    with pytest.raises(DataError, match="damaged"):
+        status(path)

@@ -115,7 +115,7 @@ def status(path: Path) -> State | None:
         result = tree.get("result")
         lists = {"source": tuple(tree["source"]), "applied": tuple(tree.get("applied", ()))}
         return State(**{**tree, **lists, "result": None if result is None else tuple(result)})
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         kept = f"; move {_before(path)}, the old gallery, to safety, and" if _before(path).exists() else ";"
         raise DataError(f"{file}: damaged ({error}){kept} remove {file.parent} to begin anew") from None
 
@@ -395,7 +395,7 @@ def rollback(path: Path) -> Path | None:
         if state.phase == "swapped" and not _before(path).exists():
             raise DataError(f"{_before(path)}: the old gallery is gone; there is no way back")
         with _written(path):
-            if state.phase == "swapped" and state.result not in (None, _stamp(path)):
+            if state.phase == "swapped" and path.exists() and state.result not in (None, _stamp(path)):
                 kept = path.with_name(f"{path.name}.after")
                 if kept.exists():
                     raise DataError(f"{kept}: keeps an earlier gallery; move it away first")
