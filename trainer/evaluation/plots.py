@@ -45,8 +45,8 @@ def arrow(cell: str) -> str:
     return cell.replace("->", " → ")
 
 
-def _figure(height: float = 3.3) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.8, height), layout="constrained")
+def _figure(height: float = 3.3, width: float = 4.8) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -100,7 +100,7 @@ def png(figure: Figure) -> bytes:
 
 def _criterion(sets: Sequence[Result]) -> Figure:
     rows = [(one["name"], finding) for one in sets for finding in one["findings"]]
-    figure, axes = _figure(1.1 + 0.5 * len(rows))
+    figure, axes = _figure(1.1 + 0.5 * len(rows), 9.6)  # the page's whole width
     colours = {"better": "#009E73", "worse": "#D55E00", "level": "#0072B2", "unclear": "#000000"}
     markers = {"better": "^", "worse": "v", "level": "o", "unclear": "D"}
     axes.axvline(0, color="#000000", linewidth=1)
