@@ -195,7 +195,7 @@ def _matrix(one: Result) -> Table:
     head = ["query → gallery", "how", *_tar_heads(fars), "rank-1", "rank-5", "EER", "genuine pairs", "impostor pairs"]
     rows: list[list[Value | str]] = []
     for name, cell in one["cells"].items():
-        rank = [_interval(cell["rank"]["1"]), number(cell["rank"]["5"])]
+        rank: list[Value | str] = [_interval(cell["rank"]["1"]), number(cell["rank"]["5"])]
         pairs = [f"{cell['genuine_pairs']:,}", f"{cell['impostor_pairs']:,}"]
         rows.append([arrow(name), cell["how"], *map(_tar, cell["tar"]), *rank, number(cell["eer"]), *pairs])
     return table("Figures by query and gallery model", head, rows)
@@ -345,7 +345,7 @@ def pair_sets(value: Result, plots: Plots) -> list[dict[str, Any]]:
     for name, one in value.items():
         fars = [entry["far"] for entry in next(iter(one["cells"].values()))["tar"]]
         head = ["query → gallery", "accuracy, 10 folds", *_tar_heads(fars), "EER"]
-        rows = [
+        rows: list[list[Value | str]] = [
             [
                 arrow(cell_name),
                 f"{cell['accuracy']['mean']:.4f} ± {cell['accuracy']['std']:.4f}",
@@ -382,7 +382,7 @@ def template_sets(value: Result, plots: Plots) -> list[dict[str, Any]]:
 
 def _templates_1_1(cells: Mapping[str, Result]) -> Table:
     fars = [entry["far"] for entry in next(iter(cells.values()))["tar"]]
-    rows = [[arrow(name), *map(_tar, cell["tar"])] for name, cell in cells.items()]
+    rows: list[list[Value | str]] = [[arrow(name), *map(_tar, cell["tar"])] for name, cell in cells.items()]
     return table("Templates, 1:1", ["1:1", *_tar_heads(fars)], rows)
 
 
