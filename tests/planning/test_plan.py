@@ -99,13 +99,14 @@ def test_advice_says_what_fits() -> None:
 
 
 def test_old_centres_move_to_the_host() -> None:
-    one = setting(29_000_000, compat={"method": "lce", "bank": "unused"})
+    sampled = {"sample_rate": 0.1}
+    one = setting(29_000_000, compat={"method": "lce", "bank": "unused"}, head=sampled)
     plan = make_plan(replace(one, bank_dim=512))
     centers = parts(plan)["old centres"]
     words = "old centres in host memory (compat.centers=host)"
     change = next(c for c in changes_to_fit(plan, 1) if c.words == words)
     assert plan.device_bytes - change.peak_bytes == centers
-    moved = setting(29_000_000, compat={"method": "lce", "bank": "unused", "centers": "host"})
+    moved = setting(29_000_000, compat={"method": "lce", "bank": "unused", "centers": "host"}, head=sampled)
     assert make_plan(replace(moved, bank_dim=512)).host_bytes == plan.host_bytes + centers
 
 
