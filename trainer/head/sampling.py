@@ -130,6 +130,7 @@ def draw_rows(labels: NDArray[np.int64], classes: ClassRange, draw: Draw | None,
         own[own < 0] = negatives + np.arange(len(extra))
     order, own_order = np.argsort(own[among], kind="stable"), np.argsort(own)
     places = own[among][order]
+
     def index_on(where: torch.device, undrawn: Tensor) -> Tensor | None:
         return None if draw is None else torch.cat([draw.negatives(classes.start, classes.stop, where), undrawn])
 
