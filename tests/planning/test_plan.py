@@ -254,9 +254,9 @@ def test_sizes_that_cannot_be_meant_are_refused(words: str, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["head.sample_rate=["], "the value is not YAML"),
-        (["head.sample_rate=2026-13-45"], "the value is not YAML"),
-        (["--verify", "head.sample_rate=["], "the value is not YAML"),
+        (["head.sample_rate=["], "is no readable YAML"),
+        (["head.sample_rate=2026-13-45"], "is no readable YAML"),
+        (["--verify", "head.sample_rate=["], "is no readable YAML"),
         (["--gpus", "101"], "101 ranks for 100 classes"),
         (["--verify", "--gpus", "101"], "101 ranks for 100 classes"),
         (["--lce", "256", "--dim", "512"], "use backbone.dim=256"),
