@@ -222,7 +222,7 @@ def _check_network(nccl: bool) -> None:
         if names and not any(name in names or (fits and name.startswith(fits)) for name in there):
             raise ConfigError(
                 f"{variable}={asked}: {socket.gethostname()} has no such network interface; it has {', '.join(there)}. "
-                "Name one of them with lce launch --interface"
+                "Name one of them with `lce launch --interface`"
             )
     address = os.environ.get("MASTER_ADDR")
     try:

@@ -110,7 +110,7 @@ def test_a_picture_of_too_many_pixels_is_named_and_the_rest_is_packed(tmp_path: 
     """F12."""
     source = identity_folders(tmp_path / "a", 2, 3)
     (source / "person00/0.jpeg").write_bytes(huge_png(side, side))
-    with pytest.raises(DataError, match=r"person00/0\.jpeg: .*pixels.* --skip-damaged"):
+    with pytest.raises(DataError, match=r"person00/0\.jpeg: .*pixels.* `skip_damaged`"):
         pack(list_source(source), tmp_path / "out", PackOptions())
     made = pack(list_source(source), tmp_path / "out2", PackOptions(skip_damaged=True))
     assert (made.records, made.skipped) == (5, 1)

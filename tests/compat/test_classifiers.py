@@ -140,14 +140,14 @@ def test_single_files_in_both_layouts(tmp_path: Path, kind: str, transposed: boo
 def test_unclear_files_are_not_guessed(tmp_path: Path) -> None:
     path = tmp_path / "two.safetensors"
     save_file({"head.weight": weight(30, 64), "fc.weight": weight(40, 64)}, path)
-    with pytest.raises(CenterBankError, match=r"give --key; it has .*head.weight \(30, 64\)"):
+    with pytest.raises(CenterBankError, match=r"give `key`; it has .*head.weight \(30, 64\)"):
         open_classifier([path])
     assert len(open_classifier([path], num_classes=30).rows) == 30
     assert len(open_classifier([path], key="fc.weight").rows) == 40
     with pytest.raises(CenterBankError, match="no matrix 'nothing'"):
         open_classifier([path], key="nothing")
     save_file({"weight": weight(60, 70)}, path)
-    with pytest.raises(CenterBankError, match="--layout"):
+    with pytest.raises(CenterBankError, match="give `layout`"):
         open_classifier([path])
     assert open_classifier([path], layout="columns").rows.dim == 60
     save_file({"weight": weight(100, 512)}, path)

@@ -115,7 +115,7 @@ def _number(identities: list[str], keep: bool, source: Path) -> tuple[list[str] 
     if keep:
         wrong = next((name for name in identities if not _is_number(name)), None)
         if wrong is not None:
-            raise DataError(f"{source}: --keep-labels needs whole numbers from 0 on, found the label {wrong!r}")
+            raise DataError(f"{source}: `keep_labels` needs whole numbers from 0 on, found the label {wrong!r}")
         large = next((name for name in identities if len(name) > 18 or int(name) >= MOST_CLASSES), None)
         if large is not None:
             raise DataError(f"{source}: the label {large[:20]} is no class number; they are below {MOST_CLASSES}")

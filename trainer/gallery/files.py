@@ -220,7 +220,7 @@ def _check_new(path: Path, gallery: Format, state: State | None, converter: Conv
         if counts.max() > 1:
             raise DataError(
                 f"{path}: {counts.max()} vectors have the id {names[counts.argmax()]}, so that it names no picture; "
-                "convert the vectors instead (without --images)"
+                "convert the vectors instead (without `images`)"
             )
 
 

@@ -136,7 +136,7 @@ def read_description(path: Path) -> tuple[Path, Reading]:
     if file_hash(model) != kept.sha256:
         raise ModelError(
             f"{path}: describes another {model.name} (its SHA-256 differs); describe it anew: "
-            f"lce model describe {model} --write {path}"
+            f"`lce model describe {model} --write {path}`"
         )
     return model, kept.stated()
 

@@ -178,8 +178,8 @@ def simulate(setting: Setting, world_size: int) -> Simulated:
         ("train.sync_batchnorm", train.sync_batchnorm, (False,)),
     ):
         if value not in known:
-            words = " or ".join(str(one).lower() for one in known)
-            raise ConfigError(f"--simulate: {key} = {str(value).lower()} cannot be simulated, only {words}")
+            allowed = " or ".join(str(one).lower() for one in known)
+            raise ConfigError(f"`simulate`: {key} = {str(value).lower()} cannot be simulated, only {allowed}")
     setting = replace(setting, world_size=world_size)
     sizes = [class_range(setting.num_classes, rank, world_size).size for rank in range(world_size)]
     batch = setting.config.data.batch_size

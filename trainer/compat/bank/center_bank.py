@@ -317,7 +317,7 @@ class BankWriter:
     def _begin(self) -> None:
         if self.path.exists() and not self._overwrite:
             raise CenterBankError(
-                f"{self.path}: exists already; remove it or choose another place (--force replaces it)"
+                f"{self.path}: exists already; remove it or choose another place (`force` replaces it)"
             )
         is_bank = (self.path / "bank.json").is_file()
         if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not is_bank):

@@ -111,7 +111,7 @@ def embed_by_record(
         another job.
     """
     if batch_size < 1:
-        raise ConfigError(f"--batch-size {batch_size}: at least 1")
+        raise ConfigError(f"`batch_size` {batch_size}: at least 1")
     job = {
         "model": model.hash,
         "dataset": dataset.fingerprint,
@@ -262,7 +262,7 @@ def _check_targets(path: Path, embeddings: Path | None, overwrite: bool) -> None
         raise CenterBankError(f"{embeddings}: is a folder; name the .npy file that is to keep the embeddings")
     for target in (path, embeddings):
         if target is not None and target.exists() and not overwrite:
-            raise CenterBankError(f"{target}: exists already; remove it or choose another place (--force replaces it)")
+            raise CenterBankError(f"{target}: exists already; remove it or choose another place (`force` replaces it)")
     reason = None if embeddings is None else why_unwritable(embeddings.parent)
     if reason is not None:
         raise CenterBankError(f"{embeddings}: {reason}; choose another place for the embeddings")
