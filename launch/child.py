@@ -35,7 +35,7 @@ _STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
 
 def find_program(name: str, remedy: str) -> str:
-    """A launcher on the PATH or beside this interpreter. Raises :class:`ConfigError` with the ``remedy``: neither."""
+    """A launcher on the PATH or next to this interpreter. Raises :class:`ConfigError` with the ``remedy``: neither."""
     program = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if program is None:
         raise ConfigError(remedy)
@@ -94,7 +94,7 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
     the first while no rank is training yet.
 
     Args:
-        environment: beside this process's own.
+        environment: in addition to this process's own.
         run_dir: the run folder; None: the launcher is ended at the first signal.
 
     Returns:

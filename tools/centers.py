@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     embeddings.add_argument(
         "--labels",
         type=Path,
-        help="whole numbers (.npy), the new class of each embedding (−1: leave out); the .yaml beside it counts",
+        help="whole numbers (.npy), the new class of each embedding (−1: leave out); the .yaml next to it counts",
     )
     embeddings.add_argument("--dataset", type=Path, help="take labels and class count from this data set")
     embeddings.add_argument(

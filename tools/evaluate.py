@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs", nargs="*", default=[], metavar="RUN", help="run folders whose training the report shows"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the HTML report (and its plots beside it)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the HTML report (and its plots next to it)")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for standard output")
     parser.add_argument("--fail-unsafe", action="store_true", help="exit status 1 unless the verdict is SAFE")
     parser.add_argument(

@@ -50,7 +50,7 @@ class CommunicationTime:
     """The time that this process's collectives on tensors take, waiting for other ranks included.
 
     On the CPU by the clock, on CUDA by events on the stream, which no step waits for. What runs inside DDP, FSDP or
-    ZeRO beside the backward pass is not in it.
+    ZeRO during the backward pass is not counted.
     """
 
     def __init__(self) -> None:
@@ -172,14 +172,14 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
     """Join the process group that the launcher's environment describes; leave it at the end.
 
     Args:
-        device: ``auto``, ``cpu`` or ``cuda``. gloo for the CPU; NCCL for CUDA tensors beside gloo for objects.
+        device: ``auto``, ``cpu`` or ``cuda``. gloo for the CPU; NCCL for CUDA tensors and gloo for objects.
         timeout_seconds: a collective that takes longer raises on the ranks that wait.
         threads: intra-op threads; 0: :func:`trainer.machine.threads_of_a_rank`.
 
     Without RANK and WORLD_SIZE in the environment it is a single process and no group is made.
 
     Raises:
-        ConfigError: a network interface that this host has not, a master that is unknown or does not answer.
+        ConfigError: a network interface that this host does not have, a master that is unknown or does not answer.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -212,7 +212,7 @@ def _master() -> str:
 
 
 def _check_network(nccl: bool) -> None:
-    """Refuse at once what would otherwise be a timeout: interfaces that are not there, a master without an address."""
+    """Refuse at once what would otherwise be a timeout: interfaces that do not exist, a master without an address."""
     there = [name for _, name in socket.if_nameindex()]
     for variable in ("GLOO_SOCKET_IFNAME", *(("NCCL_SOCKET_IFNAME",) if nccl else ())):
         asked = os.environ.get(variable, "")

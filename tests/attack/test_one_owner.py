@@ -41,7 +41,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_ranks_end_with_their_launcher_and_the_same_command_continues_at_once(tmp_path: Path) -> None:
-    """F1: they trained on for good, and a second run began beside them."""
+    """F1: they trained on forever, and a second run began next to them."""
     first = launched(tmp_path, train__steps=100000)
     wait_for_step(tmp_path, 3)
     pids = rank_pids(tmp_path)

@@ -184,7 +184,7 @@ def test_names_that_fit_no_line_of_text_are_refused(people: Path, name: bytes) -
 
 def test_images_that_would_be_left_out_are_refused(people: Path) -> None:
     (people / "loose.jpg").write_bytes(encoded(1))
-    with pytest.raises(DataError, match=r"loose\.jpg: lies beside the identity folders"):
+    with pytest.raises(DataError, match=r"loose\.jpg: lies next to the identity folders"):
         list_source(people)
     (people / "loose.jpg").unlink()
     write_tar(people / "x.tar", {"k1.jpg": encoded(1), "k1.cls": b"7"})

@@ -475,7 +475,7 @@ WRAPPINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "module._orig_mod": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
     "_orig_mod.module": lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
     "state_dict, model.net": lambda s: {"state_dict": {f"model.net.{k}": v for k, v in s.items()}},
-    "beside a head": lambda s: {**{f"backbone.{k}": v for k, v in s.items()}, "head.weight": torch.zeros(4, 16)},
+    "next to a head": lambda s: {**{f"backbone.{k}": v for k, v in s.items()}, "head.weight": torch.zeros(4, 16)},
     "arcface_torch's checkpoint": lambda s: {
         "epoch": 1,
         "state_dict_backbone": s,
@@ -484,11 +484,13 @@ WRAPPINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     },
     "without counters": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
     "half": lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()},
-    "a Namespace beside": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=0.1)},
+    "a Namespace next to it": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=0.1)},
 }
 
 
-BEFORE_ZIP = [w for w in WRAPPINGS if w != "a Namespace beside"]  # stand-ins need the list of names of the zip format
+BEFORE_ZIP = [
+    w for w in WRAPPINGS if w != "a Namespace next to it"
+]  # stand-ins need the list of names of the zip format
 
 
 @pytest.mark.parametrize(("wrapping", "legacy"), [(w, False) for w in WRAPPINGS] + [(w, True) for w in BEFORE_ZIP])

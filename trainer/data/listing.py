@@ -97,7 +97,7 @@ def _entries(source: Path, root: Path | None) -> Iterator[Entry]:
 
 
 def _refuse_strays(source: Path, tars: list[Path]) -> None:
-    """Raise :class:`DataError` when a folder holds images that are left out: loose ones, or some beside tar files."""
+    """Raise :class:`DataError` when a folder holds images that are left out: loose ones, or some next to tar files."""
     loose = (p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     stray = min((path for path in loose if path.is_file()), default=None)
     if not tars and stray is None:
@@ -108,7 +108,7 @@ def _refuse_strays(source: Path, tars: list[Path]) -> None:
             f"{source}: holds tar files ({tars[0].name}) and other images ({stray or foldered}); move one kind away"
         )
     if stray and foldered:
-        raise DataError(f"{stray}: lies beside the identity folders; move it into the folder of its identity, or away")
+        raise DataError(f"{stray}: lies next to the identity folders; move it into the folder of its identity, or away")
 
 
 def _number(identities: list[str], keep: bool, source: Path) -> tuple[list[str] | None, NDArray[np.int64]]:

@@ -124,7 +124,7 @@ def read_description(path: Path) -> tuple[Path, Reading]:
     """The model file that a description is of, and what it states.
 
     Raises:
-        ModelError: damaged, of a file that is not there, or of one that has changed since.
+        ModelError: damaged, of a file that does not exist, or of one that has changed since.
     """
     try:
         kept = Description.model_validate(read_json(path, ModelError))

@@ -1,4 +1,4 @@
-"""ONNX files as models: our own exports and other people's, run by ONNX Runtime."""
+"""ONNX files as models: our own exports and foreign ones, run by ONNX Runtime."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -119,7 +119,7 @@ def check_shapes(session: Any, path: Path, rank: int) -> None:
     if isinstance(given[0], int):
         raise ModelError(f"{path}: its batch size is fixed at {given[0]}; export it with a dynamic batch")
     if any(not isinstance(size, int) for size in given[1:]):
-        raise ModelError(f"{path}: its input {given} has free axes beside the batch; export it with a static size")
+        raise ModelError(f"{path}: its input {given} has free axes besides the batch; export it with a static size")
 
 
 @dataclass(frozen=True)

@@ -323,7 +323,7 @@ class Watch:
         }
         path = self._path(self.ranks.rank)
         try:
-            # Every second, from two threads, of value for seconds: without the care of trainer.files.beside.
+            # Every second, from two threads, of value for seconds: without the locks of :mod:`trainer.files`.
             beside = path.with_suffix(f".{threading.get_ident()}")
             beside.write_text(json.dumps(note))
             beside.replace(path)

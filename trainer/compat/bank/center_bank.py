@@ -8,8 +8,9 @@ A bank is a folder::
                                  and, where centres are int8, their scales (C,) float32
     centers-00000.safetensors …  centers (n, D1) float32, bfloat16 or int8
 
-It is written beside and renamed when complete. It is read by ranges of rows, so that every rank of any world size reads
-its own classes only; a shard's checksum is verified when its first row is read (a file lost to a power cut is noticed).
+It is written under another name and renamed when complete. It is read by ranges of rows, so that every rank of any
+world size reads its own classes only; a shard's checksum is verified when its first row is read (a file lost to a
+power cut is noticed).
 """
 
 import json
@@ -149,7 +150,7 @@ class CenterBank:
         return bank
 
     def check_classes(self, num_classes: int, dataset: Dataset | None, key: str) -> None:
-        """Refuse a bank whose classes are not those of a training's data.
+        """Refuse a bank whose classes are not those of a training run's data.
 
         Args:
             num_classes: of the training. dataset: its data; None for synthetic data. key: of the configuration.

@@ -191,7 +191,7 @@ def rank_files(path: Path) -> list[Path]:
 
 def _shard_weight(path: Path) -> tuple[str, Tensor]:
     arrays = {name: array for name, array in open_arrays(path).items() if array.ndim == 2}
-    exact = "state_dict_softmax_fc.weight"  # older versions keep its momentum and the drawn rows beside it
+    exact = "state_dict_softmax_fc.weight"  # older versions keep its momentum and the drawn rows next to it
     if exact in arrays:
         return exact, arrays[exact]
     own = {n: a for n, a in arrays.items() if n.startswith("state_dict_softmax_fc.") or n in ("array", "weight")}
@@ -224,7 +224,7 @@ def _check_sizes(folder: Path, sizes: list[int], num_classes: int | None) -> Non
     if sizes not in (_balanced(total, len(sizes)), ceiling):
         raise CenterBankError(
             f"{folder}: the ranks have {', '.join(map(str, sizes[:8]))} … classes, which is no split of one head; "
-            "files of several trainings are mixed, or one is missing"
+            "files of several training runs are mixed, or one is missing"
         )
 
 
