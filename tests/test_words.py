@@ -55,7 +55,7 @@ def options(source: str) -> list[tuple[int, str]]:
     return [
         (line, option)
         for line, text in strings(source)
-        if not re.fullmatch(r"--[\w=-]+", text)
+        if not re.fullmatch(r"--[\w-]+(=\S*)?", text)
         for option in OPTION.findall(COMMAND.sub("", text))
     ]
 

@@ -114,6 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs", nargs="*", default=[], metavar="RUN", help="run folders whose training the report shows"
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the HTML report (and its plots next to it)")
+    parser.add_argument(
+        "--pictures", action="store_true", help="the report holds pictures of example pairs (of people: personal data)"
+    )
+    parser.add_argument("--pdf", type=Path, metavar="FILE", help="print the report as PDF as well (needs Chromium)")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for standard output")
     parser.add_argument("--fail-unsafe", action="store_true", help="exit status 1 unless the verdict is SAFE")
     parser.add_argument(
@@ -234,7 +238,16 @@ def _named(option: str, texts: Sequence[str]) -> dict[str, str]:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    for option, place in (("--report", args.report), ("--json", None if args.json in (None, "-") else Path(args.json))):
+    if args.report is None and (args.pictures or args.pdf):
+        raise LceError(
+            f"{'--pictures' if args.pictures else '--pdf'}: is part of the report; name it with --report FILE"
+        )
+    if args.pdf is not None:
+        from trainer.evaluation.pdf import chromium
+
+        chromium()
+    files = [("--report", args.report), ("--pdf", args.pdf)]
+    for option, place in (*files, ("--json", None if args.json in (None, "-") else Path(args.json))):
         if place is not None and not place.absolute().parent.is_dir():
             raise LceError(f"{option} {place}: the folder {place.absolute().parent} does not exist; make it first")
         if place is not None and place.is_dir():
@@ -399,7 +412,11 @@ def _write(
     from trainer.evaluation.report import write_report
 
     if args.report is not None:
-        write_report(args.report, result, runs, _pictures(datasets))
+        write_report(args.report, result, runs, _pictures(datasets) if args.pictures else None)
+    if args.pdf is not None:
+        from trainer.evaluation.pdf import print_pdf
+
+        print_pdf(args.report, args.pdf)
     write_json(result, args.json)
 
 

@@ -15,6 +15,8 @@ def print_tables(result: Mapping[str, Any]) -> None:
     for table in tables(result):
         console.print(table)
     console.print(result["verdict"]["paragraph"], highlight=False, markup=False)
+    for step in result["verdict"]["next"]:
+        console.print(f"→ {step}", highlight=False, markup=False)
 
 
 def tables(result: Mapping[str, Any]) -> "Iterator[Table]":

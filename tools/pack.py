@@ -2,13 +2,16 @@
 
 SOURCE is one of
   a folder with one folder of images per identity         faces/alice/1.jpg, faces/bob/1.png …
-  a list: .csv, .tsv or .txt with path and label (by header or in this order), or MXNet's .lst
+  a list: .csv, .tsv or .txt with path and label (by header or in this order), MXNet's .lst (index, label, path), or
+    InsightFace's (1, path, label); numbers are compared as numbers, so 0 and 0.0 are one class
   a .tar file, or a folder of them (WebDataset: key.jpg with key.cls, or one folder per identity)
 
 OUT gets train.rec, train.idx (train-00000.rec … for more than 4,096 images), labels.npy, classes.txt and dataset.yaml.
 The images are shuffled once by --seed. JPEG and PNG bytes are kept as they are unless --size or --encode asks for more;
-other formats and PNGs of 16 bits become PNGs of 8. A second run of the same command continues where the first was
-stopped, and writes parts again that are missing or not as long as they were.
+other formats and PNGs of 16 bits become PNGs of 8: whatever Pillow reads, of a GIF the first frame, and .heic where
+pillow-heif is installed. Files that are not taken are counted by suffix, and identities that lose all are named. A
+second run of the same command continues where the first was stopped, and writes parts again that are missing or not as
+long as they were.
 
 Example:
   lce pack faces/ packed/ --size 112
@@ -18,11 +21,16 @@ Example:
 import argparse
 import dataclasses
 import os
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tools.arguments import whole_number
 from tools.output import write_json
 from tools.progress import progress_bars
+
+if TYPE_CHECKING:
+    from trainer.data.listing import Listing
 
 HELP = "folders of identities, a list or tar files → a RecordIO data set"
 
@@ -97,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
             bars.update("packing", done, total)
 
         result = pack(listing, args.out, options, processes=processes, job=args.part, progress=progress)
-    figures = {**dataclasses.asdict(result), "out": str(args.out)}
+    kinds = Counter(Path(file).suffix.lower() for file in listing.files)
+    figures = {**dataclasses.asdict(result), "out": str(args.out), "first_frames": kinds[".gif"]}
+    figures |= {"not_taken": listing.not_taken, "without_images": listing.without_images}
     write_json(figures, args.json)
     if args.json != "-":
         state = "complete" if result.complete else "waits for the parts of other jobs"
@@ -105,7 +115,19 @@ def run(args: argparse.Namespace) -> int:
             f"{args.out}: {result.records} images of {result.classes} classes in {result.parts} part(s), {state}; "
             f"{result.written_parts} written in {result.seconds:.1f} s, {result.skipped} image(s) left out"
         )
+        _print_others(listing, kinds[".gif"])
     return 0
+
+
+def _print_others(listing: "Listing", gifs: int) -> None:
+    """What of the source is not in the data set, and what is there in part."""
+    if gifs:
+        print(f"{gifs} .gif file(s): of an animation, the first frame is taken")
+    if listing.not_taken:
+        print("not taken: " + ", ".join(f"{count} {suffix}" for suffix, count in sorted(listing.not_taken.items())))
+    if listing.without_images:
+        first = ", ".join(listing.without_images[:10]) + (", …" if len(listing.without_images) > 10 else "")
+        print(f"identities without an image that is taken: {len(listing.without_images)} ({first})")
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from tests.data.samples import encoded, identity_folders, loader_of, take, unsealed
 from tools import cli
 from trainer.data import open_dataset, packing, recordio
+from trainer.data.checking import check
 from trainer.data.listing import Listing, list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.data.pixels import decode_image
@@ -200,6 +202,77 @@ def test_mxnets_lists_and_numbered_classes(tmp_path: Path) -> None:
     assert listing.files[0] == str(tmp_path / "images" / "x" / "a.jpg")
     kept = list_source(tmp_path / "a.lst", keep_labels=True)
     assert (kept.labels.tolist(), kept.num_classes, kept.names) == ([10, 9, 10], 11, None)
+
+
+SUFFIXES = {
+    ".jfif": "JPEG",
+    ".avif": "AVIF",
+    ".gif": "GIF",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".bmp": "BMP",
+    ".ppm": "PPM",
+}
+
+
+def test_all_suffixes_are_taken_or_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """39 identities, seven with one image of another suffix; and two whose only file is no image that can be read."""
+    people = identity_folders(tmp_path / "people", 32, 1)
+    for suffix, kind in SUFFIXES.items():
+        (people / f"only{suffix[1:]}").mkdir()
+        (people / f"only{suffix[1:]}" / f"x{suffix.upper()}").write_bytes(encoded(7, kind=kind))
+    for name in ("x.heic", "y.svg"):
+        (people / f"lost{name[0]}").mkdir()
+        (people / f"lost{name[0]}" / name).write_bytes(b"?")
+    (people / "person00" / "about.txt").write_text("x")
+    (people / "void").mkdir()
+    assert cli.main(["pack", str(people), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "39 images of 39 classes" in said
+    assert "1 .gif file(s): of an animation, the first frame" in said
+    assert "not taken: 1 .heic, 1 .svg, 1 .txt" in said
+    assert "without an image that is taken: 3 (lostx, losty, void)" in said
+    assert open_dataset(tmp_path / "out").num_classes == 39
+    report = check(open_dataset(tmp_path / "out"), deep=True)
+    assert not report.damage
+
+
+def test_tars_say_what_they_leave_out(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {"7/k.jpg": encoded(1), "7/k.json": b"{}", "8/j.svg": b"?"})
+    listing = list_source(tmp_path / "x.tar")
+    assert (listing.not_taken, listing.without_images) == ({".json": 1, ".svg": 1}, ["8"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "labels"),
+    [
+        ("a.csv", "path,label\na.jpg,0.0\nb.jpg,0\nc.jpg,1.0\n", ["0", "0", "1"]),
+        ("a.lst", "0\t1e+03\ta.jpg\n1\t1000.000000\tb.jpg\n2\t2.\tc.jpg\n", ["1000", "1000", "2"]),
+        ("a.csv", "a.jpg,1e3\nb.jpg,1000\nc.jpg,anna\n", ["1e3", "1000", "anna"]),  # names
+        ("a.csv", "a.jpg,007\nb.jpg,7\nc.jpg,nan\n", "line 3: the label 'nan' is no whole number"),
+        ("a.csv", "a.jpg,Nan\nb.jpg,nan\n", ["Nan", "nan"]),
+        ("a.csv", "a.jpg,1\nb.jpg,0.5\n", "line 2: the label '0.5' is no whole number"),
+        ("a.csv", "a.jpg,1e999\n", "line 1: the label '1e999' is no whole number"),
+        ("a.lst", "1\tp/a.jpg\t5\n1\tp/b.jpg\t5\t1\t2\t3\t4\n", ["5", "5"]),  # InsightFace: aligned, path, label
+        ("a.txt", "1\tp/a.jpg\t5\n", ["5"]),
+        ("a.lst", "1\tp/a.jpg\t5\n0\tp/b.jpg\t6\n", "line 2: the image 'p/b.jpg' is marked as not aligned"),
+        ("a.lst", "0\t0.0\t5.0\ta.jpg\n", "line 1: has 2 labels between the index and the path 'a.jpg'"),
+        ("a.txt", "here/my face.jpg 3\nb.jpg 4\n", ["3", "4"]),
+        ("a.txt", "b.jpg 4\nmissing face.jpg 3\n", "line 2: no image is called 'missing face.jpg'"),
+    ],
+)
+def test_lists_of_others(name: str, text: str, labels: list[str] | str, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "my face.jpg").write_bytes(encoded(1))
+    (tmp_path / name).write_text(text)
+    if isinstance(labels, str):
+        with pytest.raises(DataError, match=re.escape(labels)):
+            list_source(tmp_path / name)
+        return
+    listing = list_source(tmp_path / name)
+    assert listing.names is not None
+    assert [listing.names[label] for label in listing.labels] == labels
+    assert all(Path(file).suffix == ".jpg" for file in listing.files)
 
 
 @pytest.mark.parametrize(("text", "message"), [("a.jpg\n", "line 1: expected a path and a label"), ("", "no images")])

@@ -85,7 +85,15 @@ def test_the_whole_command(place, capsys):
     report, result = place / "out.html", place / "out.json"
     models = ["--paragon", str(place / "other"), "--runs", str(place / "run")]
     status = evaluate(
-        place, *models, "--report", str(report), "--json", str(result), "--fail-unsafe", data=("unseen", "seen")
+        place,
+        *models,
+        "--report",
+        str(report),
+        "--pictures",
+        "--json",
+        str(result),
+        "--fail-unsafe",
+        data=("unseen", "seen"),
     )
     assert status == 1  # independent networks
     found = json.loads(result.read_text())
@@ -99,8 +107,11 @@ def test_the_whole_command(place, capsys):
     page = report.read_text()
     assert "NOT SAFE" in page
     assert f"(made of the images that are not searched for) has TAR@FAR={next(iter(centre)).partition('=')[2]}" in page
-    assert f"rank-1 {centre['rank-1']:.3f}: about what compatible training can reach" in page
-    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is loaded from elsewhere
+    assert f"rank-1 {centre['rank-1']:.3f}. That is where LCE pulls new embeddings. It is no upper bound" in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)  # nothing is loaded from elsewhere
+    assert "<h1>May other query the gallery of old?</h1>" in page
+    assert f"<dd>{found['provenance']['date']}</dd>" in page
+    assert "This file holds pictures of the data sets." in page
     assert page.count('class="plot"') == 1 + 2 * 3 + 2  # criterion; ROC, scores, backfill a set; loss and alignment
     assert "seed: 5" in page
     assert page.count("data:image/png;base64") > 20  # the pictures are small: PNG
@@ -110,6 +121,11 @@ def test_the_whole_command(place, capsys):
     printed = capsys.readouterr().out
     assert "NOT SAFE" in printed
     assert "new → old" in printed
+    assert f"→ {found['verdict']['next'][0]}" in printed
+    assert evaluate(place, "--report", str(report)) == 0
+    page = report.read_text()
+    assert "data:image/png" not in page  # faces are not mailed around unasked
+    assert "holds pictures" not in page
 
 
 def test_json_to_standard_output_is_all_there_is_on_it(place, capsys):
@@ -307,6 +323,7 @@ def test_wrong_use_is_one_line_and_status_2(place, capsys):
     assert "between 0 and 1" in refused("--fars", "2")
     assert "does not exist" in refused("--report", str(place / "no" / "such" / "report.html"))
     assert "is a folder" in refused("--report", str(place))
+    assert "name it with --report" in refused("--pictures")
     assert "is a folder" in refused("--json", str(place))
     assert "log.jsonl" in refused("--runs", str(place / "old"), "--report", str(place / "r.html"))
     assert "expected NAME=PATH" in refused("--data", "unseen")

@@ -1,15 +1,18 @@
-"""The report in headless Chromium: nothing on the console, every plot and picture there, no wider than a phone."""
+"""The report in headless Chromium: nothing on the console, every plot and picture there, no wider than a phone,
+light and dark; held to the accessibility rules of axe-core; printed as PDF."""
 
 import html
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.evaluation.test_verdict import OPTIONS, upgrade
+from trainer.evaluation.pdf import print_pdf
 from trainer.evaluation.report import RunRecord, write_report
 from trainer.evaluation.results import study
 
@@ -17,14 +20,27 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 
 # Runs in a copy of the page: the report itself holds no script.
-PROBE = """<script>addEventListener("load", () => {
+PROBE = r"""<script>addEventListener("load", async () => {
   const images = [...document.images];
   const result = {plots: images.filter(i => i.className === "plot").length, images: images.length,
     broken: images.filter(i => !i.complete || i.naturalWidth === 0).length,
     overflow: document.documentElement.scrollWidth - innerWidth, width: innerWidth,
+    narrow: images.filter(i => i.className === "plot" && innerWidth <= 400 && i.width < innerWidth - 40).length,
+    dark: matchMedia("(prefers-color-scheme: dark)").matches ? 1 : 0,
+    back: parseInt(getComputedStyle(document.body).backgroundColor.match(/\d+/)[0]),
     requests: performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length};
-  document.body.dataset.probe = Object.entries(result).map(([k, v]) => `${k}=${v}`).join(" ");
+  const rules = [];
+  if (window.axe) for (const v of (await axe.run(document)).violations) rules.push(v.id);
+  result.violations = rules.length;
+  for (const rule of rules) result["rule:" + rule] = 1;
+  const text = Object.entries(result).map(([k, v]) => `${k}=${v}`).join(" ");
+  parent === window ? document.body.dataset.probe = text : parent.postMessage(text, "*");
 });</script></body>"""
+
+# A window of Chromium is never narrower than 500 pixels; a frame is.
+FRAME = """<!doctype html><title>frame</title><body style="margin:0"><script>
+addEventListener("message", event => { document.body.dataset.probe = event.data; });
+</script><iframe src="PAGE" style="border:0;width:WIDTHpx;height:900px"></iframe></body>"""
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +59,14 @@ def report(tmp_path_factory):
     return folder / "report.html"
 
 
-def open_page(page, width, folder):
+def open_page(page, width, folder, dark=False):
+    folder.mkdir()
+    frame = folder / "frame.html"
+    frame.write_text(FRAME.replace("PAGE", page.as_uri()).replace("WIDTH", str(width)))
     command = [
         CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
-        f"--user-data-dir={folder}", f"--window-size={width},900", "--virtual-time-budget=5000",
-        "--dump-dom", page.as_uri(),
+        f"--user-data-dir={folder / 'profile'}", f"--window-size={max(width, 500)},900", "--virtual-time-budget=20000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", frame.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -57,17 +76,43 @@ def open_page(page, width, folder):
     return console, {key: float(value) for key, value in (p.split("=") for p in html.unescape(found[1]).split())}
 
 
-def test_the_report_opens_without_errors_and_fits_a_phone(report, tmp_path):
-    page = report.with_name("probed.html")
+@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_report_opens_without_errors_and_fits(report, tmp_path, width, dark):
+    page = report.with_name(f"probed-{width}-{dark}.html")
     page.write_text(report.read_text().replace("</body>", PROBE))
-    for width in (500, 1200):
-        console, seen = open_page(page, width, tmp_path / str(width))
-        assert console == []
-        assert seen["plots"] == 4  # criterion, ROC, scores, loss
-        assert seen["images"] > 20
-        assert seen["broken"] == 0
-        assert seen["requests"] == 0
-        assert seen["overflow"] <= 0
+    console, seen = open_page(page, width, tmp_path / "browser", dark)
+    assert console == []
+    assert seen["width"] == width
+    assert seen["dark"] == dark
+    assert (seen["back"] < 60) == dark
+    assert seen["plots"] == 4  # criterion, ROC, scores, loss
+    assert seen["images"] > 20
+    assert seen["narrow"] == 0
+    assert seen["broken"] == 0
+    assert seen["requests"] == 0
+    assert seen["overflow"] <= 0
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_rules_of_axe_hold(report, tmp_path, dark):
+    package = pytest.importorskip("axe_core_python", reason="needs axe-core-python (extra dev)")
+    script = next(Path(package.__file__).parent.glob("**/axe.min.js")).read_text(encoding="utf-8")
+    page = report.with_name(f"axe-{dark}.html")
+    page.write_text(report.read_text().replace("</body>", f"<script>{script}</script>{PROBE}"))
+    _, seen = open_page(page, 1200, tmp_path / "browser", dark)
+    assert [name for name in seen if name.startswith("rule:")] == []
+    page.write_text(page.read_text().replace('<html lang="en">', "<html>").replace('alt="', 'data-alt="'))
+    _, seen = open_page(page, 1200, tmp_path / "broken", dark)
+    assert {"rule:html-has-lang", "rule:image-alt"} <= set(seen)
+
+
+def test_the_pdf_is_printed(report, tmp_path):
+    print_pdf(report, tmp_path / "report.pdf")
+    data = (tmp_path / "report.pdf").read_bytes()
+    assert data.startswith(b"%PDF-")
+    assert len(data) > 20_000
+    assert [path.name for path in tmp_path.iterdir()] == ["report.pdf"]
 
 
 def test_the_probe_sees_what_is_broken(report, tmp_path):

@@ -165,7 +165,7 @@ class Story:
         sets = [f"{name}={self._path(f'data/{name}')}" for name in self.plan.reported]
         words = ["--new", self._path("new"), "--paragon", self._path("paragon")]
         words += ["--runs", *(self._path(name) for name in ("old", "new", "paragon"))]
-        words += ["--report", self._path("report.html"), "--json", self._path("evaluation.json")]
+        words += ["--report", self._path("report.html"), "--pictures", "--json", self._path("evaluation.json")]
         products = ["embeddings", "report.html", "evaluation.json"]
         self._command("evaluate", "evaluation and report", [*common, *sets, *words], products)
         words = ["--new", self._path("new.onnx"), "--replicates", "100", "--json", self._path("onnx.json")]

@@ -4,16 +4,20 @@ import csv
 import hashlib
 import io
 import json
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.index import MOST_CLASSES
-from trainer.data.store import IMAGE_SUFFIXES, image_files
+from trainer.data.pixels import image_suffixes
+from trainer.data.store import image_files
 from trainer.errors import DataError
 from trainer.reading import open_regular, read_text
 
@@ -28,6 +32,9 @@ class Listing:
         labels: (N,) int64, class numbers.
         names: the classes' names, by number; None where the labels were given as numbers and kept.
         num_classes: C.
+        not_taken: files in identity folders or tars whose suffix is not that of an image that can be read here: their
+            count by suffix.
+        without_images: the identities that have a folder but no image.
     """
 
     files: list[str]
@@ -35,6 +42,8 @@ class Listing:
     labels: NDArray[np.int64]
     names: list[str] | None
     num_classes: int
+    not_taken: dict[str, int] = field(default_factory=dict)
+    without_images: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -66,7 +75,8 @@ def list_source(source: Path, keep_labels: bool = False, root: Path | None = Non
     """
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
-    entries = list(_entries(source, root))
+    others: list[tuple[str, Path]] = []
+    entries = list(_entries(source, root, others))
     if not entries:
         raise DataError(
             f"{source}: holds no images; expected one folder of images per identity, a list of files, or tar files"
@@ -75,21 +85,23 @@ def list_source(source: Path, keep_labels: bool = False, root: Path | None = Non
     names, labels = _number(identities, keep_labels, source)
     spans = np.array([entry[2:] for entry in entries], np.int64)
     classes = len(names) if names is not None else int(labels.max()) + 1
-    return Listing([entry[1] for entry in entries], spans, labels, names, classes)
+    suffixes = Counter(path.suffix.lower() or "(no suffix)" for name, path in others if path.name)
+    lost = sorted({name for name, _ in others} - set(identities) - {""})
+    return Listing([entry[1] for entry in entries], spans, labels, names, classes, dict(suffixes), lost)
 
 
-def _entries(source: Path, root: Path | None) -> Iterator[Entry]:
+def _entries(source: Path, root: Path | None, others: list[tuple[str, Path]]) -> Iterator[Entry]:
     if source.is_dir():
         tars = sorted(source.glob("*.tar"))
         _refuse_strays(source, tars)
         if tars:
             for tar in tars:
-                yield from _tar(tar)
+                yield from _tar(tar, others)
         else:
-            for identity, file in image_files(source):
+            for identity, file in image_files(source, others):
                 yield identity, str(file), 0, -1
     elif source.suffix == ".tar":
-        yield from _tar(source)
+        yield from _tar(source, others)
     else:
         folder = root or source.parent
         for identity, name in _lines(source, folder):
@@ -98,7 +110,7 @@ def _entries(source: Path, root: Path | None) -> Iterator[Entry]:
 
 def _refuse_strays(source: Path, tars: list[Path]) -> None:
     """Raise :class:`DataError` when a folder holds images that are left out: loose ones, or some next to tar files."""
-    loose = (p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    loose = (p for p in source.iterdir() if p.suffix.lower() in image_suffixes() and not p.name.startswith("."))
     stray = min((path for path in loose if path.is_file()), default=None)
     if not tars and stray is None:
         return
@@ -144,40 +156,110 @@ def _is_number(name: str) -> bool:
     return name.isascii() and name.isdigit()
 
 
-def _lines(source: Path, folder: Path) -> Iterator[tuple[str, str]]:
-    """(identity, path) of each line: MXNet's .lst (index, label, path); else path and label, by header or in order."""
+Line = tuple[int, str, str]  # line number, label, path
+
+
+def _lines(source: Path, folder: Path) -> list[tuple[str, str]]:
+    """(identity, path) of each line: MXNet's .lst (index, label, path), InsightFace's (aligned, path, label); else path
+    and label, by header or in order."""
     text = read_text(source, DataError, "utf-8-sig")
     delimiter = "\t" if source.suffix == ".lst" or "\t" in text else ("," if "," in text else " ")
-    rows = enumerate(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True), 1)
     path_column, label_column = (2, 1) if source.suffix == ".lst" else (0, 1)
+    found: list[Line] = []
+    insightface = False
+    for number, row in _rows(source, text, delimiter, folder):
+        lower = [cell.strip().lower() for cell in row]
+        if number == 1 and "path" in lower and "label" in lower:
+            path_column, label_column = lower.index("path"), lower.index("label")
+            continue
+        if (
+            not found
+            and len(row) >= 3
+            and row[0] in ("0", "1")
+            and _is_image(row[1])
+            and _number_of(row[2]) is not None
+        ):
+            path_column, label_column, insightface = 1, 2, True
+        if len(row) <= max(path_column, label_column) or not row[path_column] or not row[label_column].strip():
+            raise DataError(f"{source}: line {number}: expected a path and a label, found {delimiter.join(row)!r}")
+        _check_row(source, number, row, insightface)
+        name, label = row[path_column], row[label_column].strip()
+        if number == 1 and not _is_image(name) and not (folder / name).is_file():
+            raise DataError(f"{source}: line 1: no image is called {name!r}; a header has the words path and label")
+        found.append((number, label, name))
+    return [(label, name) for label, name in zip(_same_numbers(source, found), (f[2] for f in found), strict=True)]
+
+
+def _rows(source: Path, text: str, delimiter: str, folder: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number, cells) of each line that is not empty. Between spaces, the last cell is the label and a path may hold
+    spaces itself."""
     try:
-        for number, row in rows:
-            if not row:
-                continue
-            lower = [cell.strip().lower() for cell in row]
-            if number == 1 and "path" in lower and "label" in lower:
-                path_column, label_column = lower.index("path"), lower.index("label")
-                continue
-            if len(row) <= max(path_column, label_column) or not row[path_column] or not row[label_column].strip():
-                raise DataError(f"{source}: line {number}: expected a path and a label, found {delimiter.join(row)!r}")
-            name, label = row[path_column], row[label_column].strip()
-            if number == 1 and Path(name).suffix.lower() not in IMAGE_SUFFIXES and not (folder / name).is_file():
-                raise DataError(f"{source}: line 1: no image is called {name!r}; a header has the words path and label")
-            yield _whole(label) if source.suffix == ".lst" else label, name
+        for number, row in enumerate(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True), 1):
+            if delimiter == " " and len(row) > 2 and row[:2] != ["path", "label"]:
+                path = " ".join(row[:-1])
+                if not (folder / path).is_file():
+                    raise DataError(
+                        f"{source}: line {number}: no image is called {path!r}; it is read as a path with spaces and, "
+                        "last, the label: separate them by a tab or a comma"
+                    )
+                row = [path, row[-1]]
+            if row:
+                yield number, row
     except csv.Error as error:
         raise DataError(f"{source}: cannot be read as a list: {error}") from None
 
 
-def _whole(label: str) -> str:
-    """MXNet's lists hold labels as 3.000000."""
-    whole, point, zeros = label.partition(".")
-    return whole if point and not zeros.strip("0") else label
+def _check_row(source: Path, number: int, row: list[str], insightface: bool) -> None:
+    """Raise :class:`DataError` for a line with several labels, or an image that has still to be aligned."""
+    if source.suffix == ".lst" and not insightface and len(row) > 3:
+        raise DataError(
+            f"{source}: line {number}: has {len(row) - 2} labels between the index and the path {row[-1]!r}; one is "
+            "taken: keep the index, the class and the path"
+        )
+    if insightface and row[0] != "1":
+        raise DataError(
+            f"{source}: line {number}: the image {row[1]!r} is marked as not aligned ({row[0]}); align the faces first "
+            "and write 1"
+        )
 
 
-def _tar(tar: Path) -> Iterator[Entry]:
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in image_suffixes()
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+
+
+def _number_of(label: str) -> Decimal | None:
+    return Decimal(label) if label.isascii() and _NUMBER.fullmatch(label) else None
+
+
+def _same_numbers(source: Path, lines: list[Line]) -> list[str]:
+    """The labels of a list. Where all are numbers, one number is one class however it is written: 0 and 0.0, 1e+03 and
+    1000.000000. Digits alone stay as they are: 007 and 7 are two names.
+
+    Raises:
+        DataError: a fraction, or an empty cell that became nan, among numbers.
+    """
+    values = {label: _number_of(label) for _, label, _ in lines}
+    named = any(value is None and label.lower() != "nan" for label, value in values.items())
+    if named or all(value is None for value in values.values()):
+        return [label for _, label, _ in lines]
+    for number, label, _ in lines:
+        value = values[label]
+        if value is None or value != value.to_integral_value() or (abs(value) >= 10**18 and not _is_number(label)):
+            raise DataError(
+                f"{source}: line {number}: the label {label!r} is no whole number, as others of the list are"
+            )
+    spelled = {label: label if _is_number(label) else str(int(value or 0)) for label, value in values.items()}
+    return [spelled[label] for _, label, _ in lines]
+
+
+def _tar(tar: Path, others: list[tuple[str, Path]]) -> Iterator[Entry]:
     """A WebDataset tar: files of one key are a sample; ``key.cls`` holds its class, else the image's folder is it."""
     images: dict[str, tuple[str, int, int]] = {}
     classes: dict[str, str] = {}
+    rest: list[tuple[str, PurePosixPath]] = []
     try:
         with open_regular(tar, DataError) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
@@ -185,15 +267,18 @@ def _tar(tar: Path) -> Iterator[Entry]:
                     continue
                 path = PurePosixPath(member.name)
                 key = str(path.parent / path.name.split(".")[0])
-                if path.suffix.lower() in IMAGE_SUFFIXES:
+                if path.suffix.lower() in image_suffixes():
                     if key in images:
                         raise DataError(f"{tar}: two images share the key {key}")
                     images[key] = (path.parent.name, member.offset_data, member.size)
                 elif path.suffix == ".cls":
                     content = archive.extractfile(member)
                     classes[key] = content.read().decode().strip() if content else ""
+                else:
+                    rest.append((key, path))
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{tar}: cannot be read as an uncompressed tar file: {error}") from None
+    others += [(classes.get(key, path.parent.name), Path(path)) for key, path in rest]
     for key, (folder, start, length) in images.items():
         identity = classes.get(key, folder)
         if not identity:

@@ -1,6 +1,8 @@
 """Encoded bytes → pixels, and the one way in which images are resized."""
 
+import contextlib
 import functools
+import importlib
 import io
 import zlib
 
@@ -10,6 +12,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Pillow keeps so many buffers for the next image; given back and asked for again they take a quarter of the time.
 Image.core.set_blocks_max(8)  # type: ignore[attr-defined]
+
+
+with contextlib.suppress(ImportError):  # Pillow reads .heic where this is installed
+    importlib.import_module("pillow_heif").register_heif_opener()
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes, in small letters, of the files that are taken for images: those that Pillow here can read."""
+    wanted = ".jpg .jpeg .jpe .jfif .png .bmp .webp .pgm .ppm .tif .tiff .gif .avif .heic .heif"
+    return frozenset(wanted.split()) & frozenset(Image.registered_extensions())
 
 
 def decode_image(

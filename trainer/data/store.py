@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data import recordio
+from trainer.data.pixels import image_suffixes
 from trainer.errors import DataError
 from trainer.files import cache_folder, checksum, is_own, write_array, write_text
 from trainer.reading import open_regular, read_array, read_bytes, read_json
@@ -515,12 +516,18 @@ def _stamp(path: Path) -> list[int] | None:
     return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
 
 
-def image_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(identity, file) for every image in a folder of identity folders, sorted by name. Hidden files are left out."""
+def image_files(folder: Path, others: list[tuple[str, Path]] | None = None) -> Iterator[tuple[str, Path]]:
+    """(identity, file) for every image in a folder of identity folders, sorted by name. Hidden files are left out.
+
+    ``others`` gets what no suffix marks as an image; of an identity folder without files, an
+    empty path.
+    """
     for identity in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        for file in sorted(identity.rglob("*")):
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
+        found = sorted(p for p in identity.rglob("*") if not p.name.startswith("."))
+        for file in found:
+            if file.suffix.lower() in image_suffixes():
                 yield identity.name, file
-
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff"})
+            elif others is not None and not file.is_dir():
+                others.append((identity.name, file))
+        if others is not None and not found:
+            others.append((identity.name, Path()))

@@ -40,13 +40,17 @@ _STYLE = {
 }
 
 
+_HALF, _WHOLE = 4.8, 9.6
+"""Widths in inches of a figure next to another one, and of one that has the page for itself."""
+
+
 def arrow(cell: str) -> str:
     """``new->old`` → ``new → old``, the way figures and tables write it."""
     return cell.replace("->", " → ")
 
 
-def _figure(height: float = 3.3) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.8, height), layout="constrained")
+def _figure(height: float = 3.3, width: float = _HALF) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -77,8 +81,10 @@ def figures(
             cells = {cell: entry["verification"] for cell, entry in one["cells"].items() if "verification" in entry}
             if cells:
                 out[f"templates/{name}-roc"] = (_roc(cells), f"ROC curves on the templates of {name}")
-        for key in dict.fromkeys(key for series in runs.values() for key in series):
-            out[f"training-{key}"] = (_training(key, runs), f"Training curves: {key}")
+        keys = dict.fromkeys(key for series in runs.values() for key in series)
+        for key in keys:
+            width = _HALF if len(keys) > 1 else _WHOLE
+            out[f"training-{key}"] = (_training(key, runs, width), f"Training curves: {key}")
         return out
 
 
@@ -100,7 +106,7 @@ def png(figure: Figure) -> bytes:
 
 def _criterion(sets: Sequence[Result]) -> Figure:
     rows = [(one["name"], finding) for one in sets for finding in one["findings"]]
-    figure, axes = _figure(1.1 + 0.5 * len(rows))
+    figure, axes = _figure(1.1 + 0.5 * len(rows), _WHOLE)
     colours = {"better": "#009E73", "worse": "#D55E00", "level": "#0072B2", "unclear": "#000000"}
     markers = {"better": "^", "worse": "v", "level": "o", "unclear": "D"}
     axes.axvline(0, color="#000000", linewidth=1)
@@ -171,8 +177,8 @@ def _backfill(one: Result) -> Figure:
     return figure
 
 
-def _training(key: str, runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Figure:
-    figure, axes = _figure()
+def _training(key: str, runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], width: float) -> Figure:
+    figure, axes = _figure(width=width)
     dashes = ("-", "--", "-.", ":")
     for at, (run, series) in enumerate(runs.items()):
         if key in series:

@@ -1,172 +1,240 @@
-"""The sections of the report: each makes a piece of HTML from plain values; :mod:`trainer.evaluation.report` joins."""
+"""The report's contents: what the templates of ``pages/`` show, made from the plain values of a result.
+
+Nothing here is HTML; the templates escape every text.
+"""
 
 import base64
 import re
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.evaluation.compatibility import rate_text
 from trainer.evaluation.plots import arrow
 
 Result = Mapping[str, Any]
-Plots = Mapping[str, tuple[bytes, str]]
-"""Name → (SVG, description)."""
 Pictures = Callable[[str, int], bytes | None]
 """(set, record number) → an encoded PNG or JPEG, or None where there is no picture."""
 
-_ANSWERS = {"SAFE": ("safe", "✔"), "NOT SAFE": ("unsafe", "✘"), "NOT ENOUGH DATA": ("undecided", "?")}
+ANSWERS = {"SAFE": ("safe", "✔"), "NOT SAFE": ("unsafe", "✘"), "NOT ENOUGH DATA": ("undecided", "?")}
 _KINDS = {
     "missed": ("Wrong: genuine pairs that are missed", "One identity, below the threshold; the lowest cosines."),
     "false": ("Wrong: impostors that are accepted", "Two identities, above the threshold; the highest cosines."),
     "accepted": ("Right, but close: genuine pairs just accepted", "One identity, just above the threshold."),
     "near": ("Right, but close: impostors just rejected", "Two identities, just below the threshold."),
 }
-_UNRESOLVED = '<p class="soft">* too few impostor pairs to resolve this FAR: shown, but not used for the verdict.</p>'
-_ROC = "ROC: the share of genuine pairs that pass, by the share of impostors that pass."
-_GAIN = (
-    '<h3>Update gain and cost</h3><p class="soft">Gain: the share of the way from the old model to the paragon (a new '
-    "model trained without compatibility) that users get before anything is re-encoded. Cost: what compatibility takes "
-    "from the new model itself; below zero it is a benefit.</p>"
+GLOSSARY = (
+    ("new → old", "Queries of the new model against a gallery of the old one: query first, gallery second."),
+    (
+        "T₂₁, T₁₂",
+        "Trained maps: T₂₁ carries the new model's vectors into the old space, T₁₂ the old ones into the new.",
+    ),
+    ("Gallery", "The stored vectors of known identities, in which a query is searched."),
+    ("Genuine, impostor", "A pair of images of one identity; a pair of images of two identities."),
+    ("FAR", "False accept rate: the share of impostor pairs that pass the threshold. 1e-4 is one in 10,000."),
+    ("TAR", "True accept rate: the share of genuine pairs that pass it. Higher is better."),
+    ("Rank-1", "The share of queries whose best match in the gallery is of the own identity. Higher is better."),
+    ("EER", "Equal error rate: where as many genuine pairs are missed as impostors are accepted. Lower is better."),
+    ("Interval", "The range in which the figure lies with the stated confidence, if other identities had been drawn."),
+    ("Paragon", "The new model trained without regard to the old one: the best that new → new could be."),
+    ("Backfill", "Re-encoding the gallery's images with the new model, part by part."),
+    (
+        "Orders of re-encoding",
+        "random: images in random order. confidence: the images first that the old model places least clearly. class: "
+        "whole identities, one after another.",
+    ),
 )
 
 
-class Album:
-    """Pictures as ``<img>``; an empty text where there is none."""
+@dataclass(frozen=True)
+class Value:
+    """One entry of a table: its text, an interval in brackets, and a mark behind it."""
 
-    def __init__(self, pictures: Pictures | None) -> None:
-        self._pictures = pictures
-
-    def img(self, name: str, record: int, text: str) -> str:
-        """The picture of a set's record; ``text`` says what it is."""
-        data = self._pictures(name, record) if self._pictures else None
-        if data is None:
-            return ""
-        kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-        tiny = ' class="tiny"' if kind == "png" and int.from_bytes(data[16:20], "big") < 64 else ""
-        encoded = base64.b64encode(data).decode()
-        return f'<img{tiny} alt="{escape(text)}" title="{escape(text)}" src="data:image/{kind};base64,{encoded}">'
+    text: str
+    interval: str = ""
+    mark: str = ""
 
 
-def verdict(value: Result) -> str:
-    """The answer and its paragraph."""
-    kind, mark = _ANSWERS[value["answer"]]
-    rest = value["paragraph"].partition(": ")[2]
-    return (
-        f'<div class="verdict {kind}"><b>{mark} {escape(value["answer"])}</b>'
-        f"<p>{escape(rest[:1].upper() + rest[1:])}</p></div>"
-    )
+@dataclass(frozen=True)
+class Table:
+    """Column names and rows; ``title`` is for those who hear the page. A column of numbers is set to the right."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Value]] = ()
+
+    @property
+    def numeric(self) -> list[bool]:
+        """By column: whether each of its entries is a number or a dash."""
+        columns = zip(*self.rows, strict=True)
+        return [all(re.match(r"[-+–.0-9]", cell.text) for cell in column) for column in columns]
+
+    @property
+    def starred(self) -> bool:
+        """Whether a figure is marked as unresolved."""
+        return any(cell.mark for row in self.rows for cell in row)
 
 
-def figure(plots: Plots, name: str, caption: str) -> str:
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[Value | str]]) -> Table:
+    """A table of values and texts."""
+    return Table(title, head, [[v if isinstance(v, Value) else Value(v) for v in row] for row in rows])
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture or plot as a data URI, and what it shows."""
+
+    source: str
+    text: str
+    tiny: bool = False
+
+
+def plot(svg: bytes, text: str) -> Image:
     """A plot as an image that carries its own SVG."""
-    if name not in plots:
-        return ""
-    data, text = plots[name]
-    source = f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}"
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img class="plot" alt="{escape(text)}" src="{source}">{below}</figure>'
+    return Image(f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}", text)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already; those that start like a number are set as numbers."""
-
-    def cell(text: str) -> str:
-        return f'<td class="n">{text}</td>' if re.match(r"[-+–.0-9]", text) else f"<td>{text}</td>"
-
-    top = "".join(f"<th>{name}</th>" for name in head)
-    lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{top}</tr>{lines}</table></div>'
+Plots = Mapping[str, Image]
 
 
-def _number(value: float | None, form: str = ".3f") -> str:
+@dataclass
+class Album:
+    """The pictures of example pairs; ``used`` after one was given."""
+
+    pictures: Pictures | None
+    used: bool = field(default=False, init=False)
+
+    def image(self, name: str, record: int, text: str) -> Image | None:
+        """The picture of a set's record, None where there is none; ``text`` says what it is."""
+        data = self.pictures(name, record) if self.pictures else None
+        if data is None:
+            return None
+        self.used = True
+        kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+        tiny = kind == "png" and int.from_bytes(data[16:20], "big") < 64
+        return Image(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", text, tiny)
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number, or a dash."""
     return "–" if value is None else format(value, form)
 
 
-def _interval(value: Result, form: str = ".3f") -> str:
+def _interval(value: Result, form: str = ".3f") -> Value:
     if value["value"] is None or value["low"] is None:
-        return _number(value["value"], form)
-    return f"{value['value']:{form}} <small>[{value['low']:{form}}, {value['high']:{form}}]</small>"
+        return Value(number(value["value"], form))
+    return Value(f"{value['value']:{form}}", f"[{value['low']:{form}}, {value['high']:{form}}]")
 
 
-def _tar(value: Result) -> str:
-    return _interval(value) + ("" if value["resolved"] else " *")
+def _tar(value: Result) -> Value:
+    measured = _interval(value)
+    return Value(measured.text, measured.interval, "" if value["resolved"] else " *")
 
 
-def models(value: Result) -> str:
+def facts(result: Result) -> list[tuple[str, str]]:
+    """What the head of the page names: the models, the data, the date."""
+    titles = {"old": "Deployed model", "new": "New model", "paragon": "Paragon"}
+    found = [
+        (titles.get(role, f"Model between, {role}"), str(model["path"]))
+        for role, model in result.get("models", {}).items()
+    ]
+    sets = [f"{name} ({_size(one)})" for name, one in result["sets"].items()]
+    sets += [f"{name} (pair list)" for name in result.get("pair_sets", {})]
+    sets += [f"{name} (template protocol)" for name in result.get("template_sets", {})]
+    found.append(("Data", "; ".join(sets) or "none"))
+    date = result.get("provenance", {}).get("date")
+    return [*found, *([("Date", str(date))] if date else [])]
+
+
+def _size(one: Result) -> str:
+    return f"{one['identities']:,} identities, {one['images']:,} images"
+
+
+def models(value: Result) -> Table:
     """The models that were compared: role → {property: value}."""
-    if not value:
-        return ""
     columns = list(dict.fromkeys(key for model in value.values() for key in model))
-    rows = [[escape(role), *(escape(str(model.get(key, "–"))) for key in columns)] for role, model in value.items()]
-    return "<h2>Models</h2>" + _table(["role", *(escape(key) for key in columns)], rows)
+    rows = [[role, *(str(model.get(key, "–")) for key in columns)] for role, model in value.items()]
+    return table("Models", ["role", *columns], rows)
 
 
-def data_set(name: str, one: Result, plots: Plots, album: Album) -> str:
-    """Everything that was measured on one labelled set."""
-    captions = {
-        "roc": _ROC,
-        "scores": "New queries against the old gallery: scores, and what becomes of the threshold.",
-        "backfill": "Search with new queries while the gallery is re-encoded, by order of re-encoding.",
+def data_set(at: int, name: str, one: Result, plots: Plots, album: Album, level: float) -> dict[str, Any]:
+    """Everything that was measured on one labelled set, the ``at``-th."""
+    gain, no_gain = _gain(one)
+    lost, lost_count = _lost(one)
+    today = one["operating_point"]["new->old"]
+    return {
+        "id": f"set-{at}",
+        "name": name,
+        "size": _size(one),
+        "level": f"{100 * level:g} %",
+        "matrix": _matrix(one),
+        "gain": gain,
+        "no_gain": no_gain,
+        "chain": _chain(one),
+        "roc": plots.get(f"{name}-roc"),
+        "scores": plots.get(f"{name}-scores"),
+        "curves": plots.get(f"{name}-backfill"),
+        "today": f"Today the threshold {today['threshold']:.4f} gives FAR {rate_text(today['far'])} and TAR "
+        f"{today['tar']:.3f}. What it gives after the upgrade, and the threshold that restores the FAR:",
+        "points": _operating_points(one),
+        "point_to_set": _point_to_set(one),
+        "centre": _centre_queries(one),
+        "backfill": _backfill(one),
+        "changed": _changed(one),
+        "lost": lost,
+        "lost_count": lost_count,
+        "turned": _turned(name, one, album),
+        "examples": _examples(name, one, album),
+        "examples_lead": "New queries (left) against the old gallery (right) at the threshold "
+        f"{one['example_threshold']:.4f}.",
     }
-    parts = [
-        f"<h2>On {escape(name)}</h2><p>{one['identities']:,} identities, {one['images']:,} images. Every image is "
-        "compared with every other one, never with itself. In brackets: 95 % intervals by resampling identities.</p>",
-        _matrix(one),
-        _gain(one),
-        _chain(one),
-        '<div class="figures">',
-        *(figure(plots, f"{name}-{kind}", text) for kind, text in captions.items()),
-        "</div>",
-        _operating_points(one),
-        _point_to_set(one),
-        _backfill(one),
-        _flips(name, one, album),
-        _examples(name, one, album),
-    ]
-    return "\n".join(part for part in parts if part)
 
 
-def _matrix(one: Result) -> str:
+def _matrix(one: Result) -> Table:
     fars = [entry["far"] for entry in one["cells"]["old->old"]["tar"]]
-    head = [
-        "query → gallery",
-        "how",
-        *(f"TAR at FAR {rate_text(far)}" for far in fars),
-        "rank-1",
-        "rank-5",
-        "EER",
-        "pairs",
-    ]
-    rows = []
+    head = ["query → gallery", "how", *_tar_heads(fars), "rank-1", "rank-5", "EER", "genuine pairs", "impostor pairs"]
+    rows: list[list[Value | str]] = []
     for name, cell in one["cells"].items():
-        pairs = f"{cell['genuine_pairs']:,} + {cell['impostor_pairs']:,}"
-        rank = [_interval(cell["rank"]["1"]), _number(cell["rank"]["5"])]
-        tars = [_tar(value) for value in cell["tar"]]
-        rows.append([escape(arrow(name)), cell["how"], *tars, *rank, _number(cell["eer"]), pairs])
-    return _table(head, rows) + _unresolved(one["cells"])
+        rank: list[Value | str] = [_interval(cell["rank"]["1"]), number(cell["rank"]["5"])]
+        pairs = [f"{cell['genuine_pairs']:,}", f"{cell['impostor_pairs']:,}"]
+        rows.append([arrow(name), cell["how"], *map(_tar, cell["tar"]), *rank, number(cell["eer"]), *pairs])
+    return table("Figures by query and gallery model", head, rows)
 
 
-def _unresolved(cells: Mapping[str, Result]) -> str:
-    """The note on the starred figures, where there are any."""
-    starred = any(not value["resolved"] for cell in cells.values() for value in cell["tar"])
-    return _UNRESOLVED if starred else ""
+def _tar_heads(fars: Sequence[float]) -> list[str]:
+    return [f"TAR at FAR {rate_text(far)}" for far in fars]
 
 
-def _gain(one: Result) -> str:
-    rows = [
-        [escape(metric), _interval(value["update_gain"]), _interval(value["cost"])]
-        for metric, value in one["gain"].items()
-        if value is not None
-    ]
-    return _GAIN + _table(["metric", "update gain", "cost"], rows) if rows else ""
+def _gain(one: Result) -> tuple[Table, list[str]]:
+    """The table, and a sentence for each metric whose gain would say nothing."""
+    rows: list[list[Value | str]] = []
+    sentences = []
+    for metric, value in one["gain"].items():
+        if value is None:
+            continue
+        why = _no_gain(value["update_gain"])
+        if why:
+            sentences.append(f"No gain by {metric}: {why}.")
+        rows.append([metric, "–" if why else _interval(value["update_gain"]), _interval(value["cost"])])
+    return table("Update gain and cost", ["metric", "update gain", "cost"], rows), sentences
 
 
-def _chain(one: Result) -> str:
+def _no_gain(gain: Result) -> str:
+    """Why a gain is no share of a way; empty where it is one."""
+    if gain["value"] is None:
+        return "the paragon is no better than the old model, so that there is no way to go"
+    if gain["value"] < 0:
+        return "new → old is below old → old, so that users would lose"
+    if gain["low"] is None or gain["high"] - gain["low"] > 2:
+        return "the paragon is not clearly better than the old model on these identities"
+    return ""
+
+
+def _chain(one: Result) -> Table:
     rows = [
         [
-            escape(f"{pair['query']} → {pair['gallery']}"),
-            escape(finding["metric"]),
+            f"{pair['query']} → {pair['gallery']}",
+            finding["metric"],
             _interval(finding["old"]),
             _interval(finding["new"]),
             _interval(finding["difference"], "+.3f"),
@@ -175,34 +243,24 @@ def _chain(one: Result) -> str:
         for pair in one["chain"]
         for finding in pair["findings"]
     ]
-    lead = (
-        '<h3>The chain of models</h3><p class="soft">Each later model on each earlier one\'s gallery, against that '
-        "model itself.</p>"
-    )
     head = ["query → gallery", "metric", "gallery's own model", "later model", "difference", "outcome"]
-    return lead + _table(head, rows) if rows else ""
+    return table("The chain of models", head, rows)
 
 
-def _operating_points(one: Result) -> str:
+def _operating_points(one: Result) -> Table:
     rows = [
         [
-            escape(arrow(name)),
-            _number(point["threshold"], ".4f"),
+            arrow(name),
+            number(point["threshold"], ".4f"),
             rate_text(point["far_kept"]),
-            _number(point["tar_kept"]),
-            _number(point["restored"], ".4f"),
-            _number(point["tar_restored"]),
+            number(point["tar_kept"]),
+            number(point["restored"], ".4f"),
+            number(point["tar_restored"]),
         ]
         for name, point in one["operating_point"].items()
     ]
-    today = one["operating_point"]["new->old"]
     head = ["query → gallery", "threshold kept", "FAR then", "TAR then", "restoring threshold", "TAR at it"]
-    lead = (
-        f"<h3>The deployed threshold</h3><p>Today the threshold {today['threshold']:.4f} gives FAR "
-        f"{rate_text(today['far'])} and TAR {today['tar']:.3f}. What it gives after the "
-        "upgrade, and the threshold that restores the FAR:</p>"
-    )
-    return lead + _table(head, rows)
+    return table("The deployed threshold", head, rows)
 
 
 def _point_to_set(one: Result) -> str:
@@ -210,158 +268,145 @@ def _point_to_set(one: Result) -> str:
     if share is None:
         return ""
     return (
-        f"<h3>Point-to-set criterion</h3><p>{share['nearest']:.1%} of the new embeddings are nearest to the old centre "
-        f"of their own class (of the old embeddings {share['old_nearest']:.1%}), {share['within']:.1%} lie within "
-        f"their class's old boundary, {share['both']:.1%} are both.</p>{_centre_queries(one)}"
+        f"{share['nearest']:.1%} of the new embeddings are nearest to the old centre of their own class (of the old "
+        f"embeddings {share['old_nearest']:.1%}), {share['within']:.1%} lie within their class's old boundary, "
+        f"{share['both']:.1%} are both."
     )
 
 
 def _centre_queries(one: Result) -> str:
-    figures = [f"{escape(metric)} {value:.3f}" for metric, value in one["centre->old"].items()]
+    if one["centre->old"] is None:
+        return ""
+    figures = ", ".join(f"{metric} {value:.3f}" for metric, value in one["centre->old"].items())
     return (
-        "<p>A query that stands at the old centre of its identity (made of the images that are not searched for) has "
-        f"{', '.join(figures)}: about what compatible training can reach before anything is re-encoded.</p>"
+        "A query that stands at the old centre of its identity (made of the images that are not searched for) has "
+        f"{figures}. That is where LCE pulls new embeddings. It is no upper bound: a query that also knows how its "
+        "image differs from the centre can find more."
     )
 
 
-def _backfill(one: Result) -> str:
-    if not one["backfill"]:
-        return ""
+def _backfill(one: Result) -> Table:
     rows = [
         [
-            escape(curve["order"]),
-            *(_number(value) for value in (curve["rank1"][0], curve["rank1"][-1], curve["area"]["rank-1"])),
-            *(_number(value) for value in (curve["tar"][0], curve["tar"][-1], curve["area"]["TAR"])),
+            curve["order"],
+            *(number(value) for value in (curve["rank1"][0], curve["rank1"][-1], curve["area"]["rank-1"])),
+            *(number(value) for value in (curve["tar"][0], curve["tar"][-1], curve["area"]["TAR"])),
         ]
         for curve in one["backfill"]
     ]
-    head = [
-        "order of re-encoding",
-        "rank-1 before",
-        "after",
-        "area",
-        f"TAR at FAR {rate_text(one['far'])} before",
-        "after",
-        "area",
-    ]
-    return "<h3>Backfill</h3>" + _table(head, rows)
+    tar = f"TAR at FAR {rate_text(one['far'])}"
+    head = ["order of re-encoding", "rank-1 before", "after", "mean", f"{tar} before", "after", "mean"]
+    return table("Backfill", head, rows)
 
 
-def _flips(name: str, one: Result, album: Album) -> str:
+def _changed(one: Result) -> str:
     turned = one["flips"]
-    parts = [
-        f"<h3>Answers that changed</h3><p>Of the rank-1 answers {turned['share_negative']:.2%} were right and are now "
-        f"wrong ({turned['negative_count']:,} images), {turned['share_positive']:.2%} were wrong and are now right "
-        f"({turned['positive_count']:,}).</p>"
-    ]
-    if turned["worst_identities"]:
-        rows = [
-            [escape(str(w["identity"])), str(w["lost"]), str(w["gained"]), str(w["images"])]
-            for w in turned["worst_identities"]
-        ]
-        table = _table(["identity", "lost", "gained", "images"], rows)
-        count = f"{turned['worse_identities_count']:,} identities got worse; the {len(rows)} that lost most"
-        parts.append(f"<details><summary>{count}</summary>{table}</details>")
-    shown = []
-    for flip in turned["negative"]:
-        trio = (("query", "query"), ("before", "found before"), ("now", "found now"))
-        images = [album.img(name, flip[key], f"{text}, record {flip[key]}") for key, text in trio]
+    return (
+        f"Of the rank-1 answers {turned['share_negative']:.2%} were right and are now wrong "
+        f"({turned['negative_count']:,} images), {turned['share_positive']:.2%} were wrong and are now right "
+        f"({turned['positive_count']:,})."
+    )
+
+
+def _lost(one: Result) -> tuple[Table, str]:
+    worst = one["flips"]["worst_identities"]
+    rows = [[str(w["identity"]), str(w["lost"]), str(w["gained"]), str(w["images"])] for w in worst]
+    count = f"{one['flips']['worse_identities_count']:,} identities got worse; the {len(rows)} that lost most"
+    return table("Identities that got worse", ["identity", "lost", "gained", "images"], rows), count
+
+
+def _turned(name: str, one: Result, album: Album) -> list[dict[str, Any]]:
+    """Cards of three pictures: the query, what was found before, what is found now."""
+    trio = (("query", "query"), ("before", "found before"), ("now", "found now"))
+    found = []
+    for flip in one["flips"]["negative"]:
+        images = [album.image(name, flip[key], f"{text}, record {flip[key]}") for key, text in trio]
         if all(images):
-            shown.append(f'<div class="pair">{"".join(images)}<br>cosine now {_number(flip["cosine"])}</div>')
-    if shown:
-        parts.append('<p class="soft">Each: the query, the right answer of before, the wrong answer of now.</p>')
-        parts.append(f'<div class="pairs">{"".join(shown)}</div>')
-    return "".join(parts)
+            found.append({"images": images, "text": f"cosine now {number(flip['cosine'])}"})
+    return found
 
 
-def _examples(name: str, one: Result, album: Album) -> str:
-    parts = []
+def _examples(name: str, one: Result, album: Album) -> list[dict[str, Any]]:
+    groups = []
     for kind, (heading, meaning) in _KINDS.items():
         cards = []
         for example in (e for e in one["examples"] if e["kind"] == kind):
-            images = [
-                album.img(name, example[side], f"{side}, record {example[side]}") for side in ("query", "gallery")
-            ]
+            images = [album.image(name, example[end], f"{end}, record {example[end]}") for end in ("query", "gallery")]
             if all(images):
-                cards.append(f'<div class="pair">{"".join(images)}<br>cosine {example["cosine"]:.3f}</div>')
+                cards.append({"images": images, "text": f"cosine {example['cosine']:.3f}"})
         if cards:
-            parts.append(f'<h3>{heading}</h3><p class="soft">{meaning}</p><div class="pairs">{"".join(cards)}</div>')
-    if not parts:
-        return ""
-    lead = (
-        "<h3>Pairs to look at</h3><p>New queries (left) against the old gallery (right) at the threshold "
-        f"{one['example_threshold']:.4f}.</p>"
-    )
-    return lead + "".join(parts)
+            groups.append({"heading": heading, "meaning": meaning, "cards": cards})
+    return groups
 
 
-def pair_sets(value: Result, plots: Plots) -> str:
+def pair_sets(value: Result, plots: Plots) -> list[dict[str, Any]]:
     """Verification sets that are lists of pairs."""
-    parts = []
+    found = []
     for name, one in value.items():
         fars = [entry["far"] for entry in next(iter(one["cells"].values()))["tar"]]
-        head = ["query → gallery", "accuracy, 10 folds", *(f"TAR at FAR {rate_text(far)}" for far in fars), "EER"]
-        rows = [
+        head = ["query → gallery", "accuracy, 10 folds", *_tar_heads(fars), "EER"]
+        rows: list[list[Value | str]] = [
             [
-                escape(arrow(cell_name)),
+                arrow(cell_name),
                 f"{cell['accuracy']['mean']:.4f} ± {cell['accuracy']['std']:.4f}",
-                *(_tar(entry) for entry in cell["tar"]),
-                _number(cell["eer"], ".4f"),
+                *map(_tar, cell["tar"]),
+                number(cell["eer"], ".4f"),
             ]
             for cell_name, cell in one["cells"].items()
         ]
-        count = f"{one['genuine']:,} genuine and {one['impostor']:,} impostor pairs"
-        parts.append(f"<h3>{escape(name)}</h3><p>{count}; intervals by resampling pairs.</p>{_table(head, rows)}")
-        parts.append(_unresolved(one["cells"]) + figure(plots, f"pairs/{name}-roc", _ROC))
-    return "<h2>Pair lists</h2>" + "".join(parts) if parts else ""
+        size = f"{one['genuine']:,} genuine and {one['impostor']:,} impostor pairs"
+        roc = plots.get(f"pairs/{name}-roc")
+        found.append({"name": name, "size": size, "table": table(f"Pairs of {name}", head, rows), "roc": roc})
+    return found
 
 
-def template_sets(value: Result, plots: Plots) -> str:
+def template_sets(value: Result, plots: Plots) -> list[dict[str, Any]]:
     """Template protocols: 1:1 and 1:N."""
-    parts = []
+    found = []
     for name, one in value.items():
-        parts.append(f"<h3>{escape(name)}</h3><p>{one['templates']:,} templates of {one['images']:,} images.</p>")
-        for kind in ("verification", "identification"):
-            cells = {cell: entry[kind] for cell, entry in one["cells"].items() if entry.get(kind)}
-            if cells:
-                parts.append(_templates_1_1(cells) if kind == "verification" else _templates_1_n(cells))
-        parts.append(figure(plots, f"templates/{name}-roc", _ROC))
-    return "<h2>Template sets</h2>" + "".join(parts) if parts else ""
+        kinds = {
+            kind: {cell: entry[kind] for cell, entry in one["cells"].items() if entry.get(kind)}
+            for kind in ("verification", "identification")
+        }
+        found.append(
+            {
+                "name": name,
+                "size": f"{one['templates']:,} templates of {one['images']:,} images",
+                "verification": _templates_1_1(kinds["verification"]) if kinds["verification"] else None,
+                "identification": _templates_1_n(kinds["identification"]) if kinds["identification"] else None,
+                "roc": plots.get(f"templates/{name}-roc"),
+            }
+        )
+    return found
 
 
-def _templates_1_1(cells: Mapping[str, Result]) -> str:
+def _templates_1_1(cells: Mapping[str, Result]) -> Table:
     fars = [entry["far"] for entry in next(iter(cells.values()))["tar"]]
-    rows = [[escape(arrow(name)), *(_tar(entry) for entry in cell["tar"])] for name, cell in cells.items()]
-    return _table(["1:1", *(f"TAR at FAR {rate_text(far)}" for far in fars)], rows) + _unresolved(cells)
+    rows: list[list[Value | str]] = [[arrow(name), *map(_tar, cell["tar"])] for name, cell in cells.items()]
+    return table("Templates, 1:1", ["1:1", *_tar_heads(fars)], rows)
 
 
-def _templates_1_n(cells: Mapping[str, Result]) -> str:
+def _templates_1_n(cells: Mapping[str, Result]) -> Table:
     first = next(iter(cells.values()))
     rows = [
         [
-            escape(arrow(name)),
-            *(_number(cell["rank"][k]) for k in first["rank"]),
-            *(_number(cell["tpir"][fpir]) for fpir in first["tpir"]),
+            arrow(name),
+            *(number(cell["rank"][k]) for k in first["rank"]),
+            *(number(cell["tpir"][fpir]) for fpir in first["tpir"]),
         ]
         for name, cell in cells.items()
     ]
-    head = [
-        *(f"rank-{k}" for k in first["rank"]),
-        *(f"TPIR at FPIR {rate_text(float(fpir))}" for fpir in first["tpir"]),
-    ]
-    return _table(["1:N", *head], rows)
+    searches = [f"TPIR at FPIR {rate_text(float(fpir))}" for fpir in first["tpir"]]
+    return table("Templates, 1:N", ["1:N", *(f"rank-{k}" for k in first["rank"]), *searches], rows)
 
 
-def settings(result: Result, runs: Mapping[str, str]) -> str:
-    """Versions, the evaluation's settings and those of the runs (name → text)."""
-    made = [[escape(key), escape(str(value))] for key, value in result.get("provenance", {}).items()]
+def versions(result: Result) -> Table:
+    """What the result was made with."""
+    made = result.get("provenance", {}).items()
+    return table("Versions", ["what", "version"], [[key, str(value)] for key, value in made])
+
+
+def options(result: Result) -> Table:
+    """The evaluation's settings."""
     chosen = {**result["options"], **result.get("settings", {})}
-    options = _table(["setting", "value"], [[escape(key), escape(str(value))] for key, value in chosen.items()])
-    parts = ["<h2>How this was made</h2>", _table(["what", "version"], made) if made else ""]
-    parts.append(f"<details><summary>Settings of the evaluation</summary>{options}</details>")
-    for name, text in runs.items():
-        if text:
-            parts.append(
-                f"<details><summary>Settings of the run {escape(name)}</summary><pre>{escape(text)}</pre></details>"
-            )
-    return "".join(parts)
+    return table("Settings", ["setting", "value"], [[key, str(value)] for key, value in chosen.items()])

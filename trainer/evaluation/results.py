@@ -27,6 +27,7 @@ from trainer.evaluation.compatibility import (
     point_to_set,
     tar_name,
 )
+from trainer.evaluation.next_steps import next_steps
 from trainer.evaluation.overlap import Known, unknown_words
 from trainer.evaluation.verdict import Rules, SetVerdict, decide, judge_set, resolved_far
 
@@ -109,6 +110,7 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
     trained_on = {one.name: one.known for one in sets if one.known is not None}
     verdict = decide(judged, points, shares, options.rules.level, unknown_words(trained_on))
     result: Result = plain({"verdict": verdict, "options": options, "sets": results, "trained_on": trained_on})
+    result["verdict"]["next"] = next_steps(result["verdict"], result["sets"], result["options"]["rules"])
     return result
 
 

@@ -110,6 +110,11 @@ class PartialFC(nn.Module):
         _check(config, compat)
         if compat is not None:
             compat.check(self.classes.size, dim)
+            if config.sample_rate == 1 and compat.centers.device.type != ranks.device.type:
+                raise ConfigError(
+                    "compat.centers = host with head.sample_rate = 1: every centre would be copied to the GPU in every "
+                    "step; use compat.centers=device, or a sample rate below 1"
+                )
         self.compat = compat
         old = None if compat is None else OldCenters(compat, compat.total(ranks.device))
         self.margin = build_margin(config.margin, ranks.device)

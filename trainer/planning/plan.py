@@ -166,7 +166,12 @@ def _changes(setting: Setting) -> dict[str, Edit]:
         out[f"data.batch_size={half}"] = lambda s, _: _with(s, "data", batch_size=half)
     if config.checkpoint.asynchronous and setting.device == "cpu":
         out["checkpoint.asynchronous=false"] = lambda s, _: _with(s, "checkpoint", asynchronous=False)
-    if setting.bank_dim is not None and setting.device == "cuda" and isinstance(config.method, LceDirectConfig):
+    if (
+        setting.bank_dim is not None
+        and setting.sampled
+        and setting.device == "cuda"
+        and isinstance(config.method, LceDirectConfig)
+    ):
         out["old centres in host memory (compat.centers=host)"] = lambda s, _: _on_host(s)
     return out
 

@@ -1,0 +1,99 @@
+"""What the verdict asks of the person who decides: one to three sentences, from the values of a result."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.evaluation.compatibility import rate_text
+
+Result = Mapping[str, Any]
+
+
+def next_steps(verdict: Result, sets: Mapping[str, Result], rules: Result) -> list[str]:
+    """What to do now: deploy with a threshold, re-encode first, or collect so many more identities.
+
+    Args:
+        verdict, sets: of :func:`trainer.evaluation.results.study`, as plain values. rules: its options' rules.
+    """
+    judged = [s for s in verdict["sets"] if not s["seen"]]
+    if verdict["answer"] == "SAFE":
+        name, one = _strictest(judged, sets)
+        return [
+            f"Deploy the new model for queries{_through(one)}; the gallery stays as it is.",
+            _with_threshold(name, one, "new->old"),
+            "Re-encode or convert the gallery later; the backfill curves show what that brings.",
+        ]
+    if verdict["answer"] == "NOT SAFE":
+        return _not_safe(judged, sets)
+    return _collect(judged, rules)
+
+
+def _strictest(judged: Sequence[Result], sets: Mapping[str, Result]) -> tuple[str, Result]:
+    """The set that asks for the highest threshold: with it the FAR holds on each."""
+    names = {s["name"].partition(", gallery of ")[0] for s in judged}
+    name = max(names & set(sets), key=lambda n: sets[n]["operating_point"]["new->old"]["restored"])
+    return name, sets[name]
+
+
+def _through(one: Result) -> str:
+    return {
+        "backward": ", through T₂₁ (`lce export --transform t21`)",
+        "forward": ", after the gallery was converted by T₁₂ (`lce gallery upgrade`)",
+    }.get(one["cells"]["new->old"]["how"], "")
+
+
+def _with_threshold(name: str, one: Result, cell: str) -> str:
+    point = one["operating_point"][cell]
+    return (
+        f"Set the threshold {point['restored']:.4f}: on {name} it gives FAR {rate_text(point['far'])}, as today's "
+        f"{point['threshold']:.4f} does, and TAR {point['tar_restored']:.3f} (today {point['tar']:.3f})."
+    )
+
+
+def _not_safe(judged: Sequence[Result], sets: Mapping[str, Result]) -> list[str]:
+    keep = "Keep the old model for queries to the present gallery."
+    name, one = _strictest(judged, sets)
+    old, new = one["cells"]["old->old"], one["cells"]["new->new"]
+    if new["rank"]["1"]["value"] <= old["rank"]["1"]["value"]:
+        return [
+            keep,
+            f"Do not re-encode either: on {name} the new model alone (new → new) finds no more than the old one. Train "
+            "it longer or with a weaker weight of compatibility first.",
+        ]
+    return [
+        keep,
+        "To use the new model, re-encode the whole gallery from its images first (`lce gallery upgrade --images`). "
+        + _with_threshold(name, one, "new->new"),
+        "Or train again with a stronger weight of compatibility, and evaluate that model.",
+    ]
+
+
+def _collect(judged: Sequence[Result], rules: Result) -> list[str]:
+    keep = "Keep the old model until it is decided."
+    if not judged:
+        return [
+            keep,
+            "Evaluate on a labelled set of identities that neither model was trained on (`lce evaluate --data`).",
+        ]
+    return [keep, *(_what_is_missing(s, rules) for s in judged if s["answer"] == "NOT ENOUGH DATA")]
+
+
+def _what_is_missing(s: Result, rules: Result) -> str:
+    more = max(0, rules["min_identities"] - s["identities"])
+    for finding in s["findings"]:
+        d = finding["difference"]
+        if finding["outcome"] == "unclear" and d["value"] and d["low"] is not None:
+            reach = max(d["high"] - d["value"], d["value"] - d["low"]) / abs(d["value"])
+            more = max(more, math.ceil(s["identities"] * (reach**2 - 1)))
+    if any(f["outcome"] == "unclear" for f in s["findings"]) and more > 20 * s["identities"]:
+        return (
+            f"{s['name']}: the models are so close that no set of a practical size tells them apart; use harder images."
+        )
+    if more:
+        return (
+            f"{s['name']}: collect about {more:,} more identities (it has {s['identities']:,}). The estimate holds the "
+            "measured differences for true; intervals shrink with the root of the number of identities."
+        )
+    if len(s["findings"]) < 2:
+        return f"{s['name']}: collect more images, so that there are enough impostor pairs for the smallest FAR."
+    return f"{s['name']}: use a harder set; on this one both models do equally well."
