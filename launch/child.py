@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from trainer.distributed import end_with_parent
+from trainer.distributed import LAUNCHER, end_with_parent
 from trainer.errors import ConfigError
+from trainer.owner import started
 from trainer.run.watch import (
     EXIT_CRASH,
     EXIT_INTERRUPTED,
@@ -102,9 +103,10 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
         :func:`stopped_status`.
     """
     began, asked = time.time(), 0
+    me = f"{socket.gethostname()}:{os.getpid()}:{started(os.getpid())}"
     child = subprocess.Popen(
         words,
-        env=os.environ | dict(environment),
+        env=os.environ | dict(environment) | ({LAUNCHER: me} if started(os.getpid()) else {}),
         start_new_session=True,
         preexec_fn=end_with_parent,
     )

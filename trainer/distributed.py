@@ -26,10 +26,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 from trainer.errors import ConfigError
 from trainer.machine import threads_of_a_rank
+from trainer.owner import Launcher
 
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
+LAUNCHER = "LCE_LAUNCHER"
+"""The variable by which a launcher says who it is to the ranks behind another one: ``HOST:PID:START``."""
 _LAUNCHED = ("TORCHELASTIC_RUN_ID", "LCE_LAUNCHED")  # of torchrun, and of lce launch under mpirun and DeepSpeed
 
 # Newer releases of torch renamed these two collectives.
@@ -155,9 +158,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def launched_by() -> int:
-    """The process whose end is to end this rank: the launcher's on this machine; 0 where none started it."""
-    return os.getppid() if any(name in os.environ for name in _LAUNCHED) else 0
+def launched_by() -> Launcher | None:
+    """The launcher whose end is to end this rank, on this machine; None: none started it."""
+    if not any(name in os.environ for name in _LAUNCHED):
+        return None
+    host, _, first = os.environ.get(LAUNCHER, "").partition(":")
+    return Launcher(os.getppid(), first if host == socket.gethostname() else "")
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from tests.attack import tallied
 from tests.banks import write_bank
 from tools.cli import main
 from trainer.compat.bank.bank_info import describe, nearest_pairs, summarise
@@ -171,6 +172,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+@tallied("hostile files: pickles", "refused")
 def test_hostile_pickles_do_not_run(tmp_path: Path, legacy: bool) -> None:
     path, target = tmp_path / "checkpoint_gpu_0.pt", tmp_path / "written"
     torch.save(

@@ -388,6 +388,16 @@ class Dataset:
         except ValueError as error:
             raise DataError(f"{self.where(record)} does not decode: {error}") from None
 
+    def byte_positions(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first byte of each of some records, counted through all files in their order, (n,) int64."""
+        ends = np.empty(len(self.store), np.int64)
+        for start in range(0, len(ends), _CHUNK):
+            ends[start : start + _CHUNK] = self.store.lengths(start, min(start + _CHUNK, len(ends)))
+        np.cumsum(ends, out=ends)
+        first = ends[records - 1]  # of record 0: the last one's, which is replaced
+        first[records == 0] = 0
+        return first
+
     def close(self) -> None:
         """Close the files; reading opens them again."""
         self.store.close()

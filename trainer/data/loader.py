@@ -117,6 +117,26 @@ class PositionedLoader(ABC):
             self._source = None
 
 
+def slots_ahead(dataset: Dataset, schedule: Schedule, epoch: int, samples: int) -> Iterator[Slot]:
+    """:meth:`Schedule.slots`; where the order has blocks, storage is asked to read what this rank needs of the buffer
+    at hand and of the next one, sorted by file and byte."""
+    if schedule.order.blocks is None:
+        yield from schedule.slots(epoch, samples)
+        return
+    ahead, reached = schedule.slots(epoch, samples), (epoch, samples)
+    for slot in schedule.slots(epoch, samples):
+        stop = schedule.order.next_buffer(slot.samples.epoch, samples)
+        coming: list[NDArray[np.int64]] = []
+        while reached < (slot.samples.epoch, stop):
+            later = next(ahead)
+            coming.append(later.samples.records)
+            reached = (later.next_epoch, later.next_samples)
+        if coming:
+            dataset.store.will_need(np.concatenate(coming))
+        yield slot
+        samples = slot.next_samples
+
+
 class Reader:
     """Reads the images of samples and skips damaged records, the same ones in every run and at every world size.
 

@@ -219,7 +219,7 @@ class Watch:
 
     def _look_for_launcher(self) -> None:
         """Stop when the launcher has died; who does not come to the next step within a minute ends."""
-        if not self._launcher or os.getppid() == self._launcher:
+        if self._launcher is None or self._launcher.lives(os.getpid()):
             return
         if not self._orphaned:
             self._orphaned = time.monotonic()
