@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import zlib
 from pathlib import Path
@@ -97,7 +98,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Fake(torch.Tensor):
-    """A tensor on the device that is not there; ``held`` holds its data."""
+    """A tensor on the simulated device; ``held`` holds its data."""
 
     held: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -151,6 +152,14 @@ TO_FLOAT32 = {aten.mm.dtype: aten.mm.default}
 NO_SCALARS = (aten.cat.default, aten.stack.default, aten.mm.default, aten.addmm.default, aten.index_add_.default)
 
 
+PINNED: dict[int, torch.Tensor] = {}
+"""Storages in pinned memory, kept so that none takes the address of another."""
+
+
+def _pinned(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() in PINNED
+
+
 class Log:
     """What was met, by kind and place; and the one function that runs an operation."""
 
@@ -160,7 +169,7 @@ class Log:
         self.on = True
 
     def note(self, kind: str, what: str) -> None:
-        if self.on:
+        if self.on and threading.current_thread() is threading.main_thread():  # other threads hold up nothing
             self.met[kind, what, where()] += 1
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -204,9 +213,9 @@ class Log:
             blocking = not kwargs.get("non_blocking", False)
         here = isinstance(source, Fake)
         size = source.numel() * source.element_size()
-        if here and not there and (blocking or getattr(args[0], "pinned", False) is False):
+        if here and not there and (blocking or not _pinned(args[0])):
             self.note("WAIT", f"copy to the host, {size} B")
-        if there and not here and (blocking or not getattr(source, "pinned", source.numel() < 2)):
+        if there and not here and (blocking or not (_pinned(source) or source.numel() < 2)):
             self.note("WAIT", f"{'blocking copy' if blocking else 'copy from pageable memory'} to the device, {size} B")
         return there
 
@@ -225,7 +234,7 @@ class Log:
         elif func.namespace in ("c10d",):
             return
         shapes = ", ".join(str(tuple(t.shape)) for t in plain)
-        self.note("ERROR", f"{name}: CPU tensor {shapes} beside CUDA ones")
+        self.note("ERROR", f"{name}: CPU tensor {shapes} next to CUDA ones")
 
     def _waits(self, func: Any, args: Any) -> None:
         if func in SYNCS and isinstance(args[0], Fake):
@@ -296,8 +305,13 @@ def fake_cuda() -> Any:
 
     def pin(tensor: torch.Tensor) -> torch.Tensor:
         out = tensor.clone()
-        out.pinned = True  # type: ignore[attr-defined]
+        PINNED[out.untyped_storage().data_ptr()] = out
         return out
+
+    class Stream:
+        def __init__(self, *_: Any) -> None: ...
+        def wait_stream(self, other: Any) -> None: ...
+        def wait_event(self, event: Any) -> None: ...
 
     def empty_pinned(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         return pin(empty(*size, **options)) if pin_memory else empty(*size, **options)
@@ -307,6 +321,9 @@ def fake_cuda() -> Any:
         (torch, "empty", empty_pinned),
         (torch.Tensor, "pin_memory", pin),
         (torch.cuda, "Event", Event),
+        (torch.cuda, "Stream", Stream),
+        (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+        (torch.cuda, "current_stream", lambda device=None: Stream()),
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "is_bf16_supported", lambda *a, **k: True),

@@ -24,7 +24,12 @@ def others(tmp_path: Path) -> Iterator[int]:
     (package / "__main__.py").write_text(WAITING)
     command = f"{sys.executable} -m trainer & {sys.executable} -m trainer & wait"
     with subprocess.Popen(
-        ["sh", "-c", command], cwd=tmp_path, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+        ["sh", "-c", command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONSAFEPATH": ""},
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        start_new_session=True,
     ) as shell:
         assert shell.stdout is not None
         for _ in range(2):

@@ -1,10 +1,11 @@
 """Look for damage in a data set: every record is read, and with --deep every image is decoded.
 
 Reported: records and classes, classes without images, images per class, header records, sizes, byte-identical images,
-records whose header has another label than the label table, and damage: records that cannot be read or decoded, files
-that were cut, offsets that point nowhere, sizes other than described. Exit status 1 when there is damage, else 0.
+records whose header has another label than the label table, which data.order suits the storage, and damage: records
+that cannot be read or decoded, files that were cut, offsets that point nowhere, sizes other than described. Exit status
+1 when there is damage, else 0.
 
---write-bad puts the damaged records' numbers into DATASET/bad_records.npy; training passes over them, up to
+--write-bad puts the damaged records' numbers into DATASET/bad_records.npy; training skips them, up to
 data.max_bad_records of them.
 
 `lce pack` writes checksums of the tables and of every record (checksums.json, *.crc.npy); they are compared when a data
@@ -40,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", type=Path, metavar="DATASET")
     parser.add_argument("--labels", type=Path, help="check with this label table instead of the data set's own")
     parser.add_argument("--deep", action="store_true", help="decode every image")
-    parser.add_argument(
-        "--write-bad", action="store_true", help="write DATASET/bad_records.npy for training to pass over"
-    )
+    parser.add_argument("--write-bad", action="store_true", help="write DATASET/bad_records.npy for training to skip")
     parser.add_argument(
         "--seal",
         action="store_true",
@@ -109,6 +108,7 @@ def _print(dataset: Path, report: "CheckReport") -> None:
         f"  byte-identical images: {report.duplicates} (under another label: {report.duplicates_across_classes}); "
         f"relabelled: {report.relabelled}"
     )
+    print(f"  data.order: {report.order} ({report.order_reason})")
     for line in report.damage:
         print(f"damage: {line}")
     for record in sorted(report.bad)[:20]:

@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs", nargs="*", default=[], metavar="RUN", help="run folders whose training the report shows"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the HTML report (and its plots beside it)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the HTML report (and its plots next to it)")
     parser.add_argument(
         "--pictures", action="store_true", help="the report holds pictures of example pairs (of people: personal data)"
     )

@@ -3,8 +3,8 @@
   lce plan configs/data/ms1mv3.yaml configs/network/r50.yaml --classes 93431 --gpus 8 head.sample_rate=0.1
   lce plan --classes 29e6 --dim 512 --backbone iresnet50 --gpus 8 --batch 128 --memory 32GiB
   lce plan --classes 2e6 --gpus 8 --link-gbps 100 --samples-per-second 5000 --records 42e6 --json -
-  lce plan --classes 2e6 --gpus 64 --batch 128 --simulate 512    # take a step as ranks of 512 that are not there
-  lce plan --verify                                              # planned beside measured on this machine, 3 minutes
+  lce plan --classes 2e6 --gpus 64 --batch 128 --simulate 512    # run one update as each kind of rank of 512
+  lce plan --verify                                              # planned next to measured on this machine, 3 minutes
 
 Files are a recipe's layers; --classes is needed only where the data set is not there. Tables and bytes sent are exact;
 what a step of the head needs besides is a model of the code, within a tenth of the measured peak on the CPU (--verify,
@@ -141,7 +141,7 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     """
     from trainer.compat.bank.center_bank import CenterBank
     from trainer.compat.methods.config import LceCrossConfig
-    from trainer.data.config import RecordsConfig, SyntheticConfig
+    from trainer.data.config import ImagesConfig, SyntheticConfig
     from trainer.data.index import open_dataset
     from trainer.errors import ConfigError
     from trainer.planning.setting import Setting, check_sizes
@@ -156,7 +156,7 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     if isinstance(data, SyntheticConfig):
         classes, records = classes or data.synthetic_classes, records or data.synthetic_records
         size = size or (data.synthetic_size, data.synthetic_size)
-    elif isinstance(data, RecordsConfig) and data.path.exists():
+    elif isinstance(data, ImagesConfig) and data.path.exists():
         dataset = open_dataset(data.path, data.labels)
         classes, records = classes or dataset.num_classes, records or len(dataset.kept)
         size = size or dataset.info.image_size

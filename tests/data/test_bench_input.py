@@ -1,4 +1,4 @@
-"""`lce bench input` measures what it says, on made-up images and on a data set."""
+"""`lce bench input` measures what it says, on synthetic images and on a data set."""
 
 import argparse
 import json
@@ -32,3 +32,28 @@ def test_a_data_set_of_ones_own(tmp_path: Path) -> None:
     assert bench.measure(arguments("--data", str(packed(tmp_path)), "--no-torch"))["images"] == 45
     with pytest.raises(ConfigError, match="pack the images first"):
         bench.measure(arguments("--data", str(identity_folders(tmp_path / "people")), "--no-torch"))
+
+
+def test_both_orders_from_cold_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "--data",
+        str(packed(tmp_path)),
+        "--cold",
+        "--block-bytes",
+        "4000",
+        "--buffer-bytes",
+        "12000",
+        "--json",
+        "-",
+    )
+    assert bench.run(arguments(*words)) == 0
+    figures = json.loads(capsys.readouterr().out)
+    one, other = figures["global"], figures["blocks"]
+    assert one["reads"] == 16  # two batches of eight, record by record
+    assert 1 <= other["reads"] < 16  # ranges of neighbours
+    for order in (one, other):
+        assert order["images_per_second"] == pytest.approx(16 / order["seconds"])
+        assert order["image_bytes"] > 0
+        assert order["storage_bytes"] >= 0
+    assert bench.run(arguments(*words[:-2])) == 0
+    assert "mixing of classes" in capsys.readouterr().out

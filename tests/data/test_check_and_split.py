@@ -12,7 +12,7 @@ from tools import check as check_tool
 from tools import cli
 from tools import split as split_tool
 from trainer.data import open_dataset
-from trainer.data.checking import check
+from trainer.data.checking import check, storage_of, wanted_order
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.data.splitting import KINDS, SplitOptions, save_tables, split
@@ -93,7 +93,7 @@ def test_cut_files_and_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "empty").mkdir()
     assert cli.main(["check", str(tmp_path / "empty")]) == 2
     assert cli.main(["check", str(folder), "--labels", str(tmp_path / "none.npy")]) == 2
-    assert not list(MXNET.rglob("*.npy"))  # looking at the fixture leaves no table beside it
+    assert not list(MXNET.rglob("*.npy"))  # looking at the fixture leaves no table next to it
 
 
 def test_uniform_sets_with_an_odd_image_are_damage(tmp_path: Path) -> None:
@@ -186,3 +186,18 @@ def test_splits_that_leave_nothing_are_refused(tmp_path: Path) -> None:
 def test_the_tools_agree_with_the_library() -> None:
     assert split_tool.KINDS == KINDS
     assert check_tool.HELP
+
+
+def test_the_order_that_a_folder_wants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = open_dataset(packed(tmp_path, classes=10))
+    size = sum(dataset.store.sizes())
+    assert wanted_order(dataset, "fast storage", 1)[0] == "global"
+    order, reason = wanted_order(dataset, "network storage (nfs4)", 2 * size + 2)
+    assert (order, "fit into half the memory" in reason) == ("global", True)
+    order, reason = wanted_order(dataset, "a disk", size)
+    assert (order, "sorted by class" in reason) == ("blocks", False)  # lce pack has shuffled it
+    order, reason = wanted_order(open_dataset(tmp_path / "source"), "a disk", size)
+    assert (order, "sorted by class" in reason) == ("blocks", True)
+    assert storage_of(tmp_path)
+    assert cli.main(["check", str(dataset.path)]) == 0
+    assert "data.order: " in capsys.readouterr().out

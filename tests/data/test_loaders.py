@@ -13,7 +13,7 @@ import torch
 
 from tests.data.samples import ALL_AUGMENTATIONS, MXNET, loader_of, mxnet_copy, packed, take
 from trainer.data import Batch, Dataset, Loader, open_dataset
-from trainer.data.config import AugmentConfig
+from trainer.data.config import AugmentConfig, BlocksConfig
 from trainer.data.dali import DaliLoader
 from trainer.distributed import Ranks
 from trainer.errors import BrokenRunError, ConfigError, DataError
@@ -279,3 +279,42 @@ def test_synthetic_images_are_separable_and_any_number_of_classes() -> None:
     images, labels = torch.cat([b.images for b in batches]).flatten(1), torch.cat([b.labels for b in batches])
     centres = torch.stack([images[labels == k].mean(0) for k in range(5)])
     assert (torch.cdist(images, centres).argmin(1) == labels).all()
+
+
+@pytest.mark.parametrize("kind", ["dali", "torch"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_blocks_are_read_ahead(kind: str, raw: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each record is asked for before it is read; batches are those of the order, whatever the rank count."""
+    folder = packed(tmp_path)
+    dataset = open_dataset(tmp_path / "source" if raw else folder)
+    asked: set[int] = set()
+    will_need, read = dataset.store.will_need, dataset.store.read
+
+    def note(records: np.ndarray) -> int:
+        asked.update(records.tolist())
+        return will_need(records)
+
+    def check(record: int) -> bytes:
+        assert record in asked
+        return read(record)
+
+    monkeypatch.setattr(dataset.store, "will_need", note)
+    monkeypatch.setattr(dataset.store, "read", check)
+    blocks = {"order": "blocks", "block_bytes": 3000, "buffer_bytes": 9000, "workers": 0}
+    halves = [
+        take(loader_of(dataset, kind, Ranks(rank, 2), **blocks), 6)  # 45 records in batches of 8: one epoch
+        for rank in range(2)
+    ]
+    records = np.concatenate([half.records for pair in zip(*halves, strict=True) for half in pair])
+    assert sorted(records.tolist()) == list(range(45))
+    assert asked == set(range(45))
+    asked.clear()
+    whole = take(loader_of(dataset, kind, **blocks), 6)
+    assert np.array_equal(np.concatenate([batch.records for batch in whole]), records)
+
+
+def test_blocks_and_balanced_classes_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="sampling"):
+        BlocksConfig(loader="torch", path="x", sampling="class_balanced")
+    with pytest.raises(ValueError, match="buffer_bytes = 10 is smaller than a block"):
+        BlocksConfig(loader="torch", path="x", buffer_bytes=10)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from trainer.data.draws import normals, uniforms
-from trainer.data.order import Order, Schedule, slice_of
+from trainer.data.order import Blocks, Order, Schedule, mixing, slice_of
 from trainer.errors import DataError
 
 RECORDS = np.arange(100, 137)
 GOLDEN_ORDER = [2, 4, 3, 0, 8, 6, 5, 10, 9, 11, 1, 7]
+GOLDEN_BLOCKS = [0, 1, 6, 5, 7, 11, 8, 9, 10, 2, 3, 4]
 GOLDEN_DRAWS = [[0.6768882746600114, 0.9398458737278207], [0.2562510007596326, 0.7181115443181715]]
 
 
@@ -123,6 +124,60 @@ def test_balanced_classes_stay_balanced_when_records_are_repeated(repeat: int) -
         assert len(set(used)) == 37  # every use of a record has its own augmentation
         runs = np.diff(np.flatnonzero(np.append(True, np.diff(taken.records) != 0)), append=37)
         assert (runs >= repeat).sum() >= 37 // repeat - 3  # in a row, but for the last of each class
+
+
+POSITIONS = np.cumsum(np.random.default_rng(0).integers(800, 1200, 2000)) - 800
+
+
+def blockwise(buffer_bytes: int = 200_000, seed: int = 1, **options: int) -> Order:
+    """2,000 records of about 1,000 bytes in blocks of 20,000."""
+    return Order(np.arange(2000), seed=seed, blocks=Blocks(POSITIONS, 20_000, buffer_bytes), **options)
+
+
+def test_blocks_hold_every_record_once_and_are_permuted_anew() -> None:
+    order = blockwise()
+    epochs = [order.take(epoch, 0, 2000).records for epoch in range(2)]
+    for records in epochs:
+        assert np.array_equal(np.sort(records), np.arange(2000))
+    assert not np.array_equal(*epochs)
+    assert not np.array_equal(blockwise(seed=2).take(0, 0, 2000).records, epochs[0])
+    assert np.array_equal(blockwise().take(1, 0, 2000).records, epochs[1])  # of seed and epoch alone
+    # The first buffer holds ten whole blocks: runs of neighbours, not records from everywhere.
+    buffer = np.sort(epochs[0][: order.next_buffer(0, 0) // 2])
+    assert (np.diff(buffer) > 1).sum() <= 10
+    assert abs(np.diff(np.argsort(epochs[0][: len(buffer)]))).mean() > len(buffer) / 4  # mixed within it
+
+
+def test_blocks_do_not_depend_on_the_world_size_and_resume_exactly() -> None:
+    def parts(world: int) -> list[Schedule]:
+        return [Schedule(blockwise(repeat=2), 64, rank, world) for rank in range(world)]
+
+    whole = batches(parts(1), 40)
+    assert batches(parts(3), 40) == whole
+    assert batches(parts(2), 40 - 7, 0, 7 * 64) == whole[7:]
+
+
+def test_how_well_blocks_mix() -> None:
+    """In a file sorted by class, pairs of one class are about as many times more frequent as the file is larger than
+    the buffer; a file that was shuffled once, and a buffer as large as the file, give what a permutation of
+    all gives."""
+    sorted_classes = np.repeat(np.arange(500), 4)
+    shuffled = np.random.default_rng(1).permutation(sorted_classes)
+
+    def of(order: Order, groups: np.ndarray) -> float:
+        return float(np.mean([mixing(order, groups, 50, epoch) for epoch in range(5)]))
+
+    assert of(Order(np.arange(2000), seed=1), sorted_classes) == pytest.approx(1, abs=0.1)
+    assert of(blockwise(), sorted_classes) == pytest.approx(10, rel=0.2)
+    assert of(blockwise(20_000), sorted_classes) > 20
+    assert of(blockwise(4_000_000), sorted_classes) == pytest.approx(1, abs=0.1)
+    assert of(blockwise(), shuffled) == pytest.approx(1, abs=0.15)
+
+
+def test_the_order_of_blocks_does_not_change() -> None:
+    """Checkpoints hold a position in it."""
+    order = Order(np.arange(12), seed=7, blocks=Blocks(np.arange(12) * 10, 30, 60))
+    assert order.take(3, 0, 12).records.tolist() == GOLDEN_BLOCKS
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

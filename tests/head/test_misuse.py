@@ -14,6 +14,7 @@ from trainer.distributed import Ranks
 from trainer.errors import ConfigError, DataError
 from trainer.head.config import AnyMargin, AnyRowOptimizer, HeadConfig
 from trainer.head.fused import FusedSoftmax
+from trainer.head.old_centers import DirectCompat
 from trainer.head.partial_fc import PartialFC
 
 CLASSES, DIM = 31, 6
@@ -177,6 +178,15 @@ def test_small_things() -> None:
             head = build(sub_centers=k, sample_rate=rate)
             head(empty, torch.empty(0, dtype=torch.int64), 0).loss.backward()
             assert torch.isfinite(head.rows).all()
+
+
+def test_centres_in_host_memory_need_a_sample_rate() -> None:
+    """A device of another kind than the rank's stands for the host; with all rows every centre would travel."""
+    centers = torch.empty(CLASSES, DIM, device="meta")
+    bank = DirectCompat(centers, torch.zeros(CLASSES), torch.ones(CLASSES, dtype=torch.bool), 1.0, 1.0)
+    with pytest.raises(ConfigError, match=r"compat.centers = host with head.sample_rate = 1"):
+        PartialFC(config(), CLASSES, DIM, Ranks(), seed=0, compat=bank)
+    PartialFC(config(sample_rate=0.5), CLASSES, DIM, Ranks(), seed=0, compat=bank)
 
 
 def test_the_reference_with_adamw_can_be_saved_before_its_first_step() -> None:

@@ -59,7 +59,7 @@ def test_activations_are_what_autograd_keeps() -> None:
 
     sizes = backbone_sizes(config(Path("unused"), train__precision="float32"), (8, 8), 5)
     assert sizes.parameters == 192 * 24 + 24 + 24 * 6 + 6
-    assert sizes.saved_bytes == 5 * 24 * 4  # the images are counted beside
+    assert sizes.saved_bytes == 5 * 24 * 4  # the images are counted separately
     assert sizes.buffers == sizes.fixed == 0
 
 
@@ -99,13 +99,14 @@ def test_advice_says_what_fits() -> None:
 
 
 def test_old_centres_move_to_the_host() -> None:
-    one = setting(29_000_000, compat={"method": "lce", "bank": "unused"})
+    sampled = {"sample_rate": 0.1}
+    one = setting(29_000_000, compat={"method": "lce", "bank": "unused"}, head=sampled)
     plan = make_plan(replace(one, bank_dim=512))
     centers = parts(plan)["old centres"]
     words = "old centres in host memory (compat.centers=host)"
     change = next(c for c in changes_to_fit(plan, 1) if c.words == words)
     assert plan.device_bytes - change.peak_bytes == centers
-    moved = setting(29_000_000, compat={"method": "lce", "bank": "unused", "centers": "host"})
+    moved = setting(29_000_000, compat={"method": "lce", "bank": "unused", "centers": "host"}, head=sampled)
     assert make_plan(replace(moved, bank_dim=512)).host_bytes == plan.host_bytes + centers
 
 
@@ -253,9 +254,9 @@ def test_sizes_that_cannot_be_meant_are_refused(words: str, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["head.sample_rate=["], "the value is not YAML"),
-        (["head.sample_rate=2026-13-45"], "the value is not YAML"),
-        (["--verify", "head.sample_rate=["], "the value is not YAML"),
+        (["head.sample_rate=["], "is no readable YAML"),
+        (["head.sample_rate=2026-13-45"], "is no readable YAML"),
+        (["--verify", "head.sample_rate=["], "is no readable YAML"),
         (["--gpus", "101"], "101 ranks for 100 classes"),
         (["--verify", "--gpus", "101"], "101 ranks for 100 classes"),
         (["--lce", "256", "--dim", "512"], "use backbone.dim=256"),

@@ -4,14 +4,21 @@ The reference is a DALI pipeline with DALI's own reader: the records in file ord
 augmentations with random numbers of DALI's own. Ours reads them in the seeded global order with labels from the table.
 Rounds of both alternate; the figures are medians.
 
+--cold compares the two orders of reading instead, without decoding: each round drops the files from the page cache
+first, and reads --steps batches in data.order global, then blocks. It counts reads: one for each record, or one for
+each range that storage is asked to read ahead; and the bytes and requests that reached the storage, by the kernel's
+counters (a storage that keeps a cache of its own, such as a virtual disk's, is not cold).
+
 Example:
-  lce bench input                                 # on made-up JPEG images
+  lce bench input                                 # on synthetic JPEG images
   lce bench input --data packed/ --augment full --json -
+  lce bench input --data /mnt/nfs/packed --cold --steps 500 --json -
 """
 
 import argparse
 import io
 import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -32,9 +39,9 @@ HELP = "images per second of the loaders against a bare DALI pipeline"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lce bench input`."""
     parser.add_argument(
-        "--data", type=Path, help="a data set of .rec files; default: made-up images in a temporary folder"
+        "--data", type=Path, help="a data set of .rec files; default: synthetic images in a temporary folder"
     )
-    parser.add_argument("--images", type=int, default=8192, help="made-up images (8192)")
+    parser.add_argument("--images", type=int, default=8192, help="synthetic images (8192)")
     parser.add_argument("--size", type=int, default=112, help="their side in pixels (112)")
     parser.add_argument("--batch", type=int, default=128, help="images per batch (128)")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads or worker processes (2)")
@@ -42,13 +49,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each side (5)")
     parser.add_argument("--augment", choices=("flip", "full"), default="flip", help="full: every augmentation there is")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: decode on the GPU")
+    parser.add_argument("--cold", action="store_true", help="both orders, on files dropped from the page cache")
+    parser.add_argument("--block-bytes", type=int, default=4 << 20, help="with --cold: data.block_bytes (4 MiB)")
+    parser.add_argument("--buffer-bytes", type=int, default=1 << 30, help="with --cold: data.buffer_bytes (1 GiB)")
     parser.add_argument("--no-torch", action="store_true", help="leave the torch loader out")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit status."""
-
+    if args.cold:
+        figures = measure_cold(args)
+        write_json(figures, args.json)
+        if args.json != "-":
+            for order in ("global", "blocks"):
+                one = figures[order]
+                print(
+                    f"{order:8} {one['images_per_second']:10,.0f} images/s  {one['reads']:9,} reads  "
+                    f"{one['storage_bytes'] / 1e6:10,.1f} MB from storage  mixing of classes {one['mixing']:.2f}"
+                )
+        return 0
     figures = measure(args)
     write_json(figures, args.json)
     if args.json != "-":
@@ -107,8 +127,94 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         }
 
 
+def measure_cold(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of ``--cold``, as the JSON holds them: for each order images per second, reads, storage, mixing."""
+    from trainer.data import open_dataset
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.data or _make_images(Path(scratch), args.images, args.size)
+        dataset = open_dataset(folder)
+        rounds: dict[str, list[dict[str, float]]] = {"global": [], "blocks": []}
+        for round_number in range(args.rounds):
+            for order, done in rounds.items():
+                done.append(_read_cold(dataset, order, args, epoch=round_number))
+            print(f"round {round_number + 1} of {args.rounds}", file=sys.stderr)
+        figures = {
+            order: {key: statistics.median(one[key] for one in done) for key in done[0]}
+            for order, done in rounds.items()
+        }
+        return {
+            "bench": "input --cold",
+            "images": len(dataset),
+            "bytes": sum(dataset.store.sizes()),
+            "batch": args.batch,
+            "block_bytes": args.block_bytes,
+            "buffer_bytes": args.buffer_bytes,
+            **origin(),
+            **figures,
+        }
+
+
+def _read_cold(dataset: "Dataset", name: str, args: argparse.Namespace, epoch: int) -> dict[str, float]:
+    """Read one round's batches in an order, from storage."""
+    import numpy as np
+
+    from trainer.data.loader import slots_ahead
+    from trainer.data.order import Blocks, Order, Schedule, mixing
+
+    kept = dataset.kept
+    blocks = Blocks(dataset.byte_positions(kept), args.block_bytes, args.buffer_bytes) if name == "blocks" else None
+    order = Order(kept, seed=0, blocks=blocks)
+    schedule = Schedule(order, min(args.batch, len(order)))
+    order.take(epoch, 0, 0)  # the permutation is made before the clock starts
+    advised, will_need = [0], dataset.store.will_need
+
+    def counted(records: np.ndarray[tuple[int], np.dtype[np.int64]]) -> int:
+        advised.append(will_need(records))
+        return advised[-1]
+
+    dataset.store.forget()
+    dataset.store.will_need = counted  # type: ignore[method-assign]
+    try:
+        before, requests, began = _storage_bytes(), _requests(dataset.path), time.perf_counter()
+        images = size = 0
+        for slot in itertools.islice(
+            slots_ahead(dataset, schedule, epoch, 0), min(args.steps, schedule.steps_per_epoch)
+        ):
+            size += sum(len(dataset.read(record)) for record in slot.samples.records.tolist())
+            images += len(slot.samples)
+        seconds = time.perf_counter() - began
+    finally:
+        dataset.store.will_need = will_need  # type: ignore[method-assign]
+    labels = np.asarray(dataset.labels[kept])
+    return {
+        "seconds": seconds,
+        "images_per_second": images / seconds,
+        "image_bytes": size,
+        "reads": images if blocks is None else sum(advised),
+        "storage_bytes": _storage_bytes() - before,
+        "device_requests": _requests(dataset.path) - requests,
+        "mixing": mixing(order, labels, schedule.batch_size, epoch),
+    }
+
+
+def _storage_bytes() -> int:
+    """The bytes that this process has had read from storage."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def _requests(path: Path) -> int:
+    """The reads that the block device below a folder has done, everybody's; 0 where the system does not count them."""
+    number = path.stat().st_dev
+    try:
+        return int(Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def _make_images(folder: Path, count: int, size: int) -> Path:
-    """A packed data set of made-up JPEG images: smooth coloured patterns, as large in bytes as photographs of faces."""
+    """A packed data set of synthetic JPEG images: smooth coloured patterns of about the bytes of face photographs."""
     import numpy as np
     from PIL import Image
 

@@ -5,10 +5,10 @@ import logging
 
 import numpy as np
 
-from trainer.data.config import DataConfig, RecordsConfig, SyntheticConfig
+from trainer.data.config import BlocksConfig, DataConfig, ImagesConfig, SyntheticConfig
 from trainer.data.index import Dataset, DatasetInfo, open_dataset, open_named
 from trainer.data.loader import Batch, Loader
-from trainer.data.order import Order, Schedule, slice_of
+from trainer.data.order import Blocks, Order, Schedule, slice_of
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 
@@ -47,10 +47,13 @@ def build_loader(data: DataConfig, seed: int, dataset: Dataset | None, ranks: Ra
         order = Order(records, records % data.synthetic_classes, seed=seed, sampling=data.sampling, repeat=data.repeat)
         schedule = Schedule(order, data.batch_size, ranks.rank, ranks.world_size, data.drop_last)
         return SyntheticLoader(schedule, data.synthetic_classes, data.synthetic_size, seed=seed, device=ranks.device)
-    if dataset is None or not isinstance(data, RecordsConfig):
+    if dataset is None or not isinstance(data, ImagesConfig):
         raise ConfigError(f"data.loader = {data.loader} needs a data set: set data.path")
     labels = np.asarray(dataset.labels[dataset.kept]) if data.sampling == "class_balanced" else None
-    order = Order(dataset.kept, labels, seed=seed, sampling=data.sampling, repeat=data.repeat)
+    blocks = None
+    if isinstance(data, BlocksConfig):
+        blocks = Blocks(dataset.byte_positions(dataset.kept), data.block_bytes, data.buffer_bytes)
+    order = Order(dataset.kept, labels, seed=seed, sampling=data.sampling, repeat=data.repeat, blocks=blocks)
     schedule = Schedule(order, data.batch_size, ranks.rank, ranks.world_size, data.drop_last)
     if not images:
         from trainer.data.records import RecordLoader

@@ -1,9 +1,12 @@
 """What is wrong with a data set: the work behind `lce check`."""
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ class CheckReport:
             that; but ``labels.npy`` of `lce pack` has the labels of the headers).
         duplicates: records whose bytes an earlier record has too; ``duplicates_across_classes`` under another label.
         sizes: image height×width → count.
+        order, order_reason: the data.order that the folder wants where it lies, and why.
         bad: damaged record → reason.
         damage: one line per kind of damage.
     """
@@ -51,6 +55,8 @@ class CheckReport:
     duplicates_across_classes: int = 0
     first_duplicates: list[list[int]] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
+    order: str = "global"
+    order_reason: str = ""
     bad: dict[int, str] = field(default_factory=dict)
     damage: list[str] = field(default_factory=list)
 
@@ -96,6 +102,7 @@ def check(
     good = np.ones(len(dataset), bool)
     good[list(report.bad)] = False
     _sizes(dataset, sizes[good], report)
+    report.order, report.order_reason = wanted_order(dataset)
     _duplicates(dataset, hashes, good, report)
     exact = good & (headers >= 0) & (headers < recordio.EXACT_FLOAT_LABELS)
     own = np.asarray(dataset.labels)
@@ -181,7 +188,7 @@ def _identity_ranges(part: Part, headers: NDArray[np.int64], dataset: Dataset, r
             continue
         first, last = (int(key) - 1 for key in record.labels)
         if not 0 <= first <= last <= len(labels):
-            report.damage.append(f"{part.path}: the identity record at byte {start} names images that are not there")
+            report.damage.append(f"{part.path}: the identity record at byte {start} names images that do not exist")
         elif len(set(labels[first:last].tolist()) - {-1}) > 1:
             report.damage.append(f"{part.path}: records {first}…{last - 1} are one identity but have several labels")
 
@@ -255,3 +262,59 @@ def _duplicates(dataset: Dataset, hashes: NDArray[np.uint64], good: NDArray[np.b
     report.duplicates = len(same)
     report.duplicates_across_classes = int((labels[earlier] != labels[later]).sum())
     report.first_duplicates = [[int(a), int(b)] for a, b in zip(earlier[:_LISTED], later[:_LISTED], strict=True)]
+
+
+def wanted_order(dataset: Dataset, storage: str | None = None, memory_bytes: int | None = None) -> tuple[str, str]:
+    """The ``data.order`` for a data set where it lies, and why, in words.
+
+    Args:
+        dataset: the data set.
+        storage: what it lies on, see :func:`storage_of`; found by default.
+        memory_bytes: of the machine; found by default.
+    """
+    storage = storage_of(dataset.path) if storage is None else storage
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if memory_bytes is None else memory_bytes
+    size = sum(dataset.store.sizes())
+    figures = f"{size / 1e9:,.1f} GB on {storage}"
+    if storage == "fast storage":
+        return "global", f"{figures}, which reads at random as fast as in a row"
+    if size <= memory // 2:
+        return "global", f"{figures}, which fit into half the memory ({memory / 1e9:,.0f} GB): read once, then cached"
+    reason = f"{figures}, which is slow at random reads, and too large to be cached"
+    labels = np.asarray(dataset.labels[dataset.kept])
+    alike = float((labels[1:] == labels[:-1]).mean()) if len(labels) > 1 else 0.0
+    counts = np.bincount(labels)
+    chance = float(((counts / max(1, len(labels))) ** 2).sum())
+    if alike > 0.5 and alike > 4 * chance:
+        reason += (
+            "; its records are sorted by class, so a batch would share classes about (GB of the file) / (GB of "
+            "data.buffer_bytes) times as often as at random: `lce pack` shuffles it once"
+        )
+    return "blocks", reason
+
+
+def storage_of(path: Path) -> str:
+    """``network storage (TYPE)``, ``a disk`` (one that turns) or ``fast storage``, by what the system says."""
+    kind = _file_system(path)
+    if kind in _NETWORK or kind.startswith("fuse."):
+        return f"network storage ({kind})"
+    number = path.stat().st_dev
+    block = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    for device in (block, block.resolve().parent):  # a partition's queue is that of its disk
+        with contextlib.suppress(OSError):
+            return "a disk" if (device / "queue" / "rotational").read_text().strip() == "1" else "fast storage"
+    return "fast storage"
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that holds a folder, as Linux names it; empty: not known."""
+    number = path.stat().st_dev
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            before, _, after = line.partition(" - ")
+            if before.split()[2] == f"{os.major(number)}:{os.minor(number)}":
+                return after.split()[0]
+    return ""
+
+
+_NETWORK = frozenset({"nfs", "nfs4", "lustre", "cifs", "smb3", "ceph", "beegfs", "gpfs", "9p", "afs", "glusterfs"})

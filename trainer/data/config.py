@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainer.config import Section, Variants, unit
 
@@ -48,9 +48,10 @@ class DataConfig(Section):
     repeat: int = Field(1, ge=1, description="repeated augmentation: each drawn record this many times in a row")
 
 
-class RecordsConfig(DataConfig):
-    """Images of a RecordIO data set."""
+class ImagesConfig(DataConfig):
+    """Images of a data set; the base of its orders."""
 
+    order: str
     loader: Literal["auto", "dali", "torch"] = Field(
         "auto", description="what reads the images; auto: DALI when installed, else torch"
     )
@@ -59,6 +60,40 @@ class RecordsConfig(DataConfig):
     workers: int = Field(2, ge=0, description="decoding threads (DALI) or processes (torch) per rank")
     max_bad_records: int = Field(0, ge=0, description="how many damaged records training may skip before it stops")
     augment: AugmentConfig = Field(AugmentConfig(), description="random image changes in training")
+
+
+class RecordsConfig(ImagesConfig):
+    """Images in a permutation of all records: every record is read at random."""
+
+    order: Literal["global"] = Field(
+        "global",
+        description="global: a permutation of all records; blocks: of blocks of neighbours, for slow storage",
+    )
+
+
+class BlocksConfig(ImagesConfig):
+    """Images in blocks of neighbours, which slow storage reads in a row.
+
+    Blocks are permuted anew each epoch, and the records of ``buffer_bytes`` of blocks among themselves.
+    """
+
+    order: Literal["blocks"] = Field("blocks", description="blocks of neighbours, permuted; then records in a buffer")
+    sampling: Literal["shuffle"] = Field("shuffle", description="every record once an epoch")
+    block_bytes: int = Field(
+        4 << 20, ge=1, description="neighbours that are read in a row", json_schema_extra=unit("bytes")
+    )
+    buffer_bytes: int = Field(
+        1 << 30,
+        ge=1,
+        description="blocks whose records are mixed; twice as much is cached",
+        json_schema_extra=unit("bytes"),
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "BlocksConfig":
+        if self.buffer_bytes < self.block_bytes:
+            raise ValueError(f"buffer_bytes = {self.buffer_bytes} is smaller than a block of {self.block_bytes}")
+        return self
 
 
 class SyntheticConfig(DataConfig):
@@ -70,4 +105,4 @@ class SyntheticConfig(DataConfig):
     synthetic_records: int = Field(100_000, ge=1, description="the records of one epoch")
 
 
-AnyData: TypeAlias = Annotated[RecordsConfig | SyntheticConfig, Variants(loader="auto")]
+AnyData: TypeAlias = Annotated[RecordsConfig | BlocksConfig | SyntheticConfig, Variants(loader="auto", order="global")]

@@ -22,7 +22,7 @@ from torch import Tensor
 from trainer.data import augment
 from trainer.data.config import AugmentConfig
 from trainer.data.index import Dataset, DatasetInfo
-from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
+from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of, slots_ahead
 from trainer.data.order import Samples, Schedule, Slot
 from trainer.data.pixels import decode_image
 from trainer.errors import DataError
@@ -171,7 +171,7 @@ class DaliLoader(PositionedLoader):
             self.dataset.info, self.config, max(1, self.schedule.largest_slice), self.threads, self._device_id
         )
         held = _Held()
-        ahead = _Ahead(self._job(slot) for slot in self.schedule.slots(epoch, samples))
+        ahead = _Ahead(self._job(slot) for slot in slots_ahead(self.dataset, self.schedule, epoch, samples))
 
         def feed() -> None:
             job = ahead.next()

@@ -1,4 +1,4 @@
-"""What all loaders share: the batch, the position in the data, and the damaged records that are passed over."""
+"""What all loaders share: the batch, the position in the data, and the damaged records that are skipped."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -117,8 +117,28 @@ class PositionedLoader(ABC):
             self._source = None
 
 
+def slots_ahead(dataset: Dataset, schedule: Schedule, epoch: int, samples: int) -> Iterator[Slot]:
+    """:meth:`Schedule.slots`; where the order has blocks, storage is asked to read what this rank needs of the buffer
+    at hand and of the next one, sorted by file and byte."""
+    if schedule.order.blocks is None:
+        yield from schedule.slots(epoch, samples)
+        return
+    ahead, reached = schedule.slots(epoch, samples), (epoch, samples)
+    for slot in schedule.slots(epoch, samples):
+        stop = schedule.order.next_buffer(slot.samples.epoch, samples)
+        coming: list[NDArray[np.int64]] = []
+        while reached < (slot.samples.epoch, stop):
+            later = next(ahead)
+            coming.append(later.samples.records)
+            reached = (later.next_epoch, later.next_samples)
+        if coming:
+            dataset.store.will_need(np.concatenate(coming))
+        yield slot
+        samples = slot.next_samples
+
+
 class Reader:
-    """Reads the images of samples and passes over damaged records, the same way in every run and at every world size.
+    """Reads the images of samples and skips damaged records, the same ones in every run and at every world size.
 
     A damaged record is replaced, image and label together, by the next record (by number) that is in use and sound. So
     no label ever belongs to another image, batches keep their size, and which records are used depends on the files
@@ -126,10 +146,10 @@ class Reader:
 
     Args:
         dataset: the data set.
-        max_bad: how many damaged records may be passed over.
+        max_bad: how many damaged records may be skipped.
 
     Raises:
-        DataError: more damaged records are already known (from ``bad_records.npy``) than may be passed over.
+        DataError: more damaged records are already known (from ``bad_records.npy``) than may be skipped.
     """
 
     def __init__(self, dataset: Dataset, max_bad: int) -> None:
@@ -148,7 +168,7 @@ class Reader:
                 f"{reason}; {len(self.bad)} damaged record(s), data.max_bad_records allows {self.max_bad}: "
                 f"run `lce check --deep --write-bad {self.dataset.path}`"
             )
-        log.warning("passed over: %s", reason)
+        log.warning("skipped: %s", reason)
 
     def fetch(self, record: int) -> tuple[int, bytes]:
         """The record that stands for ``record`` (itself, unless damaged) and its encoded image."""

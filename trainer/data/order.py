@@ -7,7 +7,7 @@ the remaining samples.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from trainer.distributed import largest_share
 from trainer.errors import DataError
 
+Bounds = NDArray[np.int64]
 Sampling = Literal["shuffle", "class_balanced"]
 
-_PERMUTATION, _CLASSES, _MEMBERS = 0, 1, 2  # what a stream of random numbers is for
+_PERMUTATION, _CLASSES, _MEMBERS, _BLOCKS = 0, 1, 2, 3  # what a stream of random numbers is for
 
 
 def slice_of(n: int, rank: int, world: int) -> slice:
@@ -33,7 +34,7 @@ def slice_of(n: int, rank: int, world: int) -> slice:
 
 @dataclass(frozen=True)
 class Samples:
-    """Some samples of an epoch, in order: record numbers, and the how-manieth use of the record it is; both (n,)."""
+    """Some samples of an epoch, in order: record numbers and which repetition of its record each is (0, 1, …); (n,)."""
 
     epoch: int
     records: NDArray[np.int64]
@@ -41,6 +42,43 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How neighbours are kept together for storage that is slow at random reads.
+
+    Attributes:
+        positions: (N,) int64, ascending: the first byte of each record to train on, counted through all files.
+        block_bytes: records that begin within as many bytes are a block.
+        buffer_bytes: the records of as many bytes of permuted blocks are permuted among themselves.
+    """
+
+    positions: NDArray[np.int64]
+    block_bytes: int
+    buffer_bytes: int
+
+    def permutation(
+        self, random: np.random.Generator, dtype: type[np.signedinteger[Any]]
+    ) -> tuple[NDArray[Any], Bounds]:
+        """A permutation of the N records, and (g,) where each buffer of it ends.
+
+        Where blocks begin is drawn too, so that the records at their borders have other neighbours in each epoch.
+        """
+        shift = int(random.integers(self.block_bytes))
+        number = (self.positions + shift) // self.block_bytes
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(number)) + 1, [len(number)]]).astype(np.int64)
+        del number
+        chosen = random.permutation(len(edges) - 1)
+        out = np.empty(len(self.positions), dtype)
+        at, ends, width = 0, [], max(1, self.buffer_bytes // self.block_bytes)
+        for start in range(0, len(chosen), width):
+            buffer = chosen[start : start + width]
+            members = np.concatenate([np.arange(edges[b], edges[b + 1], dtype=dtype) for b in buffer])
+            out[at : at + len(members)] = random.permutation(members)
+            at += len(members)
+            ends.append(at)
+        return out, np.array(ends, np.int64)
 
 
 class Order:
@@ -55,6 +93,7 @@ class Order:
         repeat: repeated augmentation (Hoffer et al., "Augment your batch", 2020): N/repeat records of a permutation
             (⌈·⌉), each ``repeat`` times in a row with its own augmentation. Where classes are balanced, the last record
             of a class is repeated as often as its count allows.
+        blocks: with ``shuffle``: permute blocks and the records of a buffer instead of all records.
     """
 
     def __init__(
@@ -65,8 +104,11 @@ class Order:
         seed: int,
         sampling: Sampling = "shuffle",
         repeat: int = 1,
+        blocks: Blocks | None = None,
     ) -> None:
         self.records, self.seed, self.sampling, self.repeat = records, seed, sampling, repeat
+        self.blocks = blocks
+        self._ends: Bounds = np.array([len(records)])
         self._epoch: tuple[int, NDArray[np.int64], NDArray[np.int64] | None] | None = None
         if sampling == "class_balanced":
             if labels is None:
@@ -80,13 +122,22 @@ class Order:
 
     def take(self, epoch: int, start: int, stop: int) -> Samples:
         """Samples [start, stop) of an epoch. The epoch's permutation is kept until another epoch is asked for."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = None  # frees the old permutation before the new one is made
-            self._epoch = (epoch, *self._draw(epoch))
-        _, positions, copies = self._epoch
+        positions, copies = self._kept(epoch)
         chosen = positions[start:stop]
         times = np.zeros(len(chosen), np.int64) if copies is None else copies[start:stop].astype(np.int64)
         return Samples(epoch, self.records[chosen], times)
+
+    def next_buffer(self, epoch: int, sample: int) -> int:
+        """Where in an epoch the buffer after the one of ``sample`` ends: up to there, storage may read ahead."""
+        self._kept(epoch)
+        at = int(np.searchsorted(self._ends, sample, side="right")) + 1
+        return min(int(self._ends[min(at, len(self._ends) - 1)]) * self.repeat, len(self))
+
+    def _kept(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = None  # frees the old permutation before the new one is made
+            self._epoch = (epoch, *self._draw(epoch))
+        return self._epoch[1:]
 
     def _random(self, epoch: int, purpose: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch << 8 | purpose]))
@@ -98,6 +149,9 @@ class Order:
             if self.repeat > 1:
                 return self._balanced_repeats(epoch)
             positions, copies = self._balanced(epoch)
+        elif self.blocks is not None:
+            positions, self._ends = self.blocks.permutation(self._random(epoch, _BLOCKS), dtype)
+            copies = None
         else:
             positions, copies = self._random(epoch, _PERMUTATION).permutation(np.arange(n, dtype=dtype)), None
         if self.repeat == 1:
@@ -131,6 +185,27 @@ class Order:
         within = np.arange(n) - np.repeat(np.cumsum(times) - times, times)
         positions = np.repeat(self._by_class[self._first[drawn] + member], times)
         return positions, np.repeat(turn // self._count[drawn] * repeat, times) + within
+
+
+def mixing(order: Order, groups: NDArray[np.int64], batch_size: int, epoch: int = 0) -> float:
+    """How far an order is from a uniform one: the pairs of samples in one batch that are of the same group, divided by
+    as many as a permutation of all samples has on average. 1: as mixed as at random; 10: ten times as many.
+
+    Args:
+        order: the order. groups: (N,) int64 ≥ 0, the group of each sample's record by its rank in ``order.records``:
+            its class, or the part of the file that it lies in. batch_size: B. epoch: which.
+
+    With blocks, a class-sorted file comes to up to (bytes of the file) / (bytes of the buffer), and a file that was
+    shuffled once to 1.
+    """
+    n = len(order) // batch_size * batch_size
+    taken = np.searchsorted(order.records, order.take(epoch, 0, n).records)
+    batches = np.sort(groups[taken].reshape(-1, batch_size), axis=1)
+    counts = np.bincount(groups[taken])
+    expected = float((counts * (counts - 1.0)).sum()) / (n * (n - 1.0)) * batch_size * (batch_size - 1) * len(batches)
+    keys = (batches + np.arange(len(batches))[:, None] * (int(groups.max()) + 1)).ravel()
+    _, same = np.unique(keys, return_counts=True)
+    return float((same * (same - 1.0)).sum()) / expected if expected else 1.0
 
 
 @dataclass(frozen=True)

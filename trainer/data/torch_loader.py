@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from trainer.data import augment, index
 from trainer.data.config import AugmentConfig
-from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of
+from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of, slots_ahead
 from trainer.data.order import Samples, Schedule, Slot
 from trainer.data.pixels import decode_image
 from trainer.data.processes import worker_context
@@ -99,8 +99,8 @@ def _shared_memory_problem(images: Tensor, error: RuntimeError) -> str:
 class _Slots(Sampler[Slot]):
     """Hands the schedule's slots to the workers."""
 
-    def __init__(self, schedule: Schedule, epoch: int, samples: int) -> None:
-        self._slots = schedule.slots(epoch, samples)
+    def __init__(self, dataset: index.Dataset, schedule: Schedule, epoch: int, samples: int) -> None:
+        self._slots = slots_ahead(dataset, schedule, epoch, samples)
 
     def __iter__(self) -> Iterator[Slot]:
         return self._slots
@@ -133,7 +133,7 @@ class TorchLoader(PositionedLoader):
         loader = DataLoader(
             self._maker,
             batch_size=None,
-            sampler=_Slots(self.schedule, epoch, samples),
+            sampler=_Slots(self.dataset, self.schedule, epoch, samples),
             num_workers=self.workers,
             multiprocessing_context=worker_context() if self.workers else None,
             pin_memory=self.device.type == "cuda",

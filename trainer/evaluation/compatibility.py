@@ -176,7 +176,7 @@ def gain(cells: dict[tuple[str, str], Cell], metric: str) -> Gain | None:
 class PointToSet:
     """LCE's criterion over samples: the shares within the own old class's boundary, nearest to its centre, and both.
 
-    The old embeddings' own shares stand beside them (within is 1 by construction).
+    The old embeddings' own shares stand next to them (within is 1 by construction).
     """
 
     within: float

@@ -95,7 +95,10 @@ def _about_conversion(judged: Sequence[Result], sets: Mapping[str, Result]) -> l
 def _collect(judged: Sequence[Result], rules: Result) -> list[str]:
     keep = "Keep the old model until it is decided."
     if not judged:
-        return [keep, "Evaluate on a labelled set of identities that neither model was trained on (--data)."]
+        return [
+            keep,
+            "Evaluate on a labelled set of identities that neither model was trained on (`lce evaluate --data`).",
+        ]
     return [keep, *(_what_is_missing(s, rules) for s in judged if s["answer"] == "NOT ENOUGH DATA")]
 
 

@@ -81,6 +81,13 @@ class _MemoryStore:
         """The images' sizes."""
         return np.array([len(image) for image in self._images[start:stop]], np.int64)
 
+    def will_need(self, records: np.ndarray) -> int:
+        """They are in memory."""
+        return 0
+
+    def forget(self) -> None:
+        """They stay in memory."""
+
     def close(self) -> None:
         """Nothing is held open."""
 

@@ -136,6 +136,9 @@ class FusedSoftmax:
     def forward(self, x: Tensor, labels: Tensor, drawn: Drawn, training: bool, deferred: bool) -> Step:
         """The first pass and the loss of gathered embeddings x (B, D)."""
         batch = Batch.of(x, labels, self.num_classes, self.optimizer.work)
+        centers = None
+        if self.old is not None and self.old.bank.centers.device.type != x.device.type:
+            centers = self.old.bank.start(drawn.host_index(), x.device, self._chunk_classes())
         rows = self.optimizer.select(self._drawn_rows(drawn))
         targets = self._targets(batch, drawn, rows)
         cosine = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -150,7 +153,7 @@ class FusedSoftmax:
                 shift = self._shift + self.settings.scale * curriculum.tau.clamp_min(0)
         log_weight = self._log_weights(drawn, rows) if self.settings.correction else None
         keep = rows.count * len(x) * 4 <= KEEP_SHARE * sum(t.nbytes for t in self.optimizer.tables)
-        inputs = PassInput(batch, drawn, rows, targets, shift, log_weight, curriculum, keep)
+        inputs = PassInput(batch, drawn, rows, targets, shift, log_weight, curriculum, keep, centers)
         with matmul_precision(self.settings.tf32):
             first = self.first_pass(inputs, deferred)
         boundary = self._boundary(inputs)
@@ -201,9 +204,12 @@ class FusedSoftmax:
             return None
         index, x, drawn, bank = inputs.targets.index, inputs.batch.x, inputs.drawn, self.old.bank
         local = index.places if drawn.index is None else drawn.index[index.places]
-        centers, mask = bank.rows(local, x)
-        centers = centers.to(x.dtype)
-        limit = bank.boundaries[local.to(bank.boundaries.device)].to(x)
+        if inputs.centers is None:
+            centers = bank.centers[local].to(x.dtype)
+        else:
+            inputs.centers.rows(0, inputs.rows.count)  # all have arrived: it comes after the first pass
+            centers = inputs.centers.out[index.places].to(x.dtype)
+        mask, limit = bank.mask[local].to(x), bank.boundaries[local].to(x)
         hinge = (limit - torch.linalg.vecdot(x[index.samples], centers)).clamp_min(0) * mask
         return Boundary(centers, hinge, hinge.sum().double(), mask.sum().double())
 
@@ -325,7 +331,7 @@ class FusedSoftmax:
                 kept.append(products)
             sums += self._sum_negatives(inputs, products, part, first, last)
             if self.old is not None and center_cosine is not None:
-                centers, mask = self.old.bank.rows(self._local_classes(inputs, first, last), x)
+                centers, mask = self._old_centers(self.old.bank, inputs, first, last)
                 cosine = torch.linalg.vecdot(w, centers.to(w.dtype)) * part[:, 0]
                 center_cosine[first:last] = cosine
                 alignment += ((1 - cosine).double() * mask * self._alignment_share(inputs, first, last)).sum()
@@ -445,8 +451,12 @@ class FusedSoftmax:
 
     # ---------------------------------------------------------------- LCE's alignment
 
-    def _local_classes(self, inputs: PassInput, first: int, last: int) -> Tensor | slice:
-        return slice(first, last) if inputs.drawn.index is None else inputs.drawn.index[first:last]
+    def _old_centers(self, bank: DirectCompat, inputs: PassInput, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Centres (n, D) and mask (n,) of a chunk."""
+        local = slice(first, last) if inputs.drawn.index is None else inputs.drawn.index[first:last]
+        if inputs.centers is None:
+            return bank.rows(local, inputs.batch.x)
+        return inputs.centers.rows(first, last), bank.mask[local].to(inputs.batch.x)
 
     def _alignment_share(self, inputs: PassInput, first: int, last: int) -> Tensor:
         """C/S for drawn classes, 0 for positives that were not drawn, (n,); 1 when all classes take part."""
@@ -464,7 +474,7 @@ class FusedSoftmax:
         """
         if self.old is None or step.first.center_cosine is None:
             return None, None, radial
-        centers, mask = self.old.bank.rows(self._local_classes(step.inputs, first, last), step.inputs.batch.x)
+        centers, mask = self._old_centers(self.old.bank, step.inputs, first, last)
         weight = self.old.bank.alignment_weight * gradient.grad / self.old.total.clamp_min(1)
         inverse = step.first.inverse[first:last, 0]
         factor = weight.to(inverse) * mask * self._alignment_share(step.inputs, first, last) * inverse

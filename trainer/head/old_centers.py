@@ -10,6 +10,7 @@ weighted by C/S (Horvitz–Thompson); a positive that was not drawn has no term.
 the class sizes.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,49 @@ from trainer.distributed import all_reduce_sum
 from trainer.errors import CenterBankError
 
 
+class StepCenters:
+    """The centres (n, D1) of a step's rows on their way from host memory to the device.
+
+    A thread gathers them, a block of rows at a time, into two pinned buffers, from which a stream of its own copies
+    them. They stay on the device for the second pass.
+
+    Args:
+        centers: (c, D1) on the host. index: (n,) rows of it, on the host. device: of the step. block: rows at a time.
+    """
+
+    def __init__(self, centers: Tensor, index: Tensor, device: torch.device, block: int) -> None:
+        self.centers, self.index, self.block = centers, index, block
+        self.out = torch.empty(len(index), centers.shape[1], dtype=centers.dtype, device=device)
+        size = (min(block, len(index)), centers.shape[1])
+        self._buffers = [torch.empty(size, dtype=centers.dtype, pin_memory=True) for _ in range(2)]
+        self._stream, self._events = torch.cuda.Stream(device), [torch.cuda.Event() for _ in range(2)]
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # what was in this memory before is read by then
+        thread = ThreadPoolExecutor(1, "old centres")
+        self._arriving: list[Future[torch.cuda.Event]] = [
+            thread.submit(self._send, start) for start in range(0, len(index), block)
+        ]
+        thread.shutdown(wait=False)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The centres of the rows [start, stop) of the step; what is queued after this call finds them there."""
+        for arriving in self._arriving[start // self.block : -(-stop // self.block)]:
+            torch.cuda.current_stream(self.out.device).wait_event(arriving.result())
+        return self.out[start:stop]
+
+    def _send(self, start: int) -> torch.cuda.Event:
+        number, part = start // self.block, self.index[start : start + self.block]
+        buffer, over = self._buffers[number % 2][: len(part)], self._events[number % 2]
+        if number > 1:
+            over.synchronize()  # in this thread alone
+        torch.index_select(self.centers, 0, part, out=buffer)
+        with torch.cuda.stream(self._stream):
+            self.out[start : start + self.block].copy_(buffer, non_blocking=True)
+            over.record(self._stream)
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        return arrived
+
+
 @dataclass(frozen=True)
 class DirectCompat:
     """One rank's part of a centre bank and the weights of the two losses.
@@ -26,8 +70,8 @@ class DirectCompat:
     Args:
         centers: (c, D1), unit vectors, float32 or bfloat16; may stay in host memory, then only the rows of a step are
         moved.
-        boundaries: (c,) cosines.
-        mask: (c,) bool, whether the class has an old centre; a masked class has no term at all.
+        boundaries: (c,) cosines, on the rank's device.
+        mask: (c,) bool, whether the class has an old centre; a masked class has no term at all. On the rank's device.
         alignment_weight: λ_a in (1 − cos) units.
         boundary_weight: λ_b.
     """
@@ -50,10 +94,12 @@ class DirectCompat:
         """The number of classes with a centre over all ranks, 0-dim float64 (one all-reduce; called once)."""
         return all_reduce_sum(self.mask.sum().to(device=device, dtype=torch.float64))
 
+    def start(self, index: Tensor | None, device: torch.device, block: int) -> StepCenters | None:
+        """Send the centres of a step's rows ``index`` (n,), on the host, to the device; None: they are there."""
+        if index is None or self.centers.device.type == device.type:
+            return None
+        return StepCenters(self.centers, index, device, block)
+
     def rows(self, index: Tensor | slice, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Centres (n, D1) as they are stored, and the mask as numbers (n,) of the dtype of ``like``, both on its
-        device.
-        """
-        if isinstance(index, Tensor):
-            index = index.to(self.centers.device)
-        return self.centers[index].to(like.device, non_blocking=True), self.mask[index].to(like)
+        """Centres (n, D1) as they are stored, and the mask as numbers (n,) of the dtype of ``like``."""
+        return self.centers[index], self.mask[index].to(like)

@@ -55,7 +55,7 @@ class HeadOutput:
 
 
 class Companion(Protocol):
-    """A loss beside the head's that every rank computes alike from the same gathered tensors, such as LCE through T."""
+    """A loss besides the head's that every rank computes alike from the same gathered tensors (LCE through T)."""
 
     def __call__(self, embeddings: Tensor, labels: Labels, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (0-dim, equal on all ranks) and what to report of it, detached.
@@ -110,6 +110,11 @@ class PartialFC(nn.Module):
         _check(config, compat)
         if compat is not None:
             compat.check(self.classes.size, dim)
+            if config.sample_rate == 1 and compat.centers.device.type != ranks.device.type:
+                raise ConfigError(
+                    "compat.centers = host with head.sample_rate = 1: every centre would be copied to the GPU in every "
+                    "step; use compat.centers=device, or a sample rate below 1"
+                )
         self.compat = compat
         old = None if compat is None else OldCenters(compat, compat.total(ranks.device))
         self.margin = build_margin(config.margin, ranks.device)

@@ -13,7 +13,9 @@ underestimates the full denominator. ``sampling_correction`` weights each drawn 
 batch by C/S (Horvitz–Thompson), which makes the sum over the negatives unbiased.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -37,7 +39,7 @@ class Drawn:
     ``samples`` (P,) are the samples whose class is on this rank, by ascending ``places`` (P,) of their classes among
     the drawn; ``place_list`` are the same on the host. ``probability`` is S/C. ``own`` (u,) are the places of the
     batch's classes that are on this rank, each once, in ascending order of the classes; ``own_order`` (u,) sorts them,
-    to ``own_list`` on the host.
+    to ``own_list`` on the host. ``host_index`` makes ``index`` once more, on the host.
     """
 
     index: Tensor | None
@@ -49,6 +51,7 @@ class Drawn:
     own_order: Tensor
     place_list: NDArray[np.int64]
     own_list: NDArray[np.int64]
+    host_index: Callable[[], Tensor | None]
 
 
 def stratum_count(total: int, rate: float) -> int:
@@ -127,10 +130,15 @@ def draw_rows(labels: NDArray[np.int64], classes: ClassRange, draw: Draw | None,
         own[own < 0] = negatives + np.arange(len(extra))
     order, own_order = np.argsort(own[among], kind="stable"), np.argsort(own)
     places = own[among][order]
+
+    def index_on(where: torch.device, undrawn: Tensor) -> Tensor | None:
+        return None if draw is None else torch.cat([draw.negatives(classes.start, classes.stop, where), undrawn])
+
     to: list[Tensor] = upload([samples[order], places, own, own_order, extra], device)
-    index = None if draw is None else torch.cat([draw.negatives(classes.start, classes.stop, device), to[4]])
     share = 1.0 if draw is None else draw.strata / draw.total
-    return Drawn(index, negatives, to[0], to[1], share, to[2], to[3], places, own[own_order])
+    host = partial(index_on, torch.device("cpu"), torch.from_numpy(extra))
+    index = index_on(device, to[4])
+    return Drawn(index, negatives, to[0], to[1], share, to[2], to[3], places, own[own_order], host)
 
 
 def _rotated(start: int, stop: int, offset: int, total: int) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.head.margin import Target
+from trainer.head.old_centers import StepCenters
 from trainer.head.row_optimizer import Selection
 from trainer.head.sampling import Drawn
 
@@ -142,7 +143,7 @@ class PassInput:
 
     ``rows`` are the rows of the step, ``shift`` the constant taken off every logit (0-dim where it depends on τ),
     ``log_weight`` (n, 1) is log C/S for classes that only the draw brought in (None: no correction), ``keep_products``
-    whether the first pass's products are kept for the second.
+    whether the first pass's products are kept for the second. ``centers`` are those that come from host memory.
     """
 
     batch: Batch
@@ -153,6 +154,7 @@ class PassInput:
     log_weight: Tensor | None
     curriculum: Curriculum | None
     keep_products: bool
+    centers: StepCenters | None
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Peak host memory of a rank beside its GPU; 0 on the CPU."""
+        """Peak host memory of a rank besides its GPU's; 0 on the CPU."""
         return peak_bytes(self.memory, on_host=True)
 
     @property
@@ -166,7 +166,12 @@ def _changes(setting: Setting) -> dict[str, Edit]:
         out[f"data.batch_size={half}"] = lambda s, _: _with(s, "data", batch_size=half)
     if config.checkpoint.asynchronous and setting.device == "cpu":
         out["checkpoint.asynchronous=false"] = lambda s, _: _with(s, "checkpoint", asynchronous=False)
-    if setting.bank_dim is not None and setting.device == "cuda" and isinstance(config.method, LceDirectConfig):
+    if (
+        setting.bank_dim is not None
+        and setting.sampled
+        and setting.device == "cuda"
+        and isinstance(config.method, LceDirectConfig)
+    ):
         out["old centres in host memory (compat.centers=host)"] = lambda s, _: _on_host(s)
     return out
 

@@ -27,7 +27,7 @@ from trainer.compat.methods.cross import open_cross
 from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
 from trainer.data import Dataset, DatasetInfo, open_dataset
-from trainer.data.config import DataConfig, RecordsConfig, SyntheticConfig
+from trainer.data.config import DataConfig, ImagesConfig, SyntheticConfig
 from trainer.distributed import Ranks, agree, gather_objects, on_main
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
 from trainer.files import why_unwritable
@@ -79,7 +79,7 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
     if isinstance(data, SyntheticConfig):
         classes, size = data.synthetic_classes, (data.synthetic_size, data.synthetic_size)
     else:
-        assert isinstance(data, RecordsConfig)
+        assert isinstance(data, ImagesConfig)
         dataset = open_dataset(data.path, data.labels)
         classes, size = dataset.num_classes, dataset.info.image_size
         if len(dataset.kept) == 0:
@@ -149,7 +149,7 @@ def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None,
 
 
 def _check_rival(config: Config, method: MethodConfig, bank: CenterBank | None, old: OldEmbeddings | None) -> None:
-    """What the methods beside LCE ask for: one dimension, unless a map is trained."""
+    """What the methods besides LCE ask for: one dimension, unless a map is trained."""
     dim = config.backbone.dim
     if bank is not None and old is not None and bank.dim != old.dim:
         raise ConfigError(f"{method.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")

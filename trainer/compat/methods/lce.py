@@ -287,8 +287,8 @@ def direct_compat(config: LceDirectConfig, bank: CenterBank, ranks: Ranks) -> Di
     where = ranks.device if config.centers == "device" else torch.device("cpu")
     return DirectCompat(
         rows.centers.to(where),
-        rows.boundaries.to(where),
-        rows.mask.to(where),
+        rows.boundaries.to(ranks.device),
+        rows.mask.to(ranks.device),
         config.alignment_weight,
         0.0 if config.authors_formula else config.boundary_weight,  # theirs: AuthorsBoundary
     )
