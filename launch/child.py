@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from trainer.distributed import end_with_parent
+from trainer.distributed import LAUNCHER, end_with_parent
 from trainer.errors import ConfigError
+from trainer.owner import started
 from trainer.run.watch import (
     EXIT_CRASH,
     EXIT_INTERRUPTED,
@@ -35,7 +36,7 @@ _STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
 
 def find_program(name: str, remedy: str) -> str:
-    """A launcher on the PATH or beside this interpreter. Raises :class:`ConfigError` with the ``remedy``: neither."""
+    """A launcher on the PATH or next to this interpreter. Raises :class:`ConfigError` with the ``remedy``: neither."""
     program = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if program is None:
         raise ConfigError(remedy)
@@ -94,7 +95,7 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
     the first while no rank is training yet.
 
     Args:
-        environment: beside this process's own.
+        environment: in addition to this process's own.
         run_dir: the run folder; None: the launcher is ended at the first signal.
 
     Returns:
@@ -102,9 +103,10 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
         :func:`stopped_status`.
     """
     began, asked = time.time(), 0
+    me = f"{socket.gethostname()}:{os.getpid()}:{started(os.getpid())}"
     child = subprocess.Popen(
         words,
-        env=os.environ | dict(environment),
+        env=os.environ | dict(environment) | ({LAUNCHER: me} if started(os.getpid()) else {}),
         start_new_session=True,
         preexec_fn=end_with_parent,
     )

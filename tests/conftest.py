@@ -1,4 +1,4 @@
-"""Three speeds: whole files that start processes or train are marked ``slow``, beside tests that say so themselves;
+"""Three speeds: whole files that start processes or train are marked ``slow``, besides tests that say so themselves;
 those marked ``attack`` take minutes each and run where ``-m`` asks for them (``make attack``)."""
 
 from pathlib import Path
@@ -65,7 +65,7 @@ def pytest_sessionstart() -> None:
     """A file that was renamed must not become fast by that."""
     missing = [name for name in SLOW if not (TESTS / name).is_file()]
     if missing:
-        raise pytest.UsageError(f"tests/conftest.py lists files that are not there: {', '.join(missing)}")
+        raise pytest.UsageError(f"tests/conftest.py lists files that do not exist: {', '.join(missing)}")
 
 
 def pytest_configure(config: pytest.Config) -> None:

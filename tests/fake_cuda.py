@@ -98,7 +98,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Fake(torch.Tensor):
-    """A tensor on the device that is not there; ``held`` holds its data."""
+    """A tensor on the simulated device; ``held`` holds its data."""
 
     held: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -234,7 +234,7 @@ class Log:
         elif func.namespace in ("c10d",):
             return
         shapes = ", ".join(str(tuple(t.shape)) for t in plain)
-        self.note("ERROR", f"{name}: CPU tensor {shapes} beside CUDA ones")
+        self.note("ERROR", f"{name}: CPU tensor {shapes} next to CUDA ones")
 
     def _waits(self, func: Any, args: Any) -> None:
         if func in SYNCS and isinstance(args[0], Fake):

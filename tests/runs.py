@@ -1,4 +1,4 @@
-"""Small runs on made-up data for the engine's tests: configurations, and functions that the spawned ranks call."""
+"""Small runs on synthetic data for the engine's tests: configurations, and functions that the spawned ranks call."""
 
 import json
 from pathlib import Path

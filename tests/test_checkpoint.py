@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from tests.attack import tallied
 from tests.ranks import run_ranks
 from trainer.checkpoint import (
     CheckpointConfig,
@@ -182,6 +183,7 @@ class _Evil:
         return (print, ("unpickled",))
 
 
+@tallied("hostile files: pickles", "refused")
 def test_an_index_that_runs_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _written(tmp_path, 1)
     (tmp_path / "step-00000001/.metadata").write_bytes(pickle.dumps(_Evil()))

@@ -146,7 +146,7 @@ def beating(target: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("locks", ["local", "none", "kept by the server"])
 def test_an_owner_elsewhere_counts_while_it_beats(target: Path, locks: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where locks do not reach other machines, are not there at all, or outlive a machine."""
+    """Where locks do not reach other machines, do not exist, or outlive a machine."""
     server: list[object] = []
     if locks == "none":
 

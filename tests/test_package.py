@@ -1,4 +1,4 @@
-"""What the package promises without its extras: every command's help, and the recipes beside the code."""
+"""What the package promises without its extras: every command's help, and the recipes next to the code."""
 
 import importlib
 import importlib.util

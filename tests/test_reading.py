@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.attack import tallied
 from tests.data.samples import packed
 from tests.models.test_export import saved
 from trainer.checkpoint import read_seal
@@ -55,6 +56,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", YAMLS)
+@tallied("hostile files: YAML, JSON and .npy", "refused")
 def test_yaml_ends_in_one_line(tmp_path: Path, kind: str) -> None:
     file = _write(tmp_path / "x.yaml", YAMLS[kind])
     with pytest.raises(DataError, match=r"x\.yaml: ") as problem:
@@ -64,6 +66,7 @@ def test_yaml_ends_in_one_line(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", JSONS)
+@tallied("hostile files: YAML, JSON and .npy", "refused")
 def test_json_ends_in_one_line(tmp_path: Path, kind: str) -> None:
     file = _write(tmp_path / "x.json", JSONS[kind])
     with pytest.raises(DataError, match=r"x\.json: ") as problem:
@@ -94,6 +97,7 @@ def test_every_flipped_bit_of_an_npy_header_ends_in_one_line_or_in_an_array(tmp_
 
 
 @pytest.mark.parametrize("header", ["(1 << 62,)", "(-1,)", "(2**40, 2**40)", "(4611686018427387904,)", "((3,),)"])
+@tallied("hostile files: YAML, JSON and .npy", "refused")
 def test_an_array_that_is_larger_than_its_file_is_refused(tmp_path: Path, header: str) -> None:
     np.save(tmp_path / "x.npy", np.arange(3))
     data = (tmp_path / "x.npy").read_bytes()
@@ -172,6 +176,7 @@ FINDS_ANOTHER = {("summary", "nothing"), ("offsets", "nothing"), ("dataset.yaml"
 
 @pytest.mark.parametrize("kind", NOT_FILES)
 @pytest.mark.parametrize("reader", READERS)
+@tallied("hostile files: pipes, devices and folders", "refused")
 def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path, reader: str, kind: str) -> None:
     if (reader, kind) in FINDS_ANOTHER:
         READERS[reader](tmp_path, NOT_FILES[kind])
@@ -191,6 +196,7 @@ def test_a_file_that_is_too_large_to_be_a_text_is_not_read(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("key", ["dim", "width", "hidden"])
+@tallied("hostile files: YAML, JSON and .npy", "refused")
 def test_a_model_card_of_two_thousand_million_dimensions_is_refused(tmp_path: Path, key: str) -> None:
     saved(tmp_path / "m", "mlp")
     card = json.loads((tmp_path / "m/model.json").read_text())

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     embeddings.add_argument(
         "--labels",
         type=Path,
-        help="whole numbers (.npy), the new class of each embedding (−1: leave out); the .yaml beside it counts",
+        help="whole numbers (.npy), the new class of each embedding (−1: leave out); the .yaml next to it counts",
     )
     embeddings.add_argument("--dataset", type=Path, help="take labels and class count from this data set")
     embeddings.add_argument(
@@ -282,6 +282,7 @@ def _class_map(file: Path | None, new: "Dataset | None", old: "Dataset | None") 
 
 
 def _info(args: argparse.Namespace) -> int:
+    from tools.cli import translated
     from tools.progress import progress_bar
     from trainer.compat.bank.bank_info import describe, nearest_pairs, summarise
     from trainer.compat.bank.center_bank import CenterBank
@@ -294,7 +295,7 @@ def _info(args: argparse.Namespace) -> int:
     figures = {**summarise(bank), "nearest_pairs": pairs}
     write_json(figures, args.json)
     if args.json != "-":
-        print(describe(args.bank, figures))
+        print(translated(describe(args.bank, figures), args.parser))
     return 0
 
 

@@ -5,7 +5,7 @@ records whose header has another label than the label table, which data.order su
 that cannot be read or decoded, files that were cut, offsets that point nowhere, sizes other than described. Exit status
 1 when there is damage, else 0.
 
---write-bad puts the damaged records' numbers into DATASET/bad_records.npy; training passes over them, up to
+--write-bad puts the damaged records' numbers into DATASET/bad_records.npy; training skips them, up to
 data.max_bad_records of them.
 
 `lce pack` writes checksums of the tables and of every record (checksums.json, *.crc.npy); they are compared when a data
@@ -43,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deep", action="store_true", help="decode every image, by Pillow and by DALI where it is installed"
     )
-    parser.add_argument(
-        "--write-bad", action="store_true", help="write DATASET/bad_records.npy for training to pass over"
-    )
+    parser.add_argument("--write-bad", action="store_true", help="write DATASET/bad_records.npy for training to skip")
     parser.add_argument(
         "--seal",
         action="store_true",

@@ -3,7 +3,7 @@ statuses.
 
 Exit status: 0 done; 1 the answer is no (damage found, upgrade unsafe); 2 wrong use or configuration. A crash is never 1
 or 2: it ends with 70 and its traceback; an interruption by Ctrl-C with 130, a
-reader that has gone away with 141, a training's by SIGTERM with 75.
+reader that has gone away with 141, a training run's by SIGTERM with 75.
 """
 
 import argparse

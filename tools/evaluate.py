@@ -105,6 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help="template sets, in the layout of IJB-B and IJB-C",
     )
+    parser.add_argument(
+        "--gallery",
+        choices=("images", "pooled"),
+        default="images",
+        help="pooled: measure galleries of one vector an identity as well, as a table of its own",
+    )
     parser.add_argument("--score-weights", action="store_true", help="weigh a template's images by detection score")
     parser.add_argument("--norm-weights", action="store_true", help="weigh a template's images by embedding norm")
     parser.add_argument(
@@ -113,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs", nargs="*", default=[], metavar="RUN", help="run folders whose training the report shows"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the HTML report (and its plots beside it)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the HTML report (and its plots next to it)")
     parser.add_argument(
         "--pictures", action="store_true", help="the report holds pictures of example pairs (of people: personal data)"
     )
@@ -194,7 +200,7 @@ def _options(args: argparse.Namespace, fars: tuple[float, ...]) -> "Options":
     from trainer.evaluation.verdict import Rules
 
     rules = Rules(tolerance=args.tolerance, min_identities=args.min_identities)
-    return Options(fars=fars, replicates=args.replicates, seed=args.seed, rules=rules)
+    return Options(fars=fars, replicates=args.replicates, seed=args.seed, rules=rules, pooled=args.gallery == "pooled")
 
 
 def _measure_stored(args: argparse.Namespace, fars: tuple[float, ...]) -> dict[str, Any]:

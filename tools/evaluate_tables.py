@@ -22,9 +22,12 @@ def print_tables(result: Mapping[str, Any]) -> None:
 def tables(result: Mapping[str, Any]) -> "Iterator[Table]":
     """Labelled sets, pair lists, and template sets (1:1 and 1:N apart) of what ``lce evaluate`` measured."""
     for name, one in result["sets"].items():
-        rows = {cell: [*_tars(of), _number(of["rank"]["1"]["value"])] for cell, of in one["cells"].items()}
+        rows = {of["title"]: [*_tars(of), _number(of["rank"]["1"]["value"])] for of in one["cells"].values()}
         title = f"{name}: {one['identities']:,} identities, {one['images']:,} images"
         yield _table(title, "query → gallery", [*_far_names(one["cells"]), "rank-1"], rows)
+        yield _deployments(name, one)
+        if one["pooled"]:
+            yield _pooled(name, one)
     for name, one in result["pair_sets"].items():
         rows = {
             cell: [_number(of["accuracy"]["mean"], ".4f"), *_tars(of), _number(of["eer"], ".4f")]
@@ -43,6 +46,29 @@ def tables(result: Mapping[str, Any]) -> "Iterator[Table]":
             yield _table(title, "1:1", [*_far_names(pairs), "EER"], rows)
         if searches:
             yield _table(title, "1:N", _search_names(searches), {c: _search(of) for c, of in searches.items()})
+
+
+def _deployments(name: str, one: Mapping[str, Any]) -> "Table":
+    from trainer.evaluation.compatibility import rate_text
+    from trainer.evaluation.report_sections import thresholds
+
+    far = rate_text(one["far"])
+    rows = {
+        way["way"]: [
+            thresholds(way), _number(way["tar"]["value"]), _number(way["rank-1"]["value"]), way["answer"] or "–"
+        ]
+        for way in one["deployments"]
+    }  # fmt: skip
+    head = [f"threshold for FAR {far}", f"TAR@FAR {far}", "rank-1", "verdict"]
+    return _table(f"{name}: ways of deploying", "query → gallery", head, rows)
+
+
+def _pooled(name: str, one: Mapping[str, Any]) -> "Table":
+    from trainer.evaluation.compatibility import rate_text
+
+    rows = {of["name"]: [*map(_number, of["tar"]), _number(of["rank1"]["value"])] for of in one["pooled"]}
+    head = [*(f"TAR@FAR {rate_text(far)}" for far in one["pooled"][0]["fars"]), "rank-1"]
+    return _table(f"{name}, pooled by identity: {one['pooled'][0]['protocol']}", "query → gallery", head, rows)
 
 
 def _table(title: str, corner: str, head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> "Table":

@@ -43,11 +43,12 @@ def open_model(
     path: object, args: argparse.Namespace, device: "str | torch.device" = "cpu", shown: bool = True
 ) -> "EmbeddingModel":
     """Open a model with what the options state of it, and print how a foreign one is read."""
+    from tools.cli import translated
     from trainer.models.open import load_model
 
     model = load_model(str(path), device, reading_of(args))
     if shown and model.reading:
-        print(model.reading, file=sys.stderr)
+        print(translated(model.reading, args.parser), file=sys.stderr)
     return model
 
 

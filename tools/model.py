@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe; returns the exit status."""
+    from tools.cli import translated
     from trainer.data import open_named
     from trainer.errors import ModelError
     from trainer.models.description import description_of, with_description, write_description
@@ -57,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
     figures = _figures(model)
     write_json(figures, args.json)
     if args.json != "-":
-        print(model.reading or f"{args.model}: {figures['network']}, dimension {model.dim}; read as its card says")
+        print(
+            translated(model.reading, args.parser)
+            or f"{args.model}: {figures['network']}, dimension {model.dim}; read as its card says"
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Figures of a command: as JSON, and the tables beside."""
+"""Figures of a command: as JSON, and as tables."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def table_console(target: str | Path | None, width: int) -> "Console":
-    """Where tables beside ``--json TARGET`` go: standard error if the JSON takes standard output, and ``width`` columns
+    """Where tables go: standard error if the JSON (``--json TARGET``) takes standard output, and ``width`` columns
     if it is no terminal."""
     from rich.console import Console
 

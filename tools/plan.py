@@ -3,8 +3,8 @@
   lce plan configs/data/ms1mv3.yaml configs/network/r50.yaml --classes 93431 --gpus 8 head.sample_rate=0.1
   lce plan --classes 29e6 --dim 512 --backbone iresnet50 --gpus 8 --batch 128 --memory 32GiB
   lce plan --classes 2e6 --gpus 8 --link-gbps 100 --samples-per-second 5000 --records 42e6 --json -
-  lce plan --classes 2e6 --gpus 64 --batch 128 --simulate 512    # take a step as ranks of 512 that are not there
-  lce plan --verify                                              # planned beside measured on this machine, 3 minutes
+  lce plan --classes 2e6 --gpus 64 --batch 128 --simulate 512    # run one update as each kind of rank of 512
+  lce plan --verify                                              # planned next to measured on this machine, 3 minutes
 
 Files are a recipe's layers; --classes is needed only where the data set is not there. Tables and bytes sent are exact;
 what a step of the head needs besides is a model of the code, within a tenth of the measured peak on the CPU (--verify,

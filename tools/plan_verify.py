@@ -1,4 +1,4 @@
-"""`lce plan --verify`: planned peak memory of real updates beside the measured one, every case in fresh processes."""
+"""`lce plan --verify`: planned peak memory of real updates next to the measured one, every case in fresh processes."""
 
 import multiprocessing
 import tempfile
@@ -19,7 +19,7 @@ UPDATES = 3
 
 
 def case_setting(classes: int, rate: float, ranks: int, device: str, changes: Sequence[str] = ()) -> Setting:
-    """A run of the head on made-up images with a small network, batch 128, dimension 512, as ``lce bench head`` is.
+    """A run of the head on synthetic images with a small network, batch 128, dimension 512, as ``lce bench head`` is.
 
     ``changes`` are ``section.key=value`` strings on top.
     """
@@ -134,7 +134,7 @@ def _rank(setting: Setting, rank: int, store: str, pipe: Connection) -> None:
 
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Planned beside measured, a line a case."""
+    """Planned next to measured, a line a case."""
     lines = [f"{'classes':>10} {'rate':>5} {'ranks':>5} {'planned':>10} {'measured':>10} {'off':>7}"]
     for row in rows:
         sizes = f"{row['planned_bytes'] / 2**30:7.2f} GiB {row['measured_bytes'] / 2**30:6.2f} GiB"

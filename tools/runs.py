@@ -28,7 +28,7 @@ from trainer.errors import DataError
 HELP = "list runs, compare their settings, plot their curves"
 ACTIONS = ("list", "diff", "plot")
 ALIVE_SECONDS = 30.0
-"""A rank renews its file in RUN/ranks every two seconds; a run whose ranks have not for so long does not run."""
+"""A rank renews its file in RUN/ranks every two seconds; a run without any renewed file for so long counts as ended."""
 NOT_SETTINGS = ("run.dir",)
 NOT_CURVES = ("step", "epoch", "seconds")
 

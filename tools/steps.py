@@ -2,7 +2,7 @@
 
 Every step has a stamp ``folder/steps/NAME.json`` with a key, the hash of all that went into it and into the steps
 before it. A finished step with the same key is skipped. An unfinished one is run again: on what it left where it can
-continue (a training resumes from its checkpoint), else from nothing, as is a step whose key has changed.
+continue (a training run resumes from its checkpoint), else from nothing, as is a step whose key has changed.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class Steps:
         Args:
             name: names the stamp.
             title: what is printed.
-            made_from: everything that determines the result beside the earlier steps: command line, configuration.
+            made_from: everything that determines the result besides the earlier steps: command line, configuration.
             products: files and folders that the step makes, all inside :attr:`folder`.
             action: does it.
             continues: ``action`` can go on from what an interrupted run of itself left; else that is deleted first.

@@ -20,31 +20,24 @@ _PLACES = {
     "upgrade_gallery": "trainer.api",
 }
 
-__all__ = [
-    "__version__",
-    "embed",
-    "evaluate",
-    "export_onnx",
-    "load_config",
-    "load_model",
-    "make_bank",
-    "open_dataset",
-    "train",
-    "upgrade_gallery",
-]
-
 if TYPE_CHECKING:
-    from trainer.api import embed, evaluate, export_onnx, make_bank, train, upgrade_gallery
-    from trainer.data import open_dataset
-    from trainer.models.open import load_model
-    from trainer.run.config import load_config
+    from trainer.api import embed as embed
+    from trainer.api import evaluate as evaluate
+    from trainer.api import export_onnx as export_onnx
+    from trainer.api import make_bank as make_bank
+    from trainer.api import train as train
+    from trainer.api import upgrade_gallery as upgrade_gallery
+    from trainer.data import open_dataset as open_dataset
+    from trainer.models.open import load_model as load_model
+    from trainer.run.config import load_config as load_config
 
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
-        return getattr(import_module(_PLACES[name]), name)
+        globals()[name] = value = getattr(import_module(_PLACES[name]), name)
+        return value
     raise AttributeError(f"module 'trainer' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PLACES})

@@ -260,7 +260,7 @@ class Checkpoints:
 
         Args:
             state: name → tensor; the same names on all ranks; replicated tensors plain, sharded ones as DTensors.
-            seal: JSON values to keep beside, at least ``step``.
+            seal: further JSON values to keep, at least ``step``.
         """
         self.settle()
         step = int(seal["step"])
@@ -341,12 +341,14 @@ class Checkpoints:
         self.failures += 1
         message = f"checkpoint at step {step} failed: {problem}"
         if self.failures > 1:
-            raise CheckpointError(f"{message}; the one before failed too, so the run stops. Free or mend {self.folder}")
+            raise CheckpointError(
+                f"{message}; the one before failed too, so the run stops. Free disk space or repair {self.folder}"
+            )
         if self.ranks.is_main:
             self.notify(f"{message}; training goes on and tries again at the next one")
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; damaged ones are named and passed over. None when the run has none at all.
+        """The newest whole checkpoint; damaged ones are named and skipped. None when the run has none at all.
 
         Raises:
             CheckpointError: there are checkpoints but none is whole; or the newest is damaged and ``resume`` is

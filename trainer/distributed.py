@@ -26,10 +26,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 from trainer.errors import ConfigError
 from trainer.machine import threads_of_a_rank
+from trainer.owner import Launcher
 
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
+LAUNCHER = "LCE_LAUNCHER"
+"""The variable by which a launcher says who it is to the ranks behind another one: ``HOST:PID:START``."""
 _LAUNCHED = ("TORCHELASTIC_RUN_ID", "LCE_LAUNCHED")  # of torchrun, and of lce launch under mpirun and DeepSpeed
 
 # Newer releases of torch renamed these two collectives.
@@ -50,7 +53,7 @@ class CommunicationTime:
     """The time that this process's collectives on tensors take, waiting for other ranks included.
 
     On the CPU by the clock, on CUDA by events on the stream, which no step waits for. What runs inside DDP, FSDP or
-    ZeRO beside the backward pass is not in it.
+    ZeRO during the backward pass is not counted.
     """
 
     def __init__(self) -> None:
@@ -155,9 +158,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def launched_by() -> int:
-    """The process whose end is to end this rank: the launcher's on this machine; 0 where none started it."""
-    return os.getppid() if any(name in os.environ for name in _LAUNCHED) else 0
+def launched_by() -> Launcher | None:
+    """The launcher whose end is to end this rank, on this machine; None: none started it."""
+    if not any(name in os.environ for name in _LAUNCHED):
+        return None
+    host, _, first = os.environ.get(LAUNCHER, "").partition(":")
+    return Launcher(os.getppid(), first if host == socket.gethostname() else "")
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
@@ -172,14 +178,14 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
     """Join the process group that the launcher's environment describes; leave it at the end.
 
     Args:
-        device: ``auto``, ``cpu`` or ``cuda``. gloo for the CPU; NCCL for CUDA tensors beside gloo for objects.
+        device: ``auto``, ``cpu`` or ``cuda``. gloo for the CPU; NCCL for CUDA tensors and gloo for objects.
         timeout_seconds: a collective that takes longer raises on the ranks that wait.
         threads: intra-op threads; 0: :func:`trainer.machine.threads_of_a_rank`.
 
     Without RANK and WORLD_SIZE in the environment it is a single process and no group is made.
 
     Raises:
-        ConfigError: a network interface that this host has not, a master that is unknown or does not answer.
+        ConfigError: a network interface that this host does not have, a master that is unknown or does not answer.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -212,7 +218,7 @@ def _master() -> str:
 
 
 def _check_network(nccl: bool) -> None:
-    """Refuse at once what would otherwise be a timeout: interfaces that are not there, a master without an address."""
+    """Refuse at once what would otherwise be a timeout: interfaces that do not exist, a master without an address."""
     there = [name for _, name in socket.if_nameindex()]
     for variable in ("GLOO_SOCKET_IFNAME", *(("NCCL_SOCKET_IFNAME",) if nccl else ())):
         asked = os.environ.get(variable, "")
@@ -222,7 +228,7 @@ def _check_network(nccl: bool) -> None:
         if names and not any(name in names or (fits and name.startswith(fits)) for name in there):
             raise ConfigError(
                 f"{variable}={asked}: {socket.gethostname()} has no such network interface; it has {', '.join(there)}. "
-                "Name one of them with lce launch --interface"
+                "Name one of them with `lce launch --interface`"
             )
     address = os.environ.get("MASTER_ADDR")
     try:

@@ -6,7 +6,7 @@ ours and shows its traceback.
 
 
 class LceError(Exception):
-    """Base of all errors that a user can mend: wrong input, wrong configuration, damaged files."""
+    """Base of all errors that a user can correct: wrong input, wrong configuration, damaged files."""
 
 
 class ConfigError(LceError):

@@ -242,7 +242,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 class _Inert:
-    """Stands for an object of a class that a file names beside its tensors (a trainer's settings, a callback): nothing
+    """Stands for an object of a class that a file names next to its tensors (a trainer's settings, a callback): nothing
     of that class is imported or run, and the object is empty."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -256,7 +256,7 @@ def load_torch(path: Path, error_type: type[LceError]) -> Any:
     """What ``torch.save`` wrote, on the CPU, mapped where the format allows; read with ``weights_only=True``: tensors
     and plain containers.
 
-    Objects of other classes beside them become empty stand-ins, so that the checkpoints of other trainers can be read
+    Objects of other classes next to them become empty stand-ins, so that the checkpoints of other trainers can be read
     without running anything of what they name.
 
     Raises:

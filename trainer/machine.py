@@ -38,7 +38,7 @@ def usable_cores() -> int:
 
 
 def other_ranks(on_node: int) -> int:
-    """The ranks (``python -m trainer``) on this machine beside the ``on_node`` that one launcher starts here."""
+    """The ranks (``python -m trainer``) on this machine besides the ``on_node`` that one launcher starts here."""
     launcher, siblings, others = os.getppid(), 0, 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:

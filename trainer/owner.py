@@ -42,7 +42,7 @@ class Note:
     Attributes:
         host, user, pid, command: of the owner. since: seconds of the epoch.
         started: the machine's boot and the process's start after it, which tell apart two processes of one number.
-        launcher: the process that started it and whose end ends it; 0: none.
+        launcher: the process that started it and whose end ends it; 0: none. first: see :class:`Launcher`.
         partners: what its partners declare too; empty: it has none.
     """
 
@@ -54,9 +54,10 @@ class Note:
     since: float
     launcher: int = 0
     partners: str = ""
+    first: str = ""
 
     @staticmethod
-    def mine(partners: str = "", launcher: int = 0) -> "Note":
+    def mine(partners: str = "", launcher: "Launcher | None" = None) -> "Note":
         """The note of this process."""
         try:
             user = getpass.getuser()
@@ -65,7 +66,9 @@ class Note:
         command = " ".join(shlex.join(sys.orig_argv).split())
         command = command if len(command) <= 300 else f"{command[:297]}…"
         pid = os.getpid()
-        return Note(socket.gethostname(), user, pid, started(pid) or "", command, time.time(), launcher, partners)
+        by = launcher or Launcher(0)
+        begun = started(pid) or ""
+        return Note(socket.gethostname(), user, pid, begun, command, time.time(), by.parent, partners, by.first)
 
     @property
     def here(self) -> bool:
@@ -80,11 +83,30 @@ class Note:
     @property
     def ending(self) -> bool:
         """Whether it runs here and its launcher has died, so that it will end by itself."""
-        return self.launcher > 0 and self.lives and _parent(self.pid) != self.launcher
+        return self.launcher > 0 and self.lives and not Launcher(self.launcher, self.first).lives(self.pid)
 
     def __str__(self) -> str:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return f"`{self.command}` (process {self.pid} of {self.user} on {self.host}, since {when})"
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Whose end ends a rank.
+
+    Attributes:
+        parent: the process that started it.
+        first: ``PID:START`` of the command on this machine that started the parent (``lce launch`` under DeepSpeed,
+            whose own processes outlive it); empty: none.
+    """
+
+    parent: int
+    first: str = ""
+
+    def lives(self, rank: int) -> bool:
+        """Whether both still run, for the process ``rank``."""
+        pid, _, start = self.first.partition(":")
+        return _parent(rank) == self.parent and (not self.first or started(int(pid)) == start)
 
 
 _UNKNOWN = Note("?", "?", 0, "", "a process that left no note", 0.0)
@@ -101,6 +123,8 @@ def started(pid: int) -> str | None:
 
 
 def _parent(pid: int) -> int:
+    if pid == os.getpid():
+        return os.getppid()
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -288,7 +312,12 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 @contextlib.contextmanager
 def owned(
-    target: Path, error_type: type[LceError], *, lock: Path | None = None, partners: str = "", launcher: int = 0
+    target: Path,
+    error_type: type[LceError],
+    *,
+    lock: Path | None = None,
+    partners: str = "",
+    launcher: Launcher | None = None,
 ) -> Iterator[None]:
     """Own ``target`` inside the block; the owner of that target in this thread may enter again.
 
@@ -297,7 +326,7 @@ def owned(
         lock: the lock's file; by default ``.NAME.owner`` next to the target. Give one inside a folder that is not
             replaced as a whole. Missing folders are made, and removed again where they stay empty.
         partners: who declares the same text may own it too; a lone owner and they exclude each other.
-        launcher: the process whose end ends this one (see :class:`Note`).
+        launcher: whose end ends this process; None: nobody's.
 
     Raises:
         LceError: of ``error_type``: another process owns it (its host, number and command are named), or the lock

@@ -1,12 +1,16 @@
 """Attempts to break what docs/reliability.md promises, and the one table of what came of them.
 
 Every test takes the number of its attempts from :func:`amounts`: a small seeded share runs in ``make test``, more in
-``make attack``, most with ``FULL=1``. It reports each attempt's outcome to :func:`tally`; ``make attack`` ends by
-printing the table, and with ``FULL=1`` writes it to ``tests/attack/table.md``.
+``make attack``, most with ``FULL=1``. It reports each attempt's outcome to :func:`tally`; :func:`tallied` does so for a
+test that is one attempt, which runs in both. ``make attack`` ends by printing the table, and with ``FULL=1`` writes it
+to ``tests/attack/table.md``.
 """
 
+import functools
 import os
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -27,6 +31,27 @@ def tally(kind: str, outcome: str, count: int = 1) -> None:
     """Count an attempt's outcome, one of :data:`OUTCOMES`, in the row of its ``kind``."""
     assert outcome in OUTCOMES
     _TALLY.setdefault(kind, Counter())[outcome] += count
+
+
+def tallied(kind: str, outcome: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Count a test as one attempt: ``outcome`` where it passes, ``silent`` where it fails; a skipped one is none."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @pytest.mark.tallied
+        @functools.wraps(test)
+        def counted(*args: Any, **kwargs: Any) -> None:
+            try:
+                test(*args, **kwargs)
+            except pytest.skip.Exception:
+                raise
+            except BaseException:  # that nothing was raised, too
+                tally(kind, "silent")
+                raise
+            tally(kind, outcome)
+
+        return counted
+
+    return decorate
 
 
 def table() -> str:

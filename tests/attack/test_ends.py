@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.attack import tallied
 from tests.attack.commands import ROOT, ended, launched, rank_pids, start, wait_for_step
 from tests.banks import write_bank
 from tests.data.samples import identity_folders, packed
@@ -68,6 +69,7 @@ def test_a_killed_data_process_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in output, output
 
 
+@tallied("full disk: /dev/shm", "refused")
 def test_no_room_in_shared_memory_is_one_line_at_once(tmp_path: Path) -> None:
     """A container's /dev/shm of 64 MiB is soon full; the rank waited for run.timeout_seconds."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
@@ -106,17 +108,19 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [65500, 12000])
+@tallied("hostile files: pictures", "handled")
 def test_a_picture_of_too_many_pixels_is_named_and_the_rest_is_packed(tmp_path: Path, side: int) -> None:
     """F12."""
     source = identity_folders(tmp_path / "a", 2, 3)
     (source / "person00/0.jpeg").write_bytes(huge_png(side, side))
-    with pytest.raises(DataError, match=r"person00/0\.jpeg: .*pixels.* --skip-damaged"):
+    with pytest.raises(DataError, match=r"person00/0\.jpeg: .*pixels.* `skip_damaged`"):
         pack(list_source(source), tmp_path / "out", PackOptions())
     made = pack(list_source(source), tmp_path / "out2", PackOptions(skip_damaged=True))
     assert (made.records, made.skipped) == (5, 1)
     assert "person00/0.jpeg" in (tmp_path / "out2/skipped.txt").read_text()
 
 
+@tallied("hostile files: pictures", "handled")
 def test_a_pipe_among_the_pictures_is_left_out_like_any_damage(tmp_path: Path) -> None:
     source = identity_folders(tmp_path / "a", 2, 3)
     os.mkfifo(source / "person00/9.png")
@@ -136,6 +140,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=False)
 
 
+@tallied("full disk", "refused")
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, small_disk: Path) -> None:
     source = tmp_path / "a"
     for label in range(2):
@@ -173,6 +178,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, sm
         (["--nnodes", "2", "--master", "127.0.0.1:99999"], "expected HOST:PORT"),
     ],
 )
+@tallied("commands that cannot start", "refused")
 def test_what_cannot_start_is_refused_before_ranks_start(tmp_path: Path, words: list[str], message: str) -> None:
     import yaml
 

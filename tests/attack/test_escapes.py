@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.attack import tallied
 from tests.data.samples import mxnet_copy, packed
 from trainer.data import store
 from trainer.data.index import OUTSIDE, open_dataset
@@ -22,6 +23,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("key", ["rec", "labels", "class_names", "label_map"])
+@tallied("hostile files: names outside the folder", "refused")
 def test_a_description_names_nothing_outside_its_folder(
     tmp_path: Path, key: str, absolute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,6 +51,7 @@ def test_a_description_names_nothing_outside_its_folder(
         assert listing(victim) == before
 
 
+@tallied("hostile files: names outside the folder", "refused")
 def test_a_table_names_no_classes_outside_its_folder(tmp_path: Path) -> None:
     data = packed(tmp_path, 2, 3)
     np.save(tmp_path / "t.npy", np.array(open_dataset(data).labels))
@@ -92,6 +95,7 @@ def test_an_index_of_foreign_files_is_built_once_in_the_users_cache(
     assert len(list((tmp_path / "cache/lce-trainer/indexes").glob("*.json"))) == 1
 
 
+@tallied("hostile files: planted in a cache", "handled")
 def test_a_planted_index_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = mxnet_copy("plain", tmp_path)
@@ -105,6 +109,7 @@ def test_a_planted_index_is_not_believed(tmp_path: Path, monkeypatch: pytest.Mon
     assert searched
 
 
+@tallied("hostile files: planted in a cache", "handled")
 def test_a_cache_that_others_can_write_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """F4: a library planted in a world-writable cache ran in our process."""
     home, temporary = tmp_path / "home", tmp_path / "tmp"
@@ -133,6 +138,7 @@ def test_a_cache_that_others_can_write_is_not_used(tmp_path: Path, monkeypatch: 
     assert is_own(Path(shutil.copy(__file__, cache_folder()))) is True
 
 
+@tallied("hostile files: planted in a cache", "handled")
 def test_a_planted_library_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.head import native
 

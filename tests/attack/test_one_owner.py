@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.attack import amounts, tally
+from tests.attack import amounts, tallied, tally
 from tests.attack.commands import alive, ended, launched, rank_pids, start, wait_for_step
 from tests.data.samples import identity_folders
 from tests.runs import log_of, tree
@@ -22,6 +22,7 @@ from trainer.data.index import open_dataset
 pytestmark = pytest.mark.slow
 
 
+@tallied("concurrent lce launch", "refused")
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     first = launched(tmp_path, train__steps=100000)
     try:
@@ -41,7 +42,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_ranks_end_with_their_launcher_and_the_same_command_continues_at_once(tmp_path: Path) -> None:
-    """F1: they trained on for good, and a second run began beside them."""
+    """F1: they trained on forever, and a second run began next to them."""
     first = launched(tmp_path, train__steps=100000)
     wait_for_step(tmp_path, 3)
     pids = rank_pids(tmp_path)
@@ -120,6 +121,7 @@ def test_two_packings_into_one_folder(tmp_path: Path, amount: int) -> None:
         tally("concurrent lce pack", "refused" if any(status == 2 for status, _ in ends) else "handled")
 
 
+@tallied("concurrent lce pack --part", "refused")
 def test_the_jobs_of_one_packing_go_on_together_and_one_job_twice_does_not(tmp_path: Path) -> None:
     source, out = identity_folders(tmp_path / "a", 4, 25), tmp_path / "out"
     words = ["-m", "tools.cli", "pack", source, out, "--part-records", "7", "--processes", "1", "--part"]
@@ -171,9 +173,10 @@ def test_two_banks_of_one_name(tmp_path: Path, amount: int) -> None:
         tally("concurrent lce centers", "refused")
 
 
-@pytest.mark.parametrize("launcher", ["mpirun"])
+@pytest.mark.parametrize("launcher", ["mpirun", "deepspeed"])
+@tallied("killed: lce launch before another launcher", "handled")
 def test_ranks_of_other_launchers_end_with_lce_launch(tmp_path: Path, launcher: str) -> None:
-    """``lce launch`` is killed; mpirun stands between it and the ranks."""
+    """``lce launch`` is killed; another launcher stands between it and the ranks: DeepSpeed's own outlives it."""
     for module in {"mpirun": ["mpi4py"], "deepspeed": ["deepspeed"]}[launcher]:
         pytest.importorskip(module)
     if shutil.which(launcher, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None:

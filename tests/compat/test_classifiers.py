@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from tests.attack import tallied
 from tests.banks import write_bank
 from tools.cli import main
 from trainer.compat.bank.bank_info import describe, nearest_pairs, summarise
@@ -140,14 +141,14 @@ def test_single_files_in_both_layouts(tmp_path: Path, kind: str, transposed: boo
 def test_unclear_files_are_not_guessed(tmp_path: Path) -> None:
     path = tmp_path / "two.safetensors"
     save_file({"head.weight": weight(30, 64), "fc.weight": weight(40, 64)}, path)
-    with pytest.raises(CenterBankError, match=r"give --key; it has .*head.weight \(30, 64\)"):
+    with pytest.raises(CenterBankError, match=r"give `key`; it has .*head.weight \(30, 64\)"):
         open_classifier([path])
     assert len(open_classifier([path], num_classes=30).rows) == 30
     assert len(open_classifier([path], key="fc.weight").rows) == 40
     with pytest.raises(CenterBankError, match="no matrix 'nothing'"):
         open_classifier([path], key="nothing")
     save_file({"weight": weight(60, 70)}, path)
-    with pytest.raises(CenterBankError, match="--layout"):
+    with pytest.raises(CenterBankError, match="give `layout`"):
         open_classifier([path])
     assert open_classifier([path], layout="columns").rows.dim == 60
     save_file({"weight": weight(100, 512)}, path)
@@ -171,6 +172,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+@tallied("hostile files: pickles", "refused")
 def test_hostile_pickles_do_not_run(tmp_path: Path, legacy: bool) -> None:
     path, target = tmp_path / "checkpoint_gpu_0.pt", tmp_path / "written"
     torch.save(

@@ -13,7 +13,7 @@ from trainer.run.folder import changes_since, flat
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SNAPSHOT = json.loads(Path(__file__).with_name("resolved-0.1.json").read_text())
-NEW = {"log.line_seconds", "log.images"}
+NEW = {"log.line_seconds", "log.images", "train.matmul", "data.order"}
 """Keys that version 0.1 did not have."""
 
 

@@ -66,7 +66,7 @@ def unsealed(folder: Path) -> Path:
 
 
 def mxnet_copy(name: str, folder: Path) -> Path:
-    """A copy of one of MXNet's files, so that tables are not written beside the committed ones."""
+    """A copy of one of MXNet's files, so that tables are not written next to the committed ones."""
     return Path(shutil.copytree(MXNET / name, folder / name))
 
 

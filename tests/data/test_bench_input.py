@@ -1,4 +1,4 @@
-"""`lce bench input` measures what it says, on made-up images and on a data set."""
+"""`lce bench input` measures what it says, on synthetic images and on a data set."""
 
 import argparse
 import json

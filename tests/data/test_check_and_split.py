@@ -93,7 +93,7 @@ def test_cut_files_and_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "empty").mkdir()
     assert cli.main(["check", str(tmp_path / "empty")]) == 2
     assert cli.main(["check", str(folder), "--labels", str(tmp_path / "none.npy")]) == 2
-    assert not list(MXNET.rglob("*.npy"))  # looking at the fixture leaves no table beside it
+    assert not list(MXNET.rglob("*.npy"))  # looking at the fixture leaves no table next to it
 
 
 def test_uniform_sets_with_an_odd_image_are_damage(tmp_path: Path) -> None:

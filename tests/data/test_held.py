@@ -11,7 +11,7 @@ from trainer.data.dali import _Held
 
 
 class Images:
-    """A batch on a GPU that is not there."""
+    """A batch on a simulated GPU."""
 
     is_cuda = True
 

@@ -37,7 +37,7 @@ def test_insightface_layout_with_and_without_an_index(tmp_path: Path) -> None:
 
 
 def records_of(name: str, keep_index: bool, keep_property: bool, folder: Path) -> Dataset:
-    """One of MXNet's files, perhaps without what stands beside it, opened."""
+    """One of MXNet's files, perhaps without the files next to it, opened."""
     copy = mxnet_copy(name, folder)
     if not keep_index:
         (copy / "train.idx").unlink()

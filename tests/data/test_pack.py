@@ -186,7 +186,7 @@ def test_names_that_fit_no_line_of_text_are_refused(people: Path, name: bytes) -
 
 def test_images_that_would_be_left_out_are_refused(people: Path) -> None:
     (people / "loose.jpg").write_bytes(encoded(1))
-    with pytest.raises(DataError, match=r"loose\.jpg: lies beside the identity folders"):
+    with pytest.raises(DataError, match=r"loose\.jpg: lies next to the identity folders"):
         list_source(people)
     (people / "loose.jpg").unlink()
     write_tar(people / "x.tar", {"k1.jpg": encoded(1), "k1.cls": b"7"})
@@ -359,7 +359,7 @@ def test_numbers_out_of_range_are_refused(people: Path, tmp_path: Path, words: l
 def test_a_deviation_of_zero_and_an_unknown_quality_are_refused(people: Path, tmp_path: Path) -> None:
     assert cli.main(["pack", str(people), str(tmp_path / "out"), "--std", "0", "0", "0"]) == 2
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="--quality 1000: from 1 to 100"):
+    with pytest.raises(ConfigError, match="`quality` 1000: from 1 to 100"):
         PackOptions(quality=1000)
     for wrong in ({"std": (0.5, -1.0, 0.5)}, {"mean": (0.5, float("nan"), 0.5)}):
         with pytest.raises(ConfigError, match="deviations above 0"):
@@ -381,7 +381,7 @@ def test_mixed_sizes_are_described_as_such(tmp_path: Path) -> None:
 def test_damaged_images_stop_or_are_listed(people: Path, tmp_path: Path) -> None:
     for name, data in (("cut.jpg", encoded(1)[:500]), ("no.png", b"no image")):
         (people / "person01" / name).write_bytes(data)
-    with pytest.raises(DataError, match=r"person01/(cut\.jpg|no\.png): .*--skip-damaged"):
+    with pytest.raises(DataError, match=r"person01/(cut\.jpg|no\.png): .*`skip_damaged`"):
         pack(list_source(people), tmp_path / "out", PackOptions())
     assert not list((tmp_path / "out").glob("*train*"))
     result = pack(list_source(people), tmp_path / "most", PackOptions(skip_damaged=True))

@@ -134,6 +134,19 @@ def test_a_chain_has_one_verdict_over_all_galleries(tmp_path):
     assert all(f["outcome"] in ("better", "level") for findings in steps.values() for f in findings)
     assert all(findings[0]["outcome"] == "better" for findings in steps.values())
     assert len(result["sets"]["unseen"]["cells"]) == 9
+    found = result["sets"]["unseen"]["chain_summary"]
+    cells = result["sets"]["unseen"]["cells"]
+    ranks = {name: cell["rank"]["1"]["value"] for name, cell in cells.items()}
+    pairs = ("v2->old", "new->old", "new->v2")
+    met = [ranks[pair] > ranks["->".join(2 * pair.split("->")[1:])] for pair in pairs]
+    assert found["pairs"] == 3
+    assert found["average_compatibility"]["rank-1"] == pytest.approx(np.mean(met))
+    every = [ranks[name] for name in (*pairs, "old->old", "v2->v2", "new->new")]
+    assert found["average"]["rank-1"] == pytest.approx(np.mean(every))
+    cosine = np.einsum("nd,nd->n", better(OLD, 1.5), OLD).mean()  # the maps of both steps lead back exactly
+    assert found["drift"]["new"] == pytest.approx(1 - cosine, abs=1e-4)
+    assert 0 < found["drift"]["v2"] < found["drift"]["new"]
+    assert "Average compatibility (the share of 3 pairs above the gallery" in page
     assert "The chain of models" in page
     assert "new → v2" in page
 
@@ -154,4 +167,5 @@ def test_two_models_are_no_chain():
     one = NamedSet("unseen", Spaces(native, carried(models, native)), LABELS, np.arange(len(LABELS)))
     result = study([one], OPTIONS)
     assert result["sets"]["unseen"]["chain"] == []
+    assert result["sets"]["unseen"]["chain_summary"] is None
     assert [s["name"] for s in result["verdict"]["sets"]] == ["unseen"]

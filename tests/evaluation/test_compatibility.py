@@ -33,6 +33,14 @@ def test_views_apply_the_transformation_where_it_belongs():
     assert (query is new_as_old, gallery is old, how) == (True, True, "backward")
     query, gallery, how = Spaces(native, {("old", "new"): old_as_new}).view("new", "old")
     assert (query is new, gallery is old_as_new, how) == (True, True, "forward")
+    both = Spaces(native, {("old", "new"): old_as_new, ("new", "old"): new_as_old})
+    query, gallery, how = both.view("old", "new")
+    assert (query is old_as_new, gallery is new, how) == (True, True, "forward")  # by T₁₂, whoever asks
+    assert both.title("old", "new") == "T₁₂(old) → new"
+    assert both.title("new", "old") == "T₂₁(new) → old"
+    assert Spaces(native, {("old", "new"): old_as_new}).title("new", "old") == "new → T₁₂(old)"
+    assert Spaces(native, {("new", "old"): new_as_old}).title("old", "new") == "old → T₂₁(new)"
+    assert both.title("new", "new") == "new → new"
     query, gallery, how = Spaces(native, {("old", "new"): old_as_new}).view("new", "new")
     assert (query is new, gallery, how) == (True, None, "own")
     query, gallery, how = Spaces({"old": old, "new": new_as_old}).view("new", "old")

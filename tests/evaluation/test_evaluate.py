@@ -155,7 +155,31 @@ def test_a_transformation_is_applied_where_it_belongs(place, capsys):
     assert evaluate(place, "--json", "-", new="mapped") == 0
     cells = json.loads(capsys.readouterr().out)["sets"]["unseen"]["cells"]
     assert cells["new->old"]["how"] == "backward"
-    assert cells["old->new"]["how"] == "backward"  # T₁₂ carries old queries into the new space
+    assert cells["old->new"]["how"] == "forward"  # T₁₂ carries old queries into the new space
+    assert cells["old->new"]["title"] == "T₁₂(old) → new"
+
+
+def test_the_converted_gallery_has_its_own_row_threshold_and_verdict(place, capsys, monkeypatch):
+    assert evaluate(place, "--json", "-", "--gallery", "pooled", new="mapped") == 0
+    one = json.loads(capsys.readouterr().out)["sets"]["unseen"]
+    rows = {row["way"]: row for row in one["deployments"]}
+    assert list(rows) == [
+        "old → old", "T₂₁(new) → old", "new → T₁₂(old)", "new → new", "new → mixed, one threshold",
+        "new → mixed, two thresholds", "T₂₁(new) → old, expanded",
+    ]  # fmt: skip
+    converted = rows["new → T₁₂(old)"]
+    assert converted["answer"] == "NOT SAFE"  # maps with random weights
+    assert [row["name"] for row in one["pooled"]] == ["old → old", "T₂₁(new) → old", "new → T₁₂(old)", "new → new"]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert evaluate(place, "--report", str(place / "ways.html"), new="mapped") == 0
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if "new → T₁₂(old)" in line)
+    assert f"{converted['thresholds']['all']:.4f}" in line  # what docs/gallery-upgrade.md asks for
+    assert "NOT SAFE" in line
+    assert "Do not convert the gallery by T₁₂" in printed.replace("\n", " ")
+    page = (place / "ways.html").read_text()
+    assert "Ways of deploying" in page
+    assert "pooled by identity" not in page
 
 
 def test_pair_lists_and_templates_stand_beside_the_labelled_sets(place, capsys, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.attack import tallied
 from tests.evaluation.samples import identities, unit
 from trainer.data.index import open_dataset
 from trainer.errors import DataError
@@ -56,6 +57,7 @@ class Harmful:
         ([b"a"], "expected"),
     ],
 )
+@tallied("hostile files: pickles", "refused")
 def test_anything_but_images_and_booleans_is_refused(tmp_path, content, message):
     file = tmp_path / "bad.bin"
     file.write_bytes(pickle.dumps(content))

@@ -88,7 +88,7 @@ def test_it_changes_nothing(sets: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path, sets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Best at step 4 of 10, kept beside the newest; a continued run knows it still, and a better one replaces it."""
+    """Best at step 4 of 10, kept next to the newest; a continued run knows it still, and a better one replaces it."""
     by_step = {2: 0.5, 4: 0.9, 6: 0.7, 8: 0.9, 10: 0.6, 12: 0.95, 14: 0.1, 16: 0.2}
 
     def measure(self: Any, model: Any, beat: Any) -> dict[str, float]:

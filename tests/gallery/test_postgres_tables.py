@@ -234,7 +234,7 @@ def test_keys_of_every_kind(dsn, run, columns, key, as_key, order):
     assert sorted(run("SELECT embedding::text FROM faces")) == sorted(before)
     images = Rotation("images-1")
     images.by_id = True
-    with pytest.raises(DataError, match="name a unique integer column with --key"):
+    with pytest.raises(DataError, match="name a unique integer column with `key`"):
         gallery.begin(images)
 
 

@@ -129,7 +129,7 @@ def test_refusals(store, tmp_path):
         QdrantGallery(store[0], "v1", store[1])
     with pytest.raises(DataError, match=r"nobody: no such alias in Qdrant; there are \['faces'\]"):
         QdrantGallery(store[0], "nobody", store[1])
-    with pytest.raises(DataError, match="name the vector with --vector"):
+    with pytest.raises(DataError, match="name the vector with `vector`"):
         QdrantGallery(store[0], "faces", "other")
     with pytest.raises(DataError, match="no folder of Qdrant's local mode"):
         QdrantGallery(str(tmp_path / "none"), "faces")

@@ -266,11 +266,11 @@ def test_uint8_takes_pixels_and_channels_may_come_last(tmp_path: Path) -> None:
 
 def test_a_free_size_has_to_be_stated(tmp_path: Path) -> None:
     path = graph_file(tmp_path / "m.onnx", shape=["b", 3, "h", "w"])
-    with pytest.raises(ModelError, match=r"leaves height and width free; state them: --size"):
+    with pytest.raises(ModelError, match=r"leaves height and width free; state them: `size`"):
         load_model(path)
     model = load_model(path, reading=Reading(size=SIZE))
     assert model.card.image_size == SIZE
-    with pytest.raises(ModelError, match="--size says 24 × 24"):
+    with pytest.raises(ModelError, match="`size` says 24 × 24"):
         load_model(graph_file(tmp_path / "f.onnx"), reading=Reading(size=(24, 24)))
     with pytest.raises(ModelError, match=r"fails on one image"):
         load_model(path, reading=Reading(size=(24, 24)))
@@ -475,7 +475,7 @@ WRAPPINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "module._orig_mod": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
     "_orig_mod.module": lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
     "state_dict, model.net": lambda s: {"state_dict": {f"model.net.{k}": v for k, v in s.items()}},
-    "beside a head": lambda s: {**{f"backbone.{k}": v for k, v in s.items()}, "head.weight": torch.zeros(4, 16)},
+    "next to a head": lambda s: {**{f"backbone.{k}": v for k, v in s.items()}, "head.weight": torch.zeros(4, 16)},
     "arcface_torch's checkpoint": lambda s: {
         "epoch": 1,
         "state_dict_backbone": s,
@@ -484,11 +484,13 @@ WRAPPINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     },
     "without counters": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
     "half": lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()},
-    "a Namespace beside": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=0.1)},
+    "a Namespace next to it": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=0.1)},
 }
 
 
-BEFORE_ZIP = [w for w in WRAPPINGS if w != "a Namespace beside"]  # stand-ins need the list of names of the zip format
+BEFORE_ZIP = [
+    w for w in WRAPPINGS if w != "a Namespace next to it"
+]  # stand-ins need the list of names of the zip format
 
 
 @pytest.mark.parametrize(("wrapping", "legacy"), [(w, False) for w in WRAPPINGS] + [(w, True) for w in BEFORE_ZIP])
@@ -554,7 +556,7 @@ def test_nothing_that_a_file_names_is_run(tmp_path: Path, capsys: pytest.Capture
 def test_an_ir_network_without_wrapping_needs_its_colour_order(tmp_path: Path) -> None:
     state = torch.load(ORIGINS / "cvlface_ir18.pt", weights_only=True)
     torch.save({k.removeprefix("net."): v for k, v in state.items()}, tmp_path / "w.pt")
-    with pytest.raises(ModelError, match="AdaFace trains it on BGR, CVLface on RGB; state which with --color"):
+    with pytest.raises(ModelError, match="AdaFace trains it on BGR, CVLface on RGB; state which with `color`"):
         load_model(tmp_path / "w.pt")
     model = load_model(tmp_path / "w.pt", reading=Reading(color="RGB", backbone="ir_18"))
     np.testing.assert_allclose(model.embed(pixels()), np.load(ORIGINS / "expected.npz")["cvlface_ir18"], atol=1e-5)

@@ -59,7 +59,7 @@ def test_activations_are_what_autograd_keeps() -> None:
 
     sizes = backbone_sizes(config(Path("unused"), train__precision="float32"), (8, 8), 5)
     assert sizes.parameters == 192 * 24 + 24 + 24 * 6 + 6
-    assert sizes.saved_bytes == 5 * 24 * 4  # the images are counted beside
+    assert sizes.saved_bytes == 5 * 24 * 4  # the images are counted separately
     assert sizes.buffers == sizes.fixed == 0
 
 

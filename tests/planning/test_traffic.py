@@ -19,7 +19,7 @@ from trainer.run.watch import Vote
 CLASSES, SIZE, DIM = 11, 16, 6
 PLAIN = {"data__synthetic_classes": CLASSES, "data__synthetic_size": SIZE, "train__steps": 50}
 SMALL = PLAIN | {"backbone__name": "small", "train__precision": "float32", "head__rows": "float32"}
-LCE = {"compat__method": "lce", "compat__bank": "made-up"}
+LCE = {"compat__method": "lce", "compat__bank": "synthetic"}
 CASES: dict[str, tuple[dict[str, Any], int | None]] = {
     "float64, batch that does not divide": (PLAIN, None),
     "DDP with batch norm": (SMALL | {"data__batch_size": 6}, None),

@@ -78,7 +78,7 @@ def _bad_input(name: str, folder: Path) -> tuple[dict[str, Any], type[LceError],
         case "weights of another network":
             torch.save({"x": torch.zeros(1)}, folder / "w.pt")
             return {"backbone__weights": str(folder / "w.pt")}, ModelError, "not the weights"
-        case "old embeddings that are not there":
+        case "old embeddings that do not exist":
             absent = str(folder / "old.npy")
             return {"compat__method": "l2", "compat__old_embeddings": absent}, DataError, "no such file"
     raise AssertionError(name)
@@ -100,7 +100,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run folder is below a file",
         "unknown backbone",
         "weights of another network",
-        "old embeddings that are not there",
+        "old embeddings that do not exist",
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(dataset: Path, tmp_path: Path, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Small made-up typefaces, and archives with them."""
+"""Small synthetic typefaces, and archives with them."""
 
 import io
 import lzma

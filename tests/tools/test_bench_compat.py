@@ -1,4 +1,4 @@
-"""The comparison of methods on a handful of made-up identities: chosen, measured, continued, and what fails is said."""
+"""The comparison of methods on a handful of synthetic identities: chosen, measured, continued, failures named."""
 
 import json
 from collections.abc import Sequence

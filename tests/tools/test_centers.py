@@ -129,7 +129,7 @@ def test_a_broken_off_run_continues_and_another_job_is_refused(
 def test_a_batch_size_that_is_none_leaves_no_work(stage: Path, tmp_path: Path) -> None:
     model, dataset = load_model(stage / "model"), open_dataset(stage / "data")
     for size in (0, -3):
-        with pytest.raises(ConfigError, match=f"--batch-size {size}: at least 1"):
+        with pytest.raises(ConfigError, match=f"`batch_size` {size}: at least 1"):
             bank_from_model(model, dataset, tmp_path / "bank", batch_size=size)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""The demo's story, told with made-up faces and a few steps: interrupted, continued, told again; what it concludes."""
+"""The demo on synthetic faces with a few steps: interrupted, continued, shown again; what it concludes."""
 
 import hashlib
 import io
@@ -49,7 +49,7 @@ def made_up_faces(cache: Path) -> tuple[str, str]:
 
 
 class Demo:
-    """Starts `lce demo` on the made-up faces in processes that can be recognised by a mark in their environment."""
+    """Starts `lce demo` on the synthetic faces in processes that can be recognised by a mark in their environment."""
 
     def __init__(self, folder: Path) -> None:
         self.out, self.mark = folder / "out", uuid.uuid4().hex

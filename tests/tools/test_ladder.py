@@ -20,7 +20,7 @@ def arguments(*words: str) -> argparse.Namespace:
 
 
 def climbed(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[int, str, str, bool]]]:
-    """The ladder with a made-up measurement; and what was asked to be measured: classes, rows, side, sequential."""
+    """The ladder with a synthetic measurement; and what was asked to be measured: classes, rows, side, sequential."""
     asked = []
 
     def measure(case: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Each side runs in processes of its own, so that its peak memory is its own. The 
 the second is measured, and the figures are medians. "Bound" is the time of the four matrix products that the two passes
 need, at the speed of one such product measured after every step on a chunk that stays in cache. Where both sides do not
 fit into memory together, --sequential runs one after the other, and --only ours leaves the reference out. --ladder goes
-from 125,000 to 29,000,000 classes as far as they fit, beside the figures that others published.
+from 125,000 to 29,000,000 classes as far as they fit, next to the figures that others published.
 
 Examples:
   lce bench head --classes 1000000 --rate 0.1
@@ -217,6 +217,8 @@ class Side:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
+        plain = {k: v for k, v in vars(args).items() if v is None or isinstance(v, (bool, int, float, str))}
+        args = argparse.Namespace(**plain)  # what the command keeps beside the options cannot be sent
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []
@@ -353,7 +355,7 @@ def _head(name: str, args: argparse.Namespace, ranks: Any) -> Any:
 
 
 def _bank(args: argparse.Namespace, ranks: Any) -> Any:
-    """Made-up centres of the rank's classes."""
+    """Synthetic centres of the rank's classes."""
     import torch
 
     from trainer.head.old_centers import DirectCompat
@@ -384,7 +386,7 @@ def _companion(args: argparse.Namespace, ranks: Any) -> tuple[Any, Any]:
     made_up = _bank(args, ranks)
     unknown = torch.zeros(len(made_up.mask), dtype=torch.int64)
     bank = BankRows(made_up.centers, made_up.boundaries, made_up.mask, unknown, unknown)
-    compat = TransformedCompat(LceTransformedConfig(mode=args.lce, bank=Path("made-up")), args.dim, args.dim)
+    compat = TransformedCompat(LceTransformedConfig(mode=args.lce, bank=Path("synthetic")), args.dim, args.dim)
     compat.to(ranks.device)
 
     def loss(embeddings: Any, labels: Any, rows: Any) -> Any:

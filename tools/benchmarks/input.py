@@ -10,7 +10,7 @@ each range that storage is asked to read ahead; and the bytes and requests that 
 counters (a storage that keeps a cache of its own, such as a virtual disk's, is not cold).
 
 Example:
-  lce bench input                                 # on made-up JPEG images
+  lce bench input                                 # on synthetic JPEG images
   lce bench input --data packed/ --augment full --json -
   lce bench input --data /mnt/nfs/packed --cold --steps 500 --json -
 """
@@ -39,9 +39,9 @@ HELP = "images per second of the loaders against a bare DALI pipeline"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lce bench input`."""
     parser.add_argument(
-        "--data", type=Path, help="a data set of .rec files; default: made-up images in a temporary folder"
+        "--data", type=Path, help="a data set of .rec files; default: synthetic images in a temporary folder"
     )
-    parser.add_argument("--images", type=int, default=8192, help="made-up images (8192)")
+    parser.add_argument("--images", type=int, default=8192, help="synthetic images (8192)")
     parser.add_argument("--size", type=int, default=112, help="their side in pixels (112)")
     parser.add_argument("--batch", type=int, default=128, help="images per batch (128)")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads or worker processes (2)")
@@ -214,7 +214,7 @@ def _requests(path: Path) -> int:
 
 
 def _make_images(folder: Path, count: int, size: int) -> Path:
-    """A packed data set of made-up JPEG images: smooth coloured patterns, as large in bytes as photographs of faces."""
+    """A packed data set of synthetic JPEG images: smooth coloured patterns of about the bytes of face photographs."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""`lce bench head --ladder`: the head at the class counts of published tables, those that fit, beside those figures.
+"""`lce bench head --ladder`: the head at the class counts of published tables, those that fit, next to those figures.
 
 Each rung runs float32 rows where they fit, else bfloat16 (both with --every-rows), against the plain implementation
 where that fits too. What fits is decided by the arithmetic of `lce plan` before anything is allocated.
@@ -19,7 +19,7 @@ SPARE = 0.93
 """Share of the free memory that a rung may be planned to take."""
 
 # arcface_torch's published speed benchmark (its docs/speed_benchmark.md): 8 × V100 of 32 GB, ResNet-50, batch 1024,
-# mixed precision; a whole training, samples per second and MB per GPU. None: not given.
+# mixed precision; a whole training run, samples per second and MB per GPU. None: not given.
 PUBLISHED: dict[int, dict[str, tuple[int, int] | None]] = {
     125_000: {"model parallel": (4824, 5306), "Partial FC 0.1": (5004, 4868)},
     1_000_000: {"model parallel": (3449, 9966), "Partial FC 0.1": (4803, 5620)},
@@ -30,9 +30,9 @@ PUBLISHED: dict[int, dict[str, tuple[int, int] | None]] = {
     29_000_000: {"model parallel": None, "Partial FC 0.1": (1855, 32324)},
 }
 PUBLISHED_NOTE = (
-    "Published by others, not measured here: arcface_torch, docs/speed_benchmark.md: a whole training on 8 × V100 "
-    "32 GB, ResNet-50, batch 1024, mixed precision, memory per GPU (PLSC states 92 million classes on 8 × 32 GB). What "
-    "was measured here is a step of the head alone; the two are not to be divided by each other."
+    "Published by others, not measured here: arcface_torch, docs/speed_benchmark.md: a whole training run on 8 × "
+    "V100 32 GB, ResNet-50, batch 1024, mixed precision, memory per GPU (PLSC states 92 million classes on 8 × 32 GB). "
+    "What was measured here is a step of the head alone; the two are not to be divided by each other."
 )
 
 

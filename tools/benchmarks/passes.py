@@ -1,7 +1,7 @@
 """What is in a step of the head: every pass with its bytes, operations, launches and waits, counted by operators.
 
 Counted on the CPU, on the path that CUDA takes: what is compiled to one kernel counts as one, each tensor read or
-written once. On CUDA the profiler's kernels stand beside it.
+written once. On CUDA the profiler's kernels stand next to it.
 """
 
 import collections

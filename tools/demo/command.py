@@ -1,11 +1,11 @@
-"""Tell the whole story on real pictures: train an old model, a compatible new one and a paragon, and judge the upgrade.
+"""The whole upgrade on real pictures: train an old model, a compatible new one and a paragon, and judge the upgrade.
 
   lce demo                                            # ORL faces: 40 people, of whom 10 are kept unseen
   lce demo --data characters --seeds 3 --json out.json    # Hangul syllables: 4,000 to train on, 1,000 unseen; 3 times
 
 The pictures come from PyPI packages and are cached. Every step is an `lce` command; Ctrl-C ends all of them, and the
-same command continues from what is done. The verdict is what `lce evaluate` finds: with faces of some dozens of people
-it may well be that the upgrade is not shown to be safe. Exit status: 0 told to the end (1 with --fail-unsafe unless
+same command continues from what is done. The verdict is what `lce evaluate` finds: with 40 faces the upgrade may
+well not be shown to be safe. Exit status: 0 all steps done (1 with --fail-unsafe unless
 every seed's verdict is SAFE); 2 something is missing, such as the network at the first run; 130 interrupted.
 """
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
     parser.add_argument("--fail-unsafe", action="store_true", help="exit status 1 unless every verdict is SAFE")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for all trainings, to try things out: train.steps=20"
+        "overrides", nargs="*", metavar="key=value", help="for all training runs, to try things out: train.steps=20"
     )
 
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what would fail only after the trainings. Raises :class:`trainer.errors.ConfigError`."""
+    """Refuse what would fail only after the training runs. Raises :class:`trainer.errors.ConfigError`."""
     from trainer.errors import ConfigError
 
     if args.seeds < 1 or args.nproc < 1:

@@ -64,15 +64,15 @@ class Told:
 
 
 class Story:
-    """One story: a kind of pictures, a seed, a folder.
+    """The demo's steps for one kind of pictures, one seed and one folder.
 
     Args:
         data: ``faces`` or ``characters``.
-        seed: draws the split and seeds the trainings.
+        seed: draws the split and seeds the training runs.
         folder: everything is written inside it.
         nproc: training processes.
         say: prints a line.
-        settings: overrides of every training's configuration (``train.steps=20``), for trying things out.
+        settings: overrides of every run's configuration (``train.steps=20``), for trying things out.
         stdout: where the commands' own output goes (:func:`tools.steps.run_lce`).
 
     Raises:
@@ -128,7 +128,7 @@ class Story:
         self._steps.run("pictures", "pictures → data sets", made_from, [self.folder / "data"], action)
 
     def _training(self, name: str) -> tuple[Path, list[str]]:
-        """The configuration file of one of the three trainings, and its overrides."""
+        """The configuration file of one of the three training runs, and its overrides."""
         overrides = [
             f"run.dir={self._path(name)}",
             f"run.seed={self.seed}",

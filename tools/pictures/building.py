@@ -46,7 +46,7 @@ class Recipe:
         classes: characters to train on; 0: all that are left.
         least, most: a character is used if so many typefaces draw it, in at most so many of them.
         held_typefaces: typefaces that nothing is trained on.
-        validation, unseen, seen: characters of the sets beside ``train``; those of ``seen`` are trained on.
+        validation, unseen, seen: characters of the sets besides ``train``; those of ``seen`` are trained on.
         old_share: the old model's share of classes, or of typefaces.
         seed: of the training characters and the old model's share. The characters of ``validation`` and ``unseen`` and
             the typefaces that are held out do not depend on it.

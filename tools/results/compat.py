@@ -4,10 +4,10 @@
   lce bench compat --methods bct,lce --trials 6 --steps 600 --out tried      # fewer methods, more weights, shorter
   lce bench compat --data FOLDER --weights compat.json     # a folder of lce characters, weights as chosen before
 
-Each method's weights are chosen by --trials trainings with seed 0, on validation identities that are not reported: the
-highest TAR@FAR 1e-4 of new→old there. Then it is trained with every seed, each with an old model, training identities
-and a paragon (the new model without compatibility) of its own, and measured on unseen identities. "independent" is the
-paragon used on the old gallery. Update gain and cost are in trainer/evaluation/compatibility.py.
+Each method's weights are chosen by --trials training runs with seed 0, on validation identities that are not reported:
+the highest TAR@FAR 1e-4 of new→old there. Then it is trained with every seed, each with an old model, training
+identities and a paragon (the new model without compatibility) of its own, and measured on unseen identities.
+"independent" is the paragon used on the old gallery. Update gain and cost are in trainer/evaluation/compatibility.py.
 
 --weights takes an earlier run's JSON and its choices. A FOLDER's identities are the same for every seed.
 
@@ -92,8 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     parser.add_argument("--methods", default="all", help=f"all, or some of {','.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (3)")
-    parser.add_argument("--trials", type=int, default=4, help="trainings by which each method's weights are chosen (4)")
-    parser.add_argument("--parallel", type=int, default=2, help="trainings at a time, one thread each (2)")
+    parser.add_argument("--trials", type=int, default=4, help="training runs to choose each method's weights (4)")
+    parser.add_argument("--parallel", type=int, default=2, help="training runs at a time, one thread each (2)")
     parser.add_argument("--weights", type=Path, metavar="JSON", help="no trials: weights out of an earlier run's JSON")
     parser.add_argument("--steps", type=int, default=800, help="updates of a new model (800)")
     parser.add_argument("--old-steps", type=int, default=600, help="updates of an old model (600)")
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-compat"), help="folder of all runs (bench-compat)")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all trainings: backbone.width=4")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all training runs: backbone.width=4")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -460,7 +460,7 @@ def markdown(figures: dict[str, Any]) -> str:
     text += [
         "",
         f"Weights, chosen with seed 0 on the validation identities among {figures['trials']} each, by the highest "
-        f"{CRITERION.replace('=', ' ')} of new → old ({METRICS[1]} beside it):",
+        f"{CRITERION.replace('=', ' ')} of new → old ({METRICS[1]} next to it):",
         "",
     ]
     trials = [

@@ -1,7 +1,7 @@
-"""Where compatibility is tried out: for each seed pictures, an old model and its centres, new models, their figures.
+"""The compared training runs: for each seed pictures, an old model and its centres, new models, and their figures.
 
 Every piece is made once and kept in a folder with a stamp (:class:`tools.steps.Steps`), so that a killed
-benchmark continues where it was. Trainings are processes of the real trainer, one thread each, several at a time.
+benchmark continues where it was. Training runs are processes of the real trainer, one thread each, several at a time.
 """
 
 import json
@@ -133,8 +133,8 @@ class Lab:
         out: folder of everything. source: see there.
         classes, old_classes: training identities of the new model and, among them, of the old one.
         steps, old_steps: updates of every new model and of the old one.
-        settings: further overrides of all trainings (``backbone.width=4``).
-        parallel: trainings at a time.
+        settings: further overrides of all training runs (``backbone.width=4``).
+        parallel: training runs at a time.
     """
 
     out: Path
@@ -165,7 +165,7 @@ class Lab:
     def each(self, action: Callable[[T], Any], items: Iterable[T]) -> dict[T, LceError | None]:
         """``action`` for every item, ``parallel`` at a time; the problem of each that had one.
 
-        An interruption ends the running trainings first.
+        An interruption ends the training runs in progress first.
         """
         problems: dict[T, LceError | None] = {}
         with ThreadPoolExecutor(self.parallel) as pool:
@@ -242,7 +242,7 @@ class Lab:
         return run
 
     def _recipe(self, seed: int, recipe: str, run: Path) -> tuple[Path, list[str]]:
-        """The configuration of a training in the run folder ``run``, and its overrides."""
+        """The configuration of a training run in the run folder ``run``, and its overrides."""
         old, known = recipe == "old", self.source.folder
         words = [f"data.path={self.dataset(seed, 'old' if old and not known else 'train')}"]
         words += [f"data.labels={known / OLD_LABELS}"] if old and known else []
@@ -277,7 +277,7 @@ class Lab:
         """What a new model finds in the old gallery; kept as ``figures/NEW-PART-….json``.
 
         Args:
-            part: ``validation`` or ``unseen``. old, new, paragon: names of trainings.
+            part: ``validation`` or ``unseen``. old, new, paragon: names of training runs.
 
         Returns:
             ``cells``: "query->gallery" → {metric: value}; with a paragon also ``update_gain`` and ``cost`` (metric →
@@ -337,12 +337,12 @@ class Lab:
     def update_seconds(
         self, overrides: Mapping[str, Sequence[str]], count: Callable[[], None]
     ) -> dict[str, list[float]]:
-        """The time of an update of each way to train the new model of seed 0: short trainings, one at a time and in
+        """The time of an update of each way to train the new model of seed 0: short training runs, one at a time and in
         turns, so that what else the machine does meets all of them; a median for each turn.
 
         Args:
-            overrides: by the training's name, as :meth:`train` takes them. count: called after each training, of which
-                there are :data:`TIMED_ROUNDS` of each.
+            overrides: by the run's name, as :meth:`train` takes them. count: called after each run, of which there
+                are :data:`TIMED_ROUNDS` of each.
 
         Raises:
             TrainingFailed: the trainer ended with an error.

@@ -7,7 +7,7 @@ M is TAR@FAR 1e-4 and rank-1; a line is met when both are above the old model's 
 the control: a new model that was trained without regard to the old one must fail. Cross-model takes that same model
 and trains only maps, from stored embeddings. What is done is kept under --out: the same command continues.
 
-Exit status: 0 all lines are met and the control fails; 1 not so; 2 wrong use, or a training failed; 130 interrupted.
+Exit status: 0 all lines are met and the control fails; 1 not so; 2 wrong use, or a run failed; 130 interrupted.
 """
 
 import argparse
@@ -47,14 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", default="all", help=f"all, or some of {','.join(MODES)}")
     parser.add_argument("--dims", default="64:64,128:64,64:128", help="pairs D1:D2 (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 … N−1 (1)")
-    parser.add_argument("--parallel", type=int, default=2, help="trainings at a time, one thread each (2)")
+    parser.add_argument("--parallel", type=int, default=2, help="training runs at a time, one thread each (2)")
     parser.add_argument("--steps", type=int, default=800, help="updates of a new model, or of the maps alone (800)")
     parser.add_argument("--old-steps", type=int, default=600, help="updates of an old model (600)")
     parser.add_argument("--alignment-weight", type=float, default=12.5, help="λ_a in (1 − cos) units (12.5)")
     parser.add_argument("--boundary-weight", type=float, default=10.0, help="λ_b (10)")
     parser.add_argument("--out", type=Path, default=Path("bench-criterion"), help="folder of all runs")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all trainings: backbone.width=4")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all training runs: backbone.width=4")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,7 +106,7 @@ def check(lab: "Lab", cases: Sequence[Case], seeds: int, weights: tuple[float, f
     """Train what the cases need and measure them; a line a case.
 
     Raises:
-        LceError: a training failed.
+        LceError: a training run failed.
     """
     from tools.results.compat import counting, raise_first
 

@@ -1,7 +1,7 @@
 """A million classes end to end on two CPU cores: every stage a command of its own, with its time and peak memory.
 
-An old head, saved by 8 ranks in arcface_torch's layout (its rows are made up) → `lce centers` → a training with LCE
-on 2 ranks → SIGKILL after a checkpoint → the same training continued on 1 rank → ONNX, compared with torch on images.
+An old head, saved by 8 ranks in arcface_torch's layout (synthetic rows) → `lce centers` → a training run with LCE
+on 2 ranks → SIGKILL after a checkpoint → the same run continued on 1 rank → ONNX, compared with torch on images.
 Memory is the largest sum of the resident sets of all processes of a stage, sampled ten times a second; pages that
 processes share count once for each. It needs 11 GB of disk.
 
@@ -129,7 +129,7 @@ def _story(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     write_old_head(folder / "old", args.classes, dim, OLD_RANKS)
     own = peak_memory_bytes(torch.device("cpu"))
-    stages.append(Stage("old head of 8 ranks, made up", "", time.perf_counter() - began, own, 0))
+    stages.append(Stage("old head of 8 ranks, synthetic", "", time.perf_counter() - began, own, 0))
     write_pictures(folder / "pictures", size)
     killed_at, continued_from = 0, 0
     if stage("centre bank", ["centers", "from-classifier", str(folder / "old"), str(bank)]):
@@ -174,7 +174,7 @@ def _story(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def write_old_head(folder: Path, classes: int, dim: int, ranks: int) -> None:
     """A saved sharded head as arcface_torch leaves it: ``checkpoint_gpu_{rank}.pt`` of (c, dim) float32 rows.
 
-    The rows are made up: normal with deviation 0.01, as such a head starts. Ranks own ⌊C/W⌋ or ⌈C/W⌉ classes.
+    The rows are synthetic: normal with deviation 0.01, as such a head starts. Ranks own ⌊C/W⌋ or ⌈C/W⌉ classes.
     """
     import torch
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="the page (docs/results.md)")
     parser.add_argument("--measure", dest="again", action="store_true", help="run the benchmarks first")
-    parser.add_argument("--work", type=Path, default=Path("results-work"), help="their data sets and trainings")
+    parser.add_argument("--work", type=Path, default=Path("results-work"), help="their data sets and training runs")
     parser.add_argument("--fonts", type=Path, default=Path("fonts"), help="Debian's font packages (fonts)")
 
 
@@ -114,7 +114,7 @@ CHOSEN = "--weights {figures}/compat.json"
 ALL = f"{METHODS} {CHOSEN} --seeds 3 --steps 1500"
 LONG = f"--methods independent,lce {CHOSEN} --steps 9000"
 FEWER_OR_MORE = (1000, 2000, 8000)
-"""Training identities of the runs beside the 4,000 of the first one."""
+"""Training identities of the runs besides the first one, which has 4,000."""
 SECTIONS = (
     Section(
         "Ways to stay compatible: 4,000 syllables",

@@ -201,7 +201,7 @@ def _identity_ranges(part: Part, headers: NDArray[np.int64], dataset: Dataset, r
             continue
         first, last = (int(key) - 1 for key in record.labels)
         if not 0 <= first <= last <= len(labels):
-            report.damage.append(f"{part.path}: the identity record at byte {start} names images that are not there")
+            report.damage.append(f"{part.path}: the identity record at byte {start} names images that do not exist")
         elif len(set(labels[first:last].tolist()) - {-1}) > 1:
             report.damage.append(f"{part.path}: records {first}…{last - 1} are one identity but have several labels")
 

@@ -1,9 +1,9 @@
 """The checksums of a data set: ``checksums.json`` for its tables and texts, and one CRC-32 for each record.
 
 ``lce pack`` writes them, and ``lce check --seal`` for data sets of other origin. The tables are compared when the data
-set is opened, a record when it is read. The CRC-32 of a record (uint32) stands in ``*.crc.npy`` beside its ``.rec`` and
-is of all bytes from its offset to the next one; in a folder of images it stands in ``records.crc.npy`` and is of the
-file.
+set is opened, a record when it is read. The CRC-32 of a record (uint32) stands in ``*.crc.npy`` next to its
+``.rec`` and is of all bytes from its offset to the next one; in a folder of images it stands in ``records.crc.npy`` and
+is of the file.
 """
 
 import json
@@ -27,7 +27,7 @@ Sums = dict[str, tuple[int, int]]
 
 
 def crcs_path(rec: Path) -> Path:
-    """The table of the records' checksums beside a .rec."""
+    """The table of the records' checksums next to a .rec."""
     return rec.with_suffix(".crc.npy")
 
 

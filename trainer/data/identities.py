@@ -18,7 +18,7 @@ Kind = Literal["names", "digits", "numbers"]
 
 
 class IdentitiesCard(BaseModel):
-    """What a model card says of the identities; their hashes stand beside the model."""
+    """What a model card says of the identities; their hashes stand next to the model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,7 +51,7 @@ class Identities:
         return np.isin(self.keys, other.keys) if comparable else None
 
     def and_of(self, other: "Identities | None") -> "Identities":
-        """These and the other's; not complete where the other's are not known or cannot be put beside these."""
+        """These and the other's; not complete where the other's are not known or cannot be compared with these."""
         if other is None or other.shared(self) is None:
             return replace(self, complete=False)
         keys = np.union1d(self.keys, other.keys)
@@ -111,7 +111,7 @@ def identities_of_run(folder: Path) -> Identities | None:
 
 
 def identities_of(path: str | Path | None, labels: str | Path | None, weights: object) -> Identities | None:
-    """Those of a training by its settings, where the data set is still there."""
+    """Those of a training run by its settings, where the data set is still there."""
     try:
         found = None if path is None else identities(open_dataset(path, labels))
     except LceError:

@@ -74,7 +74,7 @@ class DatasetInfo(BaseModel):
 
 
 class LabelsInfo(BaseModel):
-    """What stands beside a label table (``NAME.yaml`` beside ``NAME.npy``): its class count and where it came from."""
+    """The file next to a label table (``NAME.yaml`` for ``NAME.npy``): its class count and where it came from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -93,7 +93,7 @@ class LabelsInfo(BaseModel):
 def describe_table(
     table: Path, dataset: "Dataset", num_classes: int, made_by: str, classes: Path | None = None
 ) -> None:
-    """Write NAME.yaml beside a label table NAME.npy: whose records it numbers, its class count and checksums."""
+    """Write NAME.yaml next to a label table NAME.npy: whose records it numbers, its class count and checksums."""
     info = LabelsInfo(
         num_classes=num_classes,
         records=len(dataset),
@@ -109,7 +109,7 @@ def describe_table(
 
 
 def seal_table(table: Path, dataset: "Dataset") -> None:
-    """Write what stands beside a label table anew, for the table as it is now and a data set opened with it."""
+    """Write what stands next to a label table anew, for the table as it is now and a data set opened with it."""
     known = table_info(table)
     classes = None if known is None or known.classes is None else table.parent / known.classes
     kept = classes if classes is not None and classes.exists() else None
@@ -117,7 +117,7 @@ def seal_table(table: Path, dataset: "Dataset") -> None:
 
 
 class RowsInfo(BaseModel):
-    """What stands beside embeddings by record (``NAME.yaml`` beside ``NAME.npy``): whose records, and which model's."""
+    """The file next to embeddings by record (``NAME.yaml`` for ``NAME.npy``): whose records, and which model's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -131,14 +131,14 @@ class RowsInfo(BaseModel):
 
 
 def describe_rows(rows: Path, info: RowsInfo) -> None:
-    """Write what stands beside embeddings by record, with their checksum."""
+    """Write what stands next to embeddings by record, with their checksum."""
     info = info.model_copy(update={"file": checksum(rows)})
     tree = sealed(info.model_dump(mode="json"))
     write_text(rows.with_suffix(".yaml"), yaml.safe_dump(tree, sort_keys=False))
 
 
 def rows_info(rows: Path) -> RowsInfo | None:
-    """What stands beside embeddings by record, or None; the embeddings are compared with their checksum, up to
+    """What stands next to embeddings by record, or None; the embeddings are compared with their checksum, up to
     :data:`MOST_COMPARED_BYTES` of them. Raises :class:`DataError`: damage in either."""
     file = rows.with_suffix(".yaml")
     known = _read_beside(file, RowsInfo, "embeddings by record") if file.exists() else None
@@ -409,7 +409,7 @@ def open_dataset(path: str | Path, labels: str | Path | None = None, *, verify: 
     Args:
         path: a folder with dataset.yaml, or with .rec files, or with one folder of images per identity.
         labels: an int64 .npy (N,) that replaces the data set's labels; −1 drops a record. Its class count is that of
-            the .yaml beside it (`lce split` writes one), else its largest label + 1.
+            the .yaml next to it (`lce split` writes one), else its largest label + 1.
         verify: compare the checksums of the tables, now, and of each record when it is read.
 
     Raises:
@@ -546,7 +546,7 @@ def _digest(data: bytes) -> str:
 
 
 def table_info(table: Path) -> LabelsInfo | None:
-    """What stands beside a label table, or None. Raises :class:`DataError`: it cannot be read."""
+    """What stands next to a label table, or None. Raises :class:`DataError`: it cannot be read."""
     file = table.with_suffix(".yaml")
     described = _read_beside(file, LabelsInfo, "a label table") if file.exists() else None
     if described is not None and described.classes is not None and Path(described.classes).name != described.classes:

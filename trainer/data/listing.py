@@ -109,7 +109,7 @@ def _entries(source: Path, root: Path | None, others: list[tuple[str, Path]]) ->
 
 
 def _refuse_strays(source: Path, tars: list[Path]) -> None:
-    """Raise :class:`DataError` when a folder holds images that are left out: loose ones, or some beside tar files."""
+    """Raise :class:`DataError` when a folder holds images that are left out: loose ones, or some next to tar files."""
     loose = (p for p in source.iterdir() if p.suffix.lower() in image_suffixes() and not p.name.startswith("."))
     stray = min((path for path in loose if path.is_file()), default=None)
     if not tars and stray is None:
@@ -120,14 +120,14 @@ def _refuse_strays(source: Path, tars: list[Path]) -> None:
             f"{source}: holds tar files ({tars[0].name}) and other images ({stray or foldered}); move one kind away"
         )
     if stray and foldered:
-        raise DataError(f"{stray}: lies beside the identity folders; move it into the folder of its identity, or away")
+        raise DataError(f"{stray}: lies next to the identity folders; move it into the folder of its identity, or away")
 
 
 def _number(identities: list[str], keep: bool, source: Path) -> tuple[list[str] | None, NDArray[np.int64]]:
     if keep:
         wrong = next((name for name in identities if not _is_number(name)), None)
         if wrong is not None:
-            raise DataError(f"{source}: --keep-labels needs whole numbers from 0 on, found the label {wrong!r}")
+            raise DataError(f"{source}: `keep_labels` needs whole numbers from 0 on, found the label {wrong!r}")
         large = next((name for name in identities if len(name) > 18 or int(name) >= MOST_CLASSES), None)
         if large is not None:
             raise DataError(f"{source}: the label {large[:20]} is no class number; they are below {MOST_CLASSES}")

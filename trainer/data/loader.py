@@ -1,4 +1,4 @@
-"""What all loaders share: the batch, the position in the data, and the damaged records that are passed over."""
+"""What all loaders share: the batch, the position in the data, and the damaged records that are skipped."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -138,7 +138,7 @@ def slots_ahead(dataset: Dataset, schedule: Schedule, epoch: int, samples: int) 
 
 
 class Reader:
-    """Reads the images of samples and passes over damaged records, the same way in every run and at every world size.
+    """Reads the images of samples and skips damaged records, the same ones in every run and at every world size.
 
     A damaged record is replaced, image and label together, by the next record (by number) that is in use and sound. So
     no label ever belongs to another image, batches keep their size, and which records are used depends on the files
@@ -146,12 +146,12 @@ class Reader:
 
     Args:
         dataset: the data set.
-        max_bad: how many damaged records may be passed over.
+        max_bad: how many damaged records may be skipped.
         convert: gets a record and its image, and gives the image as the decoder can read it; raises
             :class:`ValueError`: it cannot.
 
     Raises:
-        DataError: more damaged records are already known (from ``bad_records.npy``) than may be passed over.
+        DataError: more damaged records are already known (from ``bad_records.npy``) than may be skipped.
     """
 
     def __init__(self, dataset: Dataset, max_bad: int, convert: Callable[[int, bytes], bytes] | None = None) -> None:
@@ -170,7 +170,7 @@ class Reader:
                 f"{reason}; {len(self.bad)} damaged record(s), data.max_bad_records allows {self.max_bad}: "
                 f"run `lce check --deep --write-bad {self.dataset.path}`"
             )
-        log.warning("passed over: %s", reason)
+        log.warning("skipped: %s", reason)
 
     def fetch(self, record: int) -> tuple[int, bytes]:
         """The record that stands for ``record`` (itself, unless damaged) and its encoded image."""

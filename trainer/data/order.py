@@ -34,7 +34,7 @@ def slice_of(n: int, rank: int, world: int) -> slice:
 
 @dataclass(frozen=True)
 class Samples:
-    """Some samples of an epoch, in order: record numbers, and the how-manieth use of the record it is; both (n,)."""
+    """Some samples of an epoch, in order: record numbers and which repetition of its record each is (0, 1, …); (n,)."""
 
     epoch: int
     records: NDArray[np.int64]

@@ -85,12 +85,12 @@ class PackOptions:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        """Raises :class:`ConfigError` for a quality that JPEG has not, a mean or deviation that makes no finite
+        """Raises :class:`ConfigError` for a quality outside JPEG's range, a mean or deviation that makes no finite
         pixels."""
         if not 1 <= self.quality <= 100:
-            raise ConfigError(f"--quality {self.quality}: from 1 to 100")
+            raise ConfigError(f"`quality` {self.quality}: from 1 to 100")
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
-            raise ConfigError(f"--mean {self.mean}, --std {self.std}: finite numbers, and deviations above 0")
+            raise ConfigError(f"`mean` {self.mean}, `std` {self.std}: finite numbers, and deviations above 0")
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ def _write_part(part: _Part, count: Callable[[int], None]) -> None:
             except _DAMAGE as error:
                 reason = str(error) if isinstance(error, DataError) else f"{file}: {error}"
                 if not part.options.skip_damaged:
-                    raise DataError(f"{reason}; repair or remove it, or use --skip-damaged") from None
+                    raise DataError(f"{reason}; repair or remove it, or use `skip_damaged`") from None
                 skipped.append(reason)
                 continue
             id = first_id + len(labels)
@@ -404,7 +404,7 @@ def _write_part(part: _Part, count: Callable[[int], None]) -> None:
 def _write_insightface_header(writer: recordio.RecordWriter, part: _Part) -> None:
     """Record 0: flag 2, the key after the last image and the key after the last identity record."""
     if part.options.skip_damaged:
-        raise DataError("--layout insightface announces its counts first, so it cannot --skip-damaged")
+        raise DataError("`layout` insightface announces its counts first, so it cannot be combined with `skip_damaged`")
     after = len(part.files) + 1
     writer.write(0, recordio.encode_record(b"", (float(after), float(after + len(np.unique(part.labels))))))
 
@@ -426,7 +426,7 @@ def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[byt
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as opened:
             if opened.width * opened.height > options.max_pixels:
                 raise ValueError(
-                    f"its {opened.height} × {opened.width} pixels are more than --max-pixels {options.max_pixels}"
+                    f"its {opened.height} × {opened.width} pixels are more than `max_pixels` {options.max_pixels}"
                 )
             kind, shape = opened.format, upright_size(opened)
             opened.load()

@@ -32,7 +32,7 @@ from trainer.seals import sealed, unsealed, warn_once
 _GATHER_ROWS = 1 << 18
 _GAP_BYTES = 1 << 18  # a gap that a disk reads over in less time than it needs to go to another place
 _KEPT = (".json", ".offsets.npy", ".labels.npy")
-_FOUND_VERSION = 3  # of what is kept beside a .rec; 2 took the first record of the file for InsightFace's header
+_FOUND_VERSION = 3  # of what is kept next to a .rec; 2 took the first record of the file for InsightFace's header
 
 
 class Store(Protocol):
@@ -294,7 +294,7 @@ class FileStore:
 
 
 def offsets_path(rec: Path) -> Path:
-    """The offset table beside a .rec."""
+    """The offset table next to a .rec."""
     return rec.with_suffix(".offsets.npy")
 
 

@@ -1,4 +1,4 @@
-"""Made-up images of any number of classes, without a file: for benchmarks, trials and tests of everything behind the
+"""Synthetic images of any number of classes, without a file: for benchmarks, trials and tests of everything behind the
 loader.
 
 The image of a class is a sum of three smooth patterns chosen by the class number in base 64; a sample adds its own

@@ -29,7 +29,7 @@ def check_links(models: Models) -> None:
     for role, anchor in anchors(models).items():
         new, old = models[role], models[anchor]
         if new.card.left_out and (old.dim != new.dim or new.card.compatible_with_hash == old.hash):
-            inside = ", or one that --transform t21 wrote" if "t21" in new.card.left_out else ""
+            inside = ", or one that `lce export --transform t21` wrote" if "t21" in new.card.left_out else ""
             raise ModelError(
                 f"{new.path}: its embeddings meet those of {old.path} through {' and '.join(new.card.left_out)}, which "
                 f"this file does not hold; give the model folder that it was exported from{inside}"

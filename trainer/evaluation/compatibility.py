@@ -28,6 +28,9 @@ def cell_pairs(models: Iterable[str]) -> list[tuple[str, str]]:
     return known + [(query, gallery) for query in chain for gallery in chain if (query, gallery) not in CELLS]
 
 
+_MAPS = {"backward": "T₂₁", "forward": "T₁₂"}
+
+
 @dataclass(frozen=True)
 class Spaces:
     """The same n images under every model.
@@ -41,12 +44,23 @@ class Spaces:
     mapped: dict[tuple[str, str], FloatArray] = field(default_factory=dict)
     norms: dict[str, FloatArray] = field(default_factory=dict)
 
+    def title(self, query: str, gallery: str) -> str:
+        """``query → gallery`` with the map at the end that is carried: ``T₂₁(new) → old``, ``new → T₁₂(old)``."""
+        view = self.view(query, gallery)
+        how = "" if view is None else view[2]
+        mapped = {"backward": max, "forward": min}.get(how)
+        if mapped is None:
+            return f"{query} → {gallery}" + (f" ({how})" if how.startswith("in ") else "")
+        end = mapped(query, gallery, key=list(self.native).index)
+        shown = {model: model for model in (query, gallery)} | {end: f"{_MAPS[how]}({end})"}
+        return f"{shown[query]} → {shown[gallery]}"
+
     def view(self, query: str, gallery: str) -> tuple[FloatArray, FloatArray | None, str] | None:
         """What is compared when ``query`` searches ``gallery``: query and gallery embeddings and how they meet.
 
-        The gallery is None when it is the query's own. ``backward`` maps the queries into the gallery's space,
-        ``forward`` the gallery into the queries', ``in NAME`` both into a third one's, ``direct`` nothing. None when a
-        model is missing or the spaces cannot be compared.
+        The gallery is None when it is the query's own. ``backward`` carries the newer of the two into the older one's
+        space (T₂₁), ``forward`` the older into the newer one's (T₁₂), be it query or gallery; ``in NAME`` both into a
+        third one's, ``direct`` nothing. None when a model is missing or the spaces cannot be compared.
         """
         if query not in self.native or gallery not in self.native:
             return None
@@ -56,7 +70,8 @@ class Spaces:
             left, right = (self.native[m] if m == space else self.mapped.get((m, space)) for m in (query, gallery))
             if left is not None and right is not None:
                 moved = left is not self.native[query] or right is not self.native[gallery]
-                how = {gallery: "backward", query: "forward"}.get(space, f"in {space}")
+                older, newer = sorted((query, gallery), key=list(self.native).index)
+                how = {older: "backward", newer: "forward"}.get(space, f"in {space}")
                 return left, right, how if moved else "direct"
         if self.native[query].shape[1] == self.native[gallery].shape[1]:
             return self.native[query], self.native[gallery], "direct"
@@ -110,6 +125,20 @@ def compare(
     if view is None:
         return None
     left, right, how = view
+    return measured(query, gallery, how, left, right, labels, fars, draws)
+
+
+def measured(
+    query: str,
+    gallery: str,
+    how: str,
+    left: FloatArray,
+    right: FloatArray | None,
+    labels: IntArray,
+    fars: Sequence[float],
+    draws: IntArray,
+) -> Cell:
+    """The cell of queries ``left`` (n, D) against a gallery ``right`` (n, D) of the same images; None: their own."""
     index = class_index(labels, f"{query}→{gallery}")
     scores = score_pairs(left, labels, right, keep_far=max(fars))
     ranking = leave_one_out(left, labels, right)
@@ -147,7 +176,7 @@ def gain(cells: dict[tuple[str, str], Cell], metric: str) -> Gain | None:
 class PointToSet:
     """LCE's criterion over samples: the shares within the own old class's boundary, nearest to its centre, and both.
 
-    The old embeddings' own shares stand beside them (within is 1 by construction).
+    The old embeddings' own shares stand next to them (within is 1 by construction).
     """
 
     within: float
@@ -182,8 +211,8 @@ def centre_queries(gallery: FloatArray, labels: IntArray, fars: Sequence[float])
     ``value`` of a :class:`Cell`.
 
     In the old gallery it is what a new model reaches whose embeddings are where LCE pulls them (Meng et al., ICCV 2021:
-    alignment to the old class centre), so it says how much of the way to the paragon is open before anything is
-    re-encoded. It is no bound: a query that also knows how an image differs from its centre can find more.
+    alignment to the old class centre), so it is a mark on the way to the paragon. It is no ceiling: a query that also
+    knows how an image differs from its centre can find more.
 
     Args:
         gallery: (n, D) unit. labels: (n,). fars: false accept rates of interest.
@@ -192,8 +221,8 @@ def centre_queries(gallery: FloatArray, labels: IntArray, fars: Sequence[float])
     itself, and with the whole mean of every other identity. Pairs and ranks count as with one query an image.
     """
     index = class_index(labels, "queries at the centres")
-    sums, sizes = _class_sums(gallery, index), np.bincount(index)
-    centres = _directions(sums)
+    sums, sizes = class_sums(gallery, index), np.bincount(index)
+    centres = directions(sums)
     own = np.empty(len(gallery))
     for a in range(0, len(gallery), 1 << 16):
         part = slice(a, a + (1 << 16))
@@ -226,7 +255,8 @@ def _best_impostor(centres: FloatArray, gallery: FloatArray, index: IntArray) ->
     return out
 
 
-def _class_sums(embeddings: FloatArray, index: IntArray) -> FloatArray:
+def class_sums(embeddings: FloatArray, index: IntArray) -> FloatArray:
+    """The sum (C, D) float64 of each class's embeddings (n, D); index: (n,) class numbers 0 … C−1."""
     order = np.argsort(index, kind="stable")
     starts = np.searchsorted(index[order], np.arange(index.max() + 1))
     return np.add.reduceat(embeddings[order].astype(np.float64), starts, axis=0)
@@ -234,14 +264,14 @@ def _class_sums(embeddings: FloatArray, index: IntArray) -> FloatArray:
 
 def class_centres(embeddings: FloatArray, index: IntArray) -> FloatArray:
     """The normalised mean (C, D) float32 of each class's unit embeddings (n, D); index: (n,) class numbers 0 … C−1."""
-    return _directions(_class_sums(embeddings, index))
+    return directions(class_sums(embeddings, index))
 
 
-def _directions(sums: FloatArray) -> FloatArray:
-    """Sums (C, D) of the classes' embeddings → unit rows, float32. Raises :class:`ModelError`: one is zero."""
+def directions(sums: FloatArray) -> FloatArray:
+    """Sums (C, D) of embeddings → unit rows, float32. Raises :class:`ModelError`: one is zero."""
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
     if not norms.all():
-        raise ModelError("the embeddings of a class cancel out: its mean is zero and has no direction")
+        raise ModelError("embeddings of a class cancel out: their mean is zero and has no direction")
     return np.asarray(sums / norms, np.float32)
 
 

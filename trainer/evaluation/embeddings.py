@@ -126,7 +126,7 @@ def embed_spaces(
             if np.all(np.abs(sizes[role] - 1) < 1e-4):
                 raise ModelError(
                     f"{model.path}: gives unit embeddings, whose norms say nothing; take the model folder instead of "
-                    "its export, or leave --norm-weights out"
+                    "its export, or leave `norm_weights` out"
                 )
             native[role] = native[role] / np.maximum(sizes[role], 1e-12)[:, None]
         check_unit(native[role], f"{name}, {role} model")
@@ -240,8 +240,8 @@ def check_colours(name: str, models: Mapping[str, EmbeddingModel], dataset: Data
             raise DataError(
                 f"{name} ({dataset.path}): the {role} model {model.path} tells its identities apart better with red "
                 f"and blue swapped ({other.mean():.3f} against {given.mean():.3f}): the colour order of the set "
-                f"({dataset.info.color}) or of the model ({model.card.color}) is wrong; mend it, or give "
-                "--no-colour-check"
+                f"({dataset.info.color}) or of the model ({model.card.color}) is wrong; correct it, or give "
+                "`no_colour_check`"
             )
 
 
@@ -266,5 +266,5 @@ def training_curves(
                 if isinstance(entry.get(key), (int, float)) and "step" in entry:
                     curves[key].append((float(entry["step"]), float(entry[key])))
     except (DataError, ValueError, AttributeError) as error:
-        raise DataError(f"{file}: no readable training log ({error}); name run folders with --runs") from None
+        raise DataError(f"{file}: no readable training log ({error}); name run folders with `runs`") from None
     return {key: curve for key, curve in curves.items() if curve}

@@ -18,10 +18,12 @@ def next_steps(verdict: Result, sets: Mapping[str, Result], rules: Result) -> li
     judged = [s for s in verdict["sets"] if not s["seen"]]
     if verdict["answer"] == "SAFE":
         name, one = _strictest(judged, sets)
+        stays = "" if one["cells"]["new->old"]["how"] == "forward" else "; the gallery stays as it is"
         return [
-            f"Deploy the new model for queries{_through(one)}; the gallery stays as it is.",
+            f"Deploy the new model for queries{_through(one)}{stays}.",
             _with_threshold(name, one, "new->old"),
-            "Re-encode or convert the gallery later; the backfill curves show what that brings.",
+            "Re-encode the gallery later; the backfill curves show what that brings.",
+            *_about_conversion(judged, sets),
         ]
     if verdict["answer"] == "NOT SAFE":
         return _not_safe(judged, sets)
@@ -64,14 +66,39 @@ def _not_safe(judged: Sequence[Result], sets: Mapping[str, Result]) -> list[str]
         keep,
         "To use the new model, re-encode the whole gallery from its images first (`lce gallery upgrade --images`). "
         + _with_threshold(name, one, "new->new"),
+        *_about_conversion(judged, sets),
         "Or train again with a stronger weight of compatibility, and evaluate that model.",
+    ]
+
+
+def _about_conversion(judged: Sequence[Result], sets: Mapping[str, Result]) -> list[str]:
+    """Whether the stored vectors may be converted by T₁₂, where the queries do not need it."""
+    names = {s["name"].partition(", gallery of ")[0] for s in judged}
+    ways = [(name, way) for name in sorted(names & set(sets)) for way in sets[name]["deployments"][2:]]
+    found = [(name, way) for name, way in ways if way["way"] == "new → T₁₂(old)"]
+    if not found:
+        return []
+    if all(way["answer"] == "SAFE" for _, way in found):
+        name, way = max(found, key=lambda item: item[1]["thresholds"]["all"])
+        return [
+            f"The gallery may be converted by T₁₂ (`lce gallery upgrade`), with the threshold "
+            f"{way['thresholds']['all']:.4f} from then on ({name}, TAR {way['tar']['value']:.3f})."
+        ]
+    name, way = next(item for item in found if item[1]["answer"] != "SAFE")
+    return [
+        f"Do not convert the gallery by T₁₂ (`lce gallery upgrade`): on {name} new → T₁₂(old) is {way['answer']}, with "
+        f"rank-1 {way['rank-1']['value']:.3f} where old → old has "
+        f"{sets[name]['cells']['old->old']['rank']['1']['value']:.3f}."
     ]
 
 
 def _collect(judged: Sequence[Result], rules: Result) -> list[str]:
     keep = "Keep the old model until it is decided."
     if not judged:
-        return [keep, "Evaluate on a labelled set of identities that neither model was trained on (--data)."]
+        return [
+            keep,
+            "Evaluate on a labelled set of identities that neither model was trained on (`lce evaluate --data`).",
+        ]
     return [keep, *(_what_is_missing(s, rules) for s in judged if s["answer"] == "NOT ENOUGH DATA")]
 
 

@@ -41,7 +41,7 @@ _STYLE = {
 
 
 _HALF, _WHOLE = 4.8, 9.6
-"""Widths in inches of a figure beside another one, and of one that has the page for itself."""
+"""Widths in inches of a figure next to another one, and of one that has the page for itself."""
 
 
 def arrow(cell: str) -> str:

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file (no script, no network) and its plots as PNG files beside it.
+"""The report: one self-contained HTML file (no script, no network) and its plots as PNG files next to it.
 
 Everything in it comes from the result of :func:`trainer.evaluation.results.study` (with ``models``, ``provenance`` and
 ``settings`` where the caller has them), the runs' training curves, and pictures on request.
@@ -49,7 +49,7 @@ def write_report(
     pictures: Pictures | None = None,
     title: str = "",
 ) -> list[Path]:
-    """Write the report and, in the folder ``NAME-plots`` beside it, each plot as PNG.
+    """Write the report and, in the folder ``NAME-plots`` next to it, each plot as PNG.
 
     Args:
         path: the .html file; replaced in one piece.

@@ -170,7 +170,11 @@ def data_set(at: int, name: str, one: Result, plots: Plots, album: Album, level:
         "matrix": _matrix(one),
         "gain": gain,
         "no_gain": no_gain,
+        "deployments": deployments(one),
+        "pooled": pooled(one),
+        "pooled_protocol": one["pooled"][0]["protocol"] if one["pooled"] else "",
         "chain": _chain(one),
+        "chain_summary": chain_summary(one),
         "roc": plots.get(f"{name}-roc"),
         "scores": plots.get(f"{name}-scores"),
         "curves": plots.get(f"{name}-backfill"),
@@ -194,11 +198,60 @@ def _matrix(one: Result) -> Table:
     fars = [entry["far"] for entry in one["cells"]["old->old"]["tar"]]
     head = ["query → gallery", "how", *_tar_heads(fars), "rank-1", "rank-5", "EER", "genuine pairs", "impostor pairs"]
     rows: list[list[Value | str]] = []
-    for name, cell in one["cells"].items():
+    for cell in one["cells"].values():
         rank: list[Value | str] = [_interval(cell["rank"]["1"]), number(cell["rank"]["5"])]
         pairs = [f"{cell['genuine_pairs']:,}", f"{cell['impostor_pairs']:,}"]
-        rows.append([arrow(name), cell["how"], *map(_tar, cell["tar"]), *rank, number(cell["eer"]), *pairs])
+        rows.append([cell["title"], cell["how"], *map(_tar, cell["tar"]), *rank, number(cell["eer"]), *pairs])
     return table("Figures by query and gallery model", head, rows)
+
+
+def deployments(one: Result) -> Table:
+    """Every way of deploying with its threshold and verdict."""
+    rows: list[list[Value | str]] = [
+        [
+            way["way"],
+            thresholds(way),
+            _interval(way["tar"]),
+            _interval(way["rank-1"]),
+            way["answer"] or ("today" if way["meaning"] == "today" else "comparison"),
+            way["meaning"],
+        ]
+        for way in one["deployments"]
+    ]
+    far = rate_text(one["far"])
+    head = ["query → gallery", f"threshold for FAR {far}", f"TAR at FAR {far}", "rank-1", "verdict", "what it is"]
+    return table("Ways of deploying", head, rows)
+
+
+def thresholds(way: Result) -> str:
+    """The threshold of a way of deploying, or one for each store."""
+    return ", ".join(
+        number(value, ".4f") + ("" if store == "all" else f" ({store})") for store, value in way["thresholds"].items()
+    )
+
+
+def pooled(one: Result) -> Table:
+    """Galleries of one vector an identity."""
+    rows: list[list[Value | str]] = [
+        [entry["name"], *(number(tar) for tar in entry["tar"]), _interval(entry["rank1"])] for entry in one["pooled"]
+    ]
+    fars = one["pooled"][0]["fars"] if rows else ()
+    return table("Pooled galleries", ["query → pooled gallery", *_tar_heads(fars), "rank-1"], rows)
+
+
+def chain_summary(one: Result) -> str:
+    """Average compatibility, average figures and drift, in sentences; empty for two models."""
+    found = one["chain_summary"]
+    if found is None:
+        return ""
+    shares = ", ".join(f"{share:.0%} by {metric}" for metric, share in found["average_compatibility"].items())
+    means = ", ".join(f"{metric} {value:.3f}" for metric, value in found["average"].items())
+    drift = ", ".join(f"{model} {value:.3f}" for model, value in found["drift"].items())
+    return (
+        f"Average compatibility (the share of {found['pairs']} pairs above the gallery's own model): {shares}. Mean "
+        f"over these pairs and every model alone: {means}. Drift from the first gallery (1 less the mean cosine to its "
+        f"vectors): {drift or 'not comparable'}."
+    )
 
 
 def _tar_heads(fars: Sequence[float]) -> list[str]:
@@ -250,7 +303,7 @@ def _chain(one: Result) -> Table:
 def _operating_points(one: Result) -> Table:
     rows = [
         [
-            arrow(name),
+            one["cells"][name]["title"],
             number(point["threshold"], ".4f"),
             rate_text(point["far_kept"]),
             number(point["tar_kept"]),

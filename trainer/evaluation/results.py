@@ -27,6 +27,7 @@ from trainer.evaluation.compatibility import (
     point_to_set,
     tar_name,
 )
+from trainer.evaluation.deployments import Way, deployments, pooled_gallery
 from trainer.evaluation.next_steps import next_steps
 from trainer.evaluation.overlap import Known, unknown_words
 from trainer.evaluation.verdict import Rules, SetVerdict, decide, judge_set, resolved_far
@@ -38,12 +39,14 @@ Cells = dict[tuple[str, str], Cell]
 @dataclass(frozen=True)
 class Options:
     """fars: the false accept rates of interest. replicates, seed: of the bootstrap. backfill_images: larger sets are
-    reduced to about so many images (whole identities) for the backfill curves; 0 leaves them out."""
+    reduced to about so many images (whole identities) for the backfill curves; 0 leaves them out. pooled: measure
+    galleries of one vector an identity as well."""
 
     fars: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     replicates: int = 500
     seed: int = 0
     backfill_images: int = 5000
+    pooled: bool = False
     rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
@@ -105,6 +108,9 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
         if share is not None:
             shares[one.name] = share
         results[one.name] = _describe(one, cells, far, points[one.name], share, options)
+        notify(f"{one.name}: ways of deploying")
+        results[one.name]["deployments"] = _deployments(one, cells, far, options)
+        results[one.name]["pooled"] = _pooled(one, options) if options.pooled else []
         notify(f"{one.name}: backfill")
         results[one.name]["backfill"] = backfill(one, far, options)
     trained_on = {one.name: one.known for one in sets if one.known is not None}
@@ -116,7 +122,7 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
 
 def stages(sets: int, models: Collection[str]) -> int:
     """How often :func:`study` notifies, at most."""
-    return sets * (2 + len(cell_pairs(models)))
+    return sets * (3 + len(cell_pairs(models)))
 
 
 def judge_pair(one: NamedSet, cells: Cells, query: str, gallery: str, options: Options) -> SetVerdict:
@@ -141,12 +147,84 @@ def chain(one: NamedSet, cells: Cells, options: Options) -> list[Result]:
     ]
 
 
+def chain_summary(one: NamedSet, cells: Cells, metrics: Sequence[str]) -> Result | None:
+    """A chain in three figures; None for two models.
+
+    average_compatibility: by metric, the share of (later query, earlier gallery) pairs above the gallery's own model
+    (their point figures). average: by metric, the mean over those pairs and every model on its own gallery. drift: by
+    later model, 1 less the mean cosine of an image's embedding, carried into the first gallery's space, to the one that
+    is stored there.
+    """
+    if len(one.deployed) < 2:
+        return None
+    models = [*one.deployed, "new"]
+    pairs = [
+        (query, gallery) for at, query in enumerate(models) for gallery in models[:at] if (query, gallery) in cells
+    ]
+    own = [(model, model) for model in models]
+    drift = {}
+    for model in models[1:]:
+        view = one.spaces.view(model, models[0])
+        if view is not None and view[1] is not None:
+            drift[model] = 1 - float(np.einsum("nd,nd->n", view[0], view[1]).mean())
+    return {
+        "pairs": len(pairs),
+        "average_compatibility": {
+            m: float(np.mean([cells[pair].value[m] > cells[pair[1], pair[1]].value[m] for pair in pairs]))
+            for m in metrics
+        },
+        "average": {m: float(np.mean([cells[pair].value[m] for pair in [*pairs, *own]])) for m in metrics},
+        "drift": drift,
+    }
+
+
+def _draws(one: NamedSet, options: Options) -> IntArray:
+    return draw_identities(len(np.unique(one.labels)), options.replicates, options.seed)
+
+
+def _deployments(one: NamedSet, cells: Cells, far: float, options: Options) -> list[Result]:
+    found = deployments(one.spaces, cells, one.labels, options.fars, far, _draws(one, options), options.seed)
+    today = cells["old", "old"]
+    rows = [Way("old → old", "today", today, {"all": today.scores.threshold_at(far)}, judged=False), *found]
+    return [plain(_deployment(one, way, today, far, options)) for way in rows]
+
+
+def _deployment(one: NamedSet, way: Way, today: Cell, far: float, options: Options) -> Result:
+    size = (len(np.unique(one.labels)), len(one.labels))
+    judged = judge_set(one.name, today, way.cell, size, options.fars, options.rules) if way.judged else None
+    return {
+        "way": way.name,
+        "meaning": way.meaning,
+        "thresholds": way.thresholds,
+        "far": far,
+        "tar": way.cell.figure(tar_name(far)),
+        "rank-1": way.cell.figure("rank-1"),
+        "answer": judged.answer if judged else None,
+        "reason": judged.reason if judged else "",
+        "findings": judged.findings if judged else [],
+    }
+
+
+def _pooled(one: NamedSet, options: Options) -> list[Result]:
+    """Galleries of one vector an identity: (query, gallery) of old and new, and the converted gallery."""
+    pairs = []
+    for query, gallery in (("old", "old"), ("new", "old"), ("new", "new")):
+        view = one.spaces.view(query, gallery)
+        if view is not None:
+            pairs.append((one.spaces.title(query, gallery), view[0], view[0] if view[1] is None else view[1]))
+    converted = one.spaces.mapped.get(("old", "new"))
+    if converted is not None and all(name != "new → T₁₂(old)" for name, *_ in pairs):
+        pairs.insert(2, ("new → T₁₂(old)", one.spaces.native["new"], converted))
+    draws = _draws(one, options)
+    return [plain(pooled_gallery(*pair, one.labels, options.fars, draws)) for pair in pairs]
+
+
 def measure_cells(one: NamedSet, options: Options, notify: Callable[[str], None]) -> Cells:
     """The compatibility matrix of a set: every comparable pair of its models."""
     for model, embeddings in one.spaces.native.items():
         check_unit(embeddings, f"{one.name}, {model} model")
-    index = class_index(one.labels, one.name)
-    draws = draw_identities(int(index.max()) + 1, options.replicates, options.seed)
+    class_index(one.labels, one.name)
+    draws = _draws(one, options)
     cells = {}
     for query, gallery in cell_pairs(one.spaces.native):
         if one.spaces.view(query, gallery) is None:
@@ -188,9 +266,12 @@ def _describe(
         "images": len(one.labels),
         "identities": len(np.unique(one.labels)),
         "far": far,
-        "cells": {f"{q}->{g}": _cell(cell, options) for (q, g), cell in cells.items()},
+        "cells": {
+            f"{q}->{g}": {"title": one.spaces.title(q, g), **_cell(cell, options)} for (q, g), cell in cells.items()
+        },
         "gain": {metric: gain(cells, metric) for metric in metrics},
         "chain": chain(one, cells, options),
+        "chain_summary": chain_summary(one, cells, [tar_name(far), "rank-1"]),
         "point_to_set": share,
         "centre->old": None if share is None else centre_queries(one.spaces.native["old"], one.labels, options.fars),
         "operating_point": {

@@ -144,7 +144,7 @@ def _refuse(wrong: BoolArray, rows: Sequence[_Row], why: str) -> None:
     """Raise :class:`DataError` at the first of the ``wrong`` rows."""
     if wrong.any():
         raise DataError(
-            f"{rows[int(wrong.argmax())]}: {why}; mend the line, or leave the image out of the template list"
+            f"{rows[int(wrong.argmax())]}: {why}; correct the line, or leave the image out of the template list"
         )
 
 

@@ -7,6 +7,7 @@ is limited by the grid. A pair is accepted when its cosine is at least the thres
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -61,6 +62,11 @@ class PairScores:
         """Number of impostor pairs."""
         return int(self.impostor.sum())
 
+    @cached_property
+    def _accepted(self) -> IntArray:
+        """Impostor pairs at or above each threshold of the grid, highest first (:data:`BINS`,)."""
+        return np.cumsum(self.impostor[::-1])
+
     def far(self, threshold: float) -> float:
         """False accept rate: the share of impostor pairs with a cosine of at least ``threshold``."""
         return float(self.impostor[_edge(threshold) :].sum() / self.impostor_count)
@@ -71,8 +77,7 @@ class PairScores:
 
     def threshold_at(self, far: float) -> float:
         """The lowest threshold on the grid whose FAR is at most ``far``; above 1 when no cosine is high enough."""
-        accepted = np.cumsum(self.impostor[::-1])
-        bins = int(np.searchsorted(accepted, far * self.impostor_count + 1e-9, side="right"))
+        bins = int(np.searchsorted(self._accepted, far * self.impostor_count + 1e-9, side="right"))
         return (BINS - bins) / (BINS / 2) - 1 if bins else 1 + 2 / BINS
 
     def tar_at(self, far: float) -> float:
@@ -81,7 +86,7 @@ class PairScores:
 
     def roc(self, points: int = 200) -> tuple[FloatArray, FloatArray]:
         """Up to ``points`` points of the ROC, logarithmic from one impostor pair to all: FAR (p,), TAR (p,)."""
-        accepted = np.cumsum(self.impostor[::-1])
+        accepted = self._accepted
         true = np.cumsum(self.genuine[::-1])
         wanted = np.geomspace(1, self.impostor_count, points)
         bins = np.unique(np.searchsorted(accepted, wanted + 1e-9, side="right")) - 1
@@ -95,7 +100,7 @@ class PairScores:
 
     def eer(self) -> float:
         """Equal error rate: where FAR and 1 − TAR cross; their mean at the nearest threshold of the grid."""
-        far = np.cumsum(self.impostor[::-1]) / self.impostor_count
+        far = self._accepted / self.impostor_count
         frr = 1 - np.cumsum(self.genuine[::-1]) / self.genuine_count
         at = int(np.argmin(np.abs(far - frr)))
         return float((far[at] + frr[at]) / 2)

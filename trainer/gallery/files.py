@@ -1,4 +1,4 @@
-"""Upgrade of a gallery file or folder: converted beside it, resumable at any moment, swapped in, and back again.
+"""Upgrade of a gallery file or folder: converted next to it, resumable at any moment, swapped in, and back again.
 
 Next to ``NAME`` lies ``NAME.upgrade/`` with ``state.json``, ``vectors.npy`` (what is converted so far), ``order.npy``
 (which row comes when, where an order was asked for) and, after the swap, ``before``: the old file. Rows are written and
@@ -100,7 +100,7 @@ class Check:
 
 
 def work_folder(path: Path) -> Path:
-    """The folder beside a gallery file in which its upgrade lives."""
+    """The folder next to a gallery file in which its upgrade lives."""
     path = path.resolve()
     return path.with_name(f"{path.name}.upgrade")
 
@@ -136,7 +136,7 @@ def plan(path: Path, converter: Converter, sample: int = 1000) -> Plan:
 
 
 def _room(path: Path, gallery: Format, converter: Converter) -> tuple[int, int]:
-    """Bytes needed beside a gallery, of the vectors and of the new file, and bytes free there."""
+    """Bytes needed next to a gallery, of the vectors and of the new file, and bytes free there."""
     needed = gallery.rows * converter.dim_out * 4 + int(_stamp(path)[0] * converter.dim_out / gallery.dim)
     return needed, shutil.disk_usage(path.resolve().parent).free
 
@@ -220,7 +220,7 @@ def _check_new(path: Path, gallery: Format, state: State | None, converter: Conv
         if counts.max() > 1:
             raise DataError(
                 f"{path}: {counts.max()} vectors have the id {names[counts.argmax()]}, so that it names no picture; "
-                "convert the vectors instead (without --images)"
+                "convert the vectors instead (without `images`)"
             )
 
 

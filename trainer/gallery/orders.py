@@ -48,7 +48,7 @@ def order_rows(text: str, path: Path, dataset: Dataset | None = None, seed: int 
         return np.random.default_rng(seed).permutation(gallery.rows)
     if kind == "confidence":
         if dataset is None:
-            raise DataError(f"{path}: the order confidence needs the images' identities; give them with --images")
+            raise DataError(f"{path}: the order confidence needs the images' identities; give them with `images`")
         ids, vectors = gallery.ids(every), gallery.read(every)
         if ids.min() < 0 or ids.max() >= len(dataset):
             raise DataError(f"{path}: ids {ids.min()} to {ids.max()} are not all records of {dataset.path}")

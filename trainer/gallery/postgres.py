@@ -136,7 +136,7 @@ class PostgresGallery:
             return quoted(column) + (" DESC NULLS LAST" if kind == "highest" else "")
         if not self._table.key:
             if kind == "random":
-                raise DataError(f"{self.name}: a random order needs a key; name one with --key")
+                raise DataError(f"{self.name}: a random order needs a key; name one with `key`")
             return "({v} IS NULL)".format_map(self._names)  # the same of all rows that are taken: as they lie there
         # The same at every worker.
         return "(hash_record(ROW({k})))".format_map(self._names) if kind == "random" else self._names["k"]
@@ -248,7 +248,7 @@ class PostgresGallery:
         if converter.by_id and not self._table.numbered:
             raise DataError(
                 f"{self.name}: with images a row's key is the number of its picture; name a unique integer column "
-                "with --key"
+                "with `key`"
             )
         refused, left = self._table.dependents(connection)
         if refused:

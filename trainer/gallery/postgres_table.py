@@ -117,7 +117,7 @@ class Table:
                 raise DataError(f"{self.name}: the column's name is too long for those that are made next to it")
             found = self.column(connection, "v")
             if found is None:
-                raise DataError(f"{self.name}: the table has no column of that name; name it with --column")
+                raise DataError(f"{self.name}: the table has no column of that name; name it with `column`")
             self.type, self.dim = found.type, found.size
             self._check_type(found)
             self.key = self._key(connection, key)
@@ -135,7 +135,7 @@ class Table:
             if row is not None:
                 break
         else:
-            raise DataError(f"{self.name}: no such table in the database; name it with --table")
+            raise DataError(f"{self.name}: no such table in the database; name it with `table`")
         oid, schema, name, kind, secured, inherited = row
         if kind == "p":
             raise DataError(
@@ -173,7 +173,7 @@ class Table:
         for names in ([key], [name.strip() for name in key.split(",")]):
             if all(connection.execute(_COLUMN, (self.oid, name)).fetchone() for name in names):
                 return names
-        raise DataError(f"{self.name}: the table has no column {key}; name the key with --key (of several: a,b)")
+        raise DataError(f"{self.name}: the table has no column {key}; name the key with `key` (of several: a,b)")
 
     def _stored_dim(self, connection: Any) -> int:
         row = self.run(connection, "SELECT vector_dims({v}) FROM {t} WHERE {v} IS NOT NULL LIMIT 1").fetchone()
@@ -319,7 +319,7 @@ class Table:
                 except self.psycopg.Error as error:
                     raise DataError(
                         f"{self.name}: the index {name} cannot be made for vectors of dimension {dim_out}: "
-                        f"{_line(error)}; drop it, or choose another with --index"
+                        f"{_line(error)}; drop it, or choose another with `index`"
                     ) from None
         return found
 

@@ -102,7 +102,7 @@ class QdrantGallery:
         named = isinstance(vectors, dict)
         if named != bool(self._vector) or (named and self._vector not in vectors):
             there = sorted(vectors) if named else "one vector without a name"
-            raise DataError(f"{self.name}: the collection has {there}; name the vector with --vector")
+            raise DataError(f"{self.name}: the collection has {there}; name the vector with `vector`")
         return int((vectors[self._vector] if named else vectors).size)
 
     @property

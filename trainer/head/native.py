@@ -211,7 +211,7 @@ def holds(old: OldCenters | None) -> bool:
 
 @functools.cache
 def load() -> Native | None:
-    """The built library, or None where it cannot be had (said once)."""
+    """The built library, or None where it cannot be had (logged once)."""
     if os.environ.get("LCE_NATIVE") == "0":
         return None
     try:
@@ -236,7 +236,7 @@ def _check_size(library: ctypes.CDLL) -> None:
 
 
 def _built() -> Path:
-    """The library's file; compiles it when this compiler has not, for this kind of processor."""
+    """The library's file; compiles it if this compiler did not yet, for this kind of processor."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
     if compiler is None:
         raise OSError("no C++ compiler (g++) found")
@@ -248,7 +248,7 @@ def _built() -> Path:
     if not is_own(path):
         with tempfile.TemporaryDirectory(
             dir=folder
-        ) as own:  # built beside and renamed: several ranks may do so at once
+        ) as own:  # built under another name and renamed: several ranks may do so at once
             partial = Path(own) / path.name
             subprocess.run(
                 [compiler, *FLAGS, str(SOURCE), "-o", str(partial)], capture_output=True, text=True, check=True

@@ -55,7 +55,7 @@ class HeadOutput:
 
 
 class Companion(Protocol):
-    """A loss beside the head's that every rank computes alike from the same gathered tensors, such as LCE through T."""
+    """A loss besides the head's that every rank computes alike from the same gathered tensors (LCE through T)."""
 
     def __call__(self, embeddings: Tensor, labels: Labels, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (0-dim, equal on all ranks) and what to report of it, detached.

@@ -176,7 +176,7 @@ class ReferenceSoftmax:
         """Every row is up to date after each step."""
 
     def loaded(self) -> None:
-        """Nothing is remembered beside the tables."""
+        """Nothing is remembered besides the tables."""
 
     def tables(self) -> dict[str, Tensor]:
         """Rows and torch's optimizer state under the fused pass's names (c, D), created if no step was taken yet."""

@@ -256,7 +256,7 @@ class RowOptimizer(ABC):
         return
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep beside the tables, by name: (R,) tensors."""
+        """What a checkpoint must keep besides the tables, by name: (R,) tensors."""
         return {}
 
 

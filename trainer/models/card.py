@@ -1,4 +1,4 @@
-"""The model card: what a user must know of a model, written beside its weights and into every export."""
+"""The model card: what a user must know of a model, written next to its weights and into every export."""
 
 import json
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class ModelCard(BaseModel):
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     transforms: dict[Direction, TransformCard] = Field(default_factory=dict)
     left_out: tuple[Direction, ...] = Field(
-        (), description="transformations that the model has beside this graph, which holds none of them"
+        (), description="transformations that the model has besides this graph, which holds none of them"
     )
     mode: str = Field(
         "", description="how it was made compatible: direct, backward, forward, both, cross-model or nothing"
@@ -112,7 +112,7 @@ Files = dict[str, tuple[int, int]]
 
 
 def card_text(card: ModelCard, files: Files) -> str:
-    """What ``model.json`` holds: the card, the checksums of the files beside it, and one of itself."""
+    """What ``model.json`` holds: the card, the checksums of the files next to it, and one of itself."""
     return json.dumps(sealed({**card.model_dump(mode="json"), "files": files}), indent=2) + "\n"
 
 

@@ -124,7 +124,7 @@ def read_description(path: Path) -> tuple[Path, Reading]:
     """The model file that a description is of, and what it states.
 
     Raises:
-        ModelError: damaged, of a file that is not there, or of one that has changed since.
+        ModelError: damaged, of a file that does not exist, or of one that has changed since.
     """
     try:
         kept = Description.model_validate(read_json(path, ModelError))
@@ -136,7 +136,7 @@ def read_description(path: Path) -> tuple[Path, Reading]:
     if file_hash(model) != kept.sha256:
         raise ModelError(
             f"{path}: describes another {model.name} (its SHA-256 differs); describe it anew: "
-            f"lce model describe {model} --write {path}"
+            f"`lce model describe {model} --write {path}`"
         )
     return model, kept.stated()
 

@@ -41,7 +41,7 @@ def open_weights(path: Path, device: str | torch.device, stated: Reading) -> Tor
     config, size = guess_backbone(given, path, stated.backbone)
     size = stated.size or size
     if stated.output is not None:
-        raise ModelError(f"{path}: --output names an output of an ONNX graph; this file holds weights")
+        raise ModelError(f"{path}: `output` names an output of an ONNX graph; this file holds weights")
     try:
         backbone = build_backbone(config, size)
     except ConfigError as error:
@@ -53,7 +53,7 @@ def open_weights(path: Path, device: str | torch.device, stated: Reading) -> Tor
     if color is None:
         raise ModelError(
             f"{path}: an IR network without AdaFace's or CVLface's wrapping: AdaFace trains it on BGR, CVLface on RGB; "
-            "state which with --color"
+            "state which with `color`"
         )
     mean, std = stated.preprocessing() or origin.reading.preprocessing() or ((0.5,) * 3, (0.5,) * 3)
     card = ModelCard(

@@ -34,7 +34,7 @@ class Parity:
         largest_difference: largest absolute difference of a component of the unit embeddings.
         smallest_cosine: smallest cosine between the two embeddings of one image.
         bound: what ``largest_difference`` was allowed to be; None: only the cosine was bounded.
-        cosine_bound: what ``smallest_cosine`` had to be at least; None: :data:`SAME_COSINE`, beside the difference.
+        cosine_bound: what ``smallest_cosine`` had to be at least; None: :data:`SAME_COSINE`, and the difference.
         size_bytes: of the file.
     """
 

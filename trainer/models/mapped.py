@@ -20,7 +20,7 @@ class StoredModel(EmbeddingModel):
 
     def transform(self, direction: Direction, vectors: np.ndarray) -> np.ndarray:
         """Always raises :class:`ModelError`."""
-        raise ModelError(f"{self.path}: holds embeddings and no map; give the maps with --maps")
+        raise ModelError(f"{self.path}: holds embeddings and no map; give the maps with `maps`")
 
 
 class MappedModel(EmbeddingModel):

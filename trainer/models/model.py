@@ -175,7 +175,7 @@ def check_distinct(model: EmbeddingModel, dataset: "Dataset") -> None:
         raise ModelError(
             f"{model.path}: embeddings of different images all but coincide (mean cosine {cosine:.4f} of "
             f"{int(differ.sum())} pairs of {dataset.path}), so it is probably fed what it does not take "
-            f"({model.reading}); state --pixels, --color, --mean and --std, or --allow-collapsed if it is right"
+            f"({model.reading}); state `pixels`, `color`, `mean` and `std`, or `allow_collapsed` if it is right"
         )
 
 

@@ -1,4 +1,4 @@
-"""ONNX files as models: our own exports and other people's, run by ONNX Runtime."""
+"""ONNX files as models: our own exports and foreign ones, run by ONNX Runtime."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -119,7 +119,7 @@ def check_shapes(session: Any, path: Path, rank: int) -> None:
     if isinstance(given[0], int):
         raise ModelError(f"{path}: its batch size is fixed at {given[0]}; export it with a dynamic batch")
     if any(not isinstance(size, int) for size in given[1:]):
-        raise ModelError(f"{path}: its input {given} has free axes beside the batch; export it with a static size")
+        raise ModelError(f"{path}: its input {given} has free axes besides the batch; export it with a static size")
 
 
 @dataclass(frozen=True)
@@ -316,9 +316,9 @@ def _input_axes(session: Any, path: Path, stated: Reading) -> tuple[Any, bool, t
     static = [side if isinstance(side, int) and side > 0 else None for side in sides]
     size = stated.size or (static[0], static[1])
     if size[0] is None or size[1] is None:
-        raise ModelError(f"{path}: its input {shape} leaves height and width free; state them: --size 112 (or 112x96)")
+        raise ModelError(f"{path}: its input {shape} leaves height and width free; state them: `size` 112 (or 112x96)")
     if any(known not in (None, side) for known, side in zip(static, size, strict=True)):
-        raise ModelError(f"{path}: its input is {shape}, --size says {size[0]} × {size[1]}")
+        raise ModelError(f"{path}: its input is {shape}, `size` says {size[0]} × {size[1]}")
     return _TYPES[inputs[0].type], channels_last, (size[0], size[1])
 
 
@@ -326,14 +326,14 @@ def _pixels(path: Path, name: str, dtype: Any, stated: Reading) -> tuple[Pixels,
     """The range that the graph is fed, and why."""
     if dtype == np.uint8:
         if stated.preprocessing() is not None and stated.pixels != "0..255":
-            raise ModelError(f"{path}: its input is uint8, which is pixels 0..255; leave --pixels, --mean, --std out")
+            raise ModelError(f"{path}: its input is uint8, which is pixels 0..255; leave `pixels`, `mean`, `std` out")
         return "0..255", "its input is uint8"
     if stated.preprocessing() is not None:
         return stated.pixels or "normalised", "as stated"
     beginning = read_beginning(path, name)
     if beginning.pixels is not None:
         return beginning.pixels, f"the graph begins with {', '.join(beginning.steps)}"
-    return "normalised", "assumed: the graph does not begin with constants that say; state it with --pixels"
+    return "normalised", "assumed: the graph does not begin with constants that say; state it with `pixels`"
 
 
 def _find_output(
@@ -366,7 +366,7 @@ def _find_output(
         raise ModelError(f"{path}: for {count} images its outputs are {shapes}; needed is (batch, D)")
     chosen = named or next(iter(candidates))
     if named is None and len(names) > 1:
-        notes.append(f"the first of its outputs that is an embedding, of {', '.join(names)} (another with --output)")
+        notes.append(f"the first of its outputs that is an embedding, of {', '.join(names)} (another with `output`)")
     return replace(way, output=chosen), candidates[chosen], notes
 
 

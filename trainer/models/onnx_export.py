@@ -67,7 +67,7 @@ def export_onnx(
 ) -> Parity:
     """Write the model as ONNX and compare it with torch (float32) on ``images``.
 
-    Hashes of the identities that it was trained on, where known, stand beside it in NAME.identities.npy: for
+    Hashes of the identities that it was trained on, where known, stand next to it in NAME.identities.npy: for
     ``lce evaluate``, not for clients.
 
     Args:

@@ -115,7 +115,7 @@ def _depth(units: Mapping[int, tuple[int, int, int, int]], found: tuple[int, ...
 def _side(area: int) -> int:
     """Side of the images, in pixels, from the positions that are left after strides of 16."""
     if isqrt(area) ** 2 != area or not area:
-        raise ValueError(f"{area} positions before the linear layer, which are no square; state --size")
+        raise ValueError(f"{area} positions before the linear layer, which are no square; state `size`")
     return _STRIDE * isqrt(area)
 
 

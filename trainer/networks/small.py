@@ -35,7 +35,7 @@ class Small(nn.Module):
 
 
 class _Residual(nn.Module):
-    """BN, 3×3, BN, PReLU, 3×3 of stride 2, BN, beside a strided 1×1 with BN."""
+    """BN, 3×3, BN, PReLU, 3×3 of stride 2, BN, plus a strided 1×1 with BN."""
 
     def __init__(self, channels: int, into: int) -> None:
         super().__init__()

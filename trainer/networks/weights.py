@@ -50,7 +50,7 @@ def fitting(
     """The tensors of a network among those of a file: below the one prefix at which all its names are found.
 
     Prefixes are what wrappers put before a network's names (``module.``, ``model.``, ``_orig_mod.``, ``state_dict.``
-    and any others); what stands beside it in the file (a head, an optimizer) does not matter.
+    and any others); what else the file holds (a head, an optimizer) does not matter.
 
     Args:
         free: names that may be in the file or in the network alone.

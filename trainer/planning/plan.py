@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Peak host memory of a rank beside its GPU; 0 on the CPU."""
+        """Peak host memory of a rank besides its GPU's; 0 on the CPU."""
         return peak_bytes(self.memory, on_host=True)
 
     @property

@@ -1,4 +1,4 @@
-"""Real updates without what is around them: to count collectives and memory, or as one of N ranks that are not there.
+"""Real updates without a job around them: to count collectives and memory, or as one rank of a simulated job of N.
 
 The simulation joins torch's fake process group, whose collectives return at once, as single ranks of N. Sizes that are
 only scaled are scaled down, so that it takes seconds: classes, samples and images; the world, the shares of classes
@@ -94,7 +94,7 @@ class _Silent:
 class MadeUpBank:
     """A centre bank of random unit centres (C, D1) that is on no disk; as far as training asks for it."""
 
-    info, old, fingerprint = None, None, "made up"
+    info, old, fingerprint = None, None, "synthetic"
 
     def __init__(self, num_classes: int, dim: int) -> None:
         self.num_classes, self.dim = num_classes, dim
@@ -112,12 +112,12 @@ class MadeUpBank:
 
 
 class Updates:
-    """A run on made-up data that writes nothing: real task, head, network and optimizer.
+    """A run on synthetic data that writes nothing: real task, head, network and optimizer.
 
     Args:
         config: ``data.loader`` has to be ``synthetic``.
         ranks: who we are; the process group exists.
-        bank_dim: D1, with direct LCE or LCE through transformations against made-up centres; None: without.
+        bank_dim: D1, with direct LCE or LCE through transformations against synthetic centres; None: without.
 
     Raises:
         ConfigError: what the task refuses.
@@ -178,8 +178,8 @@ def simulate(setting: Setting, world_size: int) -> Simulated:
         ("train.sync_batchnorm", train.sync_batchnorm, (False,)),
     ):
         if value not in known:
-            words = " or ".join(str(one).lower() for one in known)
-            raise ConfigError(f"--simulate: {key} = {str(value).lower()} cannot be simulated, only {words}")
+            allowed = " or ".join(str(one).lower() for one in known)
+            raise ConfigError(f"`simulate`: {key} = {str(value).lower()} cannot be simulated, only {allowed}")
     setting = replace(setting, world_size=world_size)
     sizes = [class_range(setting.num_classes, rank, world_size).size for rank in range(world_size)]
     batch = setting.config.data.batch_size

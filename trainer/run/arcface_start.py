@@ -34,7 +34,7 @@ def head_rows(path: Path, num_classes: int, dim: int) -> Rows:
 
 
 def head_momentum(path: Path) -> Rows | None:
-    """The rows' momentum (C, D) beside them in the per-rank files; None when one of these has none."""
+    """The rows' momentum (C, D) next to them in the per-rank files; None when one of these has none."""
     parts = []
     for file in rank_files(path):
         arrays = open_arrays(file)

@@ -401,7 +401,7 @@ def _train(engine: Engine, began: float) -> RunSummary:
         for met in gather_objects(engine.state.loader.bad_records):
             bad |= met
         for record in sorted(bad)[:10]:
-            monitor.say(f"damaged record passed over: {bad[record]}")
+            monitor.say(f"damaged record skipped: {bad[record]}")
         eager = next((reason for reason in gather_objects(why_eager()) if reason is not None), None)
         if eager is not None:
             monitor.say(f"head: eager, which is slower: torch.compile failed ({eager})")

@@ -178,7 +178,7 @@ class Updater:
         return out
 
     def start(self, values: dict[str, Tensor]) -> None:
-        """Begin with these whole tensors of :meth:`state`; names that it has not are left out."""
+        """Begin with these whole tensors of :meth:`state`; names that it does not have are left out."""
         state = self.state()
         for name, value in values.items():
             target = state.get(name)

@@ -96,7 +96,7 @@ def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks, optimizer: Opti
 
 
 def _can_compile(ranks: Ranks) -> bool:
-    """Whether torch.compile can work here: on the CPU it needs a C++ compiler; without one it is said once."""
+    """Whether torch.compile can work here: on the CPU it needs a C++ compiler; without one this is logged once."""
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if ranks.device.type != "cpu" or any(shutil.which(name) for name in compilers):
         return True

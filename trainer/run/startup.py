@@ -149,7 +149,7 @@ def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None,
 
 
 def _check_rival(config: Config, method: MethodConfig, bank: CenterBank | None, old: OldEmbeddings | None) -> None:
-    """What the methods beside LCE ask for: one dimension, unless a map is trained."""
+    """What the methods besides LCE ask for: one dimension, unless a map is trained."""
     dim = config.backbone.dim
     if bank is not None and old is not None and bank.dim != old.dim:
         raise ConfigError(f"{method.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")

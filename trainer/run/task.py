@@ -1,7 +1,7 @@
 """What is trained: from a batch to a loss. The engine knows this seam and no loss.
 
 :class:`TrainTask` trains a new model: backbone, class-sharded head and, where configured, LCE against the old model's
-centres, directly (fused into the head's pass) or through learned transformations (beside it).
+centres, directly (fused into the head's pass) or through learned transformations (next to it).
 """
 
 import copy
@@ -168,7 +168,7 @@ class TrainTask:
         self.head.load_shard_state()
 
     def modules(self) -> dict[str, nn.Module]:
-        """The backbone and what the method trains beside it."""
+        """The backbone and what the method trains besides it."""
         return {"backbone": self.backbone} | self._extra()
 
     def wrapped(self) -> nn.Module:

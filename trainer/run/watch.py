@@ -219,7 +219,7 @@ class Watch:
 
     def _look_for_launcher(self) -> None:
         """Stop when the launcher has died; who does not come to the next step within a minute ends."""
-        if not self._launcher or os.getppid() == self._launcher:
+        if self._launcher is None or self._launcher.lives(os.getpid()):
             return
         if not self._orphaned:
             self._orphaned = time.monotonic()
@@ -323,7 +323,7 @@ class Watch:
         }
         path = self._path(self.ranks.rank)
         try:
-            # Every second, from two threads, of value for seconds: without the care of trainer.files.beside.
+            # Every second, from two threads, of value for seconds: without the locks of :mod:`trainer.files`.
             beside = path.with_suffix(f".{threading.get_ident()}")
             beside.write_text(json.dumps(note))
             beside.replace(path)

@@ -1,4 +1,4 @@
-"""Where logged figures go beside ``log.jsonl``: TensorBoard, Weights & Biases, and writers that other packages bring.
+"""Where logged figures go besides ``log.jsonl``: TensorBoard, Weights & Biases, and writers that other packages bring.
 
 Another package registers a writer in its metadata, and a run names it with its settings::
 

@@ -97,7 +97,7 @@ def _parts(zero: Any) -> list[Tensor]:
 
 
 class ZeroUpdater(Updater):
-    """The :class:`trainer.run.optim.Updater` of a backbone under ZeRO, beside other modules that are replicated.
+    """The :class:`trainer.run.optim.Updater` of a backbone under ZeRO, next to other modules that are replicated.
 
     Args:
         network: what :func:`shard` gave for ``modules["backbone"]``.

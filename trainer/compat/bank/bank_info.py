@@ -129,7 +129,7 @@ def describe(path: Path, figures: dict[str, Any]) -> str:
     if odd["beyond_90_degrees"]:
         shown = ", ".join(map(str, odd["examples"]))
         lines.append(
-            f"{odd['beyond_90_degrees']} boundaries lie beyond 90° (mislabelled images? use --quantile or --outliers): "
+            f"{odd['beyond_90_degrees']} boundaries lie beyond 90° (mislabelled images? use `quantile` or `outliers`): "
             f"classes {shown}"
         )
     if figures["nearest_pairs"]:

@@ -8,8 +8,9 @@ A bank is a folder::
                                  and, where centres are int8, their scales (C,) float32
     centers-00000.safetensors …  centers (n, D1) float32, bfloat16 or int8
 
-It is written beside and renamed when complete. It is read by ranges of rows, so that every rank of any world size reads
-its own classes only; a shard's checksum is verified when its first row is read (a file lost to a power cut is noticed).
+It is written under another name and renamed when complete. It is read by ranges of rows, so that every rank of any
+world size reads its own classes only; a shard's checksum is verified when its first row is read (a file lost to a
+power cut is noticed).
 """
 
 import json
@@ -149,7 +150,7 @@ class CenterBank:
         return bank
 
     def check_classes(self, num_classes: int, dataset: Dataset | None, key: str) -> None:
-        """Refuse a bank whose classes are not those of a training's data.
+        """Refuse a bank whose classes are not those of a training run's data.
 
         Args:
             num_classes: of the training. dataset: its data; None for synthetic data. key: of the configuration.
@@ -317,7 +318,7 @@ class BankWriter:
     def _begin(self) -> None:
         if self.path.exists() and not self._overwrite:
             raise CenterBankError(
-                f"{self.path}: exists already; remove it or choose another place (--force replaces it)"
+                f"{self.path}: exists already; remove it or choose another place (`force` replaces it)"
             )
         is_bank = (self.path / "bank.json").is_file()
         if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not is_bank):

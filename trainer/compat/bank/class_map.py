@@ -96,7 +96,7 @@ class ClassMap:
             where.setdefault(name, []).append(number)
         pairs = [(new, old) for new, name in enumerate(new_names) for old in where.get(name, ())]
         if not pairs:
-            raise CenterBankError(f"{source}: no class name is in both data sets; give a map with --map")
+            raise CenterBankError(f"{source}: no class name is in both data sets; give a map with `map`")
         array = np.array(pairs, np.int64)
         return ClassMap(array[:, 0], array[:, 1], len(new_names), source)
 

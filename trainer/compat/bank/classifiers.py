@@ -96,7 +96,7 @@ def _find_weight(path: Path, key: str | None, num_classes: int | None) -> tuple[
         candidates = {name: m for name, m in candidates.items() if _looks_like_head(name)} or candidates
     if len(candidates) != 1:
         wanted = "" if num_classes is None else f" with {num_classes} classes"
-        raise CenterBankError(f"{path}: which matrix{wanted} is the classifier? give --key; it has {_listed(matrices)}")
+        raise CenterBankError(f"{path}: which matrix{wanted} is the classifier? give `key`; it has {_listed(matrices)}")
     return next(iter(candidates.items()))
 
 
@@ -125,7 +125,7 @@ def _oriented(weight: Tensor, layout: Layout, num_classes: int | None, path: Pat
             layout = "rows" if first > second else "columns"
         else:
             raise CenterBankError(
-                f"{path}: is {name} {first} × {second} classes × dimension? give --layout or --old-classes"
+                f"{path}: is {name} {first} × {second} classes × dimension? give `layout` or `old_classes`"
             )
     if layout == "rows":
         return weight, "read as classes × dimension"
@@ -155,15 +155,15 @@ def _sharded(files: list[Path], key: str | None, num_classes: int | None, ranks:
     rows = Rows([weight for _, weight in found], [str(path) for path in ordered])
     sizes = [len(weight) for _, weight in found]
     _check_sizes(folder, sizes, num_classes)
-    words = f"{folder}: {found[0][0]!r} of {len(sizes)} ranks, {min(sizes)} … {max(sizes)} classes each"
-    return Classifier(rows, f"{words}: {len(rows)} classes of dimension {rows.dim}")
+    found_in = f"{folder}: {found[0][0]!r} of {len(sizes)} ranks, {min(sizes)} … {max(sizes)} classes each"
+    return Classifier(rows, f"{found_in}: {len(rows)} classes of dimension {rows.dim}")
 
 
 def _check_all_ranks(by_rank: dict[int, Path], num_classes: int | None, ranks: int | None) -> None:
     """Raise unless the files of ranks 0 … n−1 are known to be all: no file of a rank says how many there were."""
     first, given = by_rank[0], len(by_rank)
     if ranks is not None and ranks != given:
-        raise CenterBankError(f"{first.parent}: the files of {given} ranks, --ranks says {ranks}; name all of them")
+        raise CenterBankError(f"{first.parent}: the files of {given} ranks, `ranks` says {ranks}; name all of them")
     if ranks is not None or num_classes is not None:
         return
     kind = re.sub(r"\d+", "*", first.name)
@@ -173,12 +173,12 @@ def _check_all_ranks(by_rank: dict[int, Path], num_classes: int | None, ranks: i
     if more:
         raise CenterBankError(
             f"{more[0]}: a file of another rank next to the {given} given; name all, or the folder "
-            f"(--ranks {given} if it is of another run)"
+            f"(`ranks` {given} if it is of another run)"
         )
     if given == 1:
         raise CenterBankError(
             f"{first}: the classes of rank 0; its name does not say how many ranks there were. Name the other files, "
-            "or say the count with --ranks (--ranks 1: it was the only one) or --old-classes"
+            "or say the count with `ranks` (`ranks` 1: it was the only one) or `old_classes`"
         )
 
 
@@ -191,7 +191,7 @@ def rank_files(path: Path) -> list[Path]:
 
 def _shard_weight(path: Path) -> tuple[str, Tensor]:
     arrays = {name: array for name, array in open_arrays(path).items() if array.ndim == 2}
-    exact = "state_dict_softmax_fc.weight"  # older versions keep its momentum and the drawn rows beside it
+    exact = "state_dict_softmax_fc.weight"  # older versions keep its momentum and the drawn rows next to it
     if exact in arrays:
         return exact, arrays[exact]
     own = {n: a for n, a in arrays.items() if n.startswith("state_dict_softmax_fc.") or n in ("array", "weight")}
@@ -224,7 +224,7 @@ def _check_sizes(folder: Path, sizes: list[int], num_classes: int | None) -> Non
     if sizes not in (_balanced(total, len(sizes)), ceiling):
         raise CenterBankError(
             f"{folder}: the ranks have {', '.join(map(str, sizes[:8]))} … classes, which is no split of one head; "
-            "files of several trainings are mixed, or one is missing"
+            "files of several training runs are mixed, or one is missing"
         )
 
 

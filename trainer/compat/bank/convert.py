@@ -195,7 +195,7 @@ def _check_spread(boundaries: np.ndarray, path: str | Path) -> None:
     if low > COLLAPSED:
         raise CenterBankError(
             f"{path}: 95 % of the classes have boundaries above {low:.4f}: embeddings that all but coincide are of a "
-            "model that was fed what it does not take (lce model describe); the bank was not kept; --allow-collapsed "
+            "model that was fed what it does not take (lce model describe); the bank was not kept; `allow_collapsed` "
             "if it is right"
         )
 

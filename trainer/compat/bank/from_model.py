@@ -1,6 +1,6 @@
 """Run the old model over the new training set on all ranks and make the centre bank of what it says.
 
-The embeddings are written block by block to a working folder beside the bank, with one byte per finished block, so
+The embeddings are written block by block to a working folder next to the bank, with one byte per finished block, so
 that a killed run continues where it was, on any number of ranks. Several machines need one shared file system.
 """
 
@@ -111,7 +111,7 @@ def embed_by_record(
         another job.
     """
     if batch_size < 1:
-        raise ConfigError(f"--batch-size {batch_size}: at least 1")
+        raise ConfigError(f"`batch_size` {batch_size}: at least 1")
     job = {
         "model": model.hash,
         "dataset": dataset.fingerprint,
@@ -187,7 +187,7 @@ def bank_from_model(
     """The old model's bank of a data set; all ranks call it. Records that ``lce check`` found damaged are left out.
 
     Args:
-        path: the bank's folder; the working folder is ``.NAME.work`` beside it.
+        path: the bank's folder; the working folder is ``.NAME.work`` next to it.
         centers: keep the centres of this bank (old classifier rows) and measure boundaries only.
         flip: embed as the sum of the image and its mirror image.
         keep_embeddings: put the embeddings by record there (.npy), for the methods that need them per image; a file
@@ -262,7 +262,7 @@ def _check_targets(path: Path, embeddings: Path | None, overwrite: bool) -> None
         raise CenterBankError(f"{embeddings}: is a folder; name the .npy file that is to keep the embeddings")
     for target in (path, embeddings):
         if target is not None and target.exists() and not overwrite:
-            raise CenterBankError(f"{target}: exists already; remove it or choose another place (--force replaces it)")
+            raise CenterBankError(f"{target}: exists already; remove it or choose another place (`force` replaces it)")
     reason = None if embeddings is None else why_unwritable(embeddings.parent)
     if reason is not None:
         raise CenterBankError(f"{embeddings}: {reason}; choose another place for the embeddings")

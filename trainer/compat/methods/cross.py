@@ -72,7 +72,7 @@ def open_cross(compat: LceCrossConfig, dataset: Dataset | None, device: torch.de
                 "the same image), or compat.bank and compat.new_bank (pairs of class centres)"
             )
     elif bank is None:
-        raise ConfigError("compat.new_bank: new centres need old ones beside them; set compat.bank")
+        raise ConfigError("compat.new_bank: new centres need old ones too; set compat.bank")
     elif new_bank.dim != new.dim:
         raise CenterBankError(f"{compat.new_bank}: dimension {new_bank.dim}, the new embeddings have {new.dim}")
     if old is not None and bank is not None and old.dim != bank.dim:

@@ -1,4 +1,4 @@
-"""FCT (Ramanujan et al., CVPR 2022): a map from old to new embeddings beside an independent model."""
+"""FCT (Ramanujan et al., CVPR 2022): a map from old to new embeddings, next to an independent model."""
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -15,7 +15,7 @@ from trainer.networks.transform import build_transform
 
 class Fct(WithOld):
     """Forward-compatible training's map (Ramanujan et al., CVPR 2022): T₁₂ from old embeddings to those of a new model
-    that is trained independently, beside it; ``compat.transform`` says which kind of map.
+    that is trained independently, next to it; ``compat.transform`` says which kind of map.
 
     It is exported as ``t12``, so that old galleries are converted by it. Left out: see
     :func:`trainer.compat.methods.losses.fct`. The new embeddings are those of the step, of a model that still changes;

@@ -13,7 +13,7 @@ from trainer.networks.config import BackboneConfig
 
 
 class Sections(Protocol):
-    """What a method may read of the run's configuration beside its own section."""
+    """What a method may read of the run's configuration besides its own section."""
 
     @property
     def data(self) -> DataConfig: ...

@@ -229,7 +229,7 @@ def fct(mapped_old: Tensor, embeddings: Tensor) -> Tensor:
     """Forward-compatible training's map (Ramanujan et al., CVPR 2022, eq. 3): ``mean_i [1 − cos(h(e_i), x_i)]``.
 
     The new embeddings are the target and get no gradient. Left out: the side information of a third network that the
-    paper stores beside each old embedding; so this is its weaker variant, which needs nothing that a deployed gallery
+    paper stores with each old embedding; so this is its weaker variant, which needs nothing that a deployed gallery
     lacks.
 
     Args:

@@ -27,7 +27,7 @@ class CompatMethod:
         return embeddings
 
     def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss beside the head's, weighted, and what to report; both equal on all ranks.
+        """The loss besides the head's, weighted, and what to report; both equal on all ranks.
 
         Called within the head's step, see :class:`trainer.head.partial_fc.Companion`. The gradient with respect to
         ``embeddings`` has to be the whole one on every rank; the head takes the mean of the ranks'.

@@ -20,8 +20,8 @@ class MixBct(WithOld):
     the global batch.
 
     An old embedding is credible when its cosine with the bank's centre of its class is at least the class's boundary:
-    make the bank with ``--quantile 0.1`` for the authors' nearest 90 %. Which credible images are replaced is drawn by
-    (seed, step, record), the same at any world size. There is no loss of its own. One
+    make the bank with ``lce centers from-model … --quantile 0.1`` for the authors' nearest 90 %. Which credible images
+    are replaced is drawn by (seed, step, record), the same at any world size. There is no loss of its own. One
     more collective, an all-reduce of B numbers, by which the owner of a class says what is credible.
     """
 

@@ -63,7 +63,7 @@ class StoredEmbeddings:
         if len(self.rows) != records:
             raise ConfigError(
                 f"{key} = {path}: {len(self.rows)} rows, the data set has {records} records; make it "
-                "from this data set (lce centers from-model … --embeddings)"
+                "from this data set (`lce centers from-model … --embeddings FILE`)"
             )
         if dataset is not None:
             described = rows_info(path)

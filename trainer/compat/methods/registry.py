@@ -30,13 +30,13 @@ from trainer.distributed import Ranks
 
 
 def build_method(config: MethodConfig | None, run: Sections, inputs: Inputs, ranks: Ranks) -> CompatMethod | None:
-    """What a method adds beside the head: None for none and for LCE's direct mode, which is fused into it (but for the
+    """What a method adds besides the head: None for none and for LCE's direct mode, which is fused into it (but for the
     authors' boundary).
 
     Modules come in float32 on the CPU; they are the same on all ranks when torch is seeded alike.
 
     Args:
-        config: the method. run: the sections beside it.
+        config: the method. run: the other sections.
     """
     match config:
         case None:

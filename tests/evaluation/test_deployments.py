@@ -1,0 +1,134 @@
+"""Ways of deploying against plain loops: mixed stores, expanded queries, maps fitted afterwards, pooled galleries."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.evaluation.samples import identities, unit
+from tests.evaluation.test_verdict import OPTIONS, upgrade
+from trainer.evaluation.bootstrap import draw_identities
+from trainer.evaluation.compatibility import Spaces
+from trainer.evaluation.deployments import affine_map, expanded, pooled_gallery, rotation
+from trainer.evaluation.next_steps import next_steps
+from trainer.evaluation.results import NamedSet, study
+
+GENERATOR = np.random.default_rng(5)
+TURN = np.linalg.qr(GENERATOR.normal(size=(32, 32)))[0].astype(np.float32)
+
+
+def converted(loss):
+    """A new model in a turned space, with an exact T₂₁ and a T₁₂ that loses ``loss`` of the old vectors."""
+    case = upgrade(1.0)
+    old, new = case.spaces.native["old"], case.spaces.native["new"]
+    noise = unit(GENERATOR.normal(size=old.shape))
+    mapped = {("new", "old"): new, ("old", "new"): unit(old + loss * noise) @ TURN}
+    return NamedSet("unseen", Spaces({"old": old, "new": new @ TURN}, mapped), case.labels, case.records)
+
+
+def test_a_conversion_that_loses_is_not_safe_where_the_upgrade_is():
+    result = study([converted(2.0)], OPTIONS)
+    rows = {row["way"]: row for row in result["sets"]["unseen"]["deployments"]}
+    assert result["verdict"]["answer"] == rows["T₂₁(new) → old"]["answer"] == "SAFE"
+    assert rows["new → T₁₂(old)"]["answer"] == "NOT SAFE"
+    assert result["verdict"]["next"][-1].startswith(
+        "Do not convert the gallery by T₁₂ (`lce gallery upgrade`): on unseen"
+    )
+    kept = study([converted(0.0)], OPTIONS)
+    rows = {row["way"]: row for row in kept["sets"]["unseen"]["deployments"]}
+    assert rows["new → T₁₂(old)"]["answer"] == "SAFE"
+    assert rows["new → T₁₂(old)"]["tar"] == pytest.approx(rows["T₂₁(new) → old"]["tar"], abs=0.005)
+    threshold = rows["new → T₁₂(old)"]["thresholds"]["all"]
+    assert f"with the threshold {threshold:.4f} from then on" in kept["verdict"]["next"][-1]
+
+
+def test_a_mixed_gallery_against_plain_loops():
+    case = converted(0.0)
+    result = study([case], dataclasses.replace(OPTIONS, seed=4))
+    rows = {row["way"]: row for row in result["sets"]["unseen"]["deployments"]}
+    n, labels = len(case.labels), case.labels
+    renewed = np.zeros(n, bool)
+    renewed[np.random.default_rng(4).permutation(n)[: n // 2]] = True
+    native = case.spaces.native
+    scores = np.where(
+        renewed[None], native["new"] @ native["new"].T, case.spaces.mapped["new", "old"] @ native["old"].T
+    )
+    own, itself = labels[:, None] == labels[None], np.eye(n, dtype=bool)
+
+    def figures(scores):
+        impostors = np.sort(scores[~own])[::-1]
+        limit = impostors[int(1e-3 * len(impostors))]  # the first too many
+        best = np.where(itself, -9, scores).argmax(1)
+        return (scores[own & ~itself] > limit).mean(), (labels[best] == labels).mean()
+
+    one = rows["new → mixed, one threshold"]
+    assert (one["tar"]["value"], one["rank-1"]["value"]) == pytest.approx(figures(scores), abs=0.004)
+    two = rows["new → mixed, two thresholds"]
+    limits = two["thresholds"]
+    assert set(limits) == {"old", "re-encoded"}
+    apart = scores - np.where(renewed, limits["re-encoded"], limits["old"])[None]
+    assert (two["tar"]["value"], two["rank-1"]["value"]) == pytest.approx(figures(apart), abs=0.004)
+    accepted = (apart >= 0)[~own].mean()
+    assert accepted == pytest.approx(1e-3, rel=0.1)
+    assert one["answer"] in ("SAFE", "NOT ENOUGH DATA")
+
+
+def test_expanded_queries_never_use_their_own_image():
+    x, _ = identities(6, 4, dim=8, seed=2)
+    gallery = unit(x + 0.1)
+    scores = np.where(np.eye(len(x), dtype=bool), -9, x @ gallery.T)
+    near = np.argsort(-scores, axis=1)[:, :2]
+    assert expanded(x, gallery) == pytest.approx(unit((x + gallery[near].sum(1)) / 3), abs=1e-6)
+
+
+def test_maps_fitted_afterwards_find_what_there_is_to_find():
+    x = GENERATOR.normal(size=(200, 12)).astype(np.float32)
+    turn = np.linalg.qr(GENERATOR.normal(size=(12, 12)))[0][:, :8].astype(np.float32)
+    assert rotation(x @ turn @ turn.T, x @ turn)(x) == pytest.approx(x @ turn, abs=1e-3)
+    weights, shift = GENERATOR.normal(size=(12, 5)), GENERATOR.normal(size=5)
+    assert affine_map(x, x @ weights + shift)(x) == pytest.approx(x @ weights + shift, abs=1e-3)
+
+
+def test_a_paragon_is_compared_by_maps_that_saw_other_identities_only():
+    case = upgrade(0.5)
+    old = case.spaces.native["old"]
+    spaces = dataclasses.replace(case.spaces, native=case.spaces.native | {"paragon": old @ TURN})
+    result = study([dataclasses.replace(case, spaces=spaces)], OPTIONS)
+    rows = {row["way"]: row for row in result["sets"]["unseen"]["deployments"]}
+    today = rows["old → old"]["rank-1"]["value"]
+    for name in ("rotation(paragon) → old", "affine(paragon) → old", "old + affine(paragon) → old"):
+        assert rows[name]["rank-1"]["value"] == pytest.approx(today, abs=0.02)  # a turned copy, turned back
+        assert rows[name]["answer"] is None
+        assert rows[name]["rank-1"]["low"] is None
+    strange = unit(GENERATOR.normal(size=old.shape))  # nothing to learn: a map that saw these images would find them
+    spaces = dataclasses.replace(case.spaces, native=case.spaces.native | {"paragon": strange})
+    result = study([dataclasses.replace(case, spaces=spaces)], OPTIONS)
+    rows = {row["way"]: row for row in result["sets"]["unseen"]["deployments"]}
+    assert rows["affine(paragon) → old"]["rank-1"]["value"] < 0.1
+
+
+def test_a_pooled_gallery_against_plain_loops():
+    x, labels = identities(9, 4, dim=8, noise=1.5, seed=3)
+    keep = np.ones(len(labels), bool)
+    keep[np.flatnonzero(labels == labels[0])[1:]] = False  # an identity with a single image is no query
+    x, labels = x[keep], labels[keep]
+    queries = unit(x + 0.2 * GENERATOR.normal(size=x.shape))
+    own, other, hits = [], [], []
+    for i, label in enumerate(labels):
+        rest = (labels == label) & (np.arange(len(labels)) != i)
+        strangers = [queries[i] @ unit(x[labels == c].sum(0)[None])[0] for c in np.unique(labels) if c != label]
+        other += strangers
+        if rest.any():
+            own.append(queries[i] @ unit(x[rest].sum(0)[None])[0])
+            hits.append(own[-1] > max(strangers))
+    found = pooled_gallery("test", queries, x, labels, (0.1,), draw_identities(9, 50, 0))
+    limit = np.sort(other)[::-1][int(0.1 * len(other))]
+    assert found.impostor_pairs == len(other)
+    assert found.tar == [pytest.approx(np.mean(np.array(own) > limit), abs=1e-6)]
+    assert found.rank1.value == pytest.approx(np.mean(hits))
+    assert found.rank1.low <= found.rank1.value <= found.rank1.high
+
+
+def test_next_steps_ask_for_a_set_where_there_is_none():
+    verdict = {"answer": "NOT ENOUGH DATA", "sets": [{"seen": "declared", "answer": "SAFE", "name": "x"}]}
+    assert "--data" in next_steps(verdict, {}, {"min_identities": 20})[1]
