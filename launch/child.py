@@ -88,7 +88,7 @@ def _end_stuck(heard: int, run_dir: Path, began: float) -> None:
             silence.forget()
 
 
-def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: Path | None) -> int:
+def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: Path | None) -> int:
     """Run a launcher and wait for it.
 
     Ctrl-C and SIGTERM (or a closed terminal) make the ranks save and end; a second one ends them at once, and so does
@@ -105,7 +105,7 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
     began, asked = time.time(), 0
     me = f"{socket.gethostname()}:{os.getpid()}:{started(os.getpid())}"
     child = subprocess.Popen(
-        words,
+        argv,
         env=os.environ | dict(environment) | ({LAUNCHER: me} if started(os.getpid()) else {}),
         start_new_session=True,
         preexec_fn=end_with_parent,

@@ -141,13 +141,13 @@ def _start(launcher: str, job: "Job", dry_run: bool) -> int:  # type: ignore[nam
     from launch import deepspeed, mpirun, torchrun
 
     if dry_run:
-        words = {
+        argv = {
             "torchrun": lambda: ["torchrun", *torchrun.arguments(job)],
             "mpirun": lambda: mpirun.command(job),
             "deepspeed": lambda: deepspeed.command(job),
         }[launcher]()
         settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in job.environment.items())
-        print(f"{settings} {shlex.join(words)}".strip())
+        print(f"{settings} {shlex.join(argv)}".strip())
         return 0
     return {"torchrun": torchrun.run, "mpirun": mpirun.run, "deepspeed": deepspeed.run}[launcher](job)
 

@@ -180,7 +180,7 @@ def _config(args: argparse.Namespace) -> "Config":
     from trainer.run.config import load_config, parse_config
 
     name = None if args.backbone is None else re.sub(r"^r(\d+)$", r"iresnet\1", args.backbone)
-    words = {
+    keys = {
         "backbone.dim": args.dim,
         "backbone.name": name,
         "data.batch_size": None if args.batch is None else args.batch * args.ranks,
@@ -189,8 +189,8 @@ def _config(args: argparse.Namespace) -> "Config":
         "train.precision": args.precision,
     }
     if args.lce is not None:
-        words |= {"compat.method": "lce", "compat.bank": "planned"}
-    settings = [f"{key}={value}" for key, value in words.items() if value is not None]
+        keys |= {"compat.method": "lce", "compat.bank": "planned"}
+    settings = [f"{key}={value}" for key, value in keys.items() if value is not None]
     if args.config is not None:
         return load_config(args.config, [*args.overrides, *settings])
     if args.classes is None:
@@ -312,8 +312,8 @@ def _simulation(simulated: "Simulated | None", args: argparse.Namespace) -> list
     ]
     lines.append(f"  {empty} ranks without a class; {simulated.samples[1]} to {simulated.samples[0]} samples a rank")
     if simulated.collectives:
-        words = ", ".join(map(str, simulated.ranks))
-        lines.append(f"  ranks {words} took a real step on scaled sizes: {len(simulated.collectives)} collectives")
+        ranks = ", ".join(map(str, simulated.ranks))
+        lines.append(f"  ranks {ranks} took a real step on scaled sizes: {len(simulated.collectives)} collectives")
     return [*lines, *(f"  PROBLEM: {problem}" for problem in simulated.problems or ())] + (
         [] if simulated.problems else ["  nothing is wrong"]
     )

@@ -182,7 +182,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     groups = [names] if not args.sequential else [[name] for name in names]
     for group in groups:
-        sides = {name: Side(name, args) for name in group}
+        sides = {name: Implementation(name, args) for name in group}
         try:
             for step in range(args.warmup + args.steps):
                 for name, side in sides.items():
@@ -212,7 +212,7 @@ def _ratios(args: argparse.Namespace, figures: dict[str, Any], seconds: dict[str
     return out
 
 
-class Side:
+class Implementation:
     """One implementation on W processes, driven step by step."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:

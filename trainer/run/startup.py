@@ -132,8 +132,8 @@ def _open_bank(config: Config, method: MethodConfig, classes: int, dataset: Data
 
 def _open_old(method: MethodConfig, data: DataConfig, dataset: Dataset | None, ranks: Ranks) -> OldEmbeddings | None:
     if isinstance(method, WithOldConfig) and method.old_model is not None:
-        look = dataset.info if dataset is not None else DatasetInfo()
-        return ModelEmbeddings(method.old_model, look, ranks.device)
+        info = dataset.info if dataset is not None else DatasetInfo()
+        return ModelEmbeddings(method.old_model, info, ranks.device)
     if not isinstance(method, WithOldConfig | UniBctConfig):
         return None
     assert method.old_embeddings is not None
@@ -209,7 +209,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     level, name = on_main(write, ranks)
     mark = places[level] / name
 
-    def look() -> None:
+    def wait_for_mark() -> None:
         end = time.monotonic() + SHARED_SECONDS
         while not mark.exists():
             if time.monotonic() > end:
@@ -220,7 +220,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
             time.sleep(0.2)
 
     try:
-        together(look)
+        together(wait_for_mark)
     finally:
         if ranks.is_main:
             mark.unlink(missing_ok=True)
