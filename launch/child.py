@@ -1,6 +1,6 @@
 """Launchers that are programs of their own (mpirun, deepspeed): started, and stopped without losing a step.
 
-They end their ranks when they are told to stop themselves. So they do not hear of it: the ranks are asked through the
+mpirun and deepspeed kill their ranks on SIGTERM. Signals are therefore kept from them: the ranks are asked through the
 run folder (:func:`trainer.run.watch.ask_to_stop`), save, and end, and the launcher with them.
 """
 

@@ -40,7 +40,7 @@ def arguments(job: Job) -> list[str]:
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={job.master}",
             f"--rdzv-id={job.job_id}",
-            *_place(job.master, f"{wait},join_{wait}"),
+            *_rendezvous_address(job.master, f"{wait},join_{wait}"),
             *argv,
         ]
     else:
@@ -56,10 +56,10 @@ def arguments(job: Job) -> list[str]:
     return [*argv, *job.program]
 
 
-def _place(master: str, settings: str) -> list[str]:
+def _rendezvous_address(master: str, settings: str) -> list[str]:
     """The rendezvous' settings, with whether this machine is the master, and by which address it reaches it (torch goes
-    by host names, which need not lead to the network that the master's address is in); these not where the master is
-    unknown."""
+    by host names, which need not lead to the network that the master's address is in). Both are left out where the
+    master's address cannot be resolved."""
     host, _, port = master.rpartition(":")
     try:
         family, _, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
