@@ -117,7 +117,7 @@ def _check(config: "Config", job: "Job") -> int:  # type: ignore[name-defined]  
     if inputs.dataset is not None:
         print(f"data: {inputs.dataset.path}, {records:,} images of {inputs.num_classes:,} classes")
     if inputs.bank is not None:
-        print(f"centre bank: {inputs.bank.path}, of the model {inputs.bank.info.model}, dimension {inputs.bank.dim}")
+        print(f"centre bank: of the model {inputs.bank.info.model}, dimension {inputs.bank.dim}")
     for key, path in {"backbone.weights": config.backbone.weights, "head.weights": config.head.weights}.items():
         if path is not None:
             print(f"{key}: {path}")

@@ -54,3 +54,15 @@ def test_what_training_would_refuse_is_refused(
     assert reason in err
     assert len(err.splitlines()) == 1
     assert not (configured.parent / "run").exists()
+
+
+def test_a_bank_is_named(configured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    np.save(configured.parent / "old.npy", np.eye(4, dtype=np.float32)[np.arange(20) % 4])
+    words = ["centers", "from-embeddings", str(configured.parent / "old.npy"), str(configured.parent / "bank")]
+    data = yaml.safe_load(configured.read_text())["data"]["path"]
+    assert main([*words, "--dataset", data, "--allow-collapsed"]) == 0
+    bank = f"compat.bank={configured.parent / 'bank'}"
+    assert main(["launch", str(configured), "--check", "compat.method=lce", bank]) == 0
+    assert "centre bank: of the model" in capsys.readouterr().out
