@@ -130,7 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=at_least_zero, default=0.0, help="a loss of at most this much counts as level (default: 0)"
     )
     parser.add_argument(
-        "--min-identities", type=whole_number(0), default=20, help="fewer never make SAFE (default: %(default)s)"
+        "--min-identities",
+        type=whole_number(0),
+        default=20,
+        help="with fewer the verdict is never SAFE (default: %(default)s)",
     )
     parser.add_argument(
         "--replicates",

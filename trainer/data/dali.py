@@ -124,7 +124,7 @@ def image_graph(encoded: Any, info: DatasetInfo, config: AugmentConfig, paramete
 
 
 def _views(arrays: Iterable[NDArray[Any]]) -> TensorListCPU:
-    """Arrays as DALI's own type, without a copy; DALI would make each of them one for itself, several times slower."""
+    """Wrap arrays as DALI tensors without copying; letting DALI wrap them itself is several times slower."""
     tensors = [TensorCPU(array) for array in arrays]
     return TensorListCPU(tensors, contiguous=False)  # type: ignore[call-overload]  # DALI's stub lacks `contiguous`
 
