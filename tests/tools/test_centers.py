@@ -107,7 +107,7 @@ def test_a_broken_off_run_continues_and_another_job_is_refused(
     assert min(seen[100:]) == 28, "four whole blocks of seven were done"
     assert before >= set(range(28))
     assert_right(stage, CenterBank.open(tmp_path / "bank"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank", "e.npy"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank", "e.npy", "e.yaml"]
     assert np.load(tmp_path / "e.npy").shape == (IMAGES, model.dim)
     assert (
         main(
