@@ -103,7 +103,7 @@ def test_lce_against_no_lce(lce: str, capsys: pytest.CaptureFixture[str]) -> Non
     [
         (["--rate", "0"], "sample_rate = 0.0"),
         (["--rate", "2"], "sample_rate = 2.0"),
-        (["--margin", "cosine"], "MarginConfig.name = cosine"),
+        (["--margin", "cosine"], "margin.name = 'cosine'"),
         (["--ladder", "--rungs", "1e5", "0"], "0 classes for 1 rank"),
         (["--batch", "1", "--world-size", "2"], "--batch 1: at least 2"),
         (["--steps", "0"], "--steps 0: at least 1"),
