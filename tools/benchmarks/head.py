@@ -218,7 +218,7 @@ class Side:
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
         plain = {k: v for k, v in vars(args).items() if v is None or isinstance(v, (bool, int, float, str))}
-        args = argparse.Namespace(**plain)  # what the command keeps beside the options cannot be sent
+        args = argparse.Namespace(**plain)  # what the command keeps next to the options cannot be sent
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []
