@@ -1,6 +1,6 @@
 """Launchers that are programs of their own (mpirun, deepspeed): started, and stopped without losing a step.
 
-They end their ranks when they are told to stop themselves. So they do not hear of it: the ranks are asked through the
+mpirun and deepspeed kill their ranks on SIGTERM. Signals are therefore kept from them: the ranks are asked through the
 run folder (:func:`trainer.run.watch.ask_to_stop`), save, and end, and the launcher with them.
 """
 
@@ -88,7 +88,7 @@ def _end_stuck(heard: int, run_dir: Path, began: float) -> None:
             silence.forget()
 
 
-def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: Path | None) -> int:
+def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: Path | None) -> int:
     """Run a launcher and wait for it.
 
     Ctrl-C and SIGTERM (or a closed terminal) make the ranks save and end; a second one ends them at once, and so does
@@ -105,7 +105,7 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], run_dir: 
     began, asked = time.time(), 0
     me = f"{socket.gethostname()}:{os.getpid()}:{started(os.getpid())}"
     child = subprocess.Popen(
-        words,
+        argv,
         env=os.environ | dict(environment) | ({LAUNCHER: me} if started(os.getpid()) else {}),
         start_new_session=True,
         preexec_fn=end_with_parent,

@@ -10,16 +10,16 @@ from launch.job import Job
 
 def command(job: Job) -> list[str]:
     """The ``deepspeed`` command line of this job."""
-    words = ["deepspeed"]
+    argv = ["deepspeed"]
     if job.hostfile is not None:
-        words += ["--hostfile", str(job.hostfile)]
-    words += ["--num_gpus", str(job.nproc)]
+        argv += ["--hostfile", str(job.hostfile)]
+    argv += ["--num_gpus", str(job.nproc)]
     if job.many_nodes:
-        words += ["--num_nodes", job.nnodes]
+        argv += ["--num_nodes", job.nnodes]
     if job.master:
         host, _, port = job.master.rpartition(":")
-        words += ["--master_addr", host, "--master_port", port]
-    return [*words, "--no_local_rank", "--module", "trainer", str(job.config), *job.overrides]
+        argv += ["--master_addr", host, "--master_port", port]
+    return [*argv, "--no_local_rank", "--module", "trainer", str(job.config), *job.overrides]
 
 
 def run(job: Job) -> int:
@@ -28,7 +28,7 @@ def run(job: Job) -> int:
     Raises:
         ConfigError: no DeepSpeed.
     """
-    name, *words = command(job)
+    name, *argv = command(job)
     remedy = "deepspeed is not installed: pip install torch, then DS_BUILD_OPS=0 pip install deepspeed"
     program = find_program(name, remedy)
     environment = job.environment | {"LOCAL_WORLD_SIZE": str(job.nproc)}
@@ -36,7 +36,7 @@ def run(job: Job) -> int:
         # To the other hosts DeepSpeed takes what this file names, and little else.
         carried = Path(folder, "environment")
         carried.write_text(_users_file() + "".join(f"{key}={value}\n" for key, value in environment.items()))
-        return run_launcher([program, *words], {**environment, "DS_ENV_FILE": str(carried)}, job.run_dir)
+        return run_launcher([program, *argv], {**environment, "DS_ENV_FILE": str(carried)}, job.run_dir)
 
 
 def _users_file() -> str:

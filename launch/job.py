@@ -55,7 +55,7 @@ class Job:
         """Variables that every rank needs."""
         names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
         out = dict.fromkeys(names, self.interface) if self.interface else {}
-        # How long ranks that were told to stop may take to save; torchrun kills them after 30 s by itself.
+        # How long ranks that were told to stop may take to save; torchrun's default is 30 s.
         out["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
         out["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restarted group finds the addresses of dead ranks
         if "OMP_NUM_THREADS" not in os.environ:  # else torchrun sets 1, with a warning

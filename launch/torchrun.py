@@ -25,41 +25,41 @@ from trainer.run.watch import (
     ranks_left,
 )
 
-_TOLD = (EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_CRASH)
+_OWN_CODES = (EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_CRASH)
 
 
 def arguments(job: Job) -> list[str]:
-    """The words behind ``torchrun`` for this job."""
-    words = [f"--nproc-per-node={job.nproc}", f"--max-restarts={job.max_restarts}"]
+    """The arguments of ``torchrun`` for this job."""
+    argv = [f"--nproc-per-node={job.nproc}", f"--max-restarts={job.max_restarts}"]
     wait = f"timeout={job.join_seconds:.0f}"
     if not job.many_nodes:
-        words = ["--standalone", *words]
+        argv = ["--standalone", *argv]
     elif job.rendezvous == "c10d":
-        words = [
+        argv = [
             f"--nnodes={job.nnodes}",
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={job.master}",
             f"--rdzv-id={job.job_id}",
-            *_place(job.master, f"{wait},join_{wait}"),
-            *words,
+            *_rendezvous_address(job.master, f"{wait},join_{wait}"),
+            *argv,
         ]
     else:
         host, _, port = job.master.rpartition(":")
-        words = [
+        argv = [
             f"--nnodes={job.nnodes}",
             f"--node-rank={job.node_rank}",
             f"--master-addr={host}",
             f"--master-port={port}",
             f"--rdzv-conf={wait}",
-            *words,
+            *argv,
         ]
-    return [*words, *job.program]
+    return [*argv, *job.program]
 
 
-def _place(master: str, settings: str) -> list[str]:
+def _rendezvous_address(master: str, settings: str) -> list[str]:
     """The rendezvous' settings, with whether this machine is the master, and by which address it reaches it (torch goes
-    by host names, which need not lead to the network that the master's address is in); these not where the master is
-    unknown."""
+    by host names, which need not lead to the network that the master's address is in). Both are left out where the
+    master's address cannot be resolved."""
     host, _, port = master.rpartition(":")
     try:
         family, _, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
@@ -92,10 +92,10 @@ def run(job: Job) -> int:
     if job.many_nodes:
         print(f"lce launch: meeting {job.nnodes} machines at {job.master} …", file=sys.stderr, flush=True)
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup; torch would take a handler of its own
-    words = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored else []
+    argv = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored else []
     try:
         with stuck_ranks_ended(job.run_dir, began):
-            run_torchrun(parse_args([*words, *arguments(job)]))
+            run_torchrun(parse_args([*argv, *arguments(job)]))
     except ChildFailedError as error:
         return _status({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as stop:
@@ -116,11 +116,11 @@ def run(job: Job) -> int:
 
 
 def _status(codes: dict[int, int]) -> int:
-    """One status for the group: of the ranks' own words, else a crash; ranks that were killed are named."""
+    """One status for the group: one that a rank chose itself, else a crash; ranks that were killed are named."""
     killed = [f"rank {rank} by {signal.Signals(-code).name}" for rank, code in codes.items() if code < 0]
-    if killed and not any(code in _TOLD for code in codes.values()):
+    if killed and not any(code in _OWN_CODES for code in codes.values()):
         print(f"lce launch: killed: {', '.join(killed)}", flush=True)
-    told = [code for code in codes.values() if code in _TOLD]
-    if told:
-        return next((code for code in _TOLD if code in told), EXIT_CRASH)
+    ended = [code for code in codes.values() if code in _OWN_CODES]
+    if ended:
+        return next((code for code in _OWN_CODES if code in ended), EXIT_CRASH)
     return EXIT_CRASH if any(code != EXIT_PEER for code in codes.values()) or codes else EXIT_DONE

@@ -175,7 +175,7 @@ def test_every_room_is_there(graph: Arrows) -> None:
         ("trainer.run.task", "from tools.output import write_json"),
         ("trainer.data.order", "if TYPE_CHECKING:\n    from launch.job import Job"),
         ("tools.plan", "from tools.benchmarks import head"),
-        ("tools.benchmarks.head", "from tools.demo.story import PLANS"),
+        ("tools.benchmarks.head", "from tools.demo.upgrade import PLANS"),
     ],
 )
 def test_a_wrong_import_is_noticed(graph: Arrows, module: str, line: str) -> None:

@@ -1,4 +1,4 @@
-"""Numbers on a command line: what cannot be meant is refused while the arguments are read."""
+"""Numbers on a command line: values out of range are refused while the arguments are read."""
 
 import argparse
 import math

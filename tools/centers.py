@@ -135,7 +135,7 @@ def _from_model(args: argparse.Namespace) -> int:
     from trainer.distributed import process_group
 
     if args.nproc != 1 and not on_ranks_already():
-        return start_ranks(args.words, args.nproc)
+        return start_ranks(args.argv, args.nproc)
     with process_group(args.device, timeout_seconds=24 * 3600) as ranks, one_voice(ranks):
         return _run_model(args, ranks)
 
@@ -207,7 +207,7 @@ def _from_embeddings(args: argparse.Namespace) -> int:
         dataset=None if dataset is None else dataset.named,
         dataset_fingerprint=None if dataset is None else dataset.fingerprint,
         numbering=None if dataset is None or classes != dataset.num_classes else dataset.numbering,
-        boundary=rule.words(),
+        boundary=rule.text(),
     )
     started = time.perf_counter()
     with progress_bar("centres") as progress:

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lce check`."""
     parser.add_argument("dataset", type=Path, metavar="DATASET")
     parser.add_argument("--labels", type=Path, help="check with this label table instead of the data set's own")
-    parser.add_argument("--deep", action="store_true", help="decode every image")
+    parser.add_argument(
+        "--deep", action="store_true", help="decode every image, by Pillow and by DALI where it is installed"
+    )
     parser.add_argument("--write-bad", action="store_true", help="write DATASET/bad_records.npy for training to skip")
     parser.add_argument(
         "--seal",
@@ -108,6 +110,19 @@ def _print(dataset: Path, report: "CheckReport") -> None:
         f"  byte-identical images: {report.duplicates} (under another label: {report.duplicates_across_classes}); "
         f"relabelled: {report.relabelled}"
     )
+    if report.by_pillow:
+        first = min(report.by_pillow)
+        print(
+            f"  DALI does not decode {len(report.by_pillow)} record(s), which training reads by Pillow instead; the "
+            f"first: {first} ({report.by_pillow[first]})"
+        )
+    if report.decoders_differ:
+        first = max(report.decoders_differ, key=lambda record: report.decoders_differ[record])
+        mean, most = report.decoders_differ[first]
+        print(
+            f"  DALI and Pillow make different pixels of {len(report.decoders_differ)} record(s), the most of {first}: "
+            f"by {mean} in the mean and up to {most} of 255; use one data.loader for all runs, or `lce pack` them"
+        )
     print(f"  data.order: {report.order} ({report.order_reason})")
     for line in report.damage:
         print(f"damage: {line}")

@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["PYTHONSAFEPATH"] = "1"  # no process that a command starts takes modules from the working folder
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(argv)
-    args.words = argv  # for commands that start themselves again on all ranks
+    args.argv = argv  # for commands that start themselves again on all ranks
     with contextlib.suppress(AttributeError):  # names of files may hold bytes that are no characters
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     from trainer.errors import LceError

@@ -21,7 +21,7 @@ folder of identity folders, with a label table behind an @ (unseen=data/packed@s
 no setting was chosen on. A set's answer is by rank-1 and by the TAR at the smallest of the FARs that its pairs can
 resolve: SAFE when one of them is better (its whole 95 % interval above zero) and the other better or level, with at
 least --min-identities; NOT SAFE when one is worse; else NOT ENOUGH DATA. A set with identities
-that a model was trained on, found by itself or declared by --seen, is judged apart: it neither makes nor blocks the
+that a model was trained on, found automatically or declared by --seen, is judged apart: it neither makes nor blocks the
 verdict. Several ranks share the embedding:
 
     torchrun --nproc-per-node 2 -m tools.cli evaluate …
@@ -130,7 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=at_least_zero, default=0.0, help="a loss of at most this much counts as level (default: 0)"
     )
     parser.add_argument(
-        "--min-identities", type=whole_number(0), default=20, help="fewer never make SAFE (default: %(default)s)"
+        "--min-identities",
+        type=whole_number(0),
+        default=20,
+        help="with fewer the verdict is never SAFE (default: %(default)s)",
     )
     parser.add_argument(
         "--replicates",

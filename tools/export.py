@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("float32", "float16", "int8"), default="float32", help="of an ONNX file"
     )
-    parser.add_argument("--smallest-cosine", type=float, help="allowed to float32 (default: float16 0.999, int8 0.98)")
+    parser.add_argument(
+        "--smallest-cosine", type=float, help="to float32, accepted (default: float16 0.999, int8 0.98)"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--transform", choices=("t21",), help="append this transformation to the network")
     which.add_argument("--only", choices=("t21", "t12"), help="this transformation alone, vectors in, vectors out")

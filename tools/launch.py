@@ -12,6 +12,7 @@ The same command continues an interrupted run, on any number of ranks. Exit stat
 import argparse
 import shlex
 from pathlib import Path
+from typing import Literal
 
 from tools.arguments import whole_number
 
@@ -29,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--with", dest="launcher", choices=("torchrun", "mpirun", "slurm", "deepspeed"), default="torchrun"
     )
     parser.add_argument("--dry-run", action="store_true", help="print exactly what would run")
+    parser.add_argument(
+        "--check", action="store_true", help="open all that the run needs, print what would be trained, start nothing"
+    )
     parser.add_argument("--max-restarts", type=int, default=0, help="start the ranks again after a failure, this often")
     parser.add_argument("--interface", default="", help="network interface for gloo and NCCL, such as eth0")
     nodes = parser.add_argument_group("many machines")
@@ -84,9 +88,50 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--nnodes {job.nnodes}: needs --master HOST:PORT, the first machine as all others reach it")
     if job.many_nodes and args.launcher != "slurm" and job.master and not args.dry_run:
         _check_master(job.master)
+    if args.check:
+        return _check(config, job)
     if args.launcher == "slurm":
         return _slurm(args, job)
     return _start(args.launcher, job, args.dry_run)
+
+
+def _check(config: "Config", job: "Job") -> int:  # type: ignore[name-defined]  # noqa: F821
+    """Open everything in this process and print the plan; returns 0 (what is wrong raises)."""
+    import math
+    import shutil
+
+    from tools.output import size_text
+    from trainer.distributed import choose_device
+    from trainer.errors import ConfigError
+    from trainer.planning.plan import make_plan
+    from trainer.planning.setting import Setting
+    from trainer.run.startup import check
+
+    world = job.nproc * int(job.nnodes.partition(":")[0])
+    inputs = check(config, world)
+    records = None if inputs.dataset is None else len(inputs.dataset.kept)
+    bank_dim = None if inputs.bank is None else inputs.bank.dim
+    device: Literal["cpu", "cuda"] = "cuda" if choose_device(config.run.device, 0).type == "cuda" else "cpu"
+    plan = make_plan(Setting(config, inputs.num_classes, inputs.image_size, world, device, bank_dim, records))
+    print(f"run folder: {config.run.dir}")
+    if inputs.dataset is not None:
+        print(f"data: {inputs.dataset.path}, {records:,} images of {inputs.num_classes:,} classes")
+    if inputs.bank is not None:
+        print(f"centre bank: of the model {inputs.bank.info.model}, dimension {inputs.bank.dim}")
+    for key, path in {"backbone.weights": config.backbone.weights, "head.weights": config.head.weights}.items():
+        if path is not None:
+            print(f"{key}: {path}")
+    steps = config.train.steps
+    if steps is None and records is not None:
+        steps = math.ceil(config.train.epochs * math.ceil(records / config.data.batch_size) / config.train.accumulate)
+    print(f"ranks: {world}, updates: {steps:,}" if steps is not None else f"ranks: {world}")
+    print(f"memory of a rank: {size_text(plan.device_bytes)} on {device}, by `lce plan`'s arithmetic")
+    folder = next(path for path in (config.run.dir.absolute(), *config.run.dir.absolute().parents) if path.is_dir())
+    needed, free = plan.checkpoint_bytes * (config.checkpoint.keep + 1), shutil.disk_usage(folder).free
+    print(f"disk: {size_text(needed)} of checkpoints at most, {size_text(free)} free")
+    if needed > free:
+        raise ConfigError(f"run.dir = {config.run.dir}: {size_text(needed)} of checkpoints, {size_text(free)} free")
+    return 0
 
 
 def _check_master(master: str) -> None:
@@ -141,13 +186,13 @@ def _start(launcher: str, job: "Job", dry_run: bool) -> int:  # type: ignore[nam
     from launch import deepspeed, mpirun, torchrun
 
     if dry_run:
-        words = {
+        argv = {
             "torchrun": lambda: ["torchrun", *torchrun.arguments(job)],
             "mpirun": lambda: mpirun.command(job),
             "deepspeed": lambda: deepspeed.command(job),
         }[launcher]()
         settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in job.environment.items())
-        print(f"{settings} {shlex.join(words)}".strip())
+        print(f"{settings} {shlex.join(argv)}".strip())
         return 0
     return {"torchrun": torchrun.run, "mpirun": mpirun.run, "deepspeed": deepspeed.run}[launcher](job)
 

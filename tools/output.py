@@ -37,3 +37,12 @@ def write_json(figures: Any, target: str | Path | None) -> None:
     else:
         with replaced(Path(target), LceError) as partial:
             partial.write_text(text, encoding="utf-8")
+
+
+def size_text(size: float) -> str:
+    """Bytes for people, such as ``1.50 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")

@@ -15,12 +15,12 @@ from trainer.errors import LceError
 
 @dataclass(frozen=True)
 class _CommandJob(Job):
-    words: tuple[str, ...] = ()
+    argv: tuple[str, ...] = ()
 
     @property
     def program(self) -> list[str]:
         # One word of JSON: torchrun's own parser trips over options of ours that begin like its own.
-        return ["-m", "tools.parallel", json.dumps(self.words)]
+        return ["-m", "tools.parallel", json.dumps(self.argv)]
 
 
 def on_ranks_already() -> bool:
@@ -28,7 +28,7 @@ def on_ranks_already() -> bool:
     return "RANK" in os.environ
 
 
-def start_ranks(words: Sequence[str], nproc: int) -> int:
+def start_ranks(argv: Sequence[str], nproc: int) -> int:
     """Run ``lce WORDS`` on ``nproc`` processes of this machine; returns their exit status.
 
     Raises:
@@ -38,7 +38,7 @@ def start_ranks(words: Sequence[str], nproc: int) -> int:
 
     if nproc < 1:
         raise LceError(f"--nproc {nproc}: at least 1")
-    return torchrun.run(_CommandJob(Path(), nproc=nproc, words=tuple(words)))
+    return torchrun.run(_CommandJob(Path(), nproc=nproc, argv=tuple(argv)))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from tools.arguments import above_zero, whole_number
+from tools.output import size_text
 
 if TYPE_CHECKING:
     from trainer.planning.plan import Plan
@@ -180,7 +181,7 @@ def _config(args: argparse.Namespace) -> "Config":
     from trainer.run.config import load_config, parse_config
 
     name = None if args.backbone is None else re.sub(r"^r(\d+)$", r"iresnet\1", args.backbone)
-    words = {
+    keys = {
         "backbone.dim": args.dim,
         "backbone.name": name,
         "data.batch_size": None if args.batch is None else args.batch * args.ranks,
@@ -189,8 +190,8 @@ def _config(args: argparse.Namespace) -> "Config":
         "train.precision": args.precision,
     }
     if args.lce is not None:
-        words |= {"compat.method": "lce", "compat.bank": "planned"}
-    settings = [f"{key}={value}" for key, value in words.items() if value is not None]
+        keys |= {"compat.method": "lce", "compat.bank": "planned"}
+    settings = [f"{key}={value}" for key, value in keys.items() if value is not None]
     if args.config is not None:
         return load_config(args.config, [*args.overrides, *settings])
     if args.classes is None:
@@ -260,9 +261,9 @@ def _describe(plan: "Plan", args: argparse.Namespace) -> list[str]:
         lines += ["", "an update, on every rank"]
         for c in plan.traffic:
             times, most = f"{c.count} × " if c.count > 1 else "", "" if c.exact else "at most "
-            lines.append(f"  {c.purpose:46} {c.operation:15} {most}{times}{_size(c.tensor_bytes)}")
-        lines.append(f"  {'sent by a rank (ring)':46} {'':15} {_size(plan.sent_bytes)}")
-    lines += ["", f"checkpoint on disk: {_size(plan.checkpoint_bytes)} (kept: {config.checkpoint.keep})"]
+            lines.append(f"  {c.purpose:46} {c.operation:15} {most}{times}{size_text(c.tensor_bytes)}")
+        lines.append(f"  {'sent by a rank (ring)':46} {'':15} {size_text(plan.sent_bytes)}")
+    lines += ["", f"checkpoint on disk: {size_text(plan.checkpoint_bytes)} (kept: {config.checkpoint.keep})"]
     if plan.updates is not None:
         epochs = _epochs(plan)
         lines.append(f"updates: {plan.updates:,}" + ("" if epochs is None else f" in {epochs:.3g} epochs"))
@@ -288,18 +289,20 @@ def _parts(plan: "Plan", on_host: bool) -> list[str]:
         if part.on_host == on_host:
             notes = {"always": "", "step": "in a step", "load": "while a checkpoint is loaded"}[part.moment]
             notes += "" if part.measured else "  (assumed)"
-            lines.append(f"  {part.name:42} {_size(part.bytes):>12}  {notes}".rstrip())
+            lines.append(f"  {part.name:42} {size_text(part.bytes):>12}  {notes}".rstrip())
     total = plan.host_bytes if on_host else plan.device_bytes
-    return [*lines, f"  {'peak':42} {_size(total):>12}"]
+    return [*lines, f"  {'peak':42} {size_text(total):>12}"]
 
 
 def _advice(plan: "Plan", args: argparse.Namespace, changes: Any) -> list[str]:
     if args.memory is None:
         return []
     if plan.device_bytes <= args.memory:
-        return ["", f"fits {_size(args.memory)}: {_size(args.memory - plan.device_bytes)} to spare"]
-    lines = ["", f"does NOT fit {_size(args.memory)}; what would change that:"]
-    return lines + [f"  {'fits    ' if c.fits else 'too much'} {_size(c.peak_bytes):>12}  {c.words}" for c in changes]
+        return ["", f"fits {size_text(args.memory)}: {size_text(args.memory - plan.device_bytes)} to spare"]
+    lines = ["", f"does NOT fit {size_text(args.memory)}; what would change that:"]
+    return lines + [
+        f"  {'fits    ' if c.fits else 'too much'} {size_text(c.peak_bytes):>12}  {c.words}" for c in changes
+    ]
 
 
 def _simulation(simulated: "Simulated | None", args: argparse.Namespace) -> list[str]:
@@ -312,19 +315,11 @@ def _simulation(simulated: "Simulated | None", args: argparse.Namespace) -> list
     ]
     lines.append(f"  {empty} ranks without a class; {simulated.samples[1]} to {simulated.samples[0]} samples a rank")
     if simulated.collectives:
-        words = ", ".join(map(str, simulated.ranks))
-        lines.append(f"  ranks {words} took a real step on scaled sizes: {len(simulated.collectives)} collectives")
+        ranks = ", ".join(map(str, simulated.ranks))
+        lines.append(f"  ranks {ranks} took a real step on scaled sizes: {len(simulated.collectives)} collectives")
     return [*lines, *(f"  PROBLEM: {problem}" for problem in simulated.problems or ())] + (
         [] if simulated.problems else ["  nothing is wrong"]
     )
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    raise AssertionError("unreachable")
 
 
 def parse_bytes(text: str) -> int:

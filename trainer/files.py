@@ -32,8 +32,11 @@ _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: 
 
 
 def partial_of(target: Path) -> Path:
-    """Where ``target`` is written until it is whole; what killed processes of this machine left there is removed, or
-    put back where it is all that there is (see :func:`replace_folder`)."""
+    """Where ``target`` is written until it is complete.
+
+    Leftovers of killed processes on this machine are deleted; an orphaned ``.old`` folder is restored if ``target`` is
+    missing (see :func:`replace_folder`).
+    """
     stem = f".{target.name}.{socket.gethostname()}-"
     for left in target.parent.glob(f"{glob.escape(stem)}*"):
         owner, ending = left.name.removeprefix(stem).partition(".")[::2]
@@ -47,7 +50,7 @@ def partial_of(target: Path) -> Path:
 
 
 def replace_folder(partial: Path, target: Path) -> None:
-    """Give ``partial`` the name of a folder that may be there; it is gone only when that has worked."""
+    """Rename ``partial`` to ``target``, replacing an existing folder; that is deleted only after the rename."""
     old = partial.with_suffix(".old")
     there = target.is_dir()  # no folder takes a file's place: rename refuses
     if there:

@@ -52,7 +52,7 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=BoundaryRule.words)
+@pytest.mark.parametrize("rule", RULES, ids=BoundaryRule.text)
 @pytest.mark.parametrize("parts", [1, 3])
 def test_from_embeddings_against_a_loop_over_classes(tmp_path: Path, rule: BoundaryRule, parts: int) -> None:
     vectors, labels = labelled()

@@ -1,5 +1,7 @@
 """The loaders: one order and the same augmentations, whatever the loader, the world size and the point of resuming."""
 
+import contextlib
+import io
 import itertools
 import multiprocessing
 import os
@@ -10,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.data.samples import ALL_AUGMENTATIONS, MXNET, loader_of, mxnet_copy, packed, take
-from trainer.data import Batch, Dataset, Loader, open_dataset
+from tests.data.samples import ALL_AUGMENTATIONS, MXNET, encoded, loader_of, mxnet_copy, packed, take
+from tools import cli
+from trainer.data import Batch, Dataset, Loader, dali, open_dataset, recordio
+from trainer.data.checking import check
 from trainer.data.config import AugmentConfig, BlocksConfig
 from trainer.data.dali import DaliLoader
 from trainer.distributed import Ranks
@@ -318,3 +323,74 @@ def test_blocks_and_balanced_classes_exclude_each_other() -> None:
         BlocksConfig(loader="torch", path="x", sampling="class_balanced")
     with pytest.raises(ValueError, match="buffer_bytes = 10 is smaller than a block"):
         BlocksConfig(loader="torch", path="x", buffer_bytes=10)
+
+
+def odd_people(folder: Path, size: tuple[int, int] = (32, 32)) -> Path:
+    """Ordinary JPEGs, and among them a GIF, an AVIF and an ICO that are called .jpg, and a TIFF in LAB colours."""
+    for label in range(3):
+        (folder / f"p{label}").mkdir(parents=True)
+        for k in range(4):
+            (folder / f"p{label}" / f"{k}.jpg").write_bytes(encoded(10 * label + k, size))
+    for label, kind in enumerate(("GIF", "AVIF", "ICO")):
+        (folder / f"p{label}" / "x.jpg").write_bytes(encoded(50 + label, size, kind))
+    Image.open(io.BytesIO(encoded(60, size))).convert("LAB").save(folder / "p0" / "lab.tif")
+    return folder
+
+
+@pytest.mark.parametrize("packed_first", [False, True])
+def test_what_dali_does_not_decode_is_read_by_pillow(
+    packed_first: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Raw files and records alike; the torch loader makes the same of them."""
+    dataset = open_dataset(odd_people(tmp_path / "people"))
+    if packed_first:  # a .rec of another tool, which keeps the bytes
+        writer = recordio.RecordWriter(tmp_path / "train.rec")
+        for k in range(len(dataset)):
+            writer.write(k, recordio.encode_record(dataset.read(k), float(dataset.labels[k]), k))
+        writer.close()
+        (tmp_path / "rec").mkdir()
+        for name in ("train.rec", "train.idx"):
+            (tmp_path / name).rename(tmp_path / "rec" / name)
+        dataset = open_dataset(tmp_path / "rec")
+    odd = [k for k in range(len(dataset)) if dataset.read(k)[:2] != b"\xff\xd8" and b"II*" not in dataset.read(k)[:4]]
+    assert len(odd) == 3
+    with caplog.at_level("WARNING"):
+        batches = {kind: take(loader_of(dataset, kind, batch_size=16, workers=1), 1)[0] for kind in KINDS}
+    assert "1 record(s) that DALI does not decode are read by Pillow" in caplog.text
+    rows = [batches["dali"].records.tolist().index(record) for record in odd]
+    assert torch.equal(batches["dali"].records, batches["torch"].records)
+    torch.testing.assert_close(batches["dali"].images[rows], batches["torch"].images[rows], rtol=0, atol=1e-6)
+    report = check(dataset, deep=True)
+    assert not report.damage
+    assert not report.bad
+    assert sorted(report.by_pillow) == odd
+    assert all("rror" not in reason and "File" not in reason for reason in report.by_pillow.values())
+    (lab,) = report.decoders_differ
+    assert report.decoders_differ[lab][1] > 20
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert cli.main(["check", str(dataset.path), "--deep", "--processes", "1"]) == 0
+    assert "DALI does not decode 3 record(s), which training reads by Pillow instead" in text.getvalue()
+    assert "make different pixels of 1 record(s)" in text.getvalue()
+
+
+def test_a_known_format_that_dali_refuses_is_read_by_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline fails, the record is found, and the run goes on with all of its records."""
+    monkeypatch.setattr(dali, "_KNOWN", (*dali._KNOWN, b"GIF8"))
+    dataset = open_dataset(odd_people(tmp_path / "people"))
+    gif = next(k for k in range(len(dataset)) if dataset.read(k)[:4] == b"GIF8")
+    loader = loader_of(dataset, "dali", batch_size=16)
+    (batch,) = take(loader, 1)
+    assert isinstance(loader, DaliLoader)
+    assert not loader.bad_records
+    assert loader.by_pillow[gif].startswith("nvImageCodec failure")
+    row = batch.records.tolist().index(gif)
+    expected = (dataset.decode(gif).transpose(2, 0, 1) / 255 - 0.5) / 0.5
+    np.testing.assert_allclose(batch.images[row].numpy(), expected, atol=1e-5)
+
+
+def test_a_damaged_record_that_neither_decodes_is_named_with_the_decoders_reason(tmp_path: Path) -> None:
+    folder = odd_people(tmp_path / "people")
+    (folder / "p0" / "x.jpg").write_bytes(encoded(50, kind="GIF")[:-200])
+    with pytest.raises(DataError, match=r"x\.jpg does not decode: the image is damaged \(.*\); 1 damaged record"):
+        take(loader_of(open_dataset(folder), "dali", batch_size=16), 1)

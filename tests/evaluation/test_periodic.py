@@ -139,6 +139,6 @@ def test_sets_too_small_to_score_are_refused_at_the_start(tmp_path: Path) -> Non
     images = [encoded(seed, (32, 32)) for seed in range(18)]
     (tmp_path / "nine.bin").write_bytes(pickle.dumps((images, [bool(pair % 2) for pair in range(9)])))
     lonely = packed(tmp_path / "lonely", classes=1)
-    for path, reason in ((tmp_path / "nine.bin", "9 pairs are too few for 10 folds"), (lonely, "one identity alone")):
+    for path, reason in ((tmp_path / "nine.bin", "9 pairs are too few for 10 folds"), (lonely, "only one identity")):
         with pytest.raises(DataError, match=rf"evaluate\.sets\.x = .*{reason}"):
             PeriodicEvaluation(EvaluateConfig(every_steps=1, sets={"x": path}), (32, 32), Ranks())

@@ -56,12 +56,14 @@ def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_benchmark_of_an_uncompiled_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools.benchmarks.head import Side
+    from tools.benchmarks.head import Implementation
     from trainer.errors import ConfigError
 
-    side = Side.__new__(Side)
+    side = Implementation.__new__(Implementation)
     monkeypatch.setattr(
-        Side, "_ask", lambda self, what: [{"peak_bytes": 1, "eager": None}, {"peak_bytes": 2, "eager": "no g++"}]
+        Implementation,
+        "_ask",
+        lambda self, what: [{"peak_bytes": 1, "eager": None}, {"peak_bytes": 2, "eager": "no g++"}],
     )
     with pytest.raises(ConfigError, match=r"the head ran uncompiled .*no g\+\+"):
         side.finish()

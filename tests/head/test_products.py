@@ -16,7 +16,8 @@ from trainer.head.partial_fc import PartialFC
 from trainer.head.partition import ClassRange
 
 LARGEST_ERROR = 3e-3
-"""Of ∂L/∂x relative to float64, at s = 64, where the margin lets targets and hard negatives compete."""
+"""Of ∂L/∂x relative to float64, at s = 64, with one hard negative and a margin of 0.2. Over other margins and numbers
+of hard negatives it is 2e-3 to 8e-3: what the rounding of the inputs alone costs."""
 ROWS, BATCH, DIM = 20_000, 64, 512
 
 

@@ -108,7 +108,7 @@ def test_a_rank_that_waits_for_its_device_leaves_when_another_has_gone(
     process.start()
     process.join(20)
     assert process.exitcode == 71
-    words = "rank 1 went away without a word" if asked else "stopped because rank 1 failed in step 4, data: ValueError"
+    words = "rank 1 ended without a message" if asked else "stopped because rank 1 failed in step 4, data: ValueError"
     assert words in capfd.readouterr().err
 
 
@@ -160,7 +160,7 @@ def test_a_killed_rank_is_started_again_from_the_checkpoint(tmp_path: Path) -> N
     output, _ = started.communicate(timeout=150)
     assert started.returncode == 0, output
     assert "step 6 of 8" in output
-    assert "rank 1 went away without a word" in output
+    assert "rank 1 ended without a message" in output
     train(config(tmp_path / "whole"), Ranks())
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-9)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tools import cli
-from tools.results import compat, compat_lab
+from tools.results import comparison, compat
 from trainer.data import open_dataset
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
@@ -46,14 +46,14 @@ SIZES = ("--classes", "12", "--old-classes", "6", "--steps", "6", "--old-steps",
 def bench(folder: Path, *words: str, sizes: Sequence[str] = SIZES) -> tuple[int, dict[str, Any]]:
     """Exit status and JSON of a small `lce bench compat`."""
     out = folder / "figures.json"
-    command = ["bench", "compat", "--data", "patterns", "--out", str(folder / "lab"), "--json", str(out), *sizes]
+    command = ["bench", "compat", "--data", "patterns", "--out", str(folder / "work"), "--json", str(out), *sizes]
     status = cli.main([*command, *words, *SMALL])
     return status, json.loads(out.read_text()) if out.exists() else {}
 
 
 @pytest.fixture(autouse=True)
 def _sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(compat_lab.SOURCES, "patterns", compat_lab.Source(patterns, "demo-characters"))
+    monkeypatch.setitem(comparison.SOURCES, "patterns", comparison.Source(patterns, "demo-characters"))
     broken = compat.Method("broken", ("compat.method=lce", "compat.bank=nowhere", "compat.weight={weight}"))
     monkeypatch.setitem(compat.METHODS, "broken", broken)
 
@@ -81,27 +81,27 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
     assert "| failed |" in (tmp_path / "table.md").read_text()
     assert "broken: broken-1, seed 0: " in (tmp_path / "table.md").read_text()
 
-    run = compat_lab.Children.run
+    run = comparison.Children.run
 
     def refuse(*_: object) -> int:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(compat_lab.Children, "run", refuse)
+    monkeypatch.setattr(comparison.Children, "run", refuse)
     status, again = bench(tmp_path, "--methods", "independent,lce", "--seeds", "1")
     assert status == 0
     assert again["methods"]["lce"] == methods["lce"]
 
     trained: list[str] = []
 
-    def note(self: compat_lab.Children, command: Sequence[str], log: Path) -> int:
+    def note(self: comparison.Children, command: Sequence[str], log: Path) -> int:
         trained.append(log.stem.split("-")[0])
         return run(self, command, log)
 
-    monkeypatch.setattr(compat_lab.Children, "run", note)  # another old model: the paragon knows nothing of it
+    monkeypatch.setattr(comparison.Children, "run", note)  # another old model: the paragon knows nothing of it
     weights = tmp_path / "weights.json"
     weights.write_text(json.dumps({"methods": {"lce": {"weight": 60.0}}}))
     words = ["--methods", "independent,lce", "--seeds", "1", "--weights", str(weights), "--time"]
-    monkeypatch.setattr(compat_lab, "TIMED_ROUNDS", 1)
+    monkeypatch.setattr(comparison, "TIMED_ROUNDS", 1)
     status, timed = bench(tmp_path, *words, sizes=(*SIZES, "--old-steps", "7"))
     assert status == 0
     assert trained == ["old", "lce", "timed", "timed", "timed"]
@@ -142,7 +142,7 @@ def test_a_folder_of_data_sets_with_weights_chosen_before(tmp_path: Path, capsys
     assert (figures["classes"], figures["old_classes"]) == (12, 6)
     assert (figures["methods"]["lce"]["weight"], figures["methods"]["lce"]["trials"]) == (7.5, [])
     assert "as an earlier run chose them" in markdown.read_text()
-    log = (tmp_path / "lab" / "seed-0" / "lce-7.5" / "config.yaml").read_text()
+    log = (tmp_path / "work" / "seed-0" / "lce-7.5" / "config.yaml").read_text()
     assert str(tmp_path / "data" / "train") in log
 
 
@@ -156,7 +156,7 @@ def test_wrong_use_is_refused_before_anything_is_made(tmp_path: Path, capsys: py
     ):
         assert bench(tmp_path, *words)[0] == 2
         assert reason in capsys.readouterr().err
-    assert not list((tmp_path / "lab").glob("*"))
+    assert not list((tmp_path / "work").glob("*"))
 
 
 def test_trials_span_the_weights_evenly() -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tools import cli
 from tools.demo.command import summarise
-from tools.demo.story import Told
+from tools.demo.upgrade import Outcome
 
 PROGRAM = """
 import signal, sys
@@ -53,7 +53,7 @@ class Demo:
 
     def __init__(self, folder: Path) -> None:
         self.out, self.mark = folder / "out", uuid.uuid4().hex
-        self.story = self.out / "faces" / "seed-0"
+        self.seed_folder = self.out / "faces" / "seed-0"
         self._wheel = made_up_faces(folder / "cache" / "lce-trainer")
         self._environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "DEMO_MARK": self.mark}
 
@@ -79,10 +79,10 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the demo's processes in /proc")
-def test_story_is_interrupted_continued_and_not_told_twice(tmp_path: Path) -> None:
+def test_demo_is_interrupted_continued_and_not_repeated(tmp_path: Path) -> None:
     demo = Demo(tmp_path)
     process = demo.start()
-    _wait_for(demo.story / "paragon" / "log.jsonl", process)
+    _wait_for(demo.seed_folder / "paragon" / "log.jsonl", process)
     process.send_signal(signal.SIGINT)
     interrupted = time.monotonic()
     output, _ = process.communicate(timeout=30)
@@ -90,7 +90,7 @@ def test_story_is_interrupted_continued_and_not_told_twice(tmp_path: Path) -> No
     while demo.alive() and time.monotonic() - interrupted < 10:
         time.sleep(0.1)
     assert demo.alive() == []
-    old = (demo.story / "old" / "model" / "model.json").stat().st_mtime_ns
+    old = (demo.seed_folder / "old" / "model" / "model.json").stat().st_mtime_ns
 
     process = demo.start("--json", str(tmp_path / "outcome.json"), "--fail-unsafe")
     output, _ = process.communicate(timeout=300)
@@ -98,16 +98,16 @@ def test_story_is_interrupted_continued_and_not_told_twice(tmp_path: Path) -> No
     answer = outcome["seeds"][0]["answer"]
     assert process.returncode == (0 if answer == "SAFE" else 1), output
     assert answer in output
-    assert str(demo.story / "report.html") in output.replace("\n", "")
+    assert str(demo.seed_folder / "report.html") in output.replace("\n", "")
     assert "training the old model: done before" in output
-    assert (demo.story / "old" / "model" / "model.json").stat().st_mtime_ns == old
-    steps = [json.loads(line)["step"] for line in (demo.story / "paragon" / "log.jsonl").read_text().splitlines()]
+    assert (demo.seed_folder / "old" / "model" / "model.json").stat().st_mtime_ns == old
+    steps = [json.loads(line)["step"] for line in (demo.seed_folder / "paragon" / "log.jsonl").read_text().splitlines()]
     assert steps[-1] == 40
     # Ten unseen people are too few to call anything safe, whatever the figures are.
     assert answer != "SAFE"
-    assert (demo.story / "report.html").stat().st_size > 10_000
+    assert (demo.seed_folder / "report.html").stat().st_size > 10_000
     assert outcome["seeds"][0]["onnx"]["largest_difference"] < 1e-4
-    assert not list(demo.story.glob("pictures-*"))
+    assert not list(demo.seed_folder.glob("pictures-*"))
 
     process = demo.start()
     output, _ = process.communicate(timeout=60)
@@ -124,8 +124,8 @@ def _wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 180
         time.sleep(0.02)
 
 
-def told(seed: int, tar: dict[str, float], rank1: dict[str, float], answer: str) -> Told:
-    """A story with these figures per cell on the unseen identities."""
+def outcome_of(seed: int, tar: dict[str, float], rank1: dict[str, float], answer: str) -> Outcome:
+    """The outcome of a seed with these figures per cell on the unseen identities."""
     metrics = {"TAR@FAR=1e-2": tar, "rank-1": rank1}
 
     def cell(name: str) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def told(seed: int, tar: dict[str, float], rank1: dict[str, float], answer: str)
         "cells": {name: cell(name) for name in tar},
         "gain": {metric: {"update_gain": {"value": 0.5}} for metric in [*metrics, "TAR@FAR=0.1"]},
     }
-    return Told(
+    return Outcome(
         seed,
         {
             "verdict": {"answer": answer, "paragraph": answer, "sets": [{"name": "unseen", "findings": findings}]},
@@ -168,7 +168,7 @@ CELLS = ("old->old", "new->old", "new->new", "paragon->paragon")
 def test_the_outcome_is_computed_from_the_figures() -> None:
     good = dict(zip(CELLS, (0.4, 0.6, 0.9, 0.9), strict=True))
     bad = dict(zip(CELLS, (0.9, 0.8, 0.9, 0.9), strict=True))
-    outcome = summarise("faces", [told(0, good, good, "SAFE"), told(1, good, bad, "NOT SAFE")])
+    outcome = summarise("faces", [outcome_of(0, good, good, "SAFE"), outcome_of(1, good, bad, "NOT SAFE")])
     assert [one["criterion_met"] for one in outcome["seeds"]] == [True, False]
     assert (outcome["criterion_met"], outcome["safe"]) == (1, 1)
     assert outcome["spread"]["matrix"]["new->old TAR@FAR=1e-2"] == {"mean": 0.6, "deviation": 0.0}

@@ -13,13 +13,13 @@ from tools import steps as demo_steps
 from tools.steps import StepFailed, Steps, run_lce
 
 
-class Story:
+class Demo:
     """Three steps a → b → c, each of which appends a letter to its product; records what ran."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ran, self.said = folder, "", list[str]()
 
-    def tell(self, settings: dict[str, str], fail_in: str = "") -> str:
+    def run(self, settings: dict[str, str], fail_in: str = "") -> str:
         self.ran = ""
         steps = Steps(self.folder, self.said.append)
         for name in "abc":
@@ -41,48 +41,48 @@ class Story:
 
 
 def test_done_steps_are_not_done_again(tmp_path: Path) -> None:
-    story = Story(tmp_path)
-    assert story.tell({}) == "abc"
-    assert story.tell({}) == ""
-    assert story.said[-1].startswith("step c: done before")
+    demo = Demo(tmp_path)
+    assert demo.run({}) == "abc"
+    assert demo.run({}) == ""
+    assert demo.said[-1].startswith("step c: done before")
 
 
 def test_a_change_redoes_its_step_and_all_after_it_from_nothing(tmp_path: Path) -> None:
-    story = Story(tmp_path)
-    story.tell({})
-    assert story.tell({"b": "other"}) == "bc"
-    assert (story.log("a"), story.log("b"), story.log("c")) == ("a", "b", "c")
+    demo = Demo(tmp_path)
+    demo.run({})
+    assert demo.run({"b": "other"}) == "bc"
+    assert (demo.log("a"), demo.log("b"), demo.log("c")) == ("a", "b", "c")
 
 
 @pytest.mark.parametrize(("interrupted", "log"), [("b", "bb"), ("c", "c")])
 def test_an_interrupted_step_continues_on_what_it_left_only_where_it_can(
     tmp_path: Path, interrupted: str, log: str
 ) -> None:
-    story = Story(tmp_path)
+    demo = Demo(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        story.tell({}, fail_in=interrupted)
-    assert story.tell({})[0] == interrupted
-    assert story.log(interrupted) == log
-    assert story.tell({}) == ""
+        demo.run({}, fail_in=interrupted)
+    assert demo.run({})[0] == interrupted
+    assert demo.log(interrupted) == log
+    assert demo.run({}) == ""
 
 
 def test_an_interrupted_step_does_not_continue_with_other_settings(tmp_path: Path) -> None:
-    story = Story(tmp_path)
+    demo = Demo(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        story.tell({}, fail_in="b")
-    assert story.tell({"b": "other"}) == "bc"
-    assert story.log("b") == "b"
+        demo.run({}, fail_in="b")
+    assert demo.run({"b": "other"}) == "bc"
+    assert demo.log("b") == "b"
 
 
 def test_a_missing_product_or_a_damaged_stamp_is_made_again(tmp_path: Path) -> None:
-    story = Story(tmp_path)
-    story.tell({})
+    demo = Demo(tmp_path)
+    demo.run({})
     (tmp_path / "b" / "log").unlink()
     (tmp_path / "b").rmdir()
-    assert story.tell({}) == "b"
+    assert demo.run({}) == "b"
     (tmp_path / "steps" / "c.json").write_text("{")
-    assert story.tell({}) == "c"
-    assert story.log("c") == "c"
+    assert demo.run({}) == "c"
+    assert demo.log("c") == "c"
 
 
 def test_a_failing_command_is_named() -> None:

@@ -120,7 +120,7 @@ def test_what_no_head_can_have_is_refused(words: list[str], message: str, capsys
 
 
 def test_a_rank_that_ended_is_named() -> None:
-    side, (ours, theirs) = head.Side.__new__(head.Side), multiprocessing.Pipe()
+    side, (ours, theirs) = head.Implementation.__new__(head.Implementation), multiprocessing.Pipe()
     side.pipes = [ours]
     theirs.close()
     with pytest.raises(RuntimeError, match="rank 0 ended without an answer"):

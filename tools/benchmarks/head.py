@@ -182,7 +182,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     groups = [names] if not args.sequential else [[name] for name in names]
     for group in groups:
-        sides = {name: Side(name, args) for name in group}
+        sides = {name: Implementation(name, args) for name in group}
         try:
             for step in range(args.warmup + args.steps):
                 for name, side in sides.items():
@@ -212,13 +212,13 @@ def _ratios(args: argparse.Namespace, figures: dict[str, Any], seconds: dict[str
     return out
 
 
-class Side:
+class Implementation:
     """One implementation on W processes, driven step by step."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
         plain = {k: v for k, v in vars(args).items() if v is None or isinstance(v, (bool, int, float, str))}
-        args = argparse.Namespace(**plain)  # what the command keeps next to the options cannot be sent
+        args = argparse.Namespace(**plain)  # what the command keeps besides the options cannot be sent
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []

@@ -21,9 +21,9 @@ from tools.output import write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tools.demo.story import Story, Told
+    from tools.demo.upgrade import DemoUpgrade, Outcome
 
-HELP = "the whole story on real faces or on many characters, ending in a verdict and a report"
+HELP = "the whole upgrade on real faces or on many characters, ending in a verdict and a report"
 
 SHOWN_CELLS = ("old->old", "new->old", "new->new", "paragon->paragon")
 
@@ -42,25 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tell the story once a seed; returns the exit status."""
+    """Run the demo once a seed; returns the exit status."""
     from rich.console import Console
 
     from tools.steps import StepFailed, interruptible
 
     _check(args)
     console = Console(stderr=args.json == "-", highlight=False)
-    told: list[Told] = []
+    outcomes: list[Outcome] = []
     try:
         with interruptible():
             for seed in range(args.seeds):
-                told.append(_story(args, seed, console).tell())
+                outcomes.append(_upgrade(args, seed, console).run())
     except StepFailed as failure:
         print(f"lce demo: {failure}", file=sys.stderr)
         return failure.status if failure.status in (2, 75, 130) else 70
-    outcome = summarise(args.data, told)
+    outcome = summarise(args.data, outcomes)
     _print(console, outcome)
     write_json(outcome, args.json)
-    return 1 if args.fail_unsafe and outcome["safe"] < len(told) else 0
+    return 1 if args.fail_unsafe and outcome["safe"] < len(outcomes) else 0
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -77,17 +77,17 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--out {args.out}: cannot be written: {error.strerror}; choose another folder") from None
 
 
-def _story(args: argparse.Namespace, seed: int, console: "Console") -> "Story":
-    from tools.demo.story import Story
+def _upgrade(args: argparse.Namespace, seed: int, console: "Console") -> "DemoUpgrade":
+    from tools.demo.upgrade import DemoUpgrade
 
     def say(line: str) -> None:
         console.print(f"[bold]{args.data}, seed {seed}:[/bold] {line}", soft_wrap=True)
 
     stdout = sys.stderr.fileno() if args.json == "-" else None
-    return Story(args.data, seed, args.out / args.data / f"seed-{seed}", args.nproc, say, args.overrides, stdout)
+    return DemoUpgrade(args.data, seed, args.out / args.data / f"seed-{seed}", args.nproc, say, args.overrides, stdout)
 
 
-def summarise(data: str, told: Sequence["Told"]) -> dict[str, Any]:
+def summarise(data: str, outcomes: Sequence["Outcome"]) -> dict[str, Any]:
     """The outcome of all seeds as plain values.
 
     Returns:
@@ -96,7 +96,7 @@ def summarise(data: str, told: Sequence["Told"]) -> dict[str, Any]:
         one) of the matrix and the gain. ``criterion_met`` and ``safe``: in how many seeds new→old is above old→old in
         every judged metric of the unseen identities, and the verdict over all sets is SAFE.
     """
-    seeds = [_summarise_one(one) for one in told]
+    seeds = [_summarise_one(one) for one in outcomes]
     return {
         "data": data,
         "seeds": seeds,
@@ -112,8 +112,8 @@ def summarise(data: str, told: Sequence["Told"]) -> dict[str, Any]:
     }
 
 
-def _summarise_one(told: "Told") -> dict[str, Any]:
-    verdict, unseen = told.evaluation["verdict"], told.evaluation["sets"]["unseen"]
+def _summarise_one(outcome: "Outcome") -> dict[str, Any]:
+    verdict, unseen = outcome.evaluation["verdict"], outcome.evaluation["sets"]["unseen"]
     criterion = {
         one["name"]: {
             finding["metric"]: {
@@ -129,7 +129,7 @@ def _summarise_one(told: "Told") -> dict[str, Any]:
     judged = criterion["unseen"]
     matrix = {f"{cell} {metric}": _figure(unseen["cells"][cell], metric) for cell in SHOWN_CELLS for metric in judged}
     return {
-        "seed": told.seed,
+        "seed": outcome.seed,
         "answer": verdict["answer"],
         "paragraph": verdict["paragraph"],
         "criterion": criterion,
@@ -139,16 +139,16 @@ def _summarise_one(told: "Told") -> dict[str, Any]:
             metric: value["update_gain"]["value"] for metric, value in unseen["gain"].items() if metric in judged
         },
         "onnx": {
-            "largest_difference": told.export["largest_difference"],
-            "images_compared": told.export["images"],
+            "largest_difference": outcome.export["largest_difference"],
+            "images_compared": outcome.export["images"],
             "new->old": {
-                metric: _figure(told.onnx["sets"]["unseen"]["cells"]["new->old"], metric) for metric in judged
+                metric: _figure(outcome.onnx["sets"]["unseen"]["cells"]["new->old"], metric) for metric in judged
             },
         },
-        "trained_on": told.evaluation["models"]["new"]["identities"],
-        "dim": told.evaluation["models"]["new"]["dimension"],
-        "report": str(told.report),
-        "seconds": told.seconds,
+        "trained_on": outcome.evaluation["models"]["new"]["identities"],
+        "dim": outcome.evaluation["models"]["new"]["dimension"],
+        "report": str(outcome.report),
+        "seconds": outcome.seconds,
     }
 
 

@@ -139,10 +139,10 @@ def _claim(out: Path, found: Sequence[Found], recipe: Recipe) -> str:
         hasher.update(f"{one.typeface.name} {one.index} {zlib.crc32(one.read())}\n".encode())
     key = hasher.hexdigest()
     try:
-        for note in (out / SUMMARY, out / _WORK / "key"):
-            if note.exists():
-                text = note.read_text(encoding="utf-8")
-                if (json.loads(text)["key"] if note.name == SUMMARY else text) != key:
+        for stamp in (out / SUMMARY, out / _WORK / "key"):
+            if stamp.exists():
+                text = stamp.read_text(encoding="utf-8")
+                if (json.loads(text)["key"] if stamp.name == SUMMARY else text) != key:
                     raise DataError(f"{out}: holds other characters (other options or typefaces); remove it first")
                 return key
         if out.exists() and any(out.iterdir()):

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tools.results.compat_lab import Lab
+    from tools.results.comparison import Comparison
     from trainer.errors import LceError
 
 HELP = "the methods of compatibility against each other: one table"
@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the benchmarks with a lab train on."""
+    """What the benchmarks with a comparison train on."""
     parser.add_argument(
         "--data", metavar="NAME", default="characters", help="characters, or a folder made by lce characters"
     )
@@ -123,12 +123,12 @@ def run(args: argparse.Namespace) -> int:
 
     names = _names(args.methods)
     _check(args)
-    lab, weights = make_lab(args), _weights_of(args.weights, names)
+    comparison, weights = make_comparison(args), _weights_of(args.weights, names)
     with interruptible():
-        figures = compare(lab, names, args.seeds, args.trials, weights)
+        figures = compare(comparison, names, args.seeds, args.trials, weights)
         if args.time:
-            time_updates(lab, figures["methods"])
-    figures = {"bench": "compat", **settings_of(args, lab), "trials": args.trials, **figures}
+            time_updates(comparison, figures["methods"])
+    figures = {"bench": "compat", **settings_of(args, comparison), "trials": args.trials, **figures}
     write_json(figures, args.json)
     if args.markdown:
         args.markdown.write_text(markdown(figures), encoding="utf-8")
@@ -140,11 +140,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(one["problems"] for one in figures["methods"].values()) else 0
 
 
-def make_lab(args: argparse.Namespace) -> "Lab":
-    """The lab that the options describe, checked."""
+def make_comparison(args: argparse.Namespace) -> "Comparison":
+    """The comparison that the options describe, checked."""
     import torch
 
-    from tools.results.compat_lab import Lab, source_of
+    from tools.results.comparison import Comparison, source_of
     from trainer.errors import ConfigError
 
     torch.set_num_threads(1)
@@ -153,15 +153,15 @@ def make_lab(args: argparse.Namespace) -> "Lab":
         raise ConfigError(f"--classes and --old-classes do not go with a folder: {args.data} says how many there are")
     classes, old = source.counts() if source.folder else (asked[0] or 4000, asked[1] or 500)
     sizes = (classes, old, args.steps, args.old_steps)
-    lab = Lab(args.out.absolute(), source, *sizes, tuple(args.overrides), args.parallel)
-    lab.check()
-    return lab
+    comparison = Comparison(args.out.absolute(), source, *sizes, tuple(args.overrides), args.parallel)
+    comparison.check()
+    return comparison
 
 
-def settings_of(args: argparse.Namespace, lab: "Lab") -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, comparison: "Comparison") -> dict[str, Any]:
     """What a benchmark was run with, for its JSON."""
-    data = lab.source.folder.name if lab.source.folder else args.data
-    sizes = {key: getattr(lab, key) for key in ("classes", "old_classes", "steps", "old_steps")}
+    data = comparison.source.folder.name if comparison.source.folder else args.data
+    sizes = {key: getattr(comparison, key) for key in ("classes", "old_classes", "steps", "old_steps")}
     return {"data": data, **sizes, "seeds": args.seeds, "overrides": args.overrides}
 
 
@@ -209,7 +209,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def compare(
-    lab: "Lab", names: Sequence[str], seeds: int, trials: int, weights: Mapping[str, float] | None = None
+    comparison: "Comparison", names: Sequence[str], seeds: int, trials: int, weights: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """Choose every method's weights, train it with every seed and measure it: the figures as the JSON holds them.
 
@@ -225,32 +225,32 @@ def compare(
     everyone = [(name, weight) for name in trained for weight in tried[name]]
     total = seeds * 4 + len(everyone) + len(trained) * (seeds if weights else seeds - 1)
     with counting(total) as count:
-        prepare(lab, seeds, count)
+        prepare(comparison, seeds, count)
 
         def trial(one: tuple[str, float]) -> None:
-            _trial(lab, *one)
+            _trial(comparison, *one)
             count()
 
         def measure(one: tuple[str, int, float]) -> None:
-            _final(lab, *one)
+            _final(comparison, *one)
             if one[0] in trained and (weights or one[1] > 0):  # the others were trained before
                 count()
 
-        validation = lab.each(trial, everyone)
+        validation = comparison.each(trial, everyone)
         problems = {one: problem for one, problem in validation.items() if problem is not None}
-        methods = {name: _choose(lab, name, tried.get(name, []), problems) for name in names}
+        methods = {name: _choose(comparison, name, tried.get(name, []), problems) for name in names}
         for name, weight in (weights or {}).items():
             methods[name]["weight"] = weight
         chosen = {name: one["weight"] for name, one in methods.items() if one["weight"] is not None}
         final = [(name, seed, weight) for name, weight in chosen.items() for seed in range(seeds)]
-        failed = lab.each(measure, final)
+        failed = comparison.each(measure, final)
     for name, one in methods.items():
         runs = [job for job in final if job[0] == name and failed[job] is None]
-        one["seeds"] = [{"seed": job[1], **_final(lab, *job)} for job in runs]
+        one["seeds"] = [{"seed": job[1], **_final(comparison, *job)} for job in runs]
         one["problems"] += [str(failed[job]) for job in final if job[0] == name and failed[job] is not None]
         one["spread"] = _spreads(one["seeds"])
-    alone = [lab.measure(seed, "unseen", OLD, PARAGON, PARAGON)["cells"] for seed in range(seeds)]
-    centres = [lab.centre_queries(seed, "unseen", OLD) for seed in range(seeds)]
+    alone = [comparison.measure(seed, "unseen", OLD, PARAGON, PARAGON)["cells"] for seed in range(seeds)]
+    centres = [comparison.centre_queries(seed, "unseen", OLD) for seed in range(seeds)]
     base = _spreads(
         [
             {"cells": {"centre->old": at, **{cell: cells[cell] for cell in ("old->old", "paragon->paragon")}}}
@@ -266,41 +266,41 @@ def compare(
     }
 
 
-def time_updates(lab: "Lab", methods: dict[str, Any]) -> None:
+def time_updates(comparison: "Comparison", methods: dict[str, Any]) -> None:
     """Add ``update_time`` to each method that could be trained: how many times as long as the paragon's an update
     takes, the median over the turns."""
-    from tools.results.compat_lab import TIMED_ROUNDS
+    from tools.results.comparison import TIMED_ROUNDS
 
     chosen = {name: one["weight"] for name, one in methods.items() if one["seeds"]}
-    overrides = {name: _overrides(lab, name, 0, weight) for name, weight in chosen.items()}
+    overrides = {name: _overrides(comparison, name, 0, weight) for name, weight in chosen.items()}
     with counting(TIMED_ROUNDS * (1 + len(chosen))) as count:
-        seconds = lab.update_seconds({PARAGON: [], **overrides}, count)
+        seconds = comparison.update_seconds({PARAGON: [], **overrides}, count)
     for name in chosen:
         ratios = [own / base for own, base in zip(seconds[name], seconds[PARAGON], strict=True)]
         methods[name]["update_time"] = statistics.median(ratios)
 
 
-def prepare(lab: "Lab", seeds: int, count: Callable[[], None]) -> None:
+def prepare(comparison: "Comparison", seeds: int, count: Callable[[], None]) -> None:
     """Pictures, old models, their banks and paragons of all seeds. Raises the first problem."""
 
     def pictures(seed: int) -> None:
-        lab.pictures(seed)
+        comparison.pictures(seed)
         count()
 
     def train(one: tuple[int, str]) -> None:
-        lab.train(one[0], one[1], one[1], ())
+        comparison.train(one[0], one[1], one[1], ())
         count()
 
     def bank(seed: int) -> None:
-        lab.bank(seed, OLD)
+        comparison.bank(seed, OLD)
         count()
 
     everyone = range(seeds)
     models = [(seed, OLD) for seed in everyone] + [(seed, PARAGON) for seed in everyone]
-    raise_first(lab.each(pictures, everyone[:1]))  # alone: fetches what the others find in the cache
-    raise_first(lab.each(pictures, everyone[1:]))
-    raise_first(lab.each(train, models))
-    raise_first(lab.each(bank, everyone))
+    raise_first(comparison.each(pictures, everyone[:1]))  # alone: fetches what the others find in the cache
+    raise_first(comparison.each(pictures, everyone[1:]))
+    raise_first(comparison.each(train, models))
+    raise_first(comparison.each(bank, everyone))
 
 
 def raise_first(problems: "Mapping[Any, LceError | None]") -> None:
@@ -314,33 +314,33 @@ def _name(name: str, weight: float) -> str:
     return f"{name}-{weight:g}" if METHODS[name].settings else PARAGON
 
 
-def _train(lab: "Lab", name: str, seed: int, weight: float) -> str:
+def _train(comparison: "Comparison", name: str, seed: int, weight: float) -> str:
     if METHODS[name].settings:
-        lab.train(seed, _name(name, weight), PARAGON, _overrides(lab, name, seed, weight), OLD)
+        comparison.train(seed, _name(name, weight), PARAGON, _overrides(comparison, name, seed, weight), OLD)
     return _name(name, weight)
 
 
-def _overrides(lab: "Lab", name: str, seed: int, weight: float) -> list[str]:
-    folder = lab.folder(seed)
+def _overrides(comparison: "Comparison", name: str, seed: int, weight: float) -> list[str]:
+    folder = comparison.folder(seed)
     known = {"bank": folder / f"{OLD}-bank", "embeddings": folder / f"{OLD}.npy", "weight": weight}
     return [word.format(**known) for word in METHODS[name].settings]
 
 
-def _trial(lab: "Lab", name: str, weight: float) -> dict[str, Any]:
-    return lab.measure(0, "validation", OLD, _train(lab, name, 0, weight))
+def _trial(comparison: "Comparison", name: str, weight: float) -> dict[str, Any]:
+    return comparison.measure(0, "validation", OLD, _train(comparison, name, 0, weight))
 
 
-def _final(lab: "Lab", name: str, seed: int, weight: float) -> dict[str, Any]:
-    return lab.measure(seed, "unseen", OLD, _train(lab, name, seed, weight), PARAGON)
+def _final(comparison: "Comparison", name: str, seed: int, weight: float) -> dict[str, Any]:
+    return comparison.measure(seed, "unseen", OLD, _train(comparison, name, seed, weight), PARAGON)
 
 
 def _choose(
-    lab: "Lab", name: str, tried: Sequence[float], problems: "dict[tuple[str, float], LceError]"
+    comparison: "Comparison", name: str, tried: Sequence[float], problems: "dict[tuple[str, float], LceError]"
 ) -> dict[str, Any]:
     """The trial with the best validation figure; weight None when every trial failed."""
     method = METHODS[name]
     good = [weight for weight in tried if (name, weight) not in problems]
-    figures = {weight: _trial(lab, name, weight)["cells"] for weight in good}
+    figures = {weight: _trial(comparison, name, weight)["cells"] for weight in good}
     best = max(good, key=lambda weight: figures[weight]["new->old"][CRITERION], default=None)
     return {
         "title": method.title,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tools.results.compat_lab import Lab
+    from tools.results.comparison import Comparison
 
 HELP = "the criterion new→old above old→old, for every mode and pair of dimensions"
 
@@ -35,7 +35,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The training's name in the lab."""
+        """The training's name in the comparison."""
         return f"alone-{self.new}" if self.mode == CONTROL else f"{self.mode}-{self.old}-{self.new}"
 
 
@@ -63,18 +63,18 @@ def run(args: argparse.Namespace) -> int:
 
     from tools.measuring import origin, write_json
     from tools.output import table_console
-    from tools.results.compat import make_lab, settings_of
+    from tools.results.compat import make_comparison, settings_of
     from tools.steps import interruptible
     from trainer.errors import ConfigError
 
     if args.seeds < 1:
         raise ConfigError(f"--seeds {args.seeds}: at least 1")
-    cases, lab = _cases(args.modes, args.dims), make_lab(args)
+    cases, comparison = _cases(args.modes, args.dims), make_comparison(args)
     weights = (args.alignment_weight, args.boundary_weight)
     with interruptible():
-        lines = check(lab, cases, args.seeds, weights)
+        lines = check(comparison, cases, args.seeds, weights)
     fine = all(line["met"] != (line["mode"] == CONTROL) for line in lines)
-    settings = {**settings_of(args, lab), "alignment_weight": weights[0], "boundary_weight": weights[1]}
+    settings = {**settings_of(args, comparison), "alignment_weight": weights[0], "boundary_weight": weights[1]}
     write_json({"bench": "criterion", **settings, "lines": lines, "fine": fine, **origin()}, args.json)
     table = Table("mode", "D1", "D2", "seed", "old → old", "new → old", "met", title="TAR at FAR 1e-4 / rank-1, unseen")
     for line in lines:
@@ -102,7 +102,9 @@ def _cases(modes: str, dims: str) -> list[Case]:
     return cases + [Case(CONTROL, *pair) for pair in pairs if pair[0] == pair[1]][:1]
 
 
-def check(lab: "Lab", cases: Sequence[Case], seeds: int, weights: tuple[float, float]) -> list[dict[str, Any]]:
+def check(
+    comparison: "Comparison", cases: Sequence[Case], seeds: int, weights: tuple[float, float]
+) -> list[dict[str, Any]]:
     """Train what the cases need and measure them; a line a case.
 
     Raises:
@@ -117,31 +119,31 @@ def check(lab: "Lab", cases: Sequence[Case], seeds: int, weights: tuple[float, f
     with counting(seeds + len(olds) + len(independent) + len(jobs)) as count:
 
         def pictures(seed: int) -> None:
-            lab.pictures(seed)
+            comparison.pictures(seed)
             count()
 
         def old(one: tuple[int, int]) -> None:
-            lab.train(one[0], f"old-{one[1]}", "old", [f"backbone.dim={one[1]}"])
-            lab.bank(one[0], f"old-{one[1]}")
+            comparison.train(one[0], f"old-{one[1]}", "old", [f"backbone.dim={one[1]}"])
+            comparison.bank(one[0], f"old-{one[1]}")
             count()
 
         def new(one: tuple[int, int]) -> None:
-            lab.train(one[0], f"alone-{one[1]}", "paragon", [f"backbone.dim={one[1]}"])
-            lab.bank(one[0], f"alone-{one[1]}")
+            comparison.train(one[0], f"alone-{one[1]}", "paragon", [f"backbone.dim={one[1]}"])
+            comparison.bank(one[0], f"alone-{one[1]}")
             count()
 
         def compatible(one: tuple[int, Case]) -> None:
             if one[1].mode != CONTROL:
-                settings = _settings(lab.folder(one[0]), one[1], weights)
-                lab.train(one[0], one[1].name, "paragon", settings, f"old-{one[1].old}")
-            lab.measure(one[0], "unseen", f"old-{one[1].old}", one[1].name)
+                settings = _settings(comparison.folder(one[0]), one[1], weights)
+                comparison.train(one[0], one[1].name, "paragon", settings, f"old-{one[1].old}")
+            comparison.measure(one[0], "unseen", f"old-{one[1].old}", one[1].name)
             count()
 
-        raise_first(lab.each(pictures, range(seeds)))
-        raise_first(lab.each(old, olds))
-        raise_first(lab.each(new, independent))
-        raise_first(lab.each(compatible, jobs))
-    return [_line(lab, case, seeds) for case in cases]
+        raise_first(comparison.each(pictures, range(seeds)))
+        raise_first(comparison.each(old, olds))
+        raise_first(comparison.each(new, independent))
+        raise_first(comparison.each(compatible, jobs))
+    return [_line(comparison, case, seeds) for case in cases]
 
 
 def _settings(folder: Path, case: Case, weights: tuple[float, float]) -> list[str]:
@@ -156,10 +158,10 @@ def _settings(folder: Path, case: Case, weights: tuple[float, float]) -> list[st
     return words
 
 
-def _line(lab: "Lab", case: Case, seeds: int) -> dict[str, Any]:
+def _line(comparison: "Comparison", case: Case, seeds: int) -> dict[str, Any]:
     found = []
     for seed in range(seeds):
-        cells = lab.measure(seed, "unseen", f"old-{case.old}", case.name)["cells"]
+        cells = comparison.measure(seed, "unseen", f"old-{case.old}", case.name)["cells"]
         old, new = cells["old->old"], cells["new->old"]
         met = all(new[metric] > old[metric] for metric in old)
         found.append({"seed": seed, "old->old": old, "new->old": new, "met": met})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data import recordio
+from trainer.data import choose_loader, recordio
 from trainer.data.index import Dataset
 from trainer.data.pixels import decode_image, image_size
 from trainer.data.processes import worker_context
@@ -21,6 +21,8 @@ from trainer.errors import DataError
 
 _BLOCK = 2048
 _LISTED = 20
+_DECODED = 64  # images that DALI decodes at once
+_FAR = 4.0
 
 
 @dataclass
@@ -36,6 +38,10 @@ class CheckReport:
         duplicates: records whose bytes an earlier record has too; ``duplicates_across_classes`` under another label.
         sizes: image height×width → count.
         order, order_reason: the data.order that the folder wants where it lies, and why.
+        by_pillow: with ``deep`` and where DALI is installed: records that it does not decode and Pillow does, with its
+            reason; training reads them by Pillow.
+        decoders_differ: records of which the two make pixels that differ by more than 4/255 in the mean, with the mean
+            and the largest difference.
         bad: damaged record → reason.
         damage: one line per kind of damage.
     """
@@ -57,6 +63,8 @@ class CheckReport:
     sizes: dict[str, int] = field(default_factory=dict)
     order: str = "global"
     order_reason: str = ""
+    by_pillow: dict[int, str] = field(default_factory=dict)
+    decoders_differ: dict[int, tuple[float, int]] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
     damage: list[str] = field(default_factory=list)
 
@@ -70,6 +78,8 @@ class _Block:
     sizes: NDArray[np.int32]
     header_labels: NDArray[np.float32]
     bad: dict[int, str]
+    by_pillow: dict[int, str] = field(default_factory=dict)
+    differ: dict[int, tuple[float, int]] = field(default_factory=dict)
 
 
 def check(
@@ -83,7 +93,8 @@ def check(
 
     Args:
         dataset: opened, so its tables have been checked already.
-        deep: decode every image; otherwise its beginning, its end and its announced size are looked at.
+        deep: decode every image, by DALI too where it is installed; otherwise its beginning, its end and its announced
+            size are looked at.
         processes: how many read.
         progress: called with the number of records done so far.
     """
@@ -97,6 +108,8 @@ def check(
         rows = slice(block.start, block.start + len(block.hashes))
         hashes[rows], sizes[rows], headers[rows] = block.hashes, block.sizes, block.header_labels
         report.bad.update(block.bad)
+        report.by_pillow.update(block.by_pillow)
+        report.decoders_differ.update(block.differ)
         done += len(block.hashes)
         progress(done)
     good = np.ones(len(dataset), bool)
@@ -219,7 +232,11 @@ def _examine(dataset: Dataset, start: int, deep: bool) -> _Block:
     stop = min(start + _BLOCK, len(dataset))
     n = stop - start
     block = _Block(start, np.zeros(n, np.uint64), np.zeros((n, 2), np.int32), np.full(n, -1, np.float32), {})
+    waiting: dict[int, tuple[bytes, NDArray[np.uint8]]] = {}
+    dali = deep and choose_loader("auto")[0] == "dali"
     for row, number in enumerate(range(start, stop)):
+        if len(waiting) == _DECODED:
+            _compare_decoders(waiting, block)
         try:
             if isinstance(dataset.store, RecordStore):
                 record = dataset.store.record(number)
@@ -227,20 +244,37 @@ def _examine(dataset: Dataset, start: int, deep: bool) -> _Block:
             else:
                 image = dataset.read(number)
             block.hashes[row] = int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little")
-            block.sizes[row] = _size(image, deep)
+            if not deep:
+                block.sizes[row] = image_size(image)
+                continue
+            pixels = decode_image(image, None)
+            block.sizes[row] = pixels.shape[:2]
+            if dali:
+                waiting[number] = image, pixels
         except DataError as error:
             block.bad[number] = str(error)
         except ValueError as error:
             block.bad[number] = f"{dataset.where(number)}: {error}"
+    if waiting:
+        _compare_decoders(waiting, block)
     return block
 
 
-def _size(image: bytes, deep: bool) -> tuple[int, int]:
-    """(H, W) of an encoded image. Raises :class:`ValueError` for a damaged one."""
-    if deep:
-        pixels = decode_image(image, None)
-        return pixels.shape[0], pixels.shape[1]
-    return image_size(image)
+def _compare_decoders(waiting: dict[int, tuple[bytes, NDArray[np.uint8]]], block: _Block) -> None:
+    """Decode by DALI what Pillow has decoded, note what it makes otherwise, and forget the images."""
+    from trainer.data.dali import decode_each
+
+    decoded = decode_each([image for image, _ in waiting.values()])
+    for (number, (_, pixels)), other in zip(waiting.items(), decoded, strict=True):
+        if isinstance(other, str):
+            block.by_pillow[number] = other
+        elif other.shape != pixels.shape:
+            block.differ[number] = 255.0, 255
+        else:
+            apart = np.abs(other.astype(np.int16) - pixels)
+            if apart.mean() > _FAR:
+                block.differ[number] = round(float(apart.mean()), 1), int(apart.max())
+    waiting.clear()
 
 
 def _sizes(dataset: Dataset, sizes: NDArray[np.int32], report: CheckReport) -> None:

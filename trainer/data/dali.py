@@ -4,6 +4,7 @@ A thread of our own reads the records of the next batches and draws their augmen
 the parameters without a copy and hands over finished batches. DALI itself decides nothing at random.
 """
 
+import logging
 import math
 import queue
 import threading
@@ -24,11 +25,27 @@ from trainer.data.config import AugmentConfig
 from trainer.data.index import Dataset, DatasetInfo
 from trainer.data.loader import Batch, PositionedLoader, Reader, empty_batch, labels_of, slots_ahead
 from trainer.data.order import Samples, Schedule, Slot
-from trainer.data.pixels import decode_image
+from trainer.data.pixels import as_png
 from trainer.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _DEPTH = 2  # batches that DALI works on ahead of the one handed out
 _READ_AHEAD = 3  # batches that are read ahead of DALI
+# How the formats begin that DALI decodes: JPEG, PNG, BMP, TIFF, PNM, WebP (in RIFF) and JPEG 2000.
+_KNOWN = (
+    b"\xff\xd8",
+    b"\x89PNG",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"P4",
+    b"P5",
+    b"P6",
+    b"RIFF",
+    b"\0\0\0\x0cjP",
+    b"\xff\x4f",
+)
 
 Feed = dict[str, Any]
 
@@ -107,7 +124,7 @@ def image_graph(encoded: Any, info: DatasetInfo, config: AugmentConfig, paramete
 
 
 def _views(arrays: Iterable[NDArray[Any]]) -> TensorListCPU:
-    """Arrays as DALI's own type, without a copy; DALI would make each of them one for itself, several times slower."""
+    """Wrap arrays as DALI tensors without copying; letting DALI wrap them itself is several times slower."""
     tensors = [TensorCPU(array) for array in arrays]
     return TensorListCPU(tensors, contiguous=False)  # type: ignore[call-overload]  # DALI's stub lacks `contiguous`
 
@@ -131,7 +148,11 @@ def feed_of(draw: augment.Draw, images: list[bytes], size: tuple[int, int], ring
 
 
 class DaliLoader(PositionedLoader):
-    """See the module. Raises :class:`DataError` from ``batches()`` when more records are damaged than allowed."""
+    """See the module. Raises :class:`DataError` from ``batches()`` when more records are damaged than allowed.
+
+    Attributes:
+        by_pillow: records that DALI does not decode and Pillow does, with DALI's reason; DALI gets a PNG of them.
+    """
 
     name = "dali"
 
@@ -148,7 +169,8 @@ class DaliLoader(PositionedLoader):
     ) -> None:
         super().__init__(schedule)
         self.dataset, self.config, self.seed, self.threads, self.device = dataset, config, seed, max(1, threads), device
-        self.reader = Reader(dataset, max_bad)
+        self.reader = Reader(dataset, max_bad, self._readable)
+        self.by_pillow: dict[int, str] = {}
         self.bad_records = self.reader.bad
         self.ring = augment.noise_ring(seed) if config.noise else None
 
@@ -211,36 +233,69 @@ class DaliLoader(PositionedLoader):
 
     def _blame(self, jobs: deque[_Job], error: RuntimeError) -> None:
         """Find the records that DALI cannot decode, one by one; if there is none the error is not the data's."""
-        before = len(self.reader.bad)
+        before, converted = len(self.reader.bad) + len(self.by_pillow), set(self.by_pillow)
         for job in jobs:
             for record, image in zip(job.samples.records.tolist(), job.images, strict=True):
-                reason = self._decode_error(image)
+                if record in self.by_pillow and record not in converted:
+                    continue  # found in an earlier batch of these
+                reason = self._decode_error(record, image)
                 if reason is not None:
                     self.reader.note(record, f"{self.dataset.where(record)} does not decode: {reason}")
-        if len(self.reader.bad) == before:
+        if len(self.reader.bad) + len(self.by_pillow) == before:
             raise DataError(
                 f"{self.dataset.path}: DALI failed on records that decode one by one: {_short(error)}"
             ) from error
 
-    def _decode_error(self, image: bytes) -> str | None:
-        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=self._device_id)
-        with pipeline:
-            encoded = fn.external_source(name="images", batch=True)
-            pipeline.set_outputs(fn.decoders.image(encoded, device="mixed" if self._device_id is not None else "cpu"))
-        try:
-            pipeline.feed_input("images", [np.frombuffer(image, np.uint8)])
-            (decoded,) = pipeline.run()
-        except RuntimeError as error:
+    def _decode_error(self, record: int, image: bytes) -> str | None:
+        """Why a record cannot be trained on, or None: DALI decodes it, or Pillow will from now on."""
+        (decoded,) = decode_each([image], self._device_id)
+        if isinstance(decoded, str):
             try:
-                decode_image(image, None)  # Pillow says why, where it cannot either
+                as_png(image)
             except ValueError as why:
                 return str(why)
-            return _short(error)
-        height, width = decoded.shape()[0][:2]
+            if record in self.by_pillow:
+                return decoded
+            self._take_over(record, decoded)
+            return None
         wanted = self.dataset.info.image_size
-        if self.dataset.info.uniform and (height, width) != tuple(wanted):
-            return f"it is {height}x{width}, not {wanted[0]}x{wanted[1]} as all others"
+        if self.dataset.info.uniform and decoded.shape[:2] != tuple(wanted):
+            return f"it is {decoded.shape[0]}x{decoded.shape[1]}, not {wanted[0]}x{wanted[1]} as all others"
         return None
+
+    def _readable(self, record: int, image: bytes) -> bytes:
+        if record not in self.by_pillow:
+            if image.startswith(_KNOWN):
+                return image
+            self._take_over(record, "a format that it does not know")
+        return as_png(image)
+
+    def _take_over(self, record: int, reason: str) -> None:
+        self.by_pillow[record] = reason
+        count = len(self.by_pillow)
+        if count in (1, 10, 100) or count % 1000 == 0:
+            log.warning(
+                "%d record(s) that DALI does not decode are read by Pillow, the newest: %s (DALI: %s)",
+                count,
+                self.dataset.where(record),
+                reason,
+            )
+
+
+def decode_each(images: list[bytes], device_id: int | None = None) -> list[NDArray[np.uint8] | str]:
+    """What DALI makes of encoded images by themselves: (H, W, 3) uint8 RGB, or why it does not decode one."""
+    pipeline = Pipeline(batch_size=max(1, len(images)), num_threads=1, device_id=device_id)
+    with pipeline:
+        encoded = fn.external_source(name="images", batch=True)
+        device = "mixed" if device_id is not None else "cpu"
+        pipeline.set_outputs(fn.decoders.image(encoded, device=device, jpeg_fancy_upsampling=True))
+    try:
+        pipeline.feed_input("images", [np.frombuffer(image, np.uint8) for image in images])
+        (decoded,) = pipeline.run()
+    except RuntimeError as error:
+        return [_short(error)] if len(images) == 1 else [decode_each([image], device_id)[0] for image in images]
+    there = decoded.as_cpu() if device_id is not None else decoded
+    return [np.array(there.at(k)) for k in range(len(images))]
 
 
 class _Held:
@@ -304,7 +359,8 @@ class _Ahead:
 
 
 def _short(error: BaseException) -> str:
-    """The line of a DALI error that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "rror" in line or "ailed" in line]
-    return (telling or lines or [repr(error)])[-1][:300]
+    """What happened, in DALI's own words: what follows `encountered:`, not the traceback of the graph before it."""
+    text = str(error).partition("encountered:")[2] or str(error)
+    lines = [line.strip() for line in text.splitlines()]
+    telling = [line for line in lines if line and not line.startswith(("File ", "Current pipeline", "Critical error"))]
+    return (telling or [repr(error)])[0][:300]

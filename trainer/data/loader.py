@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -147,13 +147,15 @@ class Reader:
     Args:
         dataset: the data set.
         max_bad: how many damaged records may be skipped.
+        convert: gets a record and its image, and gives the image as the decoder can read it; raises
+            :class:`ValueError`: it cannot.
 
     Raises:
         DataError: more damaged records are already known (from ``bad_records.npy``) than may be skipped.
     """
 
-    def __init__(self, dataset: Dataset, max_bad: int) -> None:
-        self.dataset, self.max_bad = dataset, max_bad
+    def __init__(self, dataset: Dataset, max_bad: int, convert: Callable[[int, bytes], bytes] | None = None) -> None:
+        self.dataset, self.max_bad, self.convert = dataset, max_bad, convert
         self.bad: dict[int, str] = {}
         for record in np.intersect1d(dataset.known_bad, dataset.kept):
             self.note(int(record), f"{dataset.where(int(record))} is listed in bad_records.npy")
@@ -178,8 +180,12 @@ class Reader:
                     image = self.dataset.store.read(record)
                     problem = image_problem(image)
                     reason = problem and f"{self.dataset.where(record)}: {problem}"
+                    if self.convert is not None and reason is None:
+                        image = self.convert(record, image)
                 except DataError as error:
                     reason = str(error)
+                except ValueError as error:
+                    reason = f"{self.dataset.where(record)} does not decode: {error}"
                 if reason is None:
                     return record, image
                 self.note(record, reason)

@@ -171,7 +171,7 @@ def _pack(
     began = time.monotonic()
     _claim(out, parts[0].plan, listing, options)
     if (out / DESCRIPTION).exists():
-        written, complete = _mend(out, parts, listing, job, processes, progress)
+        written, complete = _repair(out, parts, listing, job, processes, progress)
     else:
         (out / _NOTES).mkdir(exist_ok=True)
         missing = [part for part in parts[job[0] :: job[1]] if not _note(part).exists()]
@@ -195,7 +195,7 @@ def _pack(
     )
 
 
-def _mend(
+def _repair(
     out: Path,
     parts: list[_Part],
     listing: Listing,

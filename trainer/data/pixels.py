@@ -60,6 +60,13 @@ def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image | None:
     return None if image.mode in ("I", "F") else image
 
 
+def as_png(data: bytes) -> bytes:
+    """Encoded bytes of any format that Pillow reads as a PNG of the same pixels. Raises: as :func:`decode_image`."""
+    out = io.BytesIO()
+    Image.fromarray(decode_image(data, None)).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
 def is_deep_png(data: bytes) -> bool:
     """Whether it is a PNG of 16 bits a channel, of which decoders make different 8-bit values."""
     return data[:8] == _PNG_SIGNATURE and data[24:25] == b"\x10"

@@ -1,6 +1,6 @@
 """Every way in which a new model can be deployed, each measured as it would be and judged against today's old → old.
 
-Apart from new → old these are the gallery converted by T₁₂, the gallery re-encoded, one that is partly re-encoded, expanded
+Besides new → old: the gallery converted by T₁₂, the gallery re-encoded, one that is partly re-encoded, expanded
 queries, and, with a paragon, maps that are fitted afterwards to a model that knew nothing of the old one.
 """
 

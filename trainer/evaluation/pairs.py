@@ -140,12 +140,12 @@ def read_list(path: Path, dataset: Dataset) -> PairSet:
     known = _file_names(dataset)
     rows = []
     for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split()
-        if not words:
+        fields = line.partition("#")[0].split()
+        if not fields:
             continue
-        if len(words) != 3 or words[2] not in ("0", "1"):
+        if len(fields) != 3 or fields[2] not in ("0", "1"):
             raise DataError(f"{path}: line {number}: expected two records and 1 or 0, found {line.strip()!r}")
-        rows.append([*(_record(word, known, len(dataset), path, number) for word in words[:2]), int(words[2])])
+        rows.append([*(_record(word, known, len(dataset), path, number) for word in fields[:2]), int(fields[2])])
     if not rows:
         raise DataError(f"{path}: holds no pairs")
     table = np.array(rows, np.int64)

@@ -63,7 +63,7 @@ class PeriodicEvaluation:
         self.records[name] = some_identities(dataset, self.config.max_images)
         identities = len(np.unique(dataset.labels[self.records[name]]))
         if identities < 2:
-            raise DataError(f"evaluate.sets.{name} = {path}: one identity alone; there is nobody to confuse it with")
+            raise DataError(f"evaluate.sets.{name} = {path}: only one identity; there are no impostors")
         if identities == len(self.records[name]):
             raise DataError(f"evaluate.sets.{name} = {path}: no identity with two images; there is nothing to find")
 

@@ -28,9 +28,9 @@ Outcome = Literal["better", "level", "worse", "unclear"]
 class Rules:
     """What the verdict asks for.
 
-    tolerance: a loss of at most this much counts as level (0: none). min_identities: fewer never make SAFE; below
-    ``least_identities`` nothing is concluded at all. min_false_accepts: a FAR counts as resolved when it allows at
-    least so many impostor pairs. level: of the intervals.
+    tolerance: a loss of at most this much counts as level (0: none). min_identities: with fewer the verdict is never
+    SAFE; below ``least_identities`` nothing is concluded at all. min_false_accepts: a FAR counts as resolved
+    when it allows at least so many impostor pairs. level: of the intervals.
     """
 
     tolerance: float = 0.0

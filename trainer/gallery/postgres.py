@@ -32,7 +32,7 @@ from trainer.gallery.postgres_table import TODO, Index, Table, quoted, shortened
 _STATE = """CREATE TABLE IF NOT EXISTS {state} (relation regclass, attribute text, version text NOT NULL,
     dim_in int NOT NULL, dim_out int NOT NULL, phase text NOT NULL, applied text[] NOT NULL DEFAULT '{{}}',
     indexes jsonb NOT NULL DEFAULT '{{}}', PRIMARY KEY (relation, attribute))"""
-# A changed vector makes its counterpart stale: that is emptied, so that before the swap a worker takes the row again.
+# When a vector changes, its counterpart is set to NULL; before the swap a worker then converts the row again.
 # One function serves all tables of the schema, and no name is in its body.
 _STALE = """CREATE OR REPLACE FUNCTION {stale}() RETURNS trigger LANGUAGE plpgsql AS $lce$
     BEGIN RETURN jsonb_populate_record(NEW, jsonb_build_object(TG_ARGV[0], NULL)); END $lce$"""

@@ -34,7 +34,7 @@ _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class StepFields(ctypes.Structure):
-    """What native.cpp calls ``Step``: the numbers and tensors of one step; there is what each means."""
+    """What native.cpp calls ``Step``: the numbers and tensors of one step; native.cpp documents the fields."""
 
     _fields_ = [
         *((name, _LONG) for name in ("count", "dim", "batch", "threads")),

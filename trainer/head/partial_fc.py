@@ -244,7 +244,7 @@ class PartialFC(nn.Module):
 
 
 class _FiniteGradient(torch.autograd.Function):
-    """Identity whose gradient is zero where the step's verdict, known by then, is that it was not finite."""
+    """Identity; zeroes the gradient if the step was not finite, which is known by the time backward runs."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, verdict: Verdict) -> Tensor:

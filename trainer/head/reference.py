@@ -1,7 +1,7 @@
-"""``impl: reference``: the plain way, kept in the product as what the fused pass is compared with.
+"""``impl: reference``: the plain implementation, with which the fused pass is compared.
 
 ``weight[index]`` is copied, the logits of the batch are materialised, autograd builds a dense gradient of the whole
-shard, and torch's own optimizer touches every row. It costs what that costs.
+shard, and torch's own optimizer touches every row.
 """
 
 from typing import Any

@@ -244,7 +244,7 @@ class RowOptimizer(ABC):
         """
 
     def loaded(self) -> None:
-        """The tables were loaded from a checkpoint: all rows are up to date, and selections made before are not."""
+        """The tables were loaded from a checkpoint: every row counts as current; earlier selections are invalid."""
         self.updates += 1
 
     @abstractmethod

@@ -34,7 +34,7 @@ state's memory.
 """
 
 
-def constant_shift(scale: float, dtype: torch.dtype, remedy: str = "use impl: reference") -> float:
+def constant_shift(scale: float, dtype: torch.dtype, remedy: str = "use head.impl=reference") -> float:
     """The constant subtracted from every logit s·cos before exp: s − 70 in float32, 0 in float64.
 
     At cos = 1 for all of 29 million rows the sum is below float32's largest number; at cos = −1 a single term
@@ -79,8 +79,8 @@ class Batch:
     def of(cls, embeddings: Tensor, labels: Tensor, num_classes: int, work: torch.dtype) -> "Batch":
         """From embeddings (B, D) as the backbone gives them and labels (B,).
 
-        A step that is not finite goes through with zeros, so that nothing has to wait for the verdict, and ends as
-        NaN.
+        Inputs that are not finite are replaced by zeros, so that the host does not wait for the device; the loss is
+        set to NaN at the end.
         """
         norm = torch.linalg.vector_norm(embeddings.to(work), dim=1)
         usable = torch.isfinite(norm).all() & (labels < num_classes).all()

@@ -43,7 +43,7 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
             raise ModelError(damage)
         config, source = checkpoint.seal["config"], str(path / SEAL)
         chosen: BackboneConfig = parse_section(BackboneConfig, config["backbone"], source)
-        look = _look(config["data"])
+        info = _image_info(config["data"])
         index = read_index(path).state_dict_metadata
         found = {n: entry for n, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
         prefix = next(p for p in (*_PREFIXES, "") if any(n.startswith(p) for n in found))
@@ -51,7 +51,7 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
         if not prefix:
             raise ModelError(f"{path}: holds no backbone")
         load_tensors(checkpoint, state)
-        backbone = build_backbone(chosen, look.image_size)
+        backbone = build_backbone(chosen, info.image_size)
         state = {name.removeprefix(prefix): value for name, value in state.items()}
         fit_scale(backbone, state)
         backbone.load_state_dict(state)
@@ -60,7 +60,7 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
     except (LceError, RuntimeError, KeyError) as error:
         raise ModelError(f"{path}: no model can be taken from it: {error}") from None
     card = trained_card(
-        look,
+        info,
         config["data"].get("path"),
         checkpoint.seal.get("old_model", (None, None)),  # seals of version 0.1 do not have it
         backbone=chosen.model_copy(update={"weights": None}),
@@ -77,7 +77,7 @@ def open_checkpoint(path: Path, device: str | torch.device = "cpu") -> TorchMode
     return model
 
 
-def _look(data: dict[str, Any]) -> DatasetInfo:
+def _image_info(data: dict[str, Any]) -> DatasetInfo:
     if data.get("path") is None:
         return DatasetInfo(image_size=(data["synthetic_size"], data["synthetic_size"]))
     return open_dataset(Path(data["path"])).info

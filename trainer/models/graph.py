@@ -132,7 +132,7 @@ def _check_unit(rows: np.ndarray, what: str) -> None:
     if len(wrong):
         raise ModelError(
             f"{what} of input {wrong[0]} has norm {norms[wrong[0]]:.3g}, not 1 ({len(wrong)} of {len(norms)} are like "
-            "it); nothing can be compared by such rows, and no file was kept. Is the model trained, and its map alive?"
+            "it); nothing can be compared by such rows, and no file was kept. Were model and map trained?"
         )
 
 

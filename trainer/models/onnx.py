@@ -187,9 +187,9 @@ class OnnxModel(EmbeddingModel):
     stated; one that does nothing to it is fed (pixel − 127.5) / 127.5 of RGB, as InsightFace's clients do.
     """
 
-    def __init__(self, card: ModelCard, path: Path, content_hash: str, session: Any, way: GraphInput) -> None:
+    def __init__(self, card: ModelCard, path: Path, content_hash: str, session: Any, graph_input: GraphInput) -> None:
         super().__init__(card, path, content_hash)
-        self.graph_input, self._session = way, session
+        self.graph_input, self._session = graph_input, session
 
     @staticmethod
     def open(path: Path, device: str | torch.device = "cpu", reading: Reading | None = None) -> "OnnxModel":
@@ -214,13 +214,13 @@ class OnnxModel(EmbeddingModel):
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         order = slice(None) if card.color == "RGB" else slice(None, None, -1)  # the graph takes RGB always
         outside = metadata.get(INPUT_KEY) == IMAGES_OUTSIDE
-        way = GraphInput(
+        graph_input = GraphInput(
             session.get_inputs()[0].name,
             session.get_outputs()[0].name,
             "RGB",
             (card.mean[order], card.std[order]) if outside else None,  # type: ignore[arg-type]
         )
-        model = OnnxModel(card, path, digest, session, way)
+        model = OnnxModel(card, path, digest, session, graph_input)
         model.identities = load_identities(card.identities, path.with_suffix(f".{IDENTITIES}"))
         return model
 
@@ -262,7 +262,7 @@ def _open_foreign(session: Any, path: Path, stated: Reading) -> OnnxModel:
     batch = session.get_inputs()[0].shape[0]
     fixed = isinstance(batch, int) and batch > 0
     color = stated.color or "RGB"
-    way = GraphInput(
+    graph_input = GraphInput(
         session.get_inputs()[0].name,
         stated.output or "",
         color,
@@ -272,12 +272,12 @@ def _open_foreign(session: Any, path: Path, stated: Reading) -> OnnxModel:
         batch if fixed else None,
     )
     notes = [f"embeddings are made in groups of {batch}, its fixed batch size"] if fixed else []
-    way, dim, more = _find_output(session, path, way, size, stated.output)
+    graph_input, dim, more = _find_output(session, path, graph_input, size, stated.output)
     card = ModelCard(
         dim=dim, image_size=size, color=color, mean=mean, std=std, notes="an ONNX file without a model card"
     )
-    content = reading_hash(path, way.output, pixels, color, mean, std, size)
-    model = OnnxModel(card, path, content, session, way)
+    content = reading_hash(path, graph_input.output, pixels, color, mean, std, size)
+    model = OnnxModel(card, path, content, session, graph_input)
     model.foreign, model.allow_collapsed = True, stated.allow_collapsed
     ranges = {"0..255": "pixels 0 … 255", "0..1": "pixels 0 … 1"}
     fed = ranges.get(pixels, f"pixels normalised by mean {_short(mean)} and std {_short(std)} (of pixel / 255)")
@@ -287,7 +287,7 @@ def _open_foreign(session: Any, path: Path, stated: Reading) -> OnnxModel:
     model.reading = "; ".join(
         [
             f"{path}: fed {fed} ({why}), {color}{assumed},{axes}{kind} {size[0]} × {size[1]}",
-            f"dimension {dim} from the output {way.output!r}",
+            f"dimension {dim} from the output {graph_input.output!r}",
             *notes,
             *more,
         ]
@@ -337,26 +337,26 @@ def _pixels(path: Path, name: str, dtype: Any, stated: Reading) -> tuple[Pixels,
 
 
 def _find_output(
-    session: Any, path: Path, way: GraphInput, size: tuple[int, int], named: str | None
+    session: Any, path: Path, graph_input: GraphInput, size: tuple[int, int], named: str | None
 ) -> tuple[GraphInput, int, list[str]]:
     """The graph's input with its output and group settled, D, and what is to be said of it."""
     names = [output.name for output in session.get_outputs()]
     if named is not None and named not in names:
         raise ModelError(f"{path}: has no output {named!r}; it has {', '.join(names)}")
-    count, notes = way.group or 2, []
+    count, notes = graph_input.group or 2, []
     try:
-        found = _outputs(session, way, names, size, count)
+        found = _outputs(session, graph_input, names, size, count)
     except Exception as error:
-        if way.group is not None:
+        if graph_input.group is not None:
             raise ModelError(f"{path}: fails on {count} images: {_line(error)}") from None
         found, notes = {}, [_line(error)]
-    if way.group is None and not _candidates(found, count):
+    if graph_input.group is None and not _candidates(found, count):
         try:
-            alone = _outputs(session, way, names, size, 1)
+            alone = _outputs(session, graph_input, names, size, 1)
         except Exception as error:
             raise ModelError(f"{path}: fails on one image: {_line(error)}") from None
         reason = notes[0] if notes else f"two give {', '.join(str(np.shape(v)) for v in found.values())}"
-        found, count, way = alone, 1, replace(way, group=1)
+        found, count, graph_input = alone, 1, replace(graph_input, group=1)
         notes = [f"one image at a time, for the graph does not work on several ({reason[:160]})"]
     candidates = _candidates(found, count)
     if named is not None and named not in candidates:
@@ -367,12 +367,14 @@ def _find_output(
     chosen = named or next(iter(candidates))
     if named is None and len(names) > 1:
         notes.append(f"the first of its outputs that is an embedding, of {', '.join(names)} (another with `output`)")
-    return replace(way, output=chosen), candidates[chosen], notes
+    return replace(graph_input, output=chosen), candidates[chosen], notes
 
 
-def _outputs(session: Any, way: GraphInput, names: list[str], size: tuple[int, int], count: int) -> dict[str, Any]:
+def _outputs(
+    session: Any, graph_input: GraphInput, names: list[str], size: tuple[int, int], count: int
+) -> dict[str, Any]:
     black = np.zeros((count, *size, 3), np.uint8)
-    return dict(zip(names, session.run(names, {way.name: way.feed(black)}), strict=True))
+    return dict(zip(names, session.run(names, {graph_input.name: graph_input.feed(black)}), strict=True))
 
 
 def _candidates(found: dict[str, Any], count: int) -> dict[str, int]:

@@ -331,8 +331,9 @@ class Engine:
         for key, (was, wanted) in pairs.items():
             if was != wanted:
                 raise CheckpointError(
-                    f"{checkpoint.folder}: was taken with {key}={was}, now {wanted}: its {checkpoint.step} updates are "
-                    f"other epochs then; use {key}={was}, or give train.steps instead of train.epochs"
+                    f"{checkpoint.folder}: was taken with {key}={was}, now {wanted}: its {checkpoint.step} updates "
+                    f"would count as a different number of epochs; use {key}={was}, or give train.steps instead of "
+                    "train.epochs"
                 )
         position, an_epoch = checkpoint.seal["loader"], self.state.loader.steps_per_epoch
         epoch, batch = divmod(checkpoint.step * now.train.accumulate, an_epoch)

@@ -30,6 +30,7 @@ from trainer.data import Dataset, DatasetInfo, open_dataset
 from trainer.data.config import DataConfig, ImagesConfig, SyntheticConfig
 from trainer.distributed import Ranks, agree, gather_objects, on_main
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
+from trainer.evaluation.periodic import open_periodic
 from trainer.files import why_unwritable
 from trainer.models.model import introduce
 from trainer.networks import build_backbone
@@ -60,6 +61,26 @@ def prepare(config: Config, ranks: Ranks) -> Inputs:
     return inputs
 
 
+def check(config: Config, world_size: int) -> Inputs:
+    """Open and check what :func:`prepare` does, and the evaluation sets, in this process alone; nothing is written.
+
+    Args:
+        world_size: of the run that is to be.
+
+    Raises:
+        LceError: as :func:`prepare`.
+    """
+    inputs = _open(config, Ranks())
+    _check_share(world_size, inputs.num_classes)
+    open_periodic(config.evaluate, inputs.image_size, Ranks())
+    return inputs
+
+
+def _check_share(world_size: int, classes: int) -> None:
+    if world_size > classes:
+        raise ConfigError(f"{world_size} ranks for {classes} classes: a rank would own none; start at most {classes}")
+
+
 def together(action: Callable[[], T]) -> T:
     """Do something on every rank that may fail on some; all ranks raise the lowest such rank's :class:`LceError`."""
     result: list[T] = []
@@ -84,10 +105,7 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
         classes, size = dataset.num_classes, dataset.info.image_size
         if len(dataset.kept) == 0:
             raise DataError(f"{dataset.path}: no record to train on (all labels are −1, or the data set is empty)")
-    if ranks.world_size > classes:
-        raise ConfigError(
-            f"{ranks.world_size} ranks for {classes} classes: a rank would own none; start at most {classes}"
-        )
+    _check_share(ranks.world_size, classes)
     method = config.method
     if isinstance(method, LceCrossConfig):
         cross = open_cross(method, dataset, ranks.device)
@@ -132,8 +150,8 @@ def _open_bank(config: Config, method: MethodConfig, classes: int, dataset: Data
 
 def _open_old(method: MethodConfig, data: DataConfig, dataset: Dataset | None, ranks: Ranks) -> OldEmbeddings | None:
     if isinstance(method, WithOldConfig) and method.old_model is not None:
-        look = dataset.info if dataset is not None else DatasetInfo()
-        return ModelEmbeddings(method.old_model, look, ranks.device)
+        info = dataset.info if dataset is not None else DatasetInfo()
+        return ModelEmbeddings(method.old_model, info, ranks.device)
     if not isinstance(method, WithOldConfig | UniBctConfig):
         return None
     assert method.old_embeddings is not None
@@ -209,7 +227,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     level, name = on_main(write, ranks)
     mark = places[level] / name
 
-    def look() -> None:
+    def wait_for_mark() -> None:
         end = time.monotonic() + SHARED_SECONDS
         while not mark.exists():
             if time.monotonic() > end:
@@ -220,7 +238,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
             time.sleep(0.2)
 
     try:
-        together(look)
+        together(wait_for_mark)
     finally:
         if ranks.is_main:
             mark.unlink(missing_ok=True)

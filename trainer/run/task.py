@@ -72,7 +72,7 @@ class Task(Protocol):
         """
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of what the task updates by itself (the head's rows)."""
+        """The learning rate of what the task itself updates (the head's rows)."""
 
     def apply(self, finite: Tensor) -> None:
         """End of the update: apply what was held back, or drop it when ``finite`` (bool scalar) is False."""

@@ -35,10 +35,10 @@ EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED 
 PHASES = ("data", "forward", "update", "evaluate", "log", "save")
 BEAT_SECONDS = 2.0
 GRACE_SECONDS = 8.0  # after Ctrl-C: a rank whose step takes longer (and thrice as long as any before) is ended
-AGAIN_SECONDS = 3.0  # a signal so long after a Ctrl-C is a second one, and not the first that the launcher sends on
+AGAIN_SECONDS = 3.0  # a later signal is a second Ctrl-C; an earlier one is the first, forwarded by the launcher
 STUCK_SECONDS = 10.0  # in one phase: look whether another rank has failed
 ORPHAN_SECONDS = 60.0  # after the launcher's death
-SILENT_SECONDS = 15.0  # without a word while we are told to stop: that rank is gone
+SILENT_SECONDS = 15.0  # without a message while we are asked to stop: that rank is lost
 _UPDATE = ("data", "forward", "update")
 _STOP, _FAILED = "stop", "failed"
 
@@ -336,7 +336,7 @@ class Watch:
 
 
 def _went_away(rank: int) -> str:
-    return f"rank {rank} went away without a word (killed, or its machine is gone)"
+    return f"rank {rank} ended without a message (killed, or its machine is gone)"
 
 
 def _stopped_because(first: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ class BoundaryRule:
         if not 0 <= self.quantile < 1 or not 0 < self.nearest_share <= 1 or not -1 <= (self.single or 0) <= 1:
             raise ValueError("quantile is in [0, 1), nearest_share in (0, 1], single in [−1, 1]")
 
-    def words(self) -> str:
+    def text(self) -> str:
         """The rule for people."""
         text = "minimum cosine" if self.quantile == 0 else f"{self.quantile:g} quantile of the cosines"
         if self.outliers == "iqr":

@@ -72,9 +72,9 @@ def open_classifier(
     if len(files) > 1 or _RANK_FILE.match(files[0].name):
         return _sharded(files, key, num_classes, ranks)
     name, weight = _find_weight(files[0], key, num_classes)
-    weight, words = _oriented(weight, layout, num_classes, files[0], name)
+    weight, how = _oriented(weight, layout, num_classes, files[0], name)
     rows = Rows([weight], [str(files[0])])
-    found = f"{files[0]}: {name!r} {words}"
+    found = f"{files[0]}: {name!r} {how}"
     return _checked(Classifier(rows, f"{found}: {len(rows)} classes of dimension {rows.dim}"), num_classes, files[0])
 
 

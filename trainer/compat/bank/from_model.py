@@ -53,17 +53,17 @@ class _Work:
 
     def prepare(self) -> list[int]:
         """Make the folder, or check that the one there is of the same job; the blocks that are still to do."""
-        note = self.folder / "job.json"
-        if not note.is_file():
+        job_file = self.folder / "job.json"
+        if not job_file.is_file():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 array = np.lib.format.open_memmap(self.embeddings, "w+", np.float32, (self.records, self.dim))
                 del array
                 self.done.write_bytes(bytes(self.blocks))
-                note.write_text(json.dumps(self.job, indent=1), encoding="utf-8")
+                job_file.write_text(json.dumps(self.job, indent=1), encoding="utf-8")
             except OSError as error:
                 raise CenterBankError(f"{self.folder}: cannot be written: {error.strerror}") from None
-        known = read_json(note, CenterBankError)
+        known = read_json(job_file, CenterBankError)
         if known != self.job:
             raise CenterBankError(
                 f"{self.folder}: unfinished work of another model, data set or setting; finish or remove it"
@@ -208,7 +208,7 @@ def bank_from_model(
         dataset=dataset.named,
         dataset_fingerprint=dataset.fingerprint,
         numbering=on_main(lambda: dataset.numbering, ranks),
-        boundary=rule.words() + (", flip-sum" if flip else ""),
+        boundary=rule.text() + (", flip-sum" if flip else ""),
     )
 
     def check() -> None:

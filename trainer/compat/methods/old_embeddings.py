@@ -91,16 +91,16 @@ class ModelEmbeddings:
 
     Args:
         path: model folder, run folder or .onnx file.
-        look: how the data set's images are normalised, which is undone before the old model's own normalisation.
+        info: how the data set's images are normalised, which is undone before the old model's own normalisation.
         device: where the model runs.
 
     Raises:
         ModelError: no model there.
     """
 
-    def __init__(self, path: Path, look: DatasetInfo, device: torch.device) -> None:
+    def __init__(self, path: Path, info: DatasetInfo, device: torch.device) -> None:
         self.old: EmbeddingModel = load_model(path, device)
-        self.card, self.dim, self.look = self.old.card, self.old.dim, look
+        self.card, self.dim, self.info = self.old.card, self.old.dim, info
         self.model: tuple[str, str] | None = (str(path), self.old.hash)
         self.fingerprint = self.old.hash
 
@@ -109,15 +109,15 @@ class ModelEmbeddings:
         """See :class:`OldEmbeddings`; an ONNX model gets pixels rounded to 0 … 255, as it does in use."""
         if not len(batch.labels):
             return torch.zeros(0, self.dim, device=batch.labels.device)
-        mean, std = (batch.images.new_tensor(v).view(3, 1, 1) for v in (self.look.mean, self.look.std))
+        mean, std = (batch.images.new_tensor(v).view(3, 1, 1) for v in (self.info.mean, self.info.std))
         pixels = batch.images * std + mean
         if pixels.shape[2:] != self.card.image_size:
             pixels = nn.functional.interpolate(pixels, self.card.image_size, mode="bilinear", antialias=True)
         if isinstance(self.old, TorchModel):
-            if self.look.color != self.card.color:
+            if self.info.color != self.card.color:
                 pixels = pixels.flip(1)
             mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.card.mean, self.card.std))
             return self.old.backbone(((pixels - mean) / std).float()).float()
         images = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        found = self.old.embed(images.cpu().numpy(), self.look.color)
+        found = self.old.embed(images.cpu().numpy(), self.info.color)
         return torch.from_numpy(found).to(batch.labels.device)

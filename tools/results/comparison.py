@@ -126,7 +126,7 @@ class Children:
 
 
 @dataclass
-class Lab:
+class Comparison:
     """All pieces of one benchmark; the methods that make one may be called from several threads, one piece a thread.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The story that `lce demo` tells: pictures → old model → centre bank → new model → evaluation → export, for one seed.
+"""What `lce demo` runs: pictures → old model → centre bank → new model → evaluation → export, for one seed.
 
 Every step is a command of the product (`lce pack`, `lce launch`, `lce centers`, `lce evaluate`, `lce export`); what is
 particular to the demo is only the order, the folders and the pictures.
@@ -47,8 +47,8 @@ PLANS = {
 
 
 @dataclass(frozen=True)
-class Told:
-    """One story's outcome.
+class Outcome:
+    """The outcome for one seed.
 
     Attributes:
         evaluation: what ``lce evaluate --json`` reports. onnx: the same with the exported model as the new one.
@@ -63,7 +63,7 @@ class Told:
     seconds: dict[str, float]
 
 
-class Story:
+class DemoUpgrade:
     """The demo's steps for one kind of pictures, one seed and one folder.
 
     Args:
@@ -99,7 +99,7 @@ class Story:
         for name in ("old", "paragon", "new"):
             load_config(*self._training(name))  # a wrong override is refused now, not after the first training
 
-    def tell(self) -> Told:
+    def run(self) -> Outcome:
         """Do what is not done yet, and return the outcome."""
         self._pictures()
         self._train("old", "the old model")
@@ -111,7 +111,7 @@ class Story:
         evaluation, onnx, export = (
             json.loads((self.folder / f"{name}.json").read_text()) for name in ("evaluation", "onnx", "export")
         )
-        return Told(self.seed, evaluation, onnx, export, self.folder / "report.html", self._steps.seconds)
+        return Outcome(self.seed, evaluation, onnx, export, self.folder / "report.html", self._steps.seconds)
 
     def _path(self, name: str) -> str:
         return str(self.folder / name)
@@ -140,7 +140,7 @@ class Story:
 
     def _train(self, name: str, title: str) -> None:
         config, overrides = self._training(name)
-        made_from = self._placeless([dump_config(load_config(config, overrides)), str(self.nproc)])
+        made_from = self._without_folder([dump_config(load_config(config, overrides)), str(self.nproc)])
 
         def action() -> None:
             run_lce(["launch", str(config), "--nproc", str(self.nproc), *overrides], self._stdout)
@@ -148,35 +148,35 @@ class Story:
         self._steps.run(name, f"training {title}", made_from, [self.folder / name], action, continues=True)
 
     def _centers(self) -> None:
-        words = ["centers", "from-model", self._path("old"), self._path("data/train"), self._path("bank")]
-        words += ["--nproc", str(self.nproc)]
-        self._command("bank", "old model → centre bank of the new training set", words, ["bank"], self._stdout)
+        argv = ["centers", "from-model", self._path("old"), self._path("data/train"), self._path("bank")]
+        argv += ["--nproc", str(self.nproc)]
+        self._command("bank", "old model → centre bank of the new training set", argv, ["bank"], self._stdout)
 
     def _export(self) -> None:
-        words = ["export", self._path("new"), self._path("new.onnx"), "--dataset", self._path("data/unseen")]
-        words += ["--json", self._path("export.json")]
+        argv = ["export", self._path("new"), self._path("new.onnx"), "--dataset", self._path("data/unseen")]
+        argv += ["--json", self._path("export.json")]
         title = "the new model → ONNX, compared with torch on real images"
-        self._command("export", title, words, ["new.onnx", "export.json"], self._stdout)
+        self._command("export", title, argv, ["new.onnx", "export.json"], self._stdout)
 
     def _evaluate(self) -> None:
         """Measure the three models, and once more with ONNX Runtime running the new one on the old gallery."""
         common = ["evaluate", "--old", self._path("old"), "--fars", ",".join(f"{far:g}" for far in self.plan.fars)]
         common += ["--cache", self._path("embeddings"), "--data"]
         sets = [f"{name}={self._path(f'data/{name}')}" for name in self.plan.reported]
-        words = ["--new", self._path("new"), "--paragon", self._path("paragon")]
-        words += ["--runs", *(self._path(name) for name in ("old", "new", "paragon"))]
-        words += ["--report", self._path("report.html"), "--pictures", "--json", self._path("evaluation.json")]
+        argv = ["--new", self._path("new"), "--paragon", self._path("paragon")]
+        argv += ["--runs", *(self._path(name) for name in ("old", "new", "paragon"))]
+        argv += ["--report", self._path("report.html"), "--pictures", "--json", self._path("evaluation.json")]
         products = ["embeddings", "report.html", "evaluation.json"]
-        self._command("evaluate", "evaluation and report", [*common, *sets, *words], products)
-        words = ["--new", self._path("new.onnx"), "--replicates", "100", "--json", self._path("onnx.json")]
-        self._command("onnx", "the old gallery searched by the ONNX model", [*common, sets[0], *words], ["onnx.json"])
+        self._command("evaluate", "evaluation and report", [*common, *sets, *argv], products)
+        argv = ["--new", self._path("new.onnx"), "--replicates", "100", "--json", self._path("onnx.json")]
+        self._command("onnx", "the old gallery searched by the ONNX model", [*common, sets[0], *argv], ["onnx.json"])
 
     def _command(
-        self, name: str, title: str, words: list[str], products: list[str], stdout: int | None = subprocess.DEVNULL
+        self, name: str, title: str, argv: list[str], products: list[str], stdout: int | None = subprocess.DEVNULL
     ) -> None:
         paths = [self.folder / product for product in products]
-        self._steps.run(name, title, self._placeless(words), paths, lambda: run_lce(words, stdout))
+        self._steps.run(name, title, self._without_folder(argv), paths, lambda: run_lce(argv, stdout))
 
-    def _placeless(self, words: list[str]) -> list[str]:
-        """The words without this story's place, so that the same story under another path is not another one."""
-        return [word.replace(str(self.folder), "story") for word in words]
+    def _without_folder(self, argv: list[str]) -> list[str]:
+        """The arguments without this demo's folder, so that a demo that was moved continues."""
+        return [word.replace(str(self.folder), "story") for word in argv]  # the key of steps done before
