@@ -198,4 +198,7 @@ def test_ranks_of_other_launchers_end_with_lce_launch(tmp_path: Path, launcher: 
     end = time.monotonic() + 90
     while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not any(map(alive, pids))
+    left = [pid for pid in pids if alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
