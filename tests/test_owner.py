@@ -17,7 +17,7 @@ import pytest
 
 from trainer import owner
 from trainer.errors import DataError
-from trainer.owner import Note, owned
+from trainer.owner import Launcher, Note, owned, started
 
 HOLD = """
 import sys, time
@@ -212,3 +212,19 @@ def test_something_else_under_the_locks_name_is_an_error_or_nothing(target: Path
     with pytest.raises(DataError, match="cannot be written"):
         owned(target, DataError).__enter__()
     assert victim.read_text() == "precious"
+
+
+def test_an_owner_ends_with_the_command_behind_its_launcher() -> None:
+    """DeepSpeed's own processes outlive the ``lce launch`` that started them."""
+    first = subprocess.Popen(["sleep", "60"])
+    launcher = Launcher(os.getppid(), f"{first.pid}:{started(first.pid)}")
+    note = Note.mine(launcher=launcher)
+    assert launcher.lives(os.getpid())
+    assert note.lives
+    assert not note.ending
+    first.kill()
+    first.wait()
+    assert not launcher.lives(os.getpid())
+    assert note.ending
+    assert not Launcher(os.getppid(), f"{os.getpid()}:another start").lives(os.getpid())
+    assert not Note.mine().ending

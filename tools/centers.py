@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     info = _parser(commands, "info", "counts, boundaries, and likely duplicates in a bank")
     info.add_argument("bank", type=Path)
     info.add_argument("--pairs", type=whole_number(0), default=10, help="how many nearest pairs of centres to show")
+    info.add_argument("--dataset", metavar="FOLDER[@LABELS.npy]", help="the set whose names the classes have")
     info.add_argument("--verify", action="store_true", help="read everything and compare the checksums first")
     info.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
 
@@ -290,13 +291,42 @@ def _info(args: argparse.Namespace) -> int:
     bank = CenterBank.open(args.bank)
     if args.verify:
         bank.verify()
+    names = _identity_names(bank, args.dataset)
     with progress_bar("comparing centres") as progress:
         pairs = nearest_pairs(bank, args.pairs, progress=progress)
     figures = {**summarise(bank), "nearest_pairs": pairs}
+    if names is not None:
+        for pair in pairs:
+            pair["names"] = [names[k] for k in pair["classes"]]
+        figures["meaningless"]["names"] = [names[k] for k in figures["meaningless"]["examples"]]
     write_json(figures, args.json)
     if args.json != "-":
         print(translated(describe(args.bank, figures), args.parser))
+        if names is None:
+            print("classes are shown by number: --dataset FOLDER[@LABELS.npy], the set it was made for, names them")
     return 0
+
+
+def _identity_names(bank: "CenterBank", given: str | None) -> list[str] | None:
+    """The names of a bank's classes, from the data set that is given or, where it is still there, that it was made for.
+
+    Raises:
+        LceError: the data set that is given cannot be opened, or numbers other identities.
+    """
+    from trainer.data.index import open_named
+    from trainer.errors import LceError
+
+    made_for = (bank.info.dataset or "").replace(" with the labels ", "@")
+    if given is None and not made_for:
+        return None
+    try:
+        dataset = open_named(given or made_for)
+        bank.check_classes(dataset.num_classes, dataset, "the bank")
+        return dataset.class_names
+    except LceError:
+        if given is not None:
+            raise
+        return None
 
 
 def _rule(args: argparse.Namespace) -> "BoundaryRule":

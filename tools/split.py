@@ -11,10 +11,12 @@ its classes). Use them as data.labels in a configuration.
   extended-group  old: a share of the groups of images;   new: all groups
   open-group      old: a share of the groups;             new: the other groups
 
-A group is a camera, a year, a typeface …: --groups names a .npy with a whole number per record.
+Amounts are shares (0.3), counts (50), or files that name identities, one a line (benchmark.txt: these people are the
+benchmark). A group is a camera, a year, a typeface …: --groups names a .npy with a whole number per record.
 
 Example:
   lce split packed/ splits/ --kind extended-class --share 0.3 --unseen 0.2 --seen 1
+  lce split packed/ splits/ --share 2000 --unseen benchmark.txt
 """
 
 import argparse
@@ -44,9 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kind", choices=KINDS, default="extended-class", help="what the new model has more (%(default)s)"
     )
     parser.add_argument("--groups", type=Path, metavar="FILE", help="the group of each record (.npy), to split by it")
-    parser.add_argument("--share", type=_share, default=0.3, help="the old model's share (0.3)")
-    parser.add_argument("--unseen", type=_share, default=0.0, help="share of the classes held out for the report")
-    parser.add_argument("--tune", type=_share, default=0.0, help="share of the classes held out for choosing settings")
+    parser.add_argument("--share", type=_amount, default=0.3, metavar="AMOUNT", help="the old model's (0.3)")
+    parser.add_argument(
+        "--unseen", type=_amount, default=0.0, metavar="AMOUNT", help="identities held out for the report"
+    )
+    parser.add_argument(
+        "--tune", type=_amount, default=0.0, metavar="AMOUNT", help="identities held out for choosing settings"
+    )
     parser.add_argument(
         "--seen", type=whole_number(0), default=0, metavar="N", help="images of each other class held out"
     )
@@ -57,10 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Split; returns the exit status."""
     from trainer.data import open_dataset
-    from trainer.data.splitting import SplitOptions, save_tables, split
+    from trainer.data.splitting import SplitOptions, identity_list, save_tables, split
 
     dataset = open_dataset(args.dataset)
-    options = SplitOptions(args.kind, args.share, args.unseen, args.tune, args.seen, args.seed)
+    share, unseen, tune = (
+        identity_list(dataset, amount) if isinstance(amount, Path) else amount
+        for amount in (args.share, args.unseen, args.tune)
+    )
+    options = SplitOptions(args.kind, share, unseen, tune, args.seen, args.seed)
     tables = split(dataset, options, None if args.groups is None else _groups(args.groups))
     made_by = f"lce split {args.dataset} --kind {args.kind} --share {args.share} --unseen {args.unseen} "
     save_tables(tables, args.out, dataset, made_by + f"--tune {args.tune} --seen {args.seen} --seed {args.seed}")
@@ -92,11 +102,16 @@ def _groups(path: Path) -> "NDArray[np.int64]":
         raise DataError(f"--groups {error}; expected a whole number per record") from None
 
 
-def _share(text: str) -> float:
+def _amount(text: str) -> float | int | Path:
+    """A share (0 and 1 too), a count from 2 on, or a file."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a share from 0 to 1")
-    return value
+        if Path(text).is_file():
+            return Path(text)
+        raise argparse.ArgumentTypeError(f"{text}: expected a share from 0 to 1, a count, or a file") from None
+    if 0 <= value <= 1:
+        return value
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: expected a share from 0 to 1, or a whole number of identities")
+    return int(text)

@@ -74,7 +74,7 @@ def struck(folder: Path, victim: str, after: int, draw: random.Random, **changes
     return output
 
 
-@amounts(2, 30, 100)
+@amounts(1, 30, 100)
 def test_killed_runs_end_as_the_uninterrupted_one(tmp_path: Path, amount: int) -> None:
     changes = settings(packed(tmp_path, 11, 6, (8, 8)))
     whole = tmp_path / "whole"

@@ -15,7 +15,7 @@ from trainer.data import open_dataset
 from trainer.data.checking import check, storage_of, wanted_order
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
-from trainer.data.splitting import KINDS, SplitOptions, save_tables, split
+from trainer.data.splitting import KINDS, SplitOptions, identity_list, save_tables, split
 from trainer.errors import DataError
 
 
@@ -201,3 +201,50 @@ def test_the_order_that_a_folder_wants(tmp_path: Path, capsys: pytest.CaptureFix
     assert storage_of(tmp_path)
     assert cli.main(["check", str(dataset.path)]) == 0
     assert "data.order: " in capsys.readouterr().out
+
+
+def test_counts_and_lists_of_identities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = packed(tmp_path, classes=12)
+    names = open_dataset(folder).class_names
+    assert names is not None
+    (tmp_path / "benchmark.txt").write_text(f"{names[3]}\n\n{names[7]}\n{names[3]}\n")
+    (tmp_path / "old.txt").write_text(f"{names[0]}\n{names[11]}\n")
+    words = ["split", str(folder), str(tmp_path / "out"), "--unseen", str(tmp_path / "benchmark.txt"), "--tune", "2"]
+    assert cli.main([*words, "--share", "4", "--kind", "open-class"]) == 0
+
+    def classes(name: str) -> list[int]:
+        return np.load(tmp_path / "out" / f"{name}.classes.npy").tolist()
+
+    assert classes("unseen") == [3, 7]
+    assert [len(classes(name)) for name in ("tune", "old", "new")] == [2, 4, 4]
+    assert sorted(k for name in ("unseen", "tune", "old", "new") for k in classes(name)) == list(range(12))
+    assert cli.main([*words, "--share", str(tmp_path / "old.txt"), "--kind", "open-class"]) == 0
+    assert classes("old") == [0, 11]
+    assert len(classes("new")) == 6
+    assert cli.main([*words, "--share", str(tmp_path / "old.txt")]) == 0
+    assert (classes("old"), len(classes("new"))) == ([0, 11], 8)
+    capsys.readouterr()
+    for more, reason in (
+        (["--share", "9"], "--share 9: 9 identities are wanted and 8 are left"),
+        (["--share", str(tmp_path / "benchmark.txt")], f"the identity {names[3]} is in two lists"),
+        (["--share", "5", "--kind", "open-data"], "takes a share of each class's images"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        assert reason in capsys.readouterr().err
+    (tmp_path / "benchmark.txt").write_text("nobody\n")
+    assert cli.main(words) == 2
+    assert "benchmark.txt: line 1:" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--share", "1.5"])
+
+
+def test_a_list_by_number_where_classes_have_no_names(tmp_path: Path) -> None:
+    folder = mxnet_copy("recbuilder", tmp_path)
+    (tmp_path / "list.txt").write_text("5\n0\n")
+    dataset = open_dataset(folder)
+    tables = split(dataset, SplitOptions(unseen=identity_list(dataset, tmp_path / "list.txt"), share=1))
+    assert tables["unseen"].classes.tolist() == [0, 5]
+    assert (len(tables["old"].classes), len(tables["new"].classes)) == (1, 4)
+    (tmp_path / "list.txt").write_text("6\n")
+    with pytest.raises(DataError, match="has no identity '6'"):
+        identity_list(dataset, tmp_path / "list.txt")

@@ -250,6 +250,15 @@ def test_classifiers_maps_and_info_on_the_command_line(
     assert "2 classes without a centre" in capsys.readouterr().out
     assert main([*base, "--new-dataset", str(stage / "data"), "--old-dataset", str(stage / "data"), "--force"]) == 0
     assert CenterBank.open(bank).rows(0, PEOPLE).class_ids.tolist() == list(range(PEOPLE))
+    names = open_dataset(stage / "data").class_names
+    assert names is not None
+    capsys.readouterr()
+    assert main(["centers", "info", bank, "--json", "-", "--pairs", "2"]) == 0  # the set it was made for is still there
+    (pair, _) = json.loads(capsys.readouterr().out)["nearest_pairs"]
+    assert pair["names"] == [names[k] for k in pair["classes"]]
+    assert main(["centers", "info", bank, "--pairs", "2"]) == 0
+    assert f"  {pair['names'][0]} – {pair['names'][1]}: cosine" in capsys.readouterr().out
+    assert main(["centers", "info", bank, "--dataset", str(tmp_path / "absent")]) == 2
 
 
 @pytest.mark.parametrize(

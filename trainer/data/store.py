@@ -94,7 +94,7 @@ class Part:
         """The encoded image of record ``row``; as :meth:`record`, with a short way for sound records of one frame."""
         try:
             image = recordio.plain_image(self._frames(row), self.first_id, row)
-        except (OSError, ValueError):
+        except (OSError, ValueError, DataError):
             image = None
         return self.record(row).image if image is None else image
 
@@ -104,7 +104,7 @@ class Part:
         try:
             data, _ = recordio.unframe(self._frames(row))
             record = recordio.decode_record(data)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, DataError) as error:
             raise DataError(f"{self.path}: record {row} at byte {start} is damaged: {error}") from None
         if self.first_id is not None and record.id != self.first_id + row:
             raise DataError(

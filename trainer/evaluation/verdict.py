@@ -14,7 +14,7 @@ Sets with identities that a model was trained on are judged apart: they neither 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.evaluation.bootstrap import LEVEL, Interval, interval
@@ -68,11 +68,15 @@ class SetVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer over all sets and the paragraph that gives it with its numbers."""
+    """The answer over all sets and the paragraph that gives it with its numbers.
+
+    caveats: the sentences of the paragraph that say what the answer does not rest on.
+    """
 
     answer: Answer
     paragraph: str
     sets: list[SetVerdict]
+    caveats: list[str] = field(default_factory=list)
 
 
 def resolved_far(fars: Sequence[float], impostor_pairs: int, rules: Rules) -> float | None:
@@ -175,11 +179,12 @@ def decide(
         answer = "NOT SAFE"
     elif answers == {"SAFE"}:
         answer = "SAFE"
-    sentences = [_OPENINGS[answer]]
+    caveats = []
     if apart and not counted:
-        sentences.append("No set of identities that nobody was trained on was given.")
-    sentences += [f"{name} is not part of this answer: {words}." for name, words in apart.items()]
-    sentences += [unknown] if unknown else []
+        caveats.append("No set of identities that nobody was trained on was given.")
+    caveats += [f"{name} is not part of this answer: {words}." for name, words in apart.items()]
+    caveats += [unknown] if unknown else []
+    sentences = [_OPENINGS[answer], *caveats]
     sentences += [_sentence(s, level) for s in [*counted, *(s for s in sets if s.seen)]]
     if not sets:
         sentences.append("No set with labelled identities was given.")
@@ -192,7 +197,7 @@ def decide(
     if points:
         name, point = max(points.items(), key=lambda item: item[1].far_kept / item[1].far)
         sentences.append(_threshold_sentence(name, point))
-    return Verdict(answer, " ".join(sentences), list(sets))
+    return Verdict(answer, " ".join(sentences), list(sets), caveats)
 
 
 _OPENINGS: dict[Answer, str] = {

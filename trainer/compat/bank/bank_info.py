@@ -127,7 +127,7 @@ def describe(path: Path, figures: dict[str, Any]) -> str:
             if number:
                 lines.append(f"  {low:+.1f} … {low + 2 / BINS:+.1f}  {number:9d} {'█' * -(-40 * number // most)}")
     if odd["beyond_90_degrees"]:
-        shown = ", ".join(map(str, odd["examples"]))
+        shown = ", ".join(map(str, odd.get("names", odd["examples"])))
         lines.append(
             f"{odd['beyond_90_degrees']} boundaries lie beyond 90° (mislabelled images? use `quantile` or `outliers`): "
             f"classes {shown}"
@@ -135,5 +135,6 @@ def describe(path: Path, figures: dict[str, Any]) -> str:
     if figures["nearest_pairs"]:
         lines.append("nearest centres (duplicate identities?):")
         for pair in figures["nearest_pairs"]:
-            lines.append(f"  {pair['classes'][0]} – {pair['classes'][1]}: cosine {pair['cosine']:.4f}")
+            one, other = pair.get("names", pair["classes"])
+            lines.append(f"  {one} – {other}: cosine {pair['cosine']:.4f}")
     return "\n".join(lines)
