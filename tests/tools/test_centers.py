@@ -273,7 +273,10 @@ def test_classifiers_maps_and_info_on_the_command_line(
         (["from-classifier", "E", "OUT", "--map", "absent.csv"], "absent.csv"),
         (["from-classifier", "E", "OUT", "--new-dataset", "DATA"], "both --new-dataset and --old-dataset"),
         (["from-classifier", "E", "OUT", "--layout", "rows", "--map", "L", "--new-dataset", "DATA"], "maps 3 classes"),
-        (["from-embeddings", "E", "OUT", "--labels", "Z"], "is no .npy file but an archive of arrays; needed are labels"),
+        (
+            ["from-embeddings", "E", "OUT", "--labels", "Z"],
+            "is no .npy file but an archive of arrays; needed are labels",
+        ),
         (["from-embeddings", "E", "OUT", "--labels", "L"], "1000000000000 classes; more than"),
         (["info", "MODEL"], "no centre bank"),
     ],
