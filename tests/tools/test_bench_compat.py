@@ -54,7 +54,7 @@ def bench(folder: Path, *words: str, sizes: Sequence[str] = SIZES) -> tuple[int,
 @pytest.fixture(autouse=True)
 def _sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(comparison.SOURCES, "patterns", comparison.Source(patterns, "demo-characters"))
-    broken = compat.Method("broken", ("compat.method=lce", "compat.bank=nowhere", "compat.weight={weight}"))
+    broken = compat.Method("broken", ("compat.method=lce", "compat.bank=nowhere", "compat.alignment_weight={weight}"))
     monkeypatch.setitem(compat.METHODS, "broken", broken)
 
 
