@@ -6,6 +6,7 @@
 # make mutants   make deliberate mistakes, one at a time in a copy: a test must notice each (some minutes)
 # make lint   the first three of them alone
 # make results   measure everything that docs/results.md shows again, and write it: some hours
+# make gpu-check   what needs a GPU, in stages of a few minutes; figures into benchmarks/gpu
 # make docs   the API reference, into build/docs
 # make package-check   build the package, install it into a clean environment, ask every command for --help
 #
@@ -27,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 comma := ,
 EXTRAS := dev$(comma)docs$(comma)demo$(if $(filter Linux,$(shell uname -s)),$(comma)gpu)
 
-.PHONY: install demo test test-fast mutants attack lint format results docs package-check clean
+.PHONY: install demo test test-fast mutants attack lint format results gpu-check docs package-check clean
 
 install: .venv/installed
 
@@ -58,6 +59,9 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+gpu-check: .venv/installed
+	$(BIN)/lce bench gpu_check --out benchmarks/gpu
 
 docs: .venv/installed
 	$(BIN)/python docs/build_api.py build/docs

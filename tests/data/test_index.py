@@ -89,6 +89,16 @@ def test_identity_records_are_never_taken_for_images(tmp_path: Path) -> None:
         open_dataset(tmp_path / "edited")
 
 
+def test_a_header_that_counts_no_identities_says_nothing_of_classes(tmp_path: Path) -> None:
+    writer = recordio.RecordWriter(tmp_path / "train.rec")
+    writer.write(0, recordio.encode_record(b"", (5.0, 5.0)))
+    for k in range(4):
+        writer.write(k + 1, recordio.encode_record(encoded(k), float(k // 2), k + 1))
+    writer.close()
+    dataset = open_dataset(tmp_path)
+    assert (dataset.labels.tolist(), dataset.num_classes) == ([0, 0, 1, 1], 2)
+
+
 def test_a_property_file_of_fewer_classes_is_named(tmp_path: Path) -> None:
     folder = mxnet_copy("recbuilder", tmp_path)
     (folder / "property").write_text("5,24,24")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.head.test_equality import config
-from tools.benchmarks.passes import counting
+from tools.passes import counting
 from trainer.distributed import Ranks
 from trainer.head.partial_fc import PartialFC
 from trainer.head.products import matmul_precision

@@ -96,7 +96,7 @@ def _trace(args: argparse.Namespace) -> int:
 
     import torch
 
-    from tools.benchmarks.passes import counting, table
+    from tools.passes import counting, table
     from trainer.distributed import Ranks
     from trainer.errors import ConfigError
 

@@ -597,15 +597,16 @@ def _open_described(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.
 def _check_identities(rec: Path, found: store.Found) -> None:
     """Raise :class:`DataError` where InsightFace's header record counts other identities than the labels do."""
     largest = int(found.labels.max(initial=-1))
-    if found.identities is None or largest >= MOST_CLASSES:  # so many are refused by themselves
+    identities = found.identities or 0
+    if identities <= 0 or largest >= MOST_CLASSES:  # some headers count none; so many classes are refused
         return
     there = np.zeros(largest + 1, bool)
     there[found.labels[found.labels >= 0]] = True
     distinct = int(there.sum())
-    exact = len(found.labels) + found.identities < recordio.EXACT_FLOAT_LABELS  # its keys are float32
-    if abs(distinct - found.identities) > (0 if exact else 4):
+    exact = len(found.labels) + identities < recordio.EXACT_FLOAT_LABELS  # its keys are float32
+    if abs(distinct - identities) > (0 if exact else 4):
         raise DataError(
-            f"{rec}: its header record counts {found.identities} identities, but the images have {distinct} different "
+            f"{rec}: its header record counts {identities} identities, but the images have {distinct} different "
             f"labels; was the list it was written from sorted by label? Sort it and write it again, or state "
             f"num_classes and parts in a {DESCRIPTION}"
         )
