@@ -1,6 +1,7 @@
 """Three speeds: whole files that start processes or train are marked ``slow``, besides tests that say so themselves;
 those marked ``attack`` take minutes each and run where ``-m`` asks for them (``make attack``)."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,11 @@ SLOW = (
     "tools/test_million.py",
     "test_skips.py",
 )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A command that runs in this process sets this for its children (tools/cli.py); it must not reach other tests."""
+    os.environ.pop("PYTHONSAFEPATH", None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

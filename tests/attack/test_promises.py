@@ -347,6 +347,7 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("head.optimizer.name", "adamw"): keeps("task.", head__optimizer={"name": "adamw", "lr_factor": 0.1}),
     ("head.compute", "float32"): learns(head__compute="float32"),
     ("head.compute", "bfloat16"): same(0.05, 2, {"head__compute": "bfloat16"}, {}),
+    ("head.compute", "tf32"): same(0, STEPS, {"head__compute": "tf32"}, {}),  # on the CPU: float32
     ("head.rows", "float32"): learns(head__rows="float32"),
     ("head.rows", "bfloat16"): same(0.05, 2, {"head__rows": "bfloat16"}, {}),
     ("head.rows", "float64"): same(1e-3, 2, {"head__rows": "float64"}, {}),
@@ -382,6 +383,8 @@ PROMISES: dict[tuple[str, str], Check] = {
         lambda t: 0.1 ** sum(t >= at for at in (0.5, 0.75, 0.9)), schedule__name="step"
     ),
     ("schedule.name", "constant"): schedule(lambda t: 1.0, schedule__name="constant"),
+    ("train.matmul", "float32"): learns(train__matmul="float32"),
+    ("train.matmul", "tf32"): same(0, STEPS, {"train__matmul": "tf32"}, {}),  # on the CPU: float32
     ("train.precision", "float32"): learns(train__precision="float32"),
     ("train.precision", "float64"): same(1e-3, 2, {"train__precision": "float64"}, {}),
     ("train.precision", "bfloat16"): same(0.05, 2, {"train__precision": "bfloat16"}, {}),
