@@ -183,13 +183,13 @@ def test_without_a_compiler_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
     broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no such flag' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    native.load.cache_clear()
+    native.library_of_this_machine.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"C\+\+ kernels cannot be built here.*no such flag"):
             run_native(Ranks(), config(rows="float32"), Case(steps=1), expected=False)
         assert not list(tmp_path.glob("lce-trainer/*.so")), "nothing half-built is left"
     finally:
-        native.load.cache_clear()
+        native.library_of_this_machine.cache_clear()
 
 
 def test_a_step_in_cpp_makes_norms_that_torch_has_kept_invalid() -> None:
@@ -220,9 +220,9 @@ def test_a_library_whose_struct_differs_is_refused(monkeypatch: pytest.MonkeyPat
         _fields_ = (("further", ctypes.c_int64),)
 
     monkeypatch.setattr(native, "StepFields", Longer)
-    native.load.cache_clear()
+    native.library_of_this_machine.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"native.cpp: Step has \d+ bytes, its mirror in native.py \d+"):
             assert native.load() is None
     finally:
-        native.load.cache_clear()
+        native.library_of_this_machine.cache_clear()

@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
 def _trace(args: argparse.Namespace) -> int:
     """Print what a step consists of, and on CUDA what the profiler says of it."""
     import os
+    from unittest.mock import patch
 
     import torch
 
@@ -102,9 +103,9 @@ def _trace(args: argparse.Namespace) -> int:
 
     if args.world_size > 1:
         raise ConfigError("--trace: one rank's step is counted; use --world-size 1")
-    os.environ["LCE_NATIVE"] = "0"  # the C++ pass has no operators to count
     device = torch.device(args.device)
-    head = _head("ours", args, Ranks(device=device))
+    with patch.dict(os.environ, LCE_NATIVE="0"):  # the C++ pass has no operators to count
+        head = _head("ours", args, Ranks(device=device))
     rows = len(head.rows) if args.rate == 1 else round(args.rate * len(head.rows))
     labels = torch.randint(0, args.classes, (args.batch,)).to(device)
 

@@ -209,11 +209,14 @@ def holds(old: OldCenters | None) -> bool:
     return old is None or (old.bank.centers.dtype == torch.float32 and old.bank.centers.device.type == "cpu")
 
 
-@functools.cache
 def load() -> Native | None:
-    """The built library, or None where it cannot be had (logged once)."""
-    if os.environ.get("LCE_NATIVE") == "0":
-        return None
+    """The built library, or None where it cannot be had (logged once) or ``LCE_NATIVE=0`` turns it off."""
+    return None if os.environ.get("LCE_NATIVE") == "0" else library_of_this_machine()
+
+
+@functools.cache
+def library_of_this_machine() -> Native | None:
+    """The library, built at the first call; None where that is not possible."""
     try:
         library, blas = ctypes.CDLL(str(_built())), torch_library()
         _check_size(library)
