@@ -158,7 +158,8 @@ def test_sbatch_file_is_queued_again_after_a_save(path: Path, tmp_path: Path) ->
 
 
 def test_a_queue_starts_a_process_for_each_gpu(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = _shown(capsys, str(path), "--with", "slurm", "--nnodes", "4", "--gpus", "8")
+    classes = "data.synthetic_classes=100"  # at least one for each of 32 ranks
+    text = _shown(capsys, str(path), "--with", "slurm", "--nnodes", "4", "--gpus", "8", classes)
     assert "--nproc-per-node=8" in text
     assert "export OMP_NUM_THREADS=1\n" in text
 
