@@ -125,7 +125,7 @@ def test_a_rank_does_not_take_itself_or_a_stalled_file_system_for_gone(
     assert alone._gone() is None
     alone._looked -= 60  # it was itself kept from looking
     assert alone._gone() is None
-    assert "rank 1 went away" in (alone._gone() or "")
+    assert "rank 1 ended without a message" in (alone._gone() or "")
 
 
 def _interrupted(folder: Path, second: signal.Signals) -> None:
