@@ -36,6 +36,7 @@ YAMLS = {
     "no timestamp": "a: !!timestamp nonsense",
     "an object": "a: !!python/object/apply:os.system [true]",
     "itself": "a: &a [*a]",
+    "a key twice": "a: {b: 1}\na: {c: 2}",
     "a thousand million laughs": "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
     + "\n".join(f"{n}: &{n} [" + ",".join([f"*{m}"] * 10) + "]" for m, n in zip("abcdefgh", "bcdefghi", strict=True)),
     "bytes": "\udcff",
@@ -63,6 +64,13 @@ def test_yaml_ends_in_one_line(tmp_path: Path, kind: str) -> None:
         read_yaml(file, DataError)
     assert "\n" not in str(problem.value)
     assert len(str(problem.value)) < 600
+
+
+def test_a_key_twice_is_named_and_a_merged_one_may_be_given_again(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 2: head is given twice"):
+        read_yaml(_write(tmp_path / "x.yaml", "head: {a: 1}\nhead: {b: 2}"), DataError)
+    file = _write(tmp_path / "y.yaml", "a: &a {k: 1}\nb: &b {<<: *a, k: 2}\nc: {<<: *b, l: 3}")
+    assert read_yaml(file, DataError)["c"] == {"k": 2, "l": 3}
 
 
 @pytest.mark.parametrize("kind", JSONS)

@@ -70,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
     from trainer.config import is_layer
     from trainer.run.config import Config, dump_config, load_config
 
+    if args.what is not None and (args.schema or args.markdown):
+        option = "--schema" if args.schema else "--markdown"
+        raise ConfigError(f"{args.what}: {option} prints the whole; give it alone")
     if args.what is not None and is_layer(args.what):
         print(dump_config(load_config(args.what, args.overrides)), end="")
         return 0

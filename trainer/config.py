@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, and unknown keys are refused."""
+    """Base of every section: immutable; unknown keys and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Groups of keys that exclude each other: one that a later layer gives replaces the others of lower layers."""

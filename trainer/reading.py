@@ -99,6 +99,20 @@ def parse_json(data: str | bytes, name: str, error_type: type[LceError]) -> Any:
     return tree
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping gives twice, of which PyYAML silently drops the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set[tuple[str, str]]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is given twice; keep one")
+                seen.add((key.tag, key.value))
+        return node
+
+
 def read_yaml(path: str | Path, error_type: type[LceError]) -> Any:
     """What a YAML file holds. Raises: as :func:`parse_yaml`."""
     return parse_yaml(read_text(path, error_type), str(path), error_type)
@@ -112,7 +126,7 @@ def parse_yaml(text: str, name: str, error_type: type[LceError]) -> Any:
             :data:`MOST_LEVELS` levels, references to what they are part of, or that multiply without bound.
     """
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
         _check_size(tree)
     except Exception as error:
         raise error_type(f"{name}: is no readable YAML: {_line(error)}") from None

@@ -90,3 +90,10 @@ def test_the_schema_takes_every_recipe_and_no_key_of_another_variant(capsys: pyt
     ):
         assert not fits(tree, root, root), tree
     assert fits({"extends": "base.yaml", "head": {"margin": {"name": "magface", "upper_norm": 5}}}, root, root)
+
+
+@pytest.mark.parametrize("option", ["--schema", "--markdown"])
+def test_what_prints_the_whole_takes_no_section_and_no_file(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    for what in ("head", "configs/base.yaml"):
+        assert cli.main(["config", what, option]) == 2
+        assert f"{option} prints the whole" in capsys.readouterr().err

@@ -33,4 +33,6 @@ class EvaluateConfig(Section):
                 f"evaluate.every_steps={self.every_steps}: nothing is measured without evaluate.sets; set it, or "
                 "remove every_steps"
             )
+        if self.old is not None and not self.sets:
+            raise ValueError("evaluate.old: nothing is measured without evaluate.sets; set it, or remove old")
         return self

@@ -39,7 +39,9 @@ class RunConfig(Section):
     """Where the run is written and what it is seeded with."""
 
     dir: Path = Field(description="run folder: config.yaml, logs, checkpoints and the final model are written here")
-    seed: int = Field(0, ge=0, description="seeds initialisation, data order, augmentation and negative sampling")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="seeds initialisation, data order, augmentation and negative sampling"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA when there is one")
     threads: int = Field(
         0,

@@ -33,6 +33,14 @@ class MethodConfig(Section):
         """How a model card names what made the model compatible: LCE's mode, or the method."""
         return self.method
 
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "MethodConfig":
+        weights = [key for key in ("alignment_weight", "boundary_weight", "weight") if key in type(self).model_fields]
+        if weights and not any(getattr(self, key) for key in weights):
+            names = " and ".join(f"compat.{key}" for key in weights)
+            raise ValueError(f"{names}: 0 trains an incompatible model; set one above 0, or compat.method=none")
+        return self
+
 
 class NoMethodConfig(Section):
     """A model of its own."""
