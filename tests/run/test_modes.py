@@ -131,7 +131,7 @@ def test_refusals(tmp_path: Path) -> None:
         train(config(tmp_path / "a", compat__method="lce", compat__bank=str(path)), Ranks())
     with pytest.raises(ConfigError, match=r"sub_centers"):
         train(config(tmp_path / "b", head__sub_centers=2, **changes_for(path, "backward", "linear")), Ranks())
-    with pytest.raises(ConfigError, match=r"head\.rows: bfloat16 needs stochastic rounding"):
+    with pytest.raises(ConfigError, match=r"head\.rows=bfloat16 needs stochastic rounding"):
         config(tmp_path / "b", head__impl="reference", head__rows="bfloat16")
     with pytest.raises(ConfigError, match=r"compress_gradients: not with train\.parallel fsdp"):
         config(tmp_path / "b", train__compress_gradients=True, train__parallel="fsdp")
