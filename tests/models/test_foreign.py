@@ -183,6 +183,8 @@ BEGINNINGS: list[tuple[list[Any], dict[str, Any], str | None]] = [
         "0..255",
     ),
     ([node("Sub", ["input", "z"], ["a"], "x"), node("Mul", ["a", "o"], ["q"], "y")], {"z": f(0), "o": f(1)}, "0..255"),
+    # a mean of pixels without a scale, as Caffe's models have it:
+    ([node("Sub", ["input", "k"], ["q"])], {"k": f([103.939, 116.779, 123.68]).reshape(3, 1, 1)}, "0..255"),
     # neither constants of the input's colours nor on the way from the input:
     ([node("ReduceMean", ["input"], ["m"], axes=[1, 2, 3]), node("Sub", ["input", "m"], ["q"])], {}, None),
     ([node("Mul", ["input", "k"], ["q"])], {"k": f(np.ones((3, 32, 32)))}, None),
@@ -329,6 +331,17 @@ def collapsed(path: Path) -> Path:
     weights = matrix()
     shift = -127.5 * weights.sum(0)
     return graph_file(path, after=[node("Add", ["e", "s"], ["o"])], constants={"s": shift}, outputs={"o": ["b", DIM]})
+
+
+def test_embeddings_that_are_not_finite_are_named_as_such(
+    tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = [node("Mul", ["input", "k"], ["q"])]
+    broken = graph_file(tmp_path / "nan.onnx", before=nodes, constants={"k": f(np.nan)}, last="q")
+    assert main(["model", "describe", str(broken), "--data", str(packed)]) == 2
+    err = capsys.readouterr().err
+    assert "its embeddings are not finite" in err
+    assert "coincide" not in err
 
 
 def test_a_model_that_is_fed_wrongly_is_refused_by_every_command(

@@ -393,3 +393,13 @@ def test_bfloat16_follows_float32(tmp_path: Path) -> None:
     train(config(tmp_path / "half", **changes | {"train__precision": "bfloat16"}), Ranks())
     np.testing.assert_allclose(losses_of(tmp_path / "half"), losses_of(tmp_path / "32"), rtol=0.03)
     assert losses_of(tmp_path / "half") != losses_of(tmp_path / "32")
+
+
+def test_weights_that_are_no_numbers_are_no_model() -> None:
+    from trainer.run.engine import _check_finite
+
+    weights = {"backbone": {"w": torch.ones(3), "count": torch.zeros((), dtype=torch.int64)}}
+    _check_finite(weights)
+    weights["backbone"]["w"][1] = torch.inf
+    with pytest.raises(TrainingError, match=r"backbone\.w is not finite .*, so no model is written"):
+        _check_finite(weights)

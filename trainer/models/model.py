@@ -170,6 +170,11 @@ def check_distinct(model: EmbeddingModel, dataset: "Dataset") -> None:
     if not differ.any():
         return
     vectors = np.concatenate([model.embed(part, dataset.info.color) for part in np.array_split(images, 8)])
+    if not np.isfinite(vectors).all():
+        raise ModelError(
+            f"{model.path}: its embeddings are not finite (NaN or infinite) on {dataset.path}: its weights are "
+            "damaged, or its training run diverged"
+        )
     cosine = float((vectors[:half] * vectors[half:]).sum(1)[differ].mean())
     if not cosine <= COLLAPSED:
         raise ModelError(

@@ -19,6 +19,8 @@ _WIDEST_NORMALISED = 8.0
 """A divisor from here on belongs to pixels of 0 … 255; below, to 0 … 1 or to what is normalised already."""
 _LEAST_MEAN = 0.1
 """A mean from here on belongs to pixels of 0 … 1; below, to what is normalised already."""
+_LARGEST_UNIT_MEAN = 2.0
+"""A mean above this belongs to pixels of 0 … 255, whatever scale follows later in the graph."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Beginning:
             return None
         if np.allclose(mean, 0) and np.allclose(spread, 1):
             return "0..255" if len(self.steps) > 1 else None
-        if spread.max() >= _WIDEST_NORMALISED:
+        if spread.max() >= _WIDEST_NORMALISED or mean.max() > _LARGEST_UNIT_MEAN:
             return "0..255"
         return "0..1" if mean.max() >= _LEAST_MEAN else "normalised"
 

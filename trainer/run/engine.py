@@ -18,6 +18,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint import Checkpoint, Checkpoints, list_checkpoints, load_tensors, read_seal
 from trainer.compat.methods.config import FctConfig, LceMapsConfig
@@ -476,9 +477,23 @@ def _show_embeddings(engine: Engine, monitor: Monitor) -> None:
         )
 
 
+def _check_finite(weights: dict[str, dict[str, Tensor]]) -> None:
+    """Raise :class:`TrainingError` for weights that are no numbers: they are no model, whatever the run's status."""
+    for module, tensors in weights.items():
+        for name, value in tensors.items():
+            local = value.to_local() if isinstance(value, DTensor) else value
+            if local.is_floating_point() and not bool(local.isfinite().all()):
+                raise TrainingError(
+                    f"{module}.{name} is not finite (NaN or infinite), so no model is written: lower optimizer.lr, or "
+                    "set optimizer.clip_norm, and start again in another run.dir"
+                )
+
+
 def _finish(engine: Engine, summary: RunSummary) -> None:
     """Export the model and write the summary, which marks the run as finished."""
     figures = {k: float(v) for k, v in summary.last.items() if isinstance(v, int | float)}
-    engine.task.export(engine.folder / "model", engine.weights(), summary.step, figures)
+    weights = engine.weights()
+    _check_finite(weights)
+    engine.task.export(engine.folder / "model", weights, summary.step, figures)
     on_main(lambda: write_text(engine.folder / SUMMARY, json.dumps(sealed(asdict(summary)), indent=1)), engine.ranks)
     barrier()
