@@ -78,6 +78,10 @@ class EmbeddingCache:
     def _write(self, file: Path | None, embeddings: FloatArray) -> None:
         if file is None:
             return
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{file.parent}: cannot be made: {error.strerror}") from None
         with replaced(file, DataError) as partial, partial.open("wb") as stream:
             np.save(stream, embeddings)
             stream.write(_crc(embeddings))
