@@ -1,6 +1,7 @@
 """From models and data sets on disk to the embeddings that are evaluated; a cache keeps them for the next time."""
 
 import hashlib
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,9 +83,13 @@ class EmbeddingCache:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{file.parent}: cannot be made: {error.strerror}") from None
-        with replaced(file, DataError) as partial, partial.open("wb") as stream:
+        with _WRITING, replaced(file, DataError) as partial, partial.open("wb") as stream:
             np.save(stream, embeddings)
             stream.write(_crc(embeddings))
+
+
+_WRITING = threading.Lock()
+"""Threads of one process may embed the same set: what they write has one name until it is whole."""
 
 
 def _crc(embeddings: FloatArray) -> bytes:
