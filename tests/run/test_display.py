@@ -9,6 +9,7 @@ from rich.console import Console
 from tests.data.samples import packed
 from tests.runs import config
 from trainer.distributed import Ranks
+from trainer.errors import DataError
 from trainer.run.display import Display, duration
 from trainer.run.engine import train
 from trainer.run.monitor import FIELDS, grouped
@@ -104,3 +105,17 @@ def test_tensorboard_holds_settings_pictures_and_embeddings(tmp_path: Path) -> N
     events = EventAccumulator(str(tmp_path / "off/tensorboard"), {"images": 0})
     events.Reload()
     assert not events.Tags()["images"]
+
+
+@pytest.mark.slow
+def test_a_finished_run_does_not_fail_for_its_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(*given: object) -> None:
+        raise DataError("record 3 does not decode")
+
+    monkeypatch.setattr("trainer.run.engine.embed_batches", damaged)
+    data = packed(tmp_path / "faces", classes=4, images=4, size=(8, 8))
+    changes = {"data__path": str(data), "data__loader": "torch", "log__tensorboard": True}
+    assert train(config(tmp_path / "run", **changes), Ranks()).status == "finished"
+    assert "no embeddings are shown: record 3 does not decode" in capsys.readouterr().err

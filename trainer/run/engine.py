@@ -467,14 +467,19 @@ def _show_embeddings(engine: Engine, monitor: Monitor) -> None:
     if dataset is None or not isinstance(task, Embeds) or not broadcast_object(monitor.takes("embeddings")):
         return
     model = task.model(engine.weights(), engine.state.step)
-    if engine.ranks.is_main:
-        records = dataset.kept[np.unique(np.linspace(0, len(dataset.kept) - 1, SHOWN_EMBEDDINGS).astype(int))]
-        names = dataset.class_names
-        labels = dataset.labels[records]
+    if not engine.ranks.is_main:
+        return
+    sound = np.flatnonzero(dataset.sound_labels >= 0)
+    records = sound[np.unique(np.linspace(0, len(sound) - 1, SHOWN_EMBEDDINGS).astype(int))]
+    names, labels = dataset.class_names, dataset.labels[records]
+    try:
         vectors = np.concatenate([v for _, v in embed_batches(model, dataset, records)])
-        monitor.show_embeddings(
-            engine.state.step, vectors, [str(label) if names is None else names[label] for label in labels]
-        )
+    except LceError as error:  # the run is finished: a picture of it is no reason to fail
+        monitor.say(f"log: no embeddings are shown: {error}")
+        return
+    monitor.show_embeddings(
+        engine.state.step, vectors, [str(label) if names is None else names[label] for label in labels]
+    )
 
 
 def _check_finite(weights: dict[str, dict[str, Tensor]]) -> None:
