@@ -43,7 +43,7 @@ test-fast: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 attack: .venv/extras
-	FULL=$(FULL) $(BIN)/python -m pytest -m "attack or tallied" --durations=0 --durations-min=60
+	FULL=$(FULL) $(BIN)/python -m pytest -m "attack or tallied" --timeout=0 --durations=0 --durations-min=60
 
 mutants: .venv/installed
 	$(BIN)/python -m tests.mutants

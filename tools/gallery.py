@@ -365,14 +365,14 @@ def _upgrade_table(args: argparse.Namespace, gallery: "PostgresGallery", convert
                 progress(done, max(done, total))
 
         pace: dict[str, Any] = {"batch": args.batch, "rows_per_second": args.rate, "progress": count}
-        if total:
-            gallery.work(converter, **pace)
-        if not args.no_swap and gallery.status().phase == "converting":
-            print("building the indexes and swapping …", file=sys.stderr)
-            try:
+        try:
+            if total:
+                gallery.work(converter, **pace)
+            if not args.no_swap and gallery.status().phase == "converting":
+                print("building the indexes and swapping …", file=sys.stderr)
                 gallery.complete(converter, index=args.index, **pace)
-            except UnfinishedError as error:
-                unfinished = str(error)
+        except UnfinishedError as error:
+            unfinished = str(error)
     return {"converted_here": done, **asdict(gallery.status())}, unfinished
 
 

@@ -426,11 +426,20 @@ def test_under_constant_writes_the_swap_comes_and_no_row_is_lost(dsn, run):
     gallery = PostgresGallery(dsn, "faces")
     gallery.begin(Rotation())
     stop = threading.Event()
+    permits = threading.Semaphore(0)
     written = []
+
+    class Paced(Rotation):
+        """However fast a machine writes, 20 rows come while 64 are converted, and some at any time."""
+
+        def __call__(self, ids, vectors):
+            permits.release(20)
+            return super().__call__(ids, vectors)
 
     def write():
         with psycopg.connect(dsn, autocommit=True) as connection:
             for number in range(1000, 10**9):
+                permits.acquire(timeout=0.01)
                 if stop.is_set():
                     return
                 try:
@@ -445,8 +454,8 @@ def test_under_constant_writes_the_swap_comes_and_no_row_is_lost(dsn, run):
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        gallery.work(Rotation(seconds=0.02), batch=64)
-        gallery.complete(Rotation(seconds=0.02), batch=64)
+        gallery.work(Paced(), batch=64)
+        gallery.complete(Paced(), batch=64)
     finally:
         stop.set()
         writer.join()
@@ -457,6 +466,25 @@ def test_under_constant_writes_the_swap_comes_and_no_row_is_lost(dsn, run):
     assert {version for _, _, version in rows} == {"rotation-1"}
     found = np.array([np.fromstring(text.strip("[]"), sep=",") for _, text, _ in rows])
     assert found == pytest.approx(NEW[[number % 400 for number, _, _ in rows]], abs=1e-5)
+
+
+def test_rows_that_come_faster_than_they_are_converted_end_the_upgrade_with_a_word(dsn, run):
+    table(run)
+    gallery = PostgresGallery(dsn, "faces")
+    gallery.begin(Rotation())
+    free = iter(range(1000, 10**9))
+
+    class Slow(Rotation):
+        def __call__(self, ids, vectors):
+            rows = [(next(free), text) for _, text in TEXTS[: len(ids)]]
+            with psycopg.connect(dsn) as connection, connection.cursor() as cursor:
+                cursor.executemany("INSERT INTO faces (id, embedding) VALUES (%s, %s)", rows)
+            return super().__call__(ids, vectors)
+
+    with pytest.raises(UnfinishedError, match=r"rows come faster than they are converted \(400 are left, 400 were\)"):
+        gallery.work(Slow(), batch=64)
+    gallery.complete(Rotation())
+    assert gallery.status().phase == "swapped"
 
 
 def test_a_table_that_somebody_holds_is_left_and_the_holder_is_named(dsn, run):

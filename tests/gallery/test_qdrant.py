@@ -124,6 +124,30 @@ def test_an_interrupted_upgrade_goes_on_and_takes_what_changed_meanwhile(store, 
         opened(store, lambda g: g.rollback())
 
 
+def test_points_that_come_faster_than_they_are_read_end_the_upgrade_with_a_message(store):
+    class Followed(Rotation):
+        """As many points are appended as are converted."""
+
+        def __call__(self, ids, vectors):
+            first = 10**6 + gallery._client.count("v1").count
+            points = [
+                models.PointStruct(id=first + at, vector=named(VECTORS[at].tolist(), store[1]))
+                for at in range(len(vectors))
+            ]
+            gallery._client.upsert("v1", points)
+            return super().__call__(ids, vectors)
+
+    def attempt(opened_gallery):
+        nonlocal gallery
+        gallery = opened_gallery
+        with pytest.raises(DataError, match="points come faster than they are read; stop writers, run again"):
+            gallery.upgrade(Followed(), batch=8)
+        return gallery.upgrade(Rotation(), batch=8).phase
+
+    gallery = None
+    assert opened(store, attempt) == "swapped"
+
+
 def test_refusals(store, tmp_path):
     with pytest.raises(DataError, match="v1: is a collection itself; make an alias"):
         QdrantGallery(store[0], "v1", store[1])

@@ -361,9 +361,11 @@ class PostgresGallery:
 
         Raises:
             DataError: a vector that cannot be used, or a trigger of the application that changes it at every update.
+            UnfinishedError: rows come faster than they are converted.
         """
         done, stuck, began = 0, 0, time.perf_counter()
         with self._connect() as connection:
+            left = due = self._left(connection)
             while True:
                 with connection.transaction():
                     # While it is held nobody swaps the columns.
@@ -380,6 +382,14 @@ class PostgresGallery:
                     progress(kept)
                 if kept and taken < batch:  # what comes meanwhile must not keep it for ever
                     return done
+                if done >= due + batch:  # all that was there at the last count, and more came meanwhile
+                    before, left = left, self._left(connection)
+                    if left >= before:
+                        raise UnfinishedError(
+                            f"{self.name}: rows come faster than they are converted ({left:,} are left, {before:,} "
+                            "were); run more workers (start the same command again, also elsewhere) or write less"
+                        )
+                    due = done + left
                 if rows_per_second is not None:
                     time.sleep(max(0.0, done / rows_per_second - (time.perf_counter() - began)))
 

@@ -256,6 +256,7 @@ class QdrantGallery:
                     self._client.upsert(state.target, self._converted(records, converter))
                 state = replace(state, done=state.done + len(records), offset=offset)
                 self._save(state)
+                self._check_pace(state.done, total, batch)
                 if progress is not None:
                     progress(state.done, max(total, state.done))
                 if rows_per_second is not None:
@@ -273,15 +274,22 @@ class QdrantGallery:
             return state
 
     def _batches(self, collection: str, batch: int, vectors: bool) -> Iterator[list[Any]]:
-        offset = None
+        offset, seen, total = None, 0, self._client.count(collection).count
         while True:
             records, offset = self._client.scroll(
                 collection, limit=batch, offset=offset, with_vectors=vectors, with_payload=vectors
             )
+            seen += len(records)
+            self._check_pace(seen, total, batch)
             if records:
                 yield records
             if offset is None:
                 return
+
+    def _check_pace(self, seen: int, total: int, batch: int) -> None:
+        """Points are read in the order of their ids, so that writers who append could keep a reader for ever."""
+        if seen > 2 * total + batch:
+            raise DataError(f"{self.name}: points come faster than they are read; stop writers, run again")
 
     def _compare(self, state: PointsState, converter: Converter, batch: int) -> int:
         """Bring the target up to what the source is now; how many points differed."""
