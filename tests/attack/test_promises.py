@@ -276,6 +276,14 @@ def deep(changes: dict[str, Any], tolerance: float = 1e-4) -> Check:
     return check
 
 
+def compiled(scene: Scene) -> None:
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    same(1e-3, 2, {"train__compile": True}, {})(scene)
+    assert counters["stats"]["unique_graphs"] > before
+
+
 def compressed(scene: Scene) -> None:
     """Two ranks exchange rounded gradients: the first loss is that of whole ones, the next are near, not the same."""
     run = scene.run(world=2, train__compress_gradients=True)
@@ -391,7 +399,7 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("train.precision", "float16"): same(0.05, 1, {"train__precision": "float16"}, {}),
     **{("train.parallel", name): parallel(name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")},
     ("train.compress_gradients", "true"): compressed,
-    ("train.compile", "true"): deep({"train__compile": True}, 1e-3),
+    ("train.compile", "true"): compiled,
     ("train.channels_last", "true"): deep({"train__channels_last": True}, 1e-3),
     ("train.activation_checkpointing", "true"): deep({"train__activation_checkpointing": True}),
     ("train.sync_batchnorm", "true"): refused("train.sync_batchnorm", train__sync_batchnorm=True),
