@@ -143,7 +143,7 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     from trainer.compat.bank.center_bank import CenterBank
     from trainer.compat.methods.config import LceCrossConfig
     from trainer.data.config import ImagesConfig, SyntheticConfig
-    from trainer.data.index import open_dataset
+    from trainer.data.index import open_dataset, outside_allowed
     from trainer.errors import ConfigError
     from trainer.planning.setting import Setting, check_sizes
 
@@ -158,7 +158,8 @@ def make_setting(args: argparse.Namespace) -> "Setting":
         classes, records = classes or data.synthetic_classes, records or data.synthetic_records
         size = size or (data.synthetic_size, data.synthetic_size)
     elif isinstance(data, ImagesConfig) and data.path.exists():
-        dataset = open_dataset(data.path, data.labels)
+        with outside_allowed(data.allow_outside):
+            dataset = open_dataset(data.path, data.labels)
         classes, records = classes or dataset.num_classes, records or len(dataset.kept)
         size = size or dataset.info.image_size
     if classes is None:
