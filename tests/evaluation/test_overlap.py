@@ -75,7 +75,7 @@ def test_other_people_of_the_same_names_are_declared(tables: Path) -> None:
     trained = model(tables / "model", open_dataset(tables / "packed", tables / "new.npy"))
     files = overlaps(open_dataset(tables / "source"), {"new": trained})
     assert files.seen
-    assert "if these are other people of the same names, declare it with --unseen" in files.words
+    assert "if these are other people of the same names, declare the set unseen" in files.words
     declared = overlaps(open_dataset(tables / "source"), {"new": trained}, "unseen")
     assert not declared.seen
     assert declared.words == ""
@@ -85,7 +85,7 @@ def test_other_people_of_the_same_names_are_declared(tables: Path) -> None:
     )
     records = overlaps(open_dataset(tables / "packed"), {"new": trained}, "unseen")
     assert records.seen
-    assert "--unseen" not in records.words
+    assert "other people" not in records.words
     assert overlaps(open_dataset(tables / "source"), {"new": trained}, "seen").seen
 
 

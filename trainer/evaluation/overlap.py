@@ -55,7 +55,7 @@ class Known:
         if not self.seen:
             return ""
         by_name = any(self._counts(one) and one.by_name for one in self.models.values())
-        hint = "; if these are other people of the same names, declare it with --unseen" if by_name else ""
+        hint = "; if these are other people of the same names, declare the set unseen" if by_name else ""
         return "its identities were trained on: " + ("; ".join(found) or "so it is declared") + hint
 
     @property
