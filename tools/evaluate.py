@@ -22,7 +22,7 @@ no setting was chosen on. A set's answer is by rank-1 and by the TAR at the smal
 resolve: SAFE when one of them is better (its whole 95 % interval above zero) and the other better or level, with at
 least --min-identities; NOT SAFE when one is worse; else NOT ENOUGH DATA. A set with identities
 that a model was trained on, found automatically or declared by --seen, is judged apart: it neither makes nor blocks the
-verdict; --unseen declares that equal names are other people's. Several ranks share the embedding:
+verdict; --unseen declares that equal names mean other people. Several ranks share the embedding:
 
     torchrun --nproc-per-node 2 -m tools.cli evaluate …
 

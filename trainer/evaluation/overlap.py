@@ -60,7 +60,7 @@ class Known:
 
     @property
     def denied(self) -> str:
-        """Which names the user declared to be other people's; empty: none."""
+        """Which names the user declared to mean other people; empty: none."""
         found = [self._sharing(role) for role, one in self.models.items() if one.shared and not self._counts(one)]
         return "; ".join(found)
 
