@@ -332,6 +332,7 @@ def balances(scene: Scene) -> None:
 ADAMW = {"optimizer__name": "adamw", "optimizer__lr": 3e-3}
 LCE: dict[str, Any] = {"compat__method": "lce", "compat__alignment_weight": 10.0}
 ARC = margin("arcface", m=0.3)
+FLOAT8: dict[str, Any] = {"head__rows": "float8", "head__optimizer": {"momentum": 0.0, "lr_factor": 5.0}}
 
 PROMISES: dict[tuple[str, str], Check] = {
     ("data.sampling", "shuffle"): shuffles,
@@ -358,6 +359,8 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("head.compute", "tf32"): same(0, STEPS, {"head__compute": "tf32"}, {}),  # on the CPU: float32
     ("head.rows", "float32"): learns(head__rows="float32"),
     ("head.rows", "bfloat16"): same(0.05, 2, {"head__rows": "bfloat16"}, {}),
+    ("head.rows", "float8"): same(0.1, 2, FLOAT8, {}),
+    ("head.rows_residual", "true"): same(0.1, 2, {**FLOAT8, "head__rows_residual": True}, {}),
     ("head.rows", "float64"): same(1e-3, 2, {"head__rows": "float64"}, {}),
     ("head.sampling_correction", "true"): learns(head__sampling_correction=True, head__sample_rate=0.5),
     ("compat.method", "none"): learns(compat__method="none"),
