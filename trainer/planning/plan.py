@@ -112,9 +112,9 @@ class Holds:
     lce_on_host: int | None
 
 
-def holds(setting: Setting, memory_bytes: int) -> Holds:
-    """What a memory holds of a run."""
-    backbone = backbone_sizes(setting.config, setting.image_size, setting.local_batch)
+def holds(plan: Plan, memory_bytes: int) -> Holds:
+    """What a memory holds of a planned run."""
+    setting, backbone = plan.setting, plan.backbone
 
     def most(one: Setting) -> int:
         low, high = 0, 2
