@@ -160,7 +160,7 @@ class TrainConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile the backbone")
     channels_last: bool = Field(False, description="images and weights in the memory layout that convolutions prefer")
-    sync_batchnorm: bool = Field(False, description="CUDA: batch norm over the global batch; needs data.drop_last")
+    sync_batchnorm: bool = Field(False, description="batch norm over the global batch; needs data.drop_last")
     activation_checkpointing: bool = Field(
         False, description="recompute the backbone's units in the backward pass instead of keeping their activations"
     )

@@ -204,8 +204,6 @@ def _check_norms(config: Config, norm: float | None) -> None:
 def _check_sync(config: Config, ranks: Ranks) -> None:
     if not config.train.sync_batchnorm:
         return
-    if ranks.device.type != "cuda":
-        raise ConfigError("train.sync_batchnorm: torch has it on CUDA only; remove it, or run on GPUs")
     if not config.data.drop_last or config.data.batch_size < 2 * ranks.world_size:
         raise ConfigError(
             "train.sync_batchnorm: every rank must have two samples in every batch; set data.drop_last=true and "
