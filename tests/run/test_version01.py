@@ -40,7 +40,8 @@ def test_it_is_continued(
     said = capfd.readouterr().err
     assert "keys without effect left out: compat.mode, " in caplog.text
     assert "continuing from old-run/checkpoints/step-00000003" in said
-    assert "changed since the last start: head" not in said
+    added = "changed since the last start: head.rows_residual: None → False"  # version 0.1 did not have the key
+    assert "changed since the last start: head" not in said.replace(added, "")
     assert losses_of(old)[-3:] == pytest.approx(expected[-3:], rel=1e-4)
     assert load_model(old).card.step == 6
 
