@@ -124,6 +124,8 @@ def _check(config: "Config", job: "Job") -> int:  # type: ignore[name-defined]  
     steps = config.train.steps
     if steps is None and records is not None:
         steps = math.ceil(config.train.epochs * math.ceil(records / config.data.batch_size) / config.train.accumulate)
+    if beyond := config.beyond_end(steps) if steps is not None else "":
+        raise ConfigError(beyond)
     print(f"ranks: {world}, updates: {steps:,}" if steps is not None else f"ranks: {world}")
     print(f"memory of a rank: {size_text(plan.device_bytes)} on {device}, by `lce plan`'s arithmetic")
     folder = next(path for path in (config.run.dir.absolute(), *config.run.dir.absolute().parents) if path.is_dir())
@@ -154,6 +156,7 @@ def _check_master(master: str) -> None:
 def _check_classes(config: "Config", job: "Job") -> None:  # type: ignore[name-defined]  # noqa: F821
     """Refuse more ranks than classes before they start, where the class count is written down."""
     from trainer.data.index import DESCRIPTION, load_description, table_info
+    from trainer.distributed import ranks_text
     from trainer.errors import ConfigError, LceError
 
     data, classes = config.data, None
@@ -169,7 +172,7 @@ def _check_classes(config: "Config", job: "Job") -> None:  # type: ignore[name-d
         return  # rank 0 tells
     ranks = job.nproc * int(job.nnodes.partition(":")[0])
     if classes is not None and ranks > classes:
-        raise ConfigError(f"{ranks} ranks for {classes} classes: a rank would own none; start at most {classes}")
+        raise ConfigError(f"{ranks_text(ranks)} for {classes} classes: a rank would own none; start at most {classes}")
 
 
 def _check_nodes(args: argparse.Namespace) -> None:

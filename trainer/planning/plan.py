@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.compat.methods.config import LceDirectConfig
+from trainer.distributed import ranks_text
 from trainer.head.config import SgdRowsConfig
 from trainer.planning.activations import BackboneSizes, backbone_sizes
 from trainer.planning.memory import Part, class_bytes, peak_bytes, rank_memory
@@ -184,7 +185,7 @@ def changes_to_fit(plan: Plan, limit_bytes: int) -> list[Change]:
     if ranks is None:
         return [*found, Change(f"more ranks do not help, up to {MOST_RANKS}", plan.device_bytes, False)]
     peak = make_plan(replace(plan.setting, world_size=ranks)).device_bytes
-    return [*found, Change(f"at least {ranks} ranks, as it is", peak, True)]
+    return [*found, Change(f"at least {ranks_text(ranks)}, as it is", peak, True)]
 
 
 Edit = Callable[[Setting, Any], Setting]

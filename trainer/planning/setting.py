@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.compat.methods.config import FctConfig, LceMapsConfig
-from trainer.distributed import largest_share
+from trainer.distributed import largest_share, ranks_text
 from trainer.errors import ConfigError
 from trainer.head.partition import class_range
 from trainer.head.sampling import stratum_count
@@ -85,7 +85,7 @@ def check_sizes(setting: Setting) -> None:
     """Refuse sizes that training would refuse. Raises :class:`trainer.errors.ConfigError`."""
     if setting.world_size > setting.num_classes:
         raise ConfigError(
-            f"{setting.world_size} ranks for {setting.num_classes} classes: a rank would own none; start at most "
+            f"{ranks_text(setting.world_size)} for {setting.num_classes} classes: a rank would own none; start at most "
             f"{setting.num_classes}"
         )
     method, dim, old = setting.config.method, setting.config.backbone.dim, setting.bank_dim

@@ -23,7 +23,7 @@ from trainer.compat.methods.inputs import Inputs
 from trainer.data import Batch, build_loader
 from trainer.data.config import SyntheticConfig
 from trainer.data.index import Dataset
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, ranks_text
 from trainer.errors import ConfigError
 from trainer.head.partition import class_range
 from trainer.planning.activations import backbone_sizes
@@ -209,11 +209,11 @@ def _problems(setting: Setting, sizes: list[int]) -> list[str]:
     if not min(sizes):
         most = next(n for n in range(world, 0, -1) if class_range(setting.num_classes, n - 1, n).size)
         out.append(
-            f"{sizes.count(0)} of {world} ranks would own no class ({setting.num_classes} classes, {sizes[0]} a rank); "
-            f"start {most} ranks"
+            f"{sizes.count(0)} of {ranks_text(world)} would own no class ({setting.num_classes} classes, {sizes[0]} a "
+            f"rank); start {ranks_text(most)}"
         )
     if setting.config.data.batch_size < world:
-        out.append(f"data.batch_size = {setting.config.data.batch_size}: {world} ranks, some would get no image")
+        out.append(f"data.batch_size = {setting.config.data.batch_size}: {ranks_text(world)}, some would get no image")
     return out
 
 

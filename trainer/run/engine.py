@@ -24,7 +24,7 @@ from trainer.checkpoint import Checkpoint, Checkpoints, list_checkpoints, load_t
 from trainer.compat.methods.config import FctConfig, LceMapsConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.data import Batch, Loader, build_loader
-from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
+from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main, ranks_text
 from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
 from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
 from trainer.files import write_text
@@ -155,6 +155,8 @@ class Engine:
         accumulate = config.train.accumulate
         self.steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch / accumulate)
         self.epoch_steps = loader.steps_per_epoch / accumulate
+        if beyond := config.beyond_end(self.steps):
+            raise ConfigError(beyond)
         self.folder = config.run.dir
         self.evaluation = evaluation
         if evaluation is not None and not isinstance(task, Embeds):
@@ -316,7 +318,7 @@ class Engine:
         self._check_updates(checkpoint)
         self.state.load(checkpoint)
         self._saved_step = self.state.step
-        return f"continuing from {checkpoint.folder} (written by {checkpoint.seal['world_size']} ranks)"
+        return f"continuing from {checkpoint.folder} (written by {ranks_text(checkpoint.seal['world_size'])})"
 
     def check_origin(self, checkpoint: Checkpoint) -> None:
         """Raise :class:`trainer.errors.CheckpointError` when a checkpoint was taken with other data."""
@@ -400,7 +402,7 @@ def _train(engine: Engine, began: float) -> RunSummary:
         checkpoints.notify = monitor.say
         for line in (
             *warnings,
-            f"{folder}: {started}, step {engine.state.step} of {engine.steps}, {ranks.world_size} ranks",
+            f"{folder}: {started}, step {engine.state.step} of {engine.steps}, {ranks_text(ranks.world_size)}",
         ):
             monitor.say(line)
         try:

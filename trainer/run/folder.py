@@ -89,7 +89,7 @@ def changes_since(before: Path, config: Config, common: bool = False) -> list[st
     no difference: a later version added it."""
     if not before.exists():
         return []
-    tree, _ = without_idle(read_yaml(before, ConfigError) or {})
+    tree, _ = without_idle(read_yaml(before, ConfigError) or {}, every=True)
     old = flat(tree)
     new = flat(yaml.safe_load(dump_config(config)))
     added = {key for key in new.keys() - old.keys() if _is_default(config, key)}

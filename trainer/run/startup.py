@@ -19,7 +19,6 @@ from trainer.compat.methods.config import (
     LceConfig,
     LceCrossConfig,
     LceDirectConfig,
-    LceTransformedConfig,
     MethodConfig,
     UniBctConfig,
     WithOldConfig,
@@ -30,7 +29,7 @@ from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings
 from trainer.data import Dataset, DatasetInfo, open_dataset
 from trainer.data.config import DataConfig, ImagesConfig, SyntheticConfig
 from trainer.data.index import outside_allowed
-from trainer.distributed import Ranks, agree, gather_objects, on_main
+from trainer.distributed import Ranks, agree, gather_objects, on_main, ranks_text
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
 from trainer.evaluation.periodic import open_periodic
 from trainer.files import why_unwritable
@@ -85,8 +84,12 @@ def check(config: Config, world_size: int) -> Inputs:
 
 
 def _check_share(world_size: int, classes: int) -> None:
+    if classes < 2:
+        raise DataError(f"{classes} class: there is nothing to tell apart; train on two classes or more")
     if world_size > classes:
-        raise ConfigError(f"{world_size} ranks for {classes} classes: a rank would own none; start at most {classes}")
+        raise ConfigError(
+            f"{ranks_text(world_size)} for {classes} classes: a rank would own none; start at most {classes}"
+        )
 
 
 def together(action: Callable[[], T]) -> T:
@@ -140,11 +143,6 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
 
 
 def _open_bank(config: Config, method: MethodConfig, classes: int, dataset: Dataset | None) -> CenterBank:
-    if isinstance(method, LceTransformedConfig) and config.head.sub_centers > 1:
-        raise ConfigError(
-            f"compat.mode = {method.mode} with head.sub_centers = {config.head.sub_centers}: an old centre has "
-            "no single new row to align with; use head.sub_centers=1"
-        )
     assert method.bank is not None
     bank = CenterBank.open(method.bank)
     bank.check_classes(classes, dataset, "compat.bank")
