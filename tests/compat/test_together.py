@@ -116,13 +116,8 @@ def test_a_list_is_the_sum_of_its_terms(world: int, tmp_path: Path) -> None:
             for key, value in expected.items():
                 assert value.norm() > 1e-3, (names, key)
                 got = each[number][key].double()
-                assert torch.allclose(got, value, rtol=1e-6, atol=1e-7), (
-                    names,
-                    key,
-                    (got - value).abs().max(),
-                    value.abs().max(),
-                    (got / value).flatten()[:5],
-                )
+                apart = float((got - value).abs().max())
+                assert torch.allclose(got, value, rtol=1e-6, atol=1e-7), (names, key, apart)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +135,7 @@ def test_whole_runs(names: tuple[str, ...], more: dict[str, Any], tmp_path: Path
     through = {"lce": {"mode": "backward", "transform": {"name": "linear"}}} if "mode" in more else {}
     compat = methods(old, *names, **through)
     rest = {key: value for key, value in more.items() if key != "mode"}
-    steady = {"schedule__name": "constant", "schedule__warmup": 0.0, **rest}
+    steady = {"schedule__name": "constant", "schedule__warmup": 0.0, "checkpoint__every_steps": 4, **rest}
     train(with_list(tmp_path / "1", compat, **steady), Ranks())
     expected = figures_of(tmp_path / "1")
     run_ranks(train_list, 3, tmp_path / "3", compat, steady)
@@ -149,10 +144,7 @@ def test_whole_runs(names: tuple[str, ...], more: dict[str, Any], tmp_path: Path
         np.testing.assert_allclose(list(other.values()), list(line.values()), rtol=1e-6, atol=1e-9)
     train(with_list(tmp_path / "cut", compat, **steady, train__steps=4), Ranks())
     train(with_list(tmp_path / "cut", compat, **steady), Ranks())
-    for line, other in zip(expected, figures_of(tmp_path / "cut"), strict=True):
-        np.testing.assert_allclose(list(other.values()), list(line.values()), rtol=1e-12)
-    if "head__sample_rate" not in more:  # rows that are not drawn catch up in another order of additions
-        assert figures_of(tmp_path / "cut") == expected
+    assert figures_of(tmp_path / "cut") == expected
     assert {f"gradient_{name}" for name in ("classification", *names)} <= expected[0].keys()
     if "advbct" in names:
         assert {"boundary", "advbct_boundary", "influence", "l2"} <= expected[0].keys()

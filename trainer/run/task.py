@@ -209,9 +209,9 @@ class TrainTask:
             report["alignment_mse"] = report["alignment"] * (2 / self.config.backbone.dim)
         return StepOutput(report, out.finite)
 
-    def _companion(self, factor: Tensor, step: int, pulls: Pulls | None) -> Companion | None:
+    def _companion(self, factor: Tensor, step: int, pulls: Pulls | None = None) -> Companion | None:
         """The methods' loss as the head takes it; ``factor`` falls on the gradients of the methods' modules alone."""
-        if self.method is None or not (self.method.beside or pulls):
+        if self.method is None or not (self.method.adds_loss or pulls):
             return None
         method = self.method
 

@@ -277,9 +277,9 @@ class DirectLce(CompatMethod):
     def __init__(self, config: LceDirectConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
         del run
         self.config, self.num_classes, self.ranks = config, inputs.num_classes, ranks
-        self.beside = config.authors_formula
+        self.adds_loss = config.authors_formula
         if inputs.bank is None:  # a plan's or a benchmark's run without LCE
-            self.beside = False
+            self.adds_loss = False
             return
         self.direct = direct_compat(config, inputs.bank, ranks)
         there = self.direct.centers.device

@@ -22,11 +22,11 @@ class CompatMethod:
 
     Attributes:
         direct: what of the method the head computes in its own pass over the rows (LCE's direct mode).
-        beside: whether :meth:`loss` has anything to add; else it is not called.
+        adds_loss: whether :meth:`loss` has anything to add; else it is not called.
     """
 
     direct: DirectCompat | None = None
-    beside: bool = True
+    adds_loss: bool = True
     mapped: ClassVar[bool] = False
     """Whether the old model may have another dimension than the new one."""
 

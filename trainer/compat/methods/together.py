@@ -28,7 +28,7 @@ class Together:
 
     def __init__(self, methods: Mapping[str, CompatMethod]) -> None:
         self.methods = dict(methods)
-        self.beside = any(method.beside for method in self.methods.values())
+        self.adds_loss = any(method.adds_loss for method in self.methods.values())
 
     @property
     def direct(self) -> DirectCompat | None:
@@ -56,7 +56,7 @@ class Together:
         total, report = embeddings.new_zeros(()), dict[str, Tensor]()
         seen = set[str](() if self.direct is None else FUSED)
         for name, method in self.methods.items():
-            if method.beside:
+            if method.adds_loss:
                 value, figures = method.loss(embeddings, labels, rows, step)
                 total = total + value
                 own = method.direct is not None  # the authors' boundary takes the place of the head's
@@ -64,7 +64,7 @@ class Together:
                 seen |= figures.keys()
             if pulls is not None:
                 fused = method.fused(embeddings, labels, rows)
-                terms = [*([value] if method.beside else []), *([] if fused is None else [fused])]
+                terms = [*([value] if method.adds_loss else []), *([] if fused is None else [fused])]
                 pulls.add(name, terms, embeddings, rows)
         return total, report
 
