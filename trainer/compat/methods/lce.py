@@ -135,7 +135,7 @@ def gather_pairs(labels: Tensor | Labels, rows: Tensor | None, bank: BankRows, n
         rows = torch.empty(len(local), 0, dtype=torch.float32, device=labels.device.device)
     if len(rows) != len(local):
         raise ValueError(f"{len(rows)} rows were given for the {len(local)} classes of the batch that this rank owns")
-    index = torch.from_numpy(local).to(bank.centers.device)
+    index = send(torch.from_numpy(local), bank.centers.device)
     known = [bank.centers[index], bank.boundaries[index, None], bank.mask[index, None]]
     packed = torch.cat([rows, send(torch.cat([value.to(rows.dtype) for value in known], 1), rows.device)], 1)
     whole = gather_own(packed, sizes, ranks.rank)
