@@ -170,8 +170,7 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     from trainer.planning.setting import Setting, check_sizes
 
     config = _config(args)
-    method = config.method
-    if isinstance(method, LceCrossConfig):
+    if config.of(LceCrossConfig):
         raise ConfigError("compat.mode = cross-model: trains maps alone, without a head; there is nothing to plan")
     data = config.data
     classes, records, side = args.classes, args.records, args.image_size
@@ -190,9 +189,10 @@ def make_setting(args: argparse.Namespace) -> "Setting":
             "--records)"
         )
     bank_dim = args.lce
-    if bank_dim is None and method is not None:
-        there = method.bank is not None and method.bank.exists()
-        bank_dim = CenterBank.open(str(method.bank)).dim if there else config.backbone.dim
+    if bank_dim is None and config.methods:
+        bank = next((one.bank for one in config.methods if one.bank is not None), None)
+        there = bank is not None and bank.exists()
+        bank_dim = CenterBank.open(str(bank)).dim if there else config.backbone.dim
     device: Literal["cpu", "cuda"] = args.device or ("cpu" if config.run.device == "cpu" else "cuda")
     setting = Setting(config, classes, size or (112, 112), args.ranks, device, bank_dim, records)
     check_sizes(setting)

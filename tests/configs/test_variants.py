@@ -97,7 +97,7 @@ def file(tmp_path: Path) -> Path:
         ("compat.method=lce compat.bank=b head.sub_centers=2", "compat.mode = direct with head.sub_centers = 2"),
         ("run.threads=5000", "run.threads = 5000: must be less than or equal to 1024"),
         ("run.dir=", "run.dir is empty: expected a path"),
-        ("compat=[{method: bct, bank: a},{method: lce, bank: b}]", "combined methods are not supported yet"),
+        ("compat=[{method: bct, bank: a},{method: lce, bank: b}]", "all methods must be for one old model"),
         ("compat=[{method: bct, bank: a, mode: both},{method: lce}]", "compat.0.mode belongs to lce"),
     ],
 )
@@ -182,7 +182,6 @@ def test_methods_and_lengths_replace_each_other(tmp_path: Path) -> None:
     direct = merged(tmp_path, lce, words=("compat.mode=direct",))
     assert direct.label == "direct"
     linear = merged(tmp_path, lce, words=("compat.transform.name=linear",))
-    assert linear.method is not None
     assert "hidden" not in dump_config(linear)
     assert merged(tmp_path, {"train": {"epochs": 9}}, words=("train.steps=5",)).train.steps == 5
     longer = merged(tmp_path, {"train": {"steps": 9}}, words=("train.epochs=5",)).train
@@ -194,7 +193,7 @@ def test_one_method_may_stand_in_a_list(tmp_path: Path) -> None:
     one, same = merged(tmp_path, {"compat": [lce]}), merged(tmp_path, {"compat": lce})
     assert one == same
     assert dump_config(one) == dump_config(same)
-    assert merged(tmp_path, {"compat": [lce]}, words=("compat.bank=c",)).method.bank == Path("c")  # type: ignore
+    assert merged(tmp_path, {"compat": [lce]}, words=("compat.bank=c",)).methods[0].bank == Path("c")
     assert merged(tmp_path, {"compat": []}).compat == ()
 
 

@@ -216,12 +216,7 @@ def _changes(setting: Setting) -> dict[str, Edit]:
         out[f"data.batch_size={half}"] = lambda s, _: _with(s, "data", batch_size=half)
     if config.checkpoint.asynchronous and setting.device == "cpu":
         out["checkpoint.asynchronous=false"] = lambda s, _: _with(s, "checkpoint", asynchronous=False)
-    if (
-        setting.bank_dim is not None
-        and setting.sampled
-        and setting.device == "cuda"
-        and isinstance(config.method, LceDirectConfig)
-    ):
+    if setting.bank_dim is not None and setting.sampled and setting.device == "cuda" and config.of(LceDirectConfig):
         out["old centres in host memory (compat.centers=host)"] = lambda s, _: _on_host(s)
     return out
 
@@ -240,7 +235,10 @@ def _with(setting: Setting, section: str, **values: Any) -> Setting:
 
 
 def _on_host(setting: Setting) -> Setting:
-    methods = tuple(one.model_copy(update={"centers": "host"}) for one in setting.config.compat)
+    methods = tuple(
+        one.model_copy(update={"centers": "host"}) if isinstance(one, LceDirectConfig) else one
+        for one in setting.config.compat
+    )
     return replace(setting, config=setting.config.model_copy(update={"compat": methods}))
 
 

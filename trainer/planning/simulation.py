@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.compat.bank.center_bank import BankRows, CenterBank
+from trainer.compat.methods.config import LceConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.data import Batch, build_loader
 from trainer.data.config import SyntheticConfig
@@ -83,6 +84,9 @@ class _Silent:
 
     def count(self, samples: int) -> None:
         pass
+
+    def due(self, step: int) -> bool:
+        return False
 
     def at(self, step: int, phase: str) -> None:
         pass
@@ -171,9 +175,10 @@ def simulate(setting: Setting, world_size: int) -> Simulated:
     """
     if dist.is_initialized():
         raise ConfigError("a simulation makes its own process group; run it outside of a job")
-    method, train = setting.config.method, setting.config.train
+    train = setting.config.train
+    other = next((one.method for one in setting.config.methods if not isinstance(one, LceConfig)), None)
     for key, value, known in (
-        ("compat.method", "none" if method is None else method.method, ("none", "lce")),
+        ("compat.method", other or "none", ("none", "lce")),
         ("train.parallel", train.parallel, ("ddp", "fsdp")),
         ("train.sync_batchnorm", train.sync_batchnorm, (False,)),
     ):

@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import yaml
 from pydantic import (
@@ -28,6 +28,7 @@ from trainer.compat.methods.config import (
     MethodConfig,
     MixBctConfig,
     NoMethodConfig,
+    check_together,
 )
 from trainer.config import Layers, Section, Variants, build, load, refuse_idle, unit
 from trainer.data.config import AnyData
@@ -36,6 +37,7 @@ from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.networks.config import BackboneConfig
 from trainer.run.idle import without_idle
 
+M = TypeVar("M", bound=MethodConfig)
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 LARGEST_DECAY = 0.5
@@ -252,11 +254,14 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _chosen(value: tuple[AnyMethod, ...]) -> tuple[AnyMethod, ...]:
-    return tuple(one for one in value if not isinstance(one, NoMethodConfig))
+def _chosen(value: tuple[AnyMethod, ...]) -> tuple[MethodConfig, ...]:
+    made = tuple(one for one in value if not isinstance(one, NoMethodConfig))
+    if made and len(made) < len(value):
+        raise ValueError("method none stands next to others; leave it out of the list")
+    return made
 
 
-def _short(value: tuple[AnyMethod, ...]) -> Any:
+def _short(value: tuple[MethodConfig, ...]) -> Any:
     """One method as a mapping, none as ``method: none``: the form in which YAML gives them."""
     trees = [one.model_dump(mode="json") for one in value]
     return trees if len(trees) > 1 else trees[0] if trees else {"method": "none"}
@@ -293,31 +298,30 @@ class Config(Section):
         return self.run.seed
 
     @property
-    def method(self) -> MethodConfig | None:
-        """The method of compatible training; None: a model of its own.
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """The methods of compatible training; empty: a model of its own."""
+        return tuple(one for one in self.compat if isinstance(one, MethodConfig))
 
-        Several at a time are refused so far (:meth:`_combinations`): this property is where they will part.
-        """
-        return next((one for one in self.compat if isinstance(one, MethodConfig)), None)
+    def of(self, *kinds: type[M]) -> M | None:
+        """The method of one of these kinds, if there is one among :attr:`methods`."""
+        return next((one for one in self.methods if isinstance(one, kinds)), None)
 
     @property
     def label(self) -> str:
-        """How the model is made compatible, as its card names it: LCE's mode, another method, or empty."""
-        return "" if self.method is None else self.method.label
+        """How the model is made compatible, as its card names it: LCE's mode, another method, several with + between
+        them, or empty."""
+        return "+".join(one.label for one in self.methods)
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
-        if len(self.compat) > 1:
-            raise ValueError(
-                f"compat: combined methods are not supported yet, {len(self.compat)} are given; give one method"
-            )
+        check_together(self.methods)
         _check_best(self.checkpoint, self.evaluate)
         _check_kept(self.checkpoint)
         beyond = "" if self.train.steps is None else self.beyond_end(self.train.steps)
         if beyond:
             raise ValueError(beyond)
         _check_decay("optimizer", self.optimizer.weight_decay, self.optimizer.lr)
-        if isinstance(self.method, LceCrossConfig):
+        if self.of(LceCrossConfig):
             self._check_maps_alone()
             return self
         rows, peak = self.head.optimizer, self.optimizer.lr * self.head.optimizer.lr_factor
@@ -335,12 +339,13 @@ class Config(Section):
                 "optimizer.start_momentum: no weights that hold one are given; set backbone.weights or head.weights, "
                 "or remove it"
             )
-        if isinstance(self.method, LceConfig) and self.head.sub_centers > 1:
+        lce = self.of(LceConfig)
+        if lce is not None and self.head.sub_centers > 1:
             raise ValueError(
-                f"compat.mode = {self.method.mode} with head.sub_centers = {self.head.sub_centers}: an old centre has "
+                f"compat.mode = {lce.mode} with head.sub_centers = {self.head.sub_centers}: an old centre has "
                 "no single new row to align with; use head.sub_centers=1"
             )
-        if isinstance(self.method, MixBctConfig) and self.head.margin.name in ("adaface", "magface"):
+        if self.of(MixBctConfig) and self.head.margin.name in ("adaface", "magface"):
             raise ValueError(
                 f"head.margin.name = {self.head.margin.name}: it reads the embeddings' norms, which mixbct makes 1; "
                 "use cosface or arcface"
@@ -438,7 +443,7 @@ def dump_config(config: Config) -> str:
 def dump_tree(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain values, without the sections that it does not use."""
     tree = config.model_dump(mode="json")
-    if isinstance(config.method, LceCrossConfig):
+    if config.of(LceCrossConfig):
         del tree["backbone"], tree["head"]
     return tree
 

@@ -193,7 +193,9 @@ class Engine:
             watch.at(state.step, "forward")
             number = state.step * count + part
             seed_step(self.config.run.seed, number, self.ranks.rank)
-            out = self.task.compute(batch, number, part == count - 1, state.scale.value / count, weight)
+            last = part == count - 1
+            measured = last and monitor.due(state.step + 1)
+            out = self.task.compute(batch, number, last, state.scale.value / count, weight, measured)
             finite = finite & out.finite
             reports.append(out.report)
         watch.at(state.step, "update")
@@ -275,8 +277,8 @@ class Engine:
                 "changed nothing. Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
                 f"(limit: train.max_nonfinite_steps={limit})"
             )
-        method = self.config.method
-        for name, key in (("T₂₁", "t21_norm"), ("T₁₂", "t12_norm")):
+        for place, (name, key) in enumerate((("T₂₁", "t21_norm"), ("T₁₂", "t12_norm"))):
+            method = next((one for one in self.config.methods if one.directions[place]), None)
             if line.get(key, 1.0) <= NO_NORM and isinstance(method, LceMapsConfig | FctConfig):
                 raise TrainingError(
                     f"compat.transform.name = {method.transform.name}: {name} gives vectors of norm "

@@ -102,7 +102,7 @@ def _is_default(config: Config, key: str) -> bool:
     section: Any = config
     *sections, last = key.split(".")
     for name in sections:
-        section = config.method if section is config and name == "compat" else getattr(section, name, None)
+        section = next(iter(config.methods), None) if name == "compat" else getattr(section, name, None)
     known = type(section).model_fields.get(last) if isinstance(section, Section) else None
     return known is not None and getattr(section, last) == known.get_default(call_default_factory=True)
 

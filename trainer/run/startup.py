@@ -13,24 +13,16 @@ from typing import TypeVar
 import torch
 
 from trainer import __version__
-from trainer.compat.bank.center_bank import CenterBank
-from trainer.compat.methods.config import (
-    FctConfig,
-    LceConfig,
-    LceCrossConfig,
-    LceDirectConfig,
-    MethodConfig,
-    UniBctConfig,
-    WithOldConfig,
-)
+from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.cross import open_cross
-from trainer.compat.methods.inputs import Inputs
-from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
-from trainer.data import Dataset, DatasetInfo, open_dataset
-from trainer.data.config import DataConfig, ImagesConfig, SyntheticConfig
+from trainer.compat.methods.inputs import Inputs, check_old, open_bank, open_old
+from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings
+from trainer.compat.methods.registry import check_methods
+from trainer.data import Dataset, open_dataset
+from trainer.data.config import ImagesConfig, SyntheticConfig
 from trainer.data.index import outside_allowed
 from trainer.distributed import Ranks, agree, gather_objects, on_main, ranks_text
-from trainer.errors import CenterBankError, ConfigError, DataError, LceError
+from trainer.errors import ConfigError, DataError, LceError
 from trainer.evaluation.periodic import open_periodic
 from trainer.files import why_unwritable
 from trainer.models.model import introduce
@@ -117,18 +109,19 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
         if len(dataset.kept) == 0:
             raise DataError(f"{dataset.path}: no record to train on (all labels are −1, or the data set is empty)")
     _check_share(ranks.world_size, classes)
-    method = config.method
-    if isinstance(method, LceCrossConfig):
-        cross = open_cross(method, dataset, ranks.device)
+    crossed = config.of(LceCrossConfig)
+    if crossed is not None:
+        cross = open_cross(crossed, dataset, ranks.device)
         _introduce((cross.new, cross.old), dataset, ranks)
         if ranks.is_main:
             check_writable(config.run.dir)
         return Inputs(dataset, classes, size, None, None, cross)
-    bank = None if method is None or method.bank is None else _open_bank(config, method, classes, dataset)
-    old = None if method is None else _open_old(method, data, dataset, ranks)
+    bank = open_bank(config.methods, classes, dataset)
+    old = open_old(config.methods, data, dataset, ranks.device)
     _introduce((old,), dataset, ranks)
-    if method is not None and not isinstance(method, LceConfig):
-        _check_rival(config, method, bank, old)
+    check_old(bank, old, config.methods)
+    inputs = Inputs(dataset, classes, size, bank, old)
+    check_methods(config.methods, config, inputs)
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, size)
     zero.check(config)
@@ -139,30 +132,7 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
     _check_norms(config, usual_norm(backbone, weights))
     if ranks.is_main:
         check_writable(config.run.dir)
-    return Inputs(dataset, classes, size, bank, old)
-
-
-def _open_bank(config: Config, method: MethodConfig, classes: int, dataset: Dataset | None) -> CenterBank:
-    assert method.bank is not None
-    bank = CenterBank.open(method.bank)
-    bank.check_classes(classes, dataset, "compat.bank")
-    if isinstance(method, LceDirectConfig) and bank.dim != config.backbone.dim:
-        raise CenterBankError(
-            f"{method.bank}: dimension {bank.dim}, backbone.dim is {config.backbone.dim}; "
-            f"direct mode needs backbone.dim={bank.dim}; backward, forward and both map between the two dimensions"
-        )
-    return bank
-
-
-def _open_old(method: MethodConfig, data: DataConfig, dataset: Dataset | None, ranks: Ranks) -> OldEmbeddings | None:
-    if isinstance(method, WithOldConfig) and method.old_model is not None:
-        info = dataset.info if dataset is not None else DatasetInfo()
-        return ModelEmbeddings(method.old_model, info, ranks.device)
-    if not isinstance(method, WithOldConfig | UniBctConfig):
-        return None
-    assert method.old_embeddings is not None
-    records = data.synthetic_records if isinstance(data, SyntheticConfig) else len(dataset or ())
-    return StoredEmbeddings(method.old_embeddings, records, dataset=dataset)
+    return inputs
 
 
 def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, ranks: Ranks) -> None:
@@ -170,20 +140,6 @@ def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None,
     for source in sources:
         if isinstance(source, ModelEmbeddings):
             introduce(source.old, dataset, ranks.is_main)
-
-
-def _check_rival(config: Config, method: MethodConfig, bank: CenterBank | None, old: OldEmbeddings | None) -> None:
-    """What the methods besides LCE ask for: one dimension, unless a map is trained."""
-    dim = config.backbone.dim
-    if bank is not None and old is not None and bank.dim != old.dim:
-        raise ConfigError(f"{method.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")
-    theirs = old.dim if old is not None else bank.dim if bank is not None else dim
-    if not isinstance(method, FctConfig) and theirs != dim:
-        raise ConfigError(
-            f"compat.method = {method.method}: the old model's dimension is {theirs}, backbone.dim is {dim}; it "
-            f"compares them as they are: use backbone.dim={theirs}, or a method with a map (fct; lce with "
-            "compat.mode=backward)"
-        )
 
 
 def _check_norms(config: Config, norm: float | None) -> None:
