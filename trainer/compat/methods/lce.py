@@ -27,7 +27,7 @@ from trainer.compat.methods.config import LceDirectConfig, LceMapsConfig, LceTra
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
 from trainer.distributed import Labels, Ranks, all_gather_rows, send, upload
-from trainer.errors import CenterBankError, ConfigError
+from trainer.errors import CenterBankError
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partition import class_range
 from trainer.models.card import Direction
