@@ -148,8 +148,7 @@ def test_a_key_of_the_same_name_in_another_variant_falls_too(tmp_path: Path) -> 
     margin = merged(tmp_path, cosface, words=("head.margin.name=arcface",)).head.margin
     assert margin == ArcFaceConfig(scale=32)
     lce = {"compat": {"method": "lce", "bank": "b", "boundary_weight": 10.0}}
-    adv = merged(tmp_path, lce, words=("compat.method=advbct", "compat.old_model=o")).method
-    assert adv is not None
+    (adv,) = merged(tmp_path, lce, words=("compat.method=advbct", "compat.old_model=o")).methods
     assert (adv.bank, adv.boundary_weight) == (Path("b"), 1.0)  # type: ignore[attr-defined]
     rates = merged(tmp_path, {"optimizer": {"lr": 0.01}}, words=("optimizer.name=adamw",)).optimizer
     assert (rates.name, rates.lr) == ("adamw", 0.01)
