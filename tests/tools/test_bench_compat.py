@@ -165,5 +165,20 @@ def test_trials_span_the_weights_evenly() -> None:
     assert method.weights(1) == [32.0]
 
 
+def test_short_trials_are_halved_until_one_is_left(tmp_path: Path) -> None:
+    words = ["--methods", "lce,l2", "--seeds", "1", "--trials", "3", "--trial-steps", "2"]
+    markdown = tmp_path / "table.md"
+    status, figures = bench(tmp_path, *words, "--markdown", str(markdown))
+    assert status == 0
+    for one in figures["methods"].values():
+        assert [trial["updates"] for trial in one["trials"]] == [2, 2, 2, 4, 4]
+        first = {t["weight"]: t["validation"]["new->old"]["TAR@FAR=1e-4"] for t in one["trials"][:3]}
+        kept = {t["weight"]: t["validation"]["new->old"]["TAR@FAR=1e-4"] for t in one["trials"][3:]}
+        assert max(first[w] for w in first.keys() - kept.keys()) <= min(first[w] for w in kept)
+        assert kept[one["weight"]] == max(kept.values())
+    assert "(2 updates)" in markdown.read_text()
+    assert bench(tmp_path, *words[:-1], "7")[0] == 2
+
+
 def test_every_method_has_as_many_trials() -> None:
     assert {len(set(m.weights(4))) for name, m in compat.METHODS.items() if m.settings and name != "broken"} == {4}

@@ -292,8 +292,9 @@ def _plot_weights(known: dict[str, Any], path: Path) -> bool:
         return False
     axes, save = _axes("weight of the compatibility loss", "new → old TAR at FAR 1e-4, validation")
     for colour, one in zip(COLOURS, [m for m in figures["methods"].values() if m["trials"]], strict=False):
-        values = [trial["validation"]["new->old"][METRIC] for trial in one["trials"]]
-        axes.plot([trial["weight"] for trial in one["trials"]], values, "o-", color=colour, label=one["title"])
+        first = [trial for trial in one["trials"] if trial.get("updates") == one["trials"][0].get("updates")]
+        values = [trial["validation"]["new->old"][METRIC] for trial in first]
+        axes.plot([trial["weight"] for trial in first], values, "o-", color=colour, label=one["title"])
     trial = next(m["trials"][0] for m in figures["methods"].values() if m["trials"])
     axes.axhline(trial["validation"]["old->old"][METRIC], color="grey", ls="--", label="old → old")
     axes.set_xscale("log")
