@@ -84,6 +84,7 @@ METHODS = {
     "l2": _method("L2 to the old embedding", "l2", "old"),
     "bct": _method("BCT", "bct", "bank"),
     "unibct": _method("UniBCT", "unibct", "old"),
+    "ndpp": _method("NDPP, ours after it", "ndpp", "bank"),
     "advbct": _method("AdvBCT", "advbct", "bank old"),
     "mixbct": _method("MixBCT", "mixbct", "bank old"),
     "fct": _method("FCT (no side information)", "fct", "old"),
