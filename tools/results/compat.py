@@ -475,10 +475,15 @@ def _rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, one in figures["methods"].items():
         weight = f"{one['weight']:g}" if METHODS[name].settings and one["weight"] else ""
         spread = one["spread"]
-        cells = [_text(spread[part][metric]) if spread else "failed" for part, metric in columns]
+        cells = [_shown(part, spread[part][metric]) if spread else "failed" for part, metric in columns]
         time = [f"{one['update_time']:.2f}" if "update_time" in one else "–"] if timed else []
         lines.append([one["title"], weight, *cells, *time])
     return head, lines
+
+
+def _shown(part: str, value: dict[str, Any] | None) -> str:
+    """A gain below 0 is no share of a way."""
+    return _text(None if part == "update_gain" and value is not None and value["mean"] < 0 else value)
 
 
 def _text(value: dict[str, Any] | None) -> str:
@@ -507,7 +512,8 @@ def markdown(figures: dict[str, Any]) -> str:
         "",
         *_markdown_rows(head, lines),
         "",
-        "Old centre → old: queries at the mean of an identity's other old embeddings, where LCE pulls the new ones.",
+        "Old centre → old: queries at the mean of an identity's other old embeddings, where LCE pulls the new ones. "
+        "An update gain of –: new → old is below old → old, or the paragon is no better than the old model.",
         *(f"\n{one['title']}: {problem}" for one in figures["methods"].values() for problem in one["problems"]),
     ]
     if figures["chosen_by"] == "an earlier run":
