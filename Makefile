@@ -8,6 +8,7 @@
 # make results   measure everything that docs/results.md shows again, and write it: some hours
 # make gpu-check   what needs a GPU, in stages of a few minutes; figures into benchmarks/gpu
 # make docs   the API reference, into build/docs
+# make queue-extras   as root, on Debian and Ubuntu: the SLURM that tests/launch/test_slurm.py starts for itself
 # make package-check   build the package, install it into a clean environment, ask every command for --help
 #
 # TORCH_INDEX  where a CPU build of torch is looked for when pip's own configuration offers none; empty: nowhere else
@@ -28,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 comma := ,
 EXTRAS := dev$(comma)docs$(comma)demo$(if $(filter Linux,$(shell uname -s)),$(comma)gpu)
 
-.PHONY: install demo test test-fast mutants attack lint format results gpu-check docs package-check clean
+.PHONY: install demo test test-fast mutants attack lint format results gpu-check docs queue-extras package-check clean
 
 install: .venv/installed
 
@@ -65,6 +66,9 @@ gpu-check: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/python docs/build_api.py build/docs
+
+queue-extras:
+	apt-get install --yes --no-install-recommends slurm-wlm munge
 
 package-check: .venv/installed
 	$(BIN)/python tests/package_check.py
