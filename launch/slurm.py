@@ -18,6 +18,8 @@ _FIXED = {
     "signal": "SIGTERM to the script is how a run saves before its time ends",
 }
 """What ``--sbatch`` cannot change, and why."""
+LAST_SECONDS = 60
+"""How long the other nodes may go on once the ranks of one have ended."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def script(job: Job, allocation: Allocation) -> str:
     directives, preamble = _header(job, allocation)
     if allocation.modules:
         preamble = [f"module load {shlex.join(allocation.modules)}", *preamble]
-    srun = ["srun", "--kill-on-bad-exit=1", *_container(allocation)]
+    # Ranks that have saved end with 75; --kill-on-bad-exit would kill those of a node that is a second later.
+    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LAST_SECONDS}", *_container(allocation)]
     # A login shell knows `module`; the others inherit the environment that the job was submitted from.
     return f"""#!/bin/bash{" -l" if allocation.modules else ""}
 {_lines(directives)}
@@ -80,15 +83,17 @@ export SRUN_CPUS_PER_TASK="${{SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}}"
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
+# shellcheck disable=SC2016 # it is the shell of each node that reads them
 {shlex.join(srun)} bash -c 'exec "${{@:2}}" --node-rank "$SLURM_NODEID" --master "$1"' \\
     lce "$master:$port" {shlex.join(_command(job, allocation))} &
 step=$!
+asked=
 trap 'trap "" TERM; asked=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 wait "$step"
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a signal ends `wait`, not the step
+wait "$step"
 status=$?
-if [ -n "$asked" ]; then
-    wait "$step"
-    status=$?
+if [ -n "$asked" ] && [ "$status" != 0 ]; then
     echo "lce launch: told to end, the ranks ended with status $status; job $SLURM_JOB_ID goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi

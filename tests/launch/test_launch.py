@@ -99,9 +99,20 @@ def test_sbatch_file(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=False).returncode == 0
 
 
+def test_sbatch_file_passes_the_linter(path: Path, tmp_path: Path) -> None:
+    linter = shutil.which("shellcheck")
+    if linter is None:
+        pytest.skip("shellcheck is not installed (make queue-extras)")
+    every = slurm.Allocation(modules=("cuda/12",), container="site/lce:1", options=("comment=two words",), cpus=4)
+    for number, allocation in enumerate((slurm.Allocation(), every)):
+        (tmp_path / f"{number}.sh").write_text(slurm.script(Job(path, ("a.b=1 2",), nnodes="2"), allocation))
+    done = subprocess.run([linter, *map(str, tmp_path.glob("*.sh"))], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then echo node0; echo node1; else echo "$@" >> "$FAKE_LOG"; fi',
-    "srun": 'shift; SLURM_NODEID=0 exec "$@"',
+    "srun": 'shift 2; SLURM_NODEID=0 exec "$@"',
     "scancel": "true",
     "python": 'echo "python $*" >> "$FAKE_LOG"; exit 75',
 }
@@ -184,7 +195,7 @@ def test_what_a_cluster_wants_is_passed_through(path: Path, tmp_path: Path, caps
     assert commands[1:3] == ["module load cuda/12 gcc", "source /opt/site.sh"]
     assert lines.index("#SBATCH --reservation=night") < lines.index("module load cuda/12 gcc")
     text = _shown(capsys, str(path), "--with", "slurm", "--container", "site/lce:1", "--bind", "/data:/data")
-    assert "srun --kill-on-bad-exit=1 --container-image=site/lce:1 --container-mounts=/data:/data" in text
+    assert "srun --kill-on-bad-exit=0 --wait=60 --container-image=site/lce:1 --container-mounts=/data:/data" in text
     assert '"$master:$port" lce launch ' in text
     for wrong in ("nodes=3", "signal=USR1", "no such=1", "x=1\n#SBATCH --y"):
         assert main(["launch", str(path), "--with", "slurm", "--sbatch", wrong, "--dry-run"]) == 2
