@@ -35,6 +35,7 @@ from trainer.data.config import AnyData
 from trainer.evaluation.config import EvaluateConfig
 from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.networks.config import BackboneConfig
+from trainer.reading import as_path
 from trainer.run.idle import without_idle
 
 M = TypeVar("M", bound=MethodConfig)
@@ -423,7 +424,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: file missing or no YAML; an unknown key (the nearest known one is named); a key of another
             variant; a wrong value.
     """
-    return _built(load(Config, Path(path), overrides), str(path))
+    path = as_path(path, "path", "the path of a YAML file")
+    return _built(load(Config, path, overrides), str(path))
 
 
 def parse_config(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
