@@ -287,8 +287,8 @@ def page(known: dict[str, Any], plots: Sequence[str]) -> str:
 
 def headline(known: dict[str, Any]) -> str:
     """Which method, by how much, at what cost, and where LCE loses; empty where the figures for it are not there."""
-    long, runs = known.get("compat-hangul-long.json"), [known.get(name) for name in AGAINST]
-    runs = [run for run in runs if run and len(_rivals(run)) > 0]
+    long = known.get("compat-hangul-long.json")
+    runs: list[dict[str, Any]] = [run for name in AGAINST if (run := known.get(name)) and _rivals(run)]
     if not long or not runs:
         return ""
     lce, base = long["methods"]["lce"]["spread"], long["base"]
