@@ -313,7 +313,7 @@ def headline(known: dict[str, Any]) -> str:
     out += f", and loses in {_joined(behind)}." if behind else ", and loses in none."
     return (
         out + " Clearly: by more than the larger of the two standard deviations over seeds. These comparisons "
-        "stop before a model of its own has learned as much, so that part of the lead is quicker learning."
+        "stop before the paragon has learned as much, so that part of the lead is quicker learning."
     )
 
 
