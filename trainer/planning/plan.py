@@ -224,7 +224,7 @@ def _changes(setting: Setting) -> dict[str, Edit]:
 def _variants(text: str, change: Edit, setting: Setting) -> list[tuple[str, Setting]]:
     if "{}" not in text:
         return [(text, change(setting, None))]
-    rates = [rate for rate in RATES if rate < setting.config.head.sample_rate]
+    rates = [rate for rate in RATES if rate < setting.config.head.highest_rate]
     return [(text.format(rate), change(setting, rate)) for rate in rates]
 
 
