@@ -124,7 +124,7 @@ class Search:
         from trainer.run.config import load_config
         from trainer.run.startup import check
 
-        config = load_config(args.config, _words(args, args.out / "runs" / "check", args.updates))
+        config = load_config(args.config, _settings(args, args.out / "runs" / "check", args.updates))
         if not config.methods:
             raise ConfigError(f"{args.config}: compat.method is none: there are no weights to choose")
         if isinstance(config.methods[0], LceCrossConfig):
@@ -200,7 +200,7 @@ class Search:
         for place in (layer, figures, log):
             place.parent.mkdir(parents=True, exist_ok=True)
         write_text(layer, self.layer(weights))
-        words = _words(self.args, folder, updates, layer)
+        words = _settings(self.args, folder, updates, layer)
         key = [dump_config(load_config(self.args.config, words)), *self.origin]
         one = {"name": name, "weights": dict(zip(self.names, weights, strict=True)), "updates": updates}
 
@@ -318,7 +318,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     pyplot.close(panels)
 
 
-def _words(args: argparse.Namespace, folder: Path, updates: int, *layers: Path) -> list[str]:
+def _settings(args: argparse.Namespace, folder: Path, updates: int, *layers: Path) -> list[str]:
     own = [f"run.dir={folder}", f"train.steps={updates}", "log.progress=false", "log.tensorboard=false"]
     return [*args.overrides, *map(str, layers), *own]
 
