@@ -12,6 +12,7 @@ EXTRAS = {
     "pyarrow": "gallery",
     "qdrant_client": "gallery",
     "deepspeed": "deepspeed",
+    "triton": "triton",
     "mpi4py": "mpi",
 }
 

@@ -206,6 +206,12 @@ def magface(scene: Scene) -> None:
         scene.run(**margin("magface", lower_norm=50.0))
 
 
+def needs_a_gpu(scene: Scene) -> None:
+    """What there is of it without one is tests/head/test_triton.py's."""
+    with pytest.raises(ConfigError, match=r"head\.impl = triton: (its kernels run on CUDA|the package triton)"):
+        scene.run(head__impl="triton")
+
+
 def compatible(least: float = 0.3, **changes: Any) -> Check:
     """The new model's embeddings lie nearer to the old ones than an independent model's, by at least ``least``."""
 
@@ -339,7 +345,10 @@ FLOAT8: dict[str, Any] = {"head__rows": "float8", "head__optimizer": {"momentum"
 PROMISES: dict[tuple[str, str], Check] = {
     ("data.sampling", "shuffle"): shuffles,
     ("data.sampling", "class_balanced"): balances,
-    ("head.impl", "fused"): learns(),
+    ("head.impl", "auto"): learns(),
+    ("head.impl", "fused"): same(1e-3, 2, {"head__impl": "fused"}, {}),
+    ("head.impl", "native"): same(1e-3, 2, {"head__impl": "native"}, {}),
+    ("head.impl", "triton"): needs_a_gpu,
     ("head.impl", "reference"): same(1e-3, 2, {"head__impl": "reference"}, {}),
     ("head.update", "fused"): learns(head__update="fused"),
     ("head.update", "deferred"): same(1e-3, 2, {"head__update": "deferred"}, {}),

@@ -47,7 +47,10 @@ def file(tmp_path: Path) -> Path:
         ("head.impl=reference head.optimizer.name=adamw head.sample_rate=0.5", "adamw at sample_rate 1 only"),
         ("head.impl=reference head.rows=bfloat16", "needs stochastic rounding"),
         ("head.sampling_correction=true", "head.sampling_correction: weights drawn negatives"),
-        ("head.impl=reference head.chunk_rows=9", "head.chunk_rows belongs to fused; head.impl is reference"),
+        (
+            "head.impl=reference head.chunk_rows=9",
+            "head.chunk_rows belongs to passes in chunks; head.impl is reference",
+        ),
         (
             "compat.method=lce compat.bank=b compat.mix_share=0.2",
             "compat.mix_share belongs to mixbct; compat",

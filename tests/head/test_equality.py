@@ -17,7 +17,7 @@ from trainer.head.partial_fc import PartialFC
 TIGHT = 1e-9  # float64, after several steps; the scale 16 multiplies rounding errors in every exponent
 
 
-def config(impl: str = "fused", **changes: object) -> HeadConfig:
+def config(impl: str = "auto", **changes: object) -> HeadConfig:
     margin = {
         "name": "cosface",
         "scale": 16,

@@ -334,7 +334,7 @@ def _config(args: argparse.Namespace, plain: bool) -> Any:
     from trainer.head.config import HeadConfig
 
     tree = {
-        "impl": "reference" if plain else "fused",
+        "impl": "reference" if plain else "auto",
         "margin": {"name": args.margin, "scale": 64.0},
         "sample_rate": args.rate,
         "optimizer": {"name": args.optimizer} | ({"momentum": args.momentum} if args.optimizer == "sgd" else {}),

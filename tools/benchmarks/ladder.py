@@ -62,10 +62,10 @@ def climb(args: argparse.Namespace, measure: Callable[[argparse.Namespace], dict
     rungs: list[dict[str, Any]] = []
     for classes in args.rungs:
         dtypes = ("float32", "bfloat16")
-        fitting = [rows for rows in dtypes if needed_bytes(args, classes, rows, "fused") <= limit]
+        fitting = [rows for rows in dtypes if needed_bytes(args, classes, rows, "auto") <= limit]
         chosen = fitting if args.every_rows else fitting[:1]
         if not chosen:
-            need = needed_bytes(args, classes, "bfloat16", "fused")
+            need = needed_bytes(args, classes, "bfloat16", "auto")
             rungs.append({"classes": classes, "rows": None, "planned_bytes": need, "measured": None})
         for rows in chosen:
             print(f"{classes:,} classes, rows {rows}", file=sys.stderr)
@@ -96,7 +96,7 @@ def _rung(
     limit: int,
     measure: Callable[[argparse.Namespace], dict[str, Any]],
 ) -> dict[str, Any]:
-    ours = needed_bytes(args, classes, rows, "fused")
+    ours = needed_bytes(args, classes, rows, "auto")
     theirs = needed_bytes(args, classes, "float32", "reference")
     case = copy.copy(args)
     case.classes, case.rows = classes, rows

@@ -139,7 +139,11 @@ SampleRate: TypeAlias = Annotated[float, Field(gt=0, le=1)] | tuple[tuple[int, f
 class HeadConfig(Section):
     """The class-sharded margin softmax."""
 
-    impl: Literal["fused", "reference"] = Field("fused", description="reference: logits materialised, dense gradient")
+    impl: Literal["auto", "fused", "native", "triton", "reference"] = Field(
+        "auto",
+        description="fused: torch; native: C++, on the CPU; triton: kernels that write no logits, on CUDA; auto: "
+        "native where it pays and can, else fused; reference: logits materialised, dense gradient",
+    )
     update: Literal["fused", "deferred"] = Field(
         "fused",
         description="deferred: rows wait until the backbone's gradient is known to be finite; costs their gradient's "
@@ -173,7 +177,7 @@ class HeadConfig(Section):
         description="rows float8: keep what rounding takes away, in bfloat16, and add it at the row's next update "
         "(Kahan); 1.5 KB a class",
     )
-    chunk_rows: int = Field(0, ge=0, description="impl fused: rows per chunk of the pass; 0: chosen for the device")
+    chunk_rows: int = Field(0, ge=0, description="rows per chunk of the pass; 0: chosen for the device")
     init_std: float = Field(0.01, gt=0, description="standard deviation of the rows at the start")
     weights: Path | None = Field(
         None, description="start from these rows: arcface_torch's output folder, a classifier file, or a run folder"
@@ -195,7 +199,7 @@ class HeadConfig(Section):
             raise ValueError("head.weights: one row per class; use head.sub_centers=1")
         if self.weights is not None:
             refuse_idle(self, "head", ("init_std",), "with head.weights, which give all rows")
-        if self.impl == "fused" and self.rows != "float64" and self.margin.scale > LARGEST_SCALE:
+        if self.impl != "reference" and self.rows != "float64" and self.margin.scale > LARGEST_SCALE:
             raise ValueError(
                 f"head.margin.scale = {self.margin.scale}: the fused pass is exact in float32 up to "
                 f"{LARGEST_SCALE:g}; use head.impl=reference"
@@ -241,7 +245,7 @@ class HeadConfig(Section):
 
     def _check_reference(self) -> None:
         if self.chunk_rows:
-            raise ValueError("head.chunk_rows belongs to fused; head.impl is reference")
+            raise ValueError("head.chunk_rows belongs to passes in chunks; head.impl is reference")
         refuse_idle(self, "head", ("update",), "with head.impl=reference")
         if self.sub_centers > 1 or self.margin.name == "curricular" or self.compute != "float32":
             raise ValueError("head.impl = reference: without sub-centres, curricular margin, tf32 and bfloat16 compute")
@@ -252,7 +256,7 @@ class HeadConfig(Section):
         if self.rows in ("bfloat16", "float8"):
             raise ValueError(
                 f"head.rows={self.rows} needs stochastic rounding; head.impl=reference does not support it, use "
-                "head.impl=fused"
+                "head.impl=auto"
             )
 
 

@@ -353,9 +353,7 @@ class FusedSoftmax:
         for number, first, last in self._chunks(inputs):
             w = rows.stored(first * k, last * k) if direct and not deferred else rows.rows(first * k, last * k)
             of_products = rows.stored(first * k, last * k) if direct else w.to(compute)
-            kept = step.first.products
-            products = self._products(inputs, scaled, of_products, number, first) if kept is None else kept[number]
-            q, radial = self._chunk_weights(step, gradient, products, number, first, last)
+            q, radial = self._chunk_gradient(step, gradient, scaled, of_products, number, first, last)
             if q.dtype == transposed.dtype:
                 transposed.addmm_(of_products.t(), q)  # (D, B): this order of the product is the quicker one
             else:
@@ -371,6 +369,14 @@ class FusedSoftmax:
             else:
                 self.optimizer.update(rows, first * k, last * k, change, gradient.gate)
         return transposed.t().contiguous()
+
+    def _chunk_gradient(
+        self, step: Step, gradient: LossGradient, scaled: Tensor, w: Tensor, number: int, first: int, last: int
+    ) -> tuple[Tensor, Tensor]:
+        """Q (n·K, B) and the radial part (n·K,) of the rows w of a chunk, in the products' dtype."""
+        kept = step.first.products
+        products = self._products(step.inputs, scaled, w, number, first) if kept is None else kept[number]
+        return self._chunk_weights(step, gradient, products, number, first, last)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return (x * self.settings.scale).to(self.settings.compute).t()

@@ -195,7 +195,8 @@ def covers(config: HeadConfig) -> bool:
     """Whether native.cpp knows this kind of head."""
     margin = config.margin
     return (
-        (config.impl, config.optimizer.name) == ("fused", "sgd")
+        config.impl in ("auto", "native")
+        and config.optimizer.name == "sgd"
         and config.rows in ("float32", "bfloat16")
         and (config.compute != "bfloat16" or bfloat16_gemm() is not None)
         and config.sub_centers == 1

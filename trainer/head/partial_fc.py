@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.distributed import Labels, Ranks, as_sharded, class_mesh, gather_batch, gather_rows, scale_gradient
 from trainer.errors import ConfigError, DataError
-from trainer.head import native
+from trainer.head import native, triton_pass
 from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.head.float8 import Float8Rows, Float8Table
 from trainer.head.fused import FusedSoftmax, OldCenters
@@ -317,8 +317,8 @@ def _build_softmax(
     seed: int,
     batch: int,
 ) -> Softmax:
-    """The implementation of the step for these rows and about ``batch`` samples: the C++ pass where it pays and can,
-    else torch's, or the reference.
+    """The implementation of the step for these rows and about ``batch`` samples. Raises :class:`ConfigError` for one
+    that does not run here.
     """
     sampled = config.rate_at(0) < 1
     optimizer: RowOptimizer
@@ -340,8 +340,17 @@ def _build_softmax(
     cpu, large = ranks.device.type == "cpu", len(optimizer.rows) >= COMPILE_FROM_ROWS
     kernels = Kernels(chunk_rows(config.chunk_rows, ranks.device.type, batch), compiled=large)
     arguments = (settings, margin, optimizer, kernels, num_classes, old, not cpu)
-    if large and cpu and native.covers(config) and native.holds(old) and (library := native.load()):
+    if config.impl == "triton":
+        triton_pass.check(config, old, ranks.device)
+        return triton_pass.TritonSoftmax(*arguments)
+    wanted = config.impl == "native" or (large and cpu)
+    if wanted and cpu and native.covers(config) and native.holds(old) and (library := native.load()):
         return native.NativeSoftmax(library, *arguments)
+    if config.impl == "native":
+        raise ConfigError(
+            "head.impl = native: the C++ pass does not run here (it takes a CPU, a compiler, sgd on float32 or "
+            "bfloat16 rows, one row a class, and a margin on the target alone); use head.impl=auto"
+        )
     return FusedSoftmax(*arguments)
 
 

@@ -119,7 +119,7 @@ def row_states(setting: Setting) -> int:
 
 
 def _process(setting: Setting) -> list[Part]:
-    large = setting.rows >= COMPILE_FROM_ROWS and setting.config.head.impl == "fused"
+    large = setting.rows >= COMPILE_FROM_ROWS and setting.config.head.impl != "reference"
     compiled = large and not _native(setting)
     if setting.device == "cpu":
         return [Part("process", PROCESS_BYTES), Part("torch.compile", COMPILER_BYTES if compiled else 0)]

@@ -202,7 +202,7 @@ def _changes(setting: Setting) -> dict[str, Edit]:
             s, "head", rows="float8", optimizer=none
         )
     if config.head.impl == "reference":
-        out["the fused head (head.impl=fused)"] = lambda s, _: _with(s, "head", impl="fused")
+        out["the fused head (head.impl=auto)"] = lambda s, _: _with(s, "head", impl="auto")
     if setting.sampled:
         out["head.sample_rate={}"] = lambda s, rate: _with(s, "head", sample_rate=rate)
     if config.train.precision == "float32":

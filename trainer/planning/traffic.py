@@ -73,7 +73,7 @@ def _head(setting: Setting) -> list[Collective]:
 def _softmax(setting: Setting) -> list[Collective]:
     """The sums over all classes; the plain implementation asks for its numbers one kind at a time."""
     count, gathered = setting.config.train.accumulate, setting.gathered
-    if setting.config.head.impl == "fused":
+    if setting.config.head.impl != "reference":
         return [Collective("softmax sums and target cosines", "all-reduce", (2 * gathered + 3) * 8, count)]
     numbers = gathered * setting.work_bytes
     out = [Collective("softmax sums, target cosines, largest logits", "all-reduce", numbers, 3 * count)]

@@ -332,7 +332,7 @@ class Config(Section):
             return self
         rows, peak = self.head.optimizer, self.optimizer.lr * self.head.optimizer.lr_factor
         _check_decay("head.optimizer", rows.weight_decay, peak)
-        sampled = self.head.draws and self.head.impl == "fused"
+        sampled = self.head.draws and self.head.impl != "reference"
         if sampled and isinstance(rows, SgdRowsConfig) and peak * rows.weight_decay > LARGEST_DECAY:
             raise ValueError(
                 f"head.optimizer.weight_decay = {rows.weight_decay}: times the highest learning rate, {peak:g}, it is "

@@ -106,6 +106,7 @@ def without_idle(tree: dict[str, Any], every: bool = False) -> tuple[dict[str, A
             if key in part and _drop(part, key, usual.get(key, _NEVER), every):
                 dropped.append(f"{section}.{key}".removeprefix("."))
 
+    drop("head", ["impl"])  # what it called fused is called auto now
     compat = _section(out, "compat")
     method = compat.get("method", "none")
     label = compat.get("mode") if method == "lce" else method
