@@ -117,9 +117,21 @@ def test_scaling_by_world_size_matters(tmp_path: Path) -> None:
     assert abs(losses_of(tmp_path / "2")[-1] / losses_of(tmp_path / "1")[-1] - 1) > 1e-3
 
 
-def test_continued_run_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+FLOAT8: dict[str, Any] = {"head__rows": "float8", "head__optimizer": {"momentum": 0.0}}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {},
+        FLOAT8,
+        FLOAT8 | {"head__rows_residual": True, "head__sample_rate": [[0, 0.3], [3, 0.6], [6, 1.0]]},
+    ],
+    ids=["float32", "float8", "float8-residual-schedule"],
+)
+def test_continued_run_is_the_same_to_the_last_bit(tmp_path: Path, rows: dict[str, Any]) -> None:
     """Two ranks, batch norm, drawn classes, momentum, moving average: killed in step 7, continued from step 4."""
-    changes = BATCH_NORM | SAMPLED | {"checkpoint__every_steps": 4, "train__ema": 0.9}
+    changes = BATCH_NORM | SAMPLED | {"checkpoint__every_steps": 4, "train__ema": 0.9} | rows
     run_ranks(train_rank, 2, tmp_path / "whole", changes)
     run_ranks(_train_until, 2, tmp_path / "cut", changes, 7)
     assert [p.name for p in list_checkpoints(tmp_path / "cut/checkpoints")] == ["step-00000004"]
