@@ -106,7 +106,6 @@ def without_idle(tree: dict[str, Any], every: bool = False) -> tuple[dict[str, A
             if key in part and _drop(part, key, usual.get(key, _NEVER), every):
                 dropped.append(f"{section}.{key}".removeprefix("."))
 
-    drop("head", ["impl"])  # what it called fused is called auto now
     compat = _section(out, "compat")
     method = compat.get("method", "none")
     label = compat.get("mode") if method == "lce" else method
@@ -120,6 +119,7 @@ def without_idle(tree: dict[str, Any], every: bool = False) -> tuple[dict[str, A
                 drop(section, keys.split())
     if _section(out, "train").get("steps") is not None:
         drop("train", ["epochs"])
+    drop("head", ["impl"])  # what it called fused is called auto now
     if every:
         _drop_what_it_ignored(out, drop)
     if label == "cross-model":
