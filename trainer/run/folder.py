@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from trainer.checkpoint import list_checkpoints
 from trainer.config import Section
 from trainer.distributed import Ranks, launched_by, on_main
 from trainer.errors import ConfigError
@@ -16,6 +17,7 @@ from trainer.owner import owned
 from trainer.reading import read_json, read_yaml
 from trainer.run.config import Config, dump_config
 from trainer.run.idle import without_idle
+from trainer.run.watch import ranks_left
 from trainer.seals import unsealed
 
 SUMMARY = "summary.json"
@@ -113,6 +115,19 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
+
+
+def is_finished(folder: Path, since: float) -> bool:
+    """Whether a run has come to its end: it has a summary, none of its ranks is in the loop since ``since`` (seconds of
+    the epoch), and no checkpoint is of a later step (of a run that was continued for more updates)."""
+    try:
+        summary = read_summary(folder, 0)
+    except ConfigError:
+        return False
+    if summary is None or ranks_left(folder, since):
+        return False
+    saved = list_checkpoints(folder / "checkpoints")
+    return not saved or int(saved[-1].name.removeprefix("step-")) <= summary.step
 
 
 def read_summary(folder: Path, steps: int) -> RunSummary | None:
