@@ -336,18 +336,19 @@ def balances(scene: Scene) -> None:
 class RoundedProducts(TorchDispatchMode):
     """CUDA's rule on the CPU: where the flag says tf32, matrix products take float32 matrices rounded to 11 bits.
 
-    ``rounded``, ``whole``: (rows, columns) of the second matrix of the products of either kind.
+    ``rounded``, ``whole``: whose products of either kind there were: those of the head have a side of C.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.rounded: set[tuple[int, ...]] = set()
-        self.whole: set[tuple[int, ...]] = set()
+        self.rounded: set[str] = set()
+        self.whole: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
             tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-            (self.rounded if tf32 else self.whole).add(tuple(args[-1].shape))
+            whose = "head" if CLASSES in (*args[-2].shape, *args[-1].shape) else "backbone"
+            (self.rounded if tf32 else self.whole).add(whose)
             if tf32:
                 args = [*args[:-2], *map(self.round, args[-2:])]
         return func(*args, **(kwargs or {}))
@@ -378,16 +379,8 @@ def rounded(**changes: Any) -> Check:
         finally:
             torch.backends.cuda.matmul.fp32_precision = outside
             torch.backends.cudnn.benchmark = False
-        head = {(DIM, CLASSES), (CLASSES, DIM)}
-        mine, others = products.rounded, products.whole
-        if "head__compute" in changes:
-            assert mine & head
-            assert not others & head
-            assert others - head
-        else:
-            assert not mine & head
-            assert others & head
-            assert mine - head
+        mine, others = ("head", "backbone") if "head__compute" in changes else ("backbone", "head")
+        assert (products.rounded, products.whole) == ({mine}, {others})
         losses, exact = np.array([line["loss"] for line in log_of(settings.run.dir)]), scene.run().series("loss")
         assert (losses != exact[:20]).any()
         np.testing.assert_allclose(losses[:3], exact[:3], rtol=2e-2)

@@ -67,15 +67,19 @@ def owned_run(folder: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def open_folder(config: Config) -> list[str]:
+def open_folder(config: Config, sealed: dict[str, Any] | None = None) -> list[str]:
     """Make the run folder, keep the resolved configuration, and forget the notes of an earlier attempt's ranks.
+
+    Args:
+        sealed: the configuration in the checkpoint that the run continues from; None: it starts. config.yaml is for
+            people, who may have edited it.
 
     Returns:
         What has changed in the configuration since the last start, for people.
     """
     try:
         folder = config.run.dir
-        changes = changes_since(folder / "config.yaml", config)
+        changes = changes_since(folder / "config.yaml" if sealed is None else sealed, config)
         (folder / "ranks").mkdir(parents=True, exist_ok=True)
         for note in (folder / "ranks").iterdir():
             note.unlink()
@@ -85,13 +89,15 @@ def open_folder(config: Config) -> list[str]:
         raise ConfigError(f"run.dir = {config.run.dir}: cannot be written: {error.strerror}") from None
 
 
-def changes_since(before: Path, config: Config, common: bool = False) -> list[str]:
-    """The settings that differ from those the folder was last run with, as ``key: old → new``; ``common``: only those
-    that both have (another version may know other keys). A key that the folder lacks, and that has its default now, is
-    no difference: a later version added it."""
-    if not before.exists():
-        return []
-    tree, _ = without_idle(read_yaml(before, ConfigError) or {}, every=True)
+def changes_since(before: Path | dict[str, Any], config: Config, common: bool = False) -> list[str]:
+    """The settings that differ from those ``before`` (a config.yaml, or what one holds), as ``key: old → new``;
+    ``common``: only those that both have (another version may know other keys). A key that is missing there, and that
+    has its default now, is no difference: a later version added it."""
+    if isinstance(before, Path):
+        if not before.exists():
+            return []
+        before = read_yaml(before, ConfigError) or {}
+    tree, _ = without_idle(before, every=True)
     old = flat(tree)
     new = flat(yaml.safe_load(dump_config(config)))
     added = {key for key in new.keys() - old.keys() if _is_default(config, key)}
