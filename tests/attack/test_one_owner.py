@@ -211,7 +211,7 @@ def test_ranks_of_other_launchers_end_with_lce_launch(tmp_path: Path, launcher: 
 
 
 def wait_for_end(pids: list[int]) -> None:
-    """Until these processes have ended; what has not after 90 s is killed, and the test fails."""
+    """Until these processes have ended; what still runs after 90 s is killed, and the test fails."""
     end = time.monotonic() + 90
     while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.1)
