@@ -135,15 +135,13 @@ def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: P
             signal.signal(number, handler)
     if asked:
         return stopped_status(asked, run_dir, began)
-    if (
-        status == 0 and run_dir is not None and not is_finished(run_dir, began)
-    ):  # DeepSpeed's, of which a part was killed
+    if status == 0 and run_dir is not None and not is_finished(run_dir, began):  # of DeepSpeed a part was killed
         print(f"lce launch: {Path(argv[0]).name} ended before the run had; the same command continues", flush=True)
         return stopped_status(signal.SIGTERM, run_dir, began)
-    return _told(status)
+    return _launchers_status(status)
 
 
-def _told(status: int) -> int:
+def _launchers_status(status: int) -> int:
     """The launcher's own exit status, or 70 where it is a shell's way (128 + signal) to say that a rank was killed."""
     number = -status if status < 0 else status - 128
     if status == EXIT_INTERRUPTED or number not in set(signal.Signals):
