@@ -162,11 +162,26 @@ def api(out: Path) -> None:
         (Path(folder) / "syntax-highlighting.css").write_text(styles, encoding="utf-8")
         render.configure(docformat="google", footer_text="lce-trainer", search=True, template_directory=Path(folder))
         pdoc.pdoc(*PACKAGES, output_directory=out)
-    for page in out.rglob("*.html"):
+    index = out / "search.js"
+    index.write_text(index.read_text(encoding="utf-8").replace("PydanticUndefined", "…"), encoding="utf-8")
+    pages = {page: page.read_text(encoding="utf-8") for page in sorted(out.rglob("*.html"))}
+    for page, text in pages.items():
         start = os.path.relpath(out.parent / "index.html", page.parent)
-        text = _MISSING.sub("", page.read_text(encoding="utf-8"))
         link = f'<nav class="pdoc"><a href="{start}" style="padding: 1rem">← Documentation</a>'
-        page.write_text(text.replace('<nav class="pdoc">', link, 1), encoding="utf-8")
+        ids = set(re.findall(r'id="([^"]+)"', text))  # what is private is linked to, but not shown
+        text = re.sub(r'<a href="#([^"]+)"[^>]*>(.*?)</a>', lambda a, ids=ids: a[0] if a[1] in ids else a[2], text)
+        text = _MISSING.sub("", text).replace('<nav class="pdoc">', link, 1)
+        page.write_text(text.replace("</main>", f"{_modules(page, pages)}</main>"), encoding="utf-8")
+
+
+def _modules(page: Path, pages: dict[Path, str]) -> str:
+    """What the modules of a package are for: without it a package's page has little but its name."""
+    items = []
+    for module in (module for module in pages if module.parent == page.with_suffix("")):
+        first = re.search(r'<div class="docstring"><p>(.*?)</p>', pages[module], re.DOTALL)
+        plain = re.sub(r"<[^>]*>", "", first[1]) if first else ""
+        items.append(f'<li><a href="{page.stem}/{module.name}">{module.stem}</a> {plain}</li>')
+    return f'<section style="padding: 0 2rem"><ul>{"".join(items)}</ul></section>' if items else ""
 
 
 def search(out: Path) -> None:
@@ -183,7 +198,7 @@ def search(out: Path) -> None:
             words = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", f"<{part}")).split())
             url = page.relative_to(out).as_posix() + (f"#{anchor}" if anchor else "")
             name = f"{html.unescape(title)} – {anchor}" if anchor else html.unescape(title)
-            entries.append({"title": name, "url": url, "text": words[:2000]})
+            entries.append({"title": name, "url": url, "text": words[: 300 if url.startswith("api/") else 2000]})
     (out / "search.js").write_text(
         f"const ENTRIES = {json.dumps(entries, ensure_ascii=False)};{_SEARCH}", encoding="utf-8"
     )
