@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PLACES = {
+_MODULES = {
     "load_config": "trainer.run.config",
     "train": "trainer.api",
     "load_model": "trainer.models.open",
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        globals()[name] = value = getattr(import_module(_PLACES[name]), name)
+    if name in _MODULES:
+        globals()[name] = value = getattr(import_module(_MODULES[name]), name)
         return value
     raise AttributeError(f"module 'trainer' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_MODULES})
