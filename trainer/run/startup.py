@@ -55,23 +55,24 @@ def prepare(config: Config, ranks: Ranks) -> Inputs:
             range), :class:`CenterBankError` (another dimension or class count), :class:`ConfigError` (more ranks than
             classes, unknown backbone, run folder not writable or not shared, ranks that do not agree).
     """
-    inputs = together(lambda: _open(config, ranks))
+    inputs = together(lambda: _open(config, ranks, ranks.device.type, ranks.is_main))
     check_agreement(identity(config, inputs))
     check_shared(config.run.dir, ranks)
     return inputs
 
 
-def check(config: Config, world_size: int) -> Inputs:
-    """Open and check what :func:`prepare` does, and the evaluation sets, in this process alone; nothing is written.
+def check(config: Config, world_size: int, device: str = "cpu", shown: bool = True) -> Inputs:
+    """Open and check what :func:`prepare` does, and the evaluation sets, in this process alone, in host memory; nothing
+    is written.
 
     Args:
-        world_size: of the run that is to be.
+        world_size: of the run that is to be. device: ``cpu`` or ``cuda``, where it is to be.
+        shown: log how foreign models are read.
 
     Raises:
         LceError: as :func:`prepare`.
     """
-    inputs = _open(config, Ranks())
-    _check_share(world_size, inputs.num_classes)
+    inputs = _open(config, Ranks(world_size=world_size), device, shown)
     open_periodic(config.evaluate, inputs.image_size, Ranks())
     return inputs
 
@@ -93,7 +94,7 @@ def together(action: Callable[[], T]) -> T:
     return result[0]
 
 
-def _open(config: Config, ranks: Ranks) -> Inputs:
+def _open(config: Config, ranks: Ranks, device: str, shown: bool) -> Inputs:
     check_writers(config.log)
     data = config.data
     dataset: Dataset | None = None
@@ -109,19 +110,19 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
     method = config.method
     if isinstance(method, LceCrossConfig):
         cross = open_cross(method, dataset, ranks.device)
-        _introduce((cross.new, cross.old), dataset, ranks)
+        _introduce((cross.new, cross.old), dataset, shown)
         if ranks.is_main:
             check_writable(config.run.dir)
         return Inputs(dataset, classes, size, None, None, cross)
     bank = None if method is None or method.bank is None else _open_bank(config, method, classes, dataset)
     old = None if method is None else _open_old(method, data, dataset, ranks)
-    _introduce((old,), dataset, ranks)
+    _introduce((old,), dataset, shown)
     if method is not None and not isinstance(method, LceConfig):
         _check_rival(config, method, bank, old)
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, size)
     zero.check(config)
-    _check_sync(config, ranks)
+    _check_sync(config, device, ranks.world_size)
     if config.head.weights is not None:
         head_rows(config.head.weights, classes, config.backbone.dim)
     weights = None if config.backbone.weights is None else matching_weights(backbone, config.backbone.weights)
@@ -159,11 +160,11 @@ def _open_old(method: MethodConfig, data: DataConfig, dataset: Dataset | None, r
     return StoredEmbeddings(method.old_embeddings, records, dataset=dataset)
 
 
-def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, ranks: Ranks) -> None:
+def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, shown: bool) -> None:
     """Say once how foreign models that run along are read, and refuse one that is fed wrongly."""
     for source in sources:
         if isinstance(source, ModelEmbeddings):
-            introduce(source.old, dataset, ranks.is_main)
+            introduce(source.old, dataset, shown)
 
 
 def _check_rival(config: Config, method: MethodConfig, bank: CenterBank | None, old: OldEmbeddings | None) -> None:
@@ -193,15 +194,15 @@ def _check_norms(config: Config, norm: float | None) -> None:
     )
 
 
-def _check_sync(config: Config, ranks: Ranks) -> None:
+def _check_sync(config: Config, device: str, world_size: int) -> None:
     if not config.train.sync_batchnorm:
         return
-    if ranks.device.type != "cuda":
+    if device != "cuda":
         raise ConfigError("train.sync_batchnorm: torch has it on CUDA only; remove it, or run on GPUs")
-    if not config.data.drop_last or config.data.batch_size < 2 * ranks.world_size:
+    if not config.data.drop_last or config.data.batch_size < 2 * world_size:
         raise ConfigError(
             "train.sync_batchnorm: every rank must have two samples in every batch; set data.drop_last=true and "
-            f"data.batch_size to at least {2 * ranks.world_size}"
+            f"data.batch_size to at least {2 * world_size}"
         )
 
 
