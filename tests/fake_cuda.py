@@ -354,6 +354,9 @@ CASES: dict[str, dict[str, Any]] = {
     "sampled, correction": {**SAMPLED, "head__sampling_correction": True},
     "sampled, adamw": {**SAMPLED, "head__optimizer": {"name": "adamw"}},
     "bfloat16": {**SAMPLED, "head__rows": "bfloat16", "head__compute": "bfloat16"},
+    "no momentum": {**SAMPLED, "head__optimizer": {"momentum": 0.0}},
+    "float8": {"head__rows": "float8", "head__optimizer": {"momentum": 0.0}},
+    "float8, sampled": {**SAMPLED, "head__rows": "float8", "head__optimizer": {"momentum": 0.0}},
     "sub-centres": {**SAMPLED, "head__sub_centers": 3},
     **{
         f"margin {name}": {"head__margin": {"name": name, "scale": 16}} for name in ("adaface", "magface", "curricular")

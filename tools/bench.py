@@ -17,7 +17,7 @@ from trainer.errors import ConfigError
 
 HELP = "measure a part against its plain implementation"
 
-ONLY_IN_A_CLONE = ("compat", "criterion", "million", "results", "table")
+ONLY_IN_A_CLONE = ("compat", "criterion", "million", "results", "rows", "table")
 """The files of tools/results, which the wheel leaves out: they only make docs/results.md again."""
 
 

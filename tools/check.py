@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from tools.arguments import whole_number
 from tools.output import write_json
 from tools.progress import progress_bars
-from trainer.errors import DataError, ForeignRecordsError, MissingDataError
+from trainer.errors import DataError, ForeignRecordsError, MissingDataError, OutsideError
 
 if TYPE_CHECKING:
     from trainer.data.checking import CheckReport
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         dataset = open_dataset(args.dataset, args.labels, verify=not args.seal)
-    except (MissingDataError, ForeignRecordsError):
+    except (MissingDataError, ForeignRecordsError, OutsideError):
         raise
     except DataError as error:
         write_json({"dataset": str(args.dataset), "damage": [str(error)]}, args.json)

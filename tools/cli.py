@@ -48,6 +48,10 @@ HINTS = {
 }
 """What people type who come from other tools."""
 
+DATASETS = ("dataset", "new_dataset", "old_dataset", "data", "images")
+"""The arguments that name data sets."""
+ALLOW_OUTSIDE = "follow names in a dataset.yaml that lead out of its folder (training: data.allow_outside)"
+
 MODULES = {"demo": "tools.demo.command", "characters": "tools.demo.characters"}
 """Where a command's module is not ``tools.NAME``."""
 
@@ -92,6 +96,9 @@ def build_parser(commands: Sequence[str] = COMMANDS, arguments: bool = True) -> 
         )
         if arguments:
             module.add_arguments(sub)
+            for leaf in _leaves(sub):
+                if any(action.dest in DATASETS for action in leaf._actions):
+                    leaf.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE)
         sub.set_defaults(run=module.run, parser=sub)
     return parser
 
@@ -143,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trainer.extras import remedy
 
     try:
-        status = int(args.run(args))
+        with _outside_allowed(args):
+            status = int(args.run(args))
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # who read the output has enough (`| head -1`)
@@ -162,6 +170,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_USAGE
         traceback.print_exc()
         return EXIT_CRASH
+
+
+def _outside_allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    if not getattr(args, "allow_outside", False):
+        return contextlib.nullcontext()
+    from trainer.data.index import outside_allowed
+
+    return outside_allowed(True)
+
+
+def _leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers of a command's actions; a command without actions is its own."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [leaf for group in groups for sub in group.choices.values() for leaf in _leaves(sub)] if groups else [parser]
 
 
 def translated(message: str, parser: argparse.ArgumentParser) -> str:

@@ -22,7 +22,7 @@ no setting was chosen on. A set's answer is by rank-1 and by the TAR at the smal
 resolve: SAFE when one of them is better (its whole 95 % interval above zero) and the other better or level, with at
 least --min-identities; NOT SAFE when one is worse; else NOT ENOUGH DATA. A set with identities
 that a model was trained on, found automatically or declared by --seen, is judged apart: it neither makes nor blocks the
-verdict. Several ranks share the embedding:
+verdict; --unseen declares that equal names mean other people. Several ranks share the embedding:
 
     torchrun --nproc-per-node 2 -m tools.cli evaluate …
 
@@ -90,6 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="sets of --data whose identities were trained on: judged apart, no part of the verdict",
+    )
+    parser.add_argument(
+        "--unseen",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="sets of --data whose people only share names (person1) with training identities of other data sets",
     )
     parser.add_argument(
         "--pairs",
@@ -268,6 +275,7 @@ class _Study:
 
     def __init__(self, args: argparse.Namespace, fars: tuple[float, ...], ranks: "Ranks") -> None:
         from trainer.data import open_dataset, open_named
+        from trainer.evaluation.overlap import declarations
         from trainer.evaluation.pairs import read_bin, read_list
         from trainer.evaluation.templates import read_templates
         from trainer.models.mapped import MappedModel
@@ -287,11 +295,7 @@ class _Study:
             self.models["new"] = MappedModel(self.models["new"], load_model(args.maps, ranks.device))
         self.size = self.models["old"].card.image_size
         self.datasets = {name: open_named(text) for name, text in _named("--data", args.data).items()}
-        stray = next((name for name in args.seen if name not in self.datasets), None)
-        if stray is not None:
-            raise LceError(
-                f"--seen {stray}: no set of --data has this name; it has {', '.join(self.datasets) or 'none'}"
-            )
+        self.declared = declarations(self.datasets, args.seen, args.unseen)
         self.pairs = {}
         for name, text in _named("--pairs", args.pairs).items():
             file, separator, folder = text.partition("@")
@@ -333,7 +337,7 @@ class _Study:
         with _progress(self.ranks.is_main) as (counted, staged):
             sets = [
                 embed_set(
-                    name, self.models, dataset, cache, self.ranks, counted, self.args.flip, name in self.args.seen
+                    name, self.models, dataset, cache, self.ranks, counted, self.args.flip, self.declared.get(name)
                 )
                 for name, dataset in self.datasets.items()
             ]
@@ -348,7 +352,7 @@ class _Study:
         result["models"] = {role: _describe(model) for role, model in self.models.items()}
         given = {
             option: getattr(self.args, option)
-            for option in ("data", "seen", "pairs", "templates", "flip", "score_weights", "norm_weights")
+            for option in ("data", "seen", "unseen", "pairs", "templates", "flip", "score_weights", "norm_weights")
         }
         result["settings"], result["provenance"] = given, provenance()
         return result

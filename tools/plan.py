@@ -22,7 +22,7 @@ from tools.arguments import above_zero, whole_number
 from tools.output import size_text
 
 if TYPE_CHECKING:
-    from trainer.planning.plan import Plan
+    from trainer.planning.plan import Holds, Plan
     from trainer.planning.setting import Setting
     from trainer.planning.simulation import Simulated
     from trainer.run.config import Config
@@ -32,6 +32,10 @@ Case = tuple[int, float, int]
 HELP = "memory, traffic and time of a run before it is queued"
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+GPUS = {"A100": 79 * 2**30, "H100": 79 * 2**30, "H200": 139 * 2**30, "B200": 178 * 2**30}
+"""What torch finds free on an empty one (those of 80 GB where there are several), rounded down to GiB."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes.add_argument("--batch", type=whole_number(1), metavar="b", help="samples per rank")
     sizes.add_argument("--rate", type=float, help="sample rate of the head")
-    sizes.add_argument("--rows", choices=("float32", "bfloat16"), help="dtype of the rows and their state")
+    sizes.add_argument(
+        "--rows",
+        choices=("float32", "bfloat16", "float8"),
+        help="dtype of the rows and their state; float8: without momentum",
+    )
     sizes.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="of the backbone")
     sizes.add_argument("--image-size", type=whole_number(1), metavar="PIXELS", help="side of the images")
     sizes.add_argument("--records", type=whole_number(1), metavar="N", help="images of an epoch")
@@ -55,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, unless run.device is cpu")
     more = parser.add_argument_group("what else is asked")
     more.add_argument(
-        "--memory", type=parse_bytes, metavar="SIZE", help="of a device, such as 80GiB: does it fit, what would"
+        "--memory",
+        type=parse_bytes,
+        metavar="SIZE",
+        help=f"of a device, such as 80GiB or {', '.join(GPUS)}: does it fit, what would, how many classes do",
     )
     more.add_argument(
         "--link-gbps", type=above_zero, metavar="G", help="10⁹ bits per second of a rank's link: time to send"
@@ -143,7 +154,7 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     from trainer.compat.bank.center_bank import CenterBank
     from trainer.compat.methods.config import LceCrossConfig
     from trainer.data.config import ImagesConfig, SyntheticConfig
-    from trainer.data.index import open_dataset
+    from trainer.data.index import open_dataset, outside_allowed
     from trainer.errors import ConfigError
     from trainer.planning.setting import Setting, check_sizes
 
@@ -158,7 +169,8 @@ def make_setting(args: argparse.Namespace) -> "Setting":
         classes, records = classes or data.synthetic_classes, records or data.synthetic_records
         size = size or (data.synthetic_size, data.synthetic_size)
     elif isinstance(data, ImagesConfig) and data.path.exists():
-        dataset = open_dataset(data.path, data.labels)
+        with outside_allowed(data.allow_outside):
+            dataset = open_dataset(data.path, data.labels)
         classes, records = classes or dataset.num_classes, records or len(dataset.kept)
         size = size or dataset.info.image_size
     if classes is None:
@@ -192,6 +204,8 @@ def _config(args: argparse.Namespace) -> "Config":
     if args.lce is not None:
         keys |= {"compat.method": "lce", "compat.bank": "planned"}
     settings = [f"{key}={value}" for key, value in keys.items() if value is not None]
+    if args.rows == "float8" and not any(word.startswith("head.optimizer.") for word in args.overrides):
+        settings.append("head.optimizer.momentum=0")
     if args.config is not None:
         return load_config(args.config, [*args.overrides, *settings])
     if args.classes is None:
@@ -232,6 +246,7 @@ def as_figures(plan: "Plan", args: argparse.Namespace) -> dict[str, Any]:
         "updates": plan.updates,
         "epochs": _epochs(plan),
         "hours": None if speed is None else plan.hours(speed),
+        "holds": None if (held := _held(plan, args)) is None else asdict(held),
     }
 
 
@@ -267,7 +282,29 @@ def _describe(plan: "Plan", args: argparse.Namespace) -> list[str]:
     if plan.updates is not None:
         epochs = _epochs(plan)
         lines.append(f"updates: {plan.updates:,}" + ("" if epochs is None else f" in {epochs:.3g} epochs"))
-    return lines + _times(plan, args)
+    return lines + _times(plan, args) + _holds(plan, args)
+
+
+def _holds(plan: "Plan", args: argparse.Namespace) -> list[str]:
+    """How many classes a rank's memory holds: the one that is given, on a GPU else an H200's."""
+    one = _held(plan, args)
+    if one is None:
+        return []
+    on_host = "" if one.lce_on_host is None else f", {one.lce_on_host:,} with them in host memory"
+    what = f"{size_text(one.memory_bytes)}" + ("" if args.memory else ", an H200's,")
+    ranks = "" if plan.setting.world_size == 1 else f" on each of {plan.setting.world_size} ranks"
+    return [
+        "",
+        f"{what}{ranks} would hold {one.classes:,} classes",
+        f"  with LCE's centres: {one.lce:,} with them next to the rows{on_host}",
+    ]
+
+
+def _held(plan: "Plan", args: argparse.Namespace) -> "Holds | None":
+    from trainer.planning.plan import holds
+
+    memory = args.memory or (GPUS["H200"] if plan.setting.device == "cuda" else None)
+    return None if memory is None else holds(plan.setting, memory)
 
 
 def _times(plan: "Plan", args: argparse.Namespace) -> list[str]:
@@ -323,7 +360,9 @@ def _simulation(simulated: "Simulated | None", args: argparse.Namespace) -> list
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as ``80GiB`` or ``80GB`` in bytes. Raises :class:`argparse.ArgumentTypeError`."""
+    """A size such as ``80GiB`` or ``80GB`` in bytes, or a GPU's name. Raises :class:`argparse.ArgumentTypeError`."""
+    if text.upper() in GPUS:
+        return GPUS[text.upper()]
     found = re.fullmatch(r"([\d.]+)\s*(|K|M|G|T|Ki|Mi|Gi|Ti)B?", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text}: expected a size such as 80GiB or 80GB")

@@ -16,6 +16,7 @@ from trainer.data import Dataset, open_named
 from trainer.distributed import process_group
 from trainer.errors import ConfigError, ModelError
 from trainer.evaluation.embeddings import EmbeddingCache, default_cache, embed_set
+from trainer.evaluation.overlap import declarations
 from trainer.evaluation.provenance import provenance
 from trainer.evaluation.results import Options, study
 from trainer.gallery import files
@@ -79,6 +80,7 @@ def evaluate(
     paragon: AnyModel | None = None,
     fars: Sequence[float] = (1e-4, 1e-3, 1e-2),
     seen: Sequence[str] = (),
+    unseen: Sequence[str] = (),
     report: str | Path | None = None,
 ) -> dict[str, Any]:
     """May the new model query the old one's gallery?
@@ -88,6 +90,7 @@ def evaluate(
         paragon: the new model trained without compatibility: gives update gain and cost.
         fars: false accept rates of interest.
         seen: names of sets whose identities may have been trained on; they do not make SAFE.
+        unseen: names of sets of other people whose names happen to be those of training identities.
         report: an .html file to write.
 
     Returns:
@@ -96,16 +99,14 @@ def evaluate(
     Raises:
         LceError: models that cannot be compared, or sets without pairs.
     """
-    stray = set(seen) - set(data)
-    if stray or not data:
-        raise ConfigError(
-            f"`seen`: no set of `data` is named {', '.join(sorted(stray))}" if stray else "`data` is empty"
-        )
+    if not data:
+        raise ConfigError("`data` is empty")
+    declared = declarations(data, seen, unseen)
     models = {"old": _model(old), "new": _model(new)} | ({} if paragon is None else {"paragon": _model(paragon)})
     cache = EmbeddingCache(default_cache())
     with process_group("cpu") as ranks:
         sets = [
-            embed_set(name, models, _dataset(dataset), cache, ranks, declared_seen=name in seen)
+            embed_set(name, models, _dataset(dataset), cache, ranks, declared=declared.get(name))
             for name, dataset in data.items()
         ]
     result = study(sets, Options(fars=tuple(fars)))

@@ -24,6 +24,10 @@ class MissingDataError(DataError):
     """There is no data set, or no label table, of that name: nothing that could be damaged."""
 
 
+class OutsideError(DataError):
+    """A data set names files outside its folder, which was not allowed."""
+
+
 class ForeignRecordsError(DataError):
     """A label table, or embeddings by record, of other records than those of the data set."""
 

@@ -10,10 +10,13 @@ import pytest
 
 from tests.attack import tallied
 from tests.data.samples import mxnet_copy, packed
+from tests.runs import config
+from tools.cli import main
 from trainer.data import store
-from trainer.data.index import OUTSIDE, open_dataset
+from trainer.data.index import open_dataset
 from trainer.errors import DataError
 from trainer.files import cache_folder, is_own
+from trainer.run.startup import check
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
@@ -25,7 +28,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("key", ["rec", "labels", "class_names", "label_map"])
 @tallied("hostile files: names outside the folder", "refused")
 def test_a_description_names_nothing_outside_its_folder(
-    tmp_path: Path, key: str, absolute: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, key: str, absolute: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """F3: merely checking it overwrote the tables next to any .rec that the user can write."""
     data = packed(tmp_path, 2, 3)
@@ -42,12 +45,19 @@ def test_a_description_names_nothing_outside_its_folder(
     rest = "" if part else f"{key}: {outside}\n"
     inner = f"rec: {outside}" if key == "rec" else f"rec: train.rec{f', label_map: {outside}' if part else ''}"
     (evil / "dataset.yaml").write_text(f"format: lce-dataset-1\nimage_size: [32, 32]\nparts: [{{{inner}}}]\n{rest}")
-    with pytest.raises(DataError, match=f"which is outside its folder; if you trust it, set {OUTSIDE}=1"):
+    with pytest.raises(DataError, match="which is outside its folder; if you trust it, allow it: data"):
         open_dataset(evil)
     assert listing(victim) == before
     if key == "rec":
-        monkeypatch.setenv(OUTSIDE, "1")
-        assert len(open_dataset(evil)) == 6
+        assert main(["check", str(evil)]) == 2
+        assert "in a training configuration, --allow-outside elsewhere" in capsys.readouterr().err
+        assert main(["check", str(evil), "--allow-outside"]) == 0
+        changes = {"data__loader": "torch", "data__path": str(evil), "data__workers": 0, "backbone__name": "small"}
+        with pytest.raises(DataError, match=r"data\.allow_outside=true"):
+            check(config(tmp_path / "run", **changes), 1)
+        assert check(config(tmp_path / "run", **changes, data__allow_outside=True), 1).num_classes == 2
+        with pytest.raises(DataError, match="outside its folder"):  # allowed once, it is not for good
+            open_dataset(evil)
         assert listing(victim) == before
 
 

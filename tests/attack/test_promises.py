@@ -277,6 +277,14 @@ def deep(changes: dict[str, Any], tolerance: float = 1e-4) -> Check:
     return check
 
 
+def compiled(scene: Scene) -> None:
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    same(1e-3, 2, {"train__compile": True}, {})(scene)
+    assert counters["stats"]["unique_graphs"] > before
+
+
 def compressed(scene: Scene) -> None:
     """Two ranks exchange rounded gradients: the first loss is that of whole ones, the next are near, not the same."""
     run = scene.run(world=2, train__compress_gradients=True)
@@ -325,6 +333,7 @@ def balances(scene: Scene) -> None:
 ADAMW = {"optimizer__name": "adamw", "optimizer__lr": 3e-3}
 LCE: dict[str, Any] = {"compat__method": "lce", "compat__alignment_weight": 10.0}
 ARC = margin("arcface", m=0.3)
+FLOAT8: dict[str, Any] = {"head__rows": "float8", "head__optimizer": {"momentum": 0.0, "lr_factor": 5.0}}
 
 PROMISES: dict[tuple[str, str], Check] = {
     ("data.sampling", "shuffle"): shuffles,
@@ -351,6 +360,8 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("head.compute", "tf32"): same(0, STEPS, {"head__compute": "tf32"}, {}),  # on the CPU: float32
     ("head.rows", "float32"): learns(head__rows="float32"),
     ("head.rows", "bfloat16"): same(0.05, 2, {"head__rows": "bfloat16"}, {}),
+    ("head.rows", "float8"): same(0.1, 2, FLOAT8, {}),
+    ("head.rows_residual", "true"): same(0.1, 2, {**FLOAT8, "head__rows_residual": True}, {}),
     ("head.rows", "float64"): same(1e-3, 2, {"head__rows": "float64"}, {}),
     ("head.sampling_correction", "true"): learns(head__sampling_correction=True, head__sample_rate=0.5),
     ("compat.method", "none"): learns(compat__method="none"),
@@ -392,7 +403,7 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("train.precision", "float16"): same(0.05, 1, {"train__precision": "float16"}, {}),
     **{("train.parallel", name): parallel(name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")},
     ("train.compress_gradients", "true"): compressed,
-    ("train.compile", "true"): deep({"train__compile": True}, 1e-3),
+    ("train.compile", "true"): compiled,
     ("train.channels_last", "true"): deep({"train__channels_last": True}, 1e-3),
     ("train.activation_checkpointing", "true"): deep({"train__activation_checkpointing": True}),
     ("train.sync_batchnorm", "true"): refused("train.sync_batchnorm", train__sync_batchnorm=True),

@@ -22,6 +22,7 @@ from trainer.compat.bank.classifiers import open_classifier
 from trainer.compat.bank.matrices import open_arrays, open_rows, read_labels
 from trainer.errors import CenterBankError
 from trainer.files import checksum
+from trainer.head.float8 import HALF, decode, encode
 
 CLASSES, DIM = 103, 16
 
@@ -237,6 +238,18 @@ def test_our_own_checkpoints(tmp_path: Path) -> None:
     data.write_bytes(content)
     with pytest.raises(CenterBankError, match="content changed"):
         open_classifier([folder])
+
+
+def test_rows_in_float8_are_read_with_their_scales(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000007"
+    codes, scale = encode(weight(), torch.full((), HALF))
+    save_distributed({"task.rows_float8": codes, "task.rows_scale": scale}, checkpoint_id=folder, no_dist=True)
+    files = {p.name: list(checksum(p)) for p in folder.iterdir()}
+    (folder / "state.json").write_text(json.dumps({"format": 1, "step": 7, "files": files}))
+    rows = open_classifier([tmp_path]).rows
+    assert torch.equal(rows.read(0, len(rows)), decode(codes, scale))
+    some = np.array([7, 3])
+    assert torch.equal(rows.take(some), decode(codes, scale)[some])
 
 
 def test_info_finds_duplicates_and_odd_boundaries(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def model(folder: Path, data: Dataset | None, complete: bool = True) -> TorchMod
 
 
 def found(data: Dataset, one: EmbeddingModel) -> Overlap:
-    return overlaps(data, {"new": one}, False).models["new"]
+    return overlaps(data, {"new": one}).models["new"]
 
 
 @pytest.fixture
@@ -70,6 +70,25 @@ def test_tables_of_one_data_set(tables: Path) -> None:
     assert found(open_dataset(tables / "source"), trained).by_name  # the same people as files
 
 
+def test_other_people_of_the_same_names_are_declared(tables: Path) -> None:
+    """Generic names (person1) are in many data sets; the same records are the same people whatever is declared."""
+    trained = model(tables / "model", open_dataset(tables / "packed", tables / "new.npy"))
+    files = overlaps(open_dataset(tables / "source"), {"new": trained})
+    assert files.seen
+    assert "if these are other people of the same names, declare the set unseen" in files.words
+    declared = overlaps(open_dataset(tables / "source"), {"new": trained}, "unseen")
+    assert not declared.seen
+    assert declared.words == ""
+    line = unknown_words({"files": declared})
+    assert line.startswith(
+        "Declared to be other people under names that were trained on: files: 6 of its 10 by the new"
+    )
+    records = overlaps(open_dataset(tables / "packed"), {"new": trained}, "unseen")
+    assert records.seen
+    assert "other people" not in records.words
+    assert overlaps(open_dataset(tables / "source"), {"new": trained}, "seen").seen
+
+
 def test_names_of_digits_and_numbers_tell_within_one_data_set_only(tmp_path: Path) -> None:
     people = identity_folders(tmp_path / "people", 3, 4)
     for number, folder in enumerate(sorted(people.iterdir())):
@@ -90,7 +109,7 @@ def test_what_is_not_known_is_said(tables: Path) -> None:
     started = model(tables / "started", new, complete=False)
     assert "weights that do not say" in found(unseen, started).why
     assert found(new, started).shared == 6
-    known = overlaps(unseen, {"old": silent, "new": model(tables / "m", new), "paragon": silent}, False)
+    known = overlaps(unseen, {"old": silent, "new": model(tables / "m", new), "paragon": silent})
     line = unknown_words({"unseen": known})
     assert line == "Not known is whether identities were trained on: unseen by the old model (the model does not say)."
 
@@ -160,3 +179,5 @@ def test_the_command_names_them_on_top_of_the_report(tables: Path, capsys: pytes
     assert cli.main([*words, "--seen", "fresh", "--fail-unsafe"]) == 1
     assert cli.main([*words, "--seen", "nobody"]) == 2
     assert "no set of --data has this name" in capsys.readouterr().err
+    assert cli.main([*words, "--seen", "fresh", "--unseen", "fresh"]) == 2
+    assert "stands in --seen and in --unseen" in capsys.readouterr().err

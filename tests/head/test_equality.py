@@ -52,6 +52,15 @@ def test_fused_equals_reference(name: str, rate: float) -> None:
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_without_momentum_fused_equals_reference(rate: float) -> None:
+    changes = {"optimizer": variant(AnyRowOptimizer, momentum=0.0), "sample_rate": rate}
+    for case in (Case(compat=True), Case(accumulate=2)):
+        ours, theirs = single(config(**changes), case), single(config("reference", **changes), case)
+        assert largest_difference(ours, theirs) < TIGHT
+        assert "momentum" not in ours[0].keys() | theirs[0].keys()
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_filter_correction_and_straight_through_equal_reference(rate: float) -> None:
     margin = {"name": "arcface", "m": 0.5, "gradient": "straight_through", "inter_class_filter": 0.3}
     changes = {"margin": margin, "sample_rate": rate, "sampling_correction": rate < 1}

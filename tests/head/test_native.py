@@ -54,7 +54,7 @@ def run_native(ranks: Ranks, head: HeadConfig, case: Case, expected: bool = True
 def check(case: Case, **changes: Any) -> None:
     """The C++ pass errs against float64 about as much as torch in float32 does, by the reference or the fused pass."""
     exact = [run_head(Ranks(), config("reference", **changes), case)]
-    largest = max(float(exact[0][name].abs().max()) for name in ("rows", "momentum"))
+    largest = max(float(exact[0][name].abs().max()) for name in exact[0].keys() & {"rows", "momentum"})
     short = {"rows": "float32"} | changes
     theirs = max(
         largest_difference([run_head(Ranks(), config(impl, **short), case)], exact) for impl in ("reference", "fused")
@@ -72,6 +72,11 @@ def test_errors_are_of_the_reference_s_own_size(rate: float, margin: str) -> Non
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_with_correction_and_without_lce(rate: float) -> None:
     check(Case(classes=700, dim=31, batch=8), sample_rate=rate, sampling_correction=rate < 1)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_without_momentum(rate: float) -> None:
+    check(WIDE, sample_rate=rate, optimizer=variant(AnyRowOptimizer, momentum=0.0))
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.3])

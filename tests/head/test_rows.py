@@ -17,12 +17,14 @@ from trainer.head.partial_fc import PartialFC
 from trainer.head.row_optimizer import RowGradient, build_row_optimizer
 
 
-def drive(name: str, steps: int, lr: list[float], dtype: torch.dtype = torch.float64) -> tuple[Any, list[Any]]:
+def drive(
+    name: str, steps: int, lr: list[float], dtype: torch.dtype = torch.float64, **more: float
+) -> tuple[Any, list[Any]]:
     """Give random gradients to random rows; the optimizer after a flush, and what it was given."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(20, 3, generator=generator, dtype=torch.float64).to(dtype)
     given: list[Any] = [rows.clone()]
-    config = variant(AnyRowOptimizer, name=name, weight_decay=0.02)
+    config = variant(AnyRowOptimizer, name=name, weight_decay=0.02, **more)
     optimizer = build_row_optimizer(config, rows, sampled=True, seed=0)
     for step in range(steps):
         index = torch.randperm(20, generator=generator)[:6]
@@ -45,19 +47,25 @@ def drive(name: str, steps: int, lr: list[float], dtype: torch.dtype = torch.flo
 
 
 @pytest.mark.parametrize("horizon", [1024, 7])
-def test_undrawn_rows_of_sgd_move_as_with_a_dense_zero_gradient(horizon: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_undrawn_rows_of_sgd_move_as_with_a_dense_zero_gradient(
+    momentum: float, horizon: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(row_optimizer, "HORIZON", horizon)
     rates = [0.3 / (1 + step) for step in range(60)]
-    optimizer, given = drive("sgd", 60, rates)
+    optimizer, given = drive("sgd", 60, rates, momentum=momentum)
     weight = torch.nn.Parameter(given[0])
-    dense = torch.optim.SGD([weight], lr=1.0, momentum=0.9, weight_decay=0.02)
+    dense = torch.optim.SGD([weight], lr=1.0, momentum=momentum, weight_decay=0.02)
     for index, gradient, lr in given[1:]:
         weight.grad = torch.zeros_like(weight)
         weight.grad[index] = gradient
         dense.param_groups[0]["lr"] = lr
         dense.step()
     torch.testing.assert_close(optimizer.rows, weight.detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(optimizer.tables[1], dense.state[weight]["momentum_buffer"], rtol=1e-10, atol=1e-12)
+    if momentum:
+        torch.testing.assert_close(optimizer.tables[1], dense.state[weight]["momentum_buffer"], rtol=1e-10, atol=1e-12)
+    else:
+        assert len(optimizer.tables) == 1
 
 
 def test_strong_decay_does_not_lose_rows() -> None:
@@ -120,18 +128,39 @@ def test_small_updates_do_not_vanish_in_bfloat16() -> None:
     assert rows.float().mean().item() == pytest.approx(0.9, abs=2e-3)
 
 
-def test_bfloat16_rows_take_at_most_2200_bytes_a_class() -> None:
-    config = HeadConfig(rows="bfloat16", sample_rate=0.1)
-    head = PartialFC(config, 1000, 512, Ranks(), seed=0)
-    optimizer = head.softmax.optimizer  # type: ignore[attr-defined]
-    tensors = [*optimizer.tables, optimizer._last]
-    assert sum(t.numel() * t.element_size() for t in tensors) / 1000 <= 2200
+@pytest.mark.parametrize(
+    ("rows", "momentum", "residual", "allowed"),
+    [
+        ("bfloat16", 0.9, False, 2200),
+        ("bfloat16", 0.0, False, 1050),
+        ("float8", 0.0, False, 600),
+        ("float8", 0.0, True, 1600),
+    ],
+)
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_bytes_of_a_class(rate: float, rows: str, momentum: float, residual: bool, allowed: int) -> None:
+    """All that a head holds, and what is planned for it."""
+    optimizer = variant(AnyRowOptimizer, momentum=momentum)
+    config = HeadConfig(rows=rows, sample_rate=rate, optimizer=optimizer, rows_residual=residual)
+    head = PartialFC(config, 4096, 512, Ranks(), seed=0)
+    owner = head.softmax.optimizer  # type: ignore[attr-defined]
+    held = {t.untyped_storage().data_ptr(): t for t in vars(owner).values() if isinstance(t, torch.Tensor)}
+    held |= {t.untyped_storage().data_ptr(): t for t in owner.tables}
+    fixed = 40 * (row_optimizer.HORIZON + 2)  # of all rows together: what k missed steps come to
+    assert sum(t.nbytes for t in held.values()) - fixed <= allowed * 4096
 
 
 def config_for(optimizer: str, rows: str = "float64") -> HeadConfig:
     margin = variant(AnyMargin, name="adaface", scale=16, m=0.3)
+    name, *more = optimizer.split()
+    chosen = variant(AnyRowOptimizer, name=name, **({"momentum": 0.0} if more else {}))
     return HeadConfig(
-        rows=rows, margin=margin, sample_rate=0.3, chunk_rows=20, optimizer=variant(AnyRowOptimizer, name=optimizer)
+        rows="float8" if "float8" in more else rows,
+        rows_residual="residual" in more,
+        margin=margin,
+        sample_rate=0.3,
+        chunk_rows=20,
+        optimizer=chosen,
     )
 
 
@@ -148,7 +177,7 @@ def continue_from(ranks: Ranks, optimizer: str, folder: str) -> list[float]:
 def _steps(ranks: Ranks, optimizer: str, folder: str, save: bool) -> list[float]:
     case = Case(steps=5)
     head = PartialFC(config_for(optimizer), case.classes, case.dim, ranks, seed=3)
-    head.set_lr(0.1 if optimizer == "sgd" else 0.01)
+    head.set_lr(0.01 if optimizer == "adamw" else 0.1)
     take, losses = own_slice(case, ranks), []
     if not save:
         dcp.load(head.shard_state(), checkpoint_id=folder)
@@ -164,13 +193,16 @@ def _steps(ranks: Ranks, optimizer: str, folder: str, save: bool) -> list[float]
     return losses[-2:]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "sgd without", "sgd float8", "sgd float8 residual"])
 def test_a_checkpoint_continues_at_any_world_size(optimizer: str, tmp_path: Any) -> None:
+    """Rounding differs between world sizes: in float8 it shows from the second update on."""
     folder = str(tmp_path / "checkpoint")
     truth = run_ranks(save_after_three, 2, optimizer, folder)[0]
     assert run_ranks(continue_from, 2, optimizer, folder)[0] == truth  # to the last bit
     for world in (1, 3):
-        np.testing.assert_allclose(run_ranks(continue_from, world, optimizer, folder)[0], truth, rtol=1e-10)
+        found, exact = run_ranks(continue_from, world, optimizer, folder)[0], "float8" not in optimizer
+        np.testing.assert_allclose(found[0], truth[0], rtol=1e-10 if exact else 1e-5)
+        np.testing.assert_allclose(found, truth, rtol=1e-10 if exact else 0.02)
 
 
 def counted(ranks: Ranks, classes: int) -> list[tuple[str, int]]:

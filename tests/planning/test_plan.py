@@ -15,7 +15,7 @@ from trainer.compat.methods.config import LceDirectConfig
 from trainer.errors import ConfigError
 from trainer.planning.activations import backbone_sizes
 from trainer.planning.memory import Part, peak_bytes
-from trainer.planning.plan import changes_to_fit, make_plan, ranks_to_fit
+from trainer.planning.plan import _on_host, changes_to_fit, holds, make_plan, ranks_to_fit
 from trainer.planning.setting import Setting
 from trainer.planning.simulation import fake_ranks, simulate
 from trainer.run.config import parse_config
@@ -47,6 +47,44 @@ def test_tables_are_exact() -> None:
     assert found["rows"] == rows * 512 * 2
     assert found["rows' optimizer state"] == rows * (2 * 512 * 2 + 4)
     assert found["old centres"] == rows * (512 * 4 + 5)
+
+
+def test_tables_without_momentum_and_in_float8() -> None:
+    """Of one H200: 100 million classes in float8."""
+    rows, none = -(-29_000_000 // 8), {"optimizer": {"momentum": 0.0}}
+    found = parts(make_plan(setting(29_000_000, head=none)))
+    assert (found["rows"], "rows' optimizer state" in found) == (rows * 512 * 4, False)
+    short = make_plan(setting(29_000_000, head={"rows": "float8", **none}))
+    assert (parts(short)["rows"], "rows' optimizer state" in parts(short)) == (rows * (512 + 4), False)
+    kept = parts(make_plan(setting(29_000_000, head={"rows": "float8", "rows_residual": True, **none})))
+    assert kept["rows"] == rows * (3 * 512 + 4)
+    one = setting(100_000_000, world=1, head={"rows": "float8", "sample_rate": 0.1, **none})
+    room = holds(one, 139 * GIB)
+    for classes, changed in (
+        (room.classes, one),
+        (room.lce, replace(one, config=with_lce(one), bank_dim=512)),
+        (room.lce_on_host, _on_host(replace(one, config=with_lce(one), bank_dim=512))),
+    ):
+        assert classes is not None
+        assert make_plan(replace(changed, num_classes=classes)).device_bytes <= 139 * GIB
+        assert make_plan(replace(changed, num_classes=classes + 1)).device_bytes > 139 * GIB
+    assert room.lce_on_host is not None
+    assert room.lce < 100_000_000 < room.lce_on_host < room.classes
+    all_rows = setting(1, world=1, head={"rows": "float8", **none})
+    assert holds(all_rows, 8 * GIB).lce_on_host is None
+
+
+def test_lce_plan_says_what_an_h200_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--classes", "100e6", "--rows", "float8", "--gpus", "1", "--json", "-"]) == 0
+    held = json.loads(capsys.readouterr().out)["holds"]
+    assert held["classes"] > 100_000_000
+    assert held["lce"] > 50_000_000
+    assert main(["plan", "--classes", "100e6", "--rows", "float8", "--memory", "H200"]) == 0
+    out = capsys.readouterr().out
+    assert f"would hold {held['classes']:,} classes" in out
+    assert f"with LCE's centres: {held['lce']:,}" in out
+    assert main(["plan", "--classes", "1000", "--rows", "float8", "head.optimizer.momentum=0.9"]) == 2
+    assert "without momentum" in capsys.readouterr().err
 
 
 def with_lce(one: Setting) -> Any:

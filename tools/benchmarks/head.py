@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=int, default=512, help="D, the embedding dimension (512)")
     parser.add_argument("--margin", default="cosface", help="the margin (cosface)")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="of the rows (sgd)")
-    parser.add_argument("--rows", choices=("float32", "bfloat16"), default="float32", help="dtype of rows and state")
+    parser.add_argument("--momentum", type=float, default=0.9, help="of --optimizer sgd (0.9)")
+    rows = ("float32", "bfloat16", "float8")
+    parser.add_argument("--rows", choices=rows, default="float32", help="dtype of rows and state; float8: --momentum 0")
     parser.add_argument("--compute", choices=("float32", "tf32", "bfloat16"), default="float32", help="of the products")
     parser.add_argument(
         "--lce", choices=("none", "direct", *MAPPED), default="none", help="with LCE's losses, maps included (rbt)"
@@ -335,7 +337,7 @@ def _config(args: argparse.Namespace, plain: bool) -> Any:
         "impl": "reference" if plain else "fused",
         "margin": {"name": args.margin, "scale": 64.0},
         "sample_rate": args.rate,
-        "optimizer": {"name": args.optimizer},
+        "optimizer": {"name": args.optimizer} | ({"momentum": args.momentum} if args.optimizer == "sgd" else {}),
         "rows": "float32" if plain else args.rows,
         "compute": "float32" if plain else args.compute,
     }

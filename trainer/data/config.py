@@ -60,6 +60,7 @@ class ImagesConfig(DataConfig):
     path: Path = Field(description="a folder with dataset.yaml (made by `lce pack`)")
     labels: Path | None = Field(None, description="int64 .npy that replaces the data set's labels; -1 drops a record")
     workers: int = Field(2, ge=0, description="decoding threads (DALI) or processes (torch) per rank")
+    allow_outside: bool = Field(False, description="follow names in a dataset.yaml that lead out of its folder")
     max_bad_records: int = Field(0, ge=0, description="how many damaged records training may skip before it stops")
     augment: AugmentConfig = Field(AugmentConfig(), description="random image changes in training")
 

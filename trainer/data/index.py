@@ -7,7 +7,8 @@ too) and a folder of identity folders with image files.
 """
 
 import hashlib
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,21 +21,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.data import checksums, recordio, store
 from trainer.data.pixels import decode_image, image_size
-from trainer.errors import DataError, ForeignRecordsError, MissingDataError
+from trainer.errors import DataError, ForeignRecordsError, MissingDataError, OutsideError
 from trainer.files import checksum, write_text
 from trainer.reading import read_text, read_yaml
 from trainer.seals import find_change, sealed, unsealed, warn_once
 
 DESCRIPTION = "dataset.yaml"
 BAD_RECORDS = "bad_records.npy"
-OUTSIDE = "LCE_OUTSIDE"
-"""The variable that allows, as 1, a dataset.yaml to name files outside its folder."""
 MOST_CLASSES = 1_000_000_000
 """More is refused: such a label is a mistake, and tables with an entry for each class would fill the memory."""
 MOST_COMPARED_BYTES = 16 << 30
 """Embeddings by record in a larger file are not read whole when a run starts."""
 Checks = Literal["all", "records", "none"]
 """Which checksums are compared: of tables at the opening and of records as they are read; of records; none."""
+_allowed = False
 _CHUNK = 1 << 22
 _SAMPLED = 16
 
@@ -476,6 +476,17 @@ def _check_table(table: Path, described: LabelsInfo) -> None:
             )
 
 
+@contextmanager
+def outside_allowed(yes: bool) -> Iterator[None]:
+    """Follow names in a dataset.yaml that lead out of its folder, in this process, where the user trusts them."""
+    global _allowed
+    before, _allowed = _allowed, yes or _allowed
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
 def open_named(text: str | Path) -> Dataset:
     """The data set that ``FOLDER``, or ``FOLDER@LABELS.npy`` with a label table, names. Raises: as
     :func:`open_dataset`."""
@@ -570,9 +581,10 @@ def _check_inside(folder: Path, info: DatasetInfo) -> None:
     """Refuse names that lead out of the data set's folder, unless the user allows them."""
     names = [info.labels, info.class_names, *(name for part in info.parts for name in (part.rec, part.label_map))]
     outside = next((n for n in names if n is not None and (Path(n).is_absolute() or ".." in Path(n).parts)), None)
-    if outside is not None and os.environ.get(OUTSIDE) != "1":
-        raise DataError(
-            f"{folder / DESCRIPTION}: names {outside}, which is outside its folder; if you trust it, set {OUTSIDE}=1"
+    if outside is not None and not _allowed:
+        raise OutsideError(
+            f"{folder / DESCRIPTION}: names {outside}, which is outside its folder; if you trust it, allow it: "
+            "data.allow_outside=true in a training configuration, `allow_outside` elsewhere"
         )
 
 

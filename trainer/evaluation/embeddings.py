@@ -14,7 +14,7 @@ from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import FloatArray, IntArray, check_unit, class_index
 from trainer.evaluation.chain import carried, check_links
 from trainer.evaluation.compatibility import Spaces
-from trainer.evaluation.overlap import overlaps
+from trainer.evaluation.overlap import Declared, overlaps
 from trainer.evaluation.results import NamedSet
 from trainer.evaluation.templates import TemplateSet, pool
 from trainer.files import cache_folder, is_own, replaced
@@ -150,12 +150,12 @@ def embed_set(
     ranks: Ranks,
     progress: Progress | None = None,
     flip: bool = False,
-    declared_seen: bool = False,
+    declared: Declared | None = None,
 ) -> NamedSet:
     """Embed the labelled records of a set under every model, and find which of its identities they were trained on.
     Every rank must call it."""
     spaces = embed_spaces(name, models, dataset, dataset.kept, cache, ranks, progress, flip)
-    known = overlaps(dataset, models, declared_seen)
+    known = overlaps(dataset, models, declared)
     return NamedSet(name, spaces, np.asarray(dataset.labels[dataset.kept]), dataset.kept, dataset.class_names, known)
 
 

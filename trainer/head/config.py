@@ -147,7 +147,16 @@ class HeadConfig(Section):
         description="what the products take, their results are float32; tf32: float32 rounded to 11 bits on CUDA, in "
         "the head's products alone (on the CPU float32)",
     )
-    rows: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of rows and their state")
+    rows: Literal["float32", "bfloat16", "float8", "float64"] = Field(
+        "float32",
+        description="dtype of rows and their state; float8 (E4M3 with a scale a row) needs momentum 0: 0.5 KB a class "
+        "at dimension 512",
+    )
+    rows_residual: bool = Field(
+        False,
+        description="rows float8: keep what rounding takes away, in bfloat16, and add it at the row's next update "
+        "(Kahan); 1.5 KB a class",
+    )
     chunk_rows: int = Field(0, ge=0, description="impl fused: rows per chunk of the pass; 0: chosen for the device")
     init_std: float = Field(0.01, gt=0, description="standard deviation of the rows at the start")
     weights: Path | None = Field(
@@ -165,7 +174,23 @@ class HeadConfig(Section):
             raise ValueError("head.weights: one row per class; use head.sub_centers=1")
         if self.impl == "reference":
             self._check_reference()
+        self._check_float8()
         return self
+
+    @property
+    def frozen_rows(self) -> str:
+        """The dtype of rows that are not trained: ``rows``, or bfloat16 for float8."""
+        return "bfloat16" if self.rows == "float8" else self.rows
+
+    def _check_float8(self) -> None:
+        if self.rows != "float8":
+            if self.rows_residual:
+                raise ValueError(f"head.rows_residual belongs to rows float8; head.rows is {self.rows}")
+        elif not isinstance(self.optimizer, SgdRowsConfig) or self.optimizer.momentum:
+            raise ValueError(
+                "head.rows = float8: rows of one byte are trained by sgd without momentum (its table would be larger "
+                "than they are); use head.optimizer.momentum=0 (and head.optimizer.name=sgd)"
+            )
 
     def _check_reference(self) -> None:
         if self.chunk_rows:
@@ -176,8 +201,8 @@ class HeadConfig(Section):
             raise ValueError(
                 "head.impl = reference: adamw at sample_rate 1 only (torch's AdamW also moves rows that were not drawn)"
             )
-        if self.rows == "bfloat16":
+        if self.rows in ("bfloat16", "float8"):
             raise ValueError(
-                "head.rows=bfloat16 needs stochastic rounding; head.impl=reference does not support it, use "
+                f"head.rows={self.rows} needs stochastic rounding; head.impl=reference does not support it, use "
                 "head.impl=fused"
             )

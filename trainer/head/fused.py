@@ -102,6 +102,10 @@ class FusedSoftmax:
         finite = torch.isfinite(step.loss.value)
         return StepOutput(loss, own, step.loss.report, finite)
 
+    def put(self, first: int, rows: Tensor) -> None:
+        """See :class:`trainer.head.step.Softmax`."""
+        self.optimizer.put(first, rows)
+
     def set_lr(self, lr: float) -> None:
         """See :class:`trainer.head.step.Softmax`."""
         self.optimizer.set_lr(lr)
@@ -120,7 +124,7 @@ class FusedSoftmax:
 
     def tables(self) -> dict[str, Tensor]:
         """See :class:`trainer.head.step.Softmax`."""
-        named = zip(("rows", *self.optimizer.state_names), self.optimizer.tables, strict=True)
+        named = zip(self.optimizer.table_names, self.optimizer.tables, strict=True)
         return dict(named) | self.optimizer.extra_state()
 
     def counters(self) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ typedef uint16_t Short;  // the upper half of a float
 extern "C" struct Step {
   int64_t count, dim, batch, threads;  // rows n of this step, D, B
   int64_t short_rows, short_products;  // whether R and C are bfloat16
-  void *rows, *momentum;               // (R, D) tables of R
+  void *rows, *momentum;               // (R, D) tables of R; momentum is null where μ is 0
   const int64_t* index;                // (n) places in the tables; null: all of them, in place
   const float* missed;                 // (n, 4) what each row missed, [[a, b], [c, d]]; with index
   float* kept;                         // (n, D) the gathered rows; with index
@@ -158,10 +158,10 @@ void gather_rows(const Step& s, int64_t first, int64_t last) {
   for (int64_t r = first; r < last; r++) {
     if (r + 1 < last) {
       prefetch(rows + s.index[r + 1] * D, D);
-      prefetch(momentum + s.index[r + 1] * D, D);
+      if (momentum) prefetch(momentum + s.index[r + 1] * D, D);
     }
-    const R *w = rows + s.index[r] * D, *v = momentum + s.index[r] * D;
-    const float a = s.missed[4 * r], b = s.missed[4 * r + 1];
+    const R *w = rows + s.index[r] * D, *v = momentum ? momentum + s.index[r] * D : w;
+    const float a = s.missed[4 * r], b = momentum ? s.missed[4 * r + 1] : 0.0f;
     float* out = s.kept + r * D;
 #pragma omp simd
     for (int64_t i = 0; i < D; i++) out[i] = a * wide(w[i]) + b * wide(v[i]);
@@ -261,11 +261,12 @@ void block_weights(const Step& s, int64_t first, int64_t last, float* z, float* 
   }
 }
 
-// v ← v + (radial + λ)·w − pull·o, w ← w − η·v, both written to the tables.
+// v ← v + (radial + λ)·w − pull·o, w ← w − η·v, both written to the tables (v to `unused` where μ is 0).
 template <class R>
-void descend(const Step& s, int64_t r, const float* w, const float* v, float radial) {
+void descend(const Step& s, int64_t r, const float* w, const float* v, float radial, R* unused) {
   const int64_t D = s.dim, place = s.index ? s.index[r] : r;
-  R *to_w = static_cast<R*>(s.rows) + place * D, *to_v = static_cast<R*>(s.momentum) + place * D;
+  R *to_w = static_cast<R*>(s.rows) + place * D;
+  R* to_v = s.momentum ? static_cast<R*>(s.momentum) + place * D : unused;
   const bool rounds = sizeof(R) == 2;
   const int32_t noise = rounds ? s.noise_row[r] : 0;
   const int32_t *of_w = s.noise_column, *of_v = of_w + D;
@@ -299,9 +300,10 @@ void second_pass(const Step& s, Gemm gemm, int64_t thread) {
   const int64_t D = s.dim, B = s.batch;
   const Share mine = share_of(s, thread);
   const R *rows = static_cast<const R*>(s.rows), *momentum = static_cast<const R*>(s.momentum);
-  const auto own = space<float>(true, BLOCK * B), state = space<float>(s.index || sizeof(R) == 2, BLOCK * D);
+  const auto own = space<float>(true, BLOCK * B), state = space<float>(s.index || sizeof(R) == 2 || !momentum, BLOCK * D);
   const auto wide_rows = space<float>(sizeof(R) == 2 && !s.index, BLOCK * D);
   const auto narrow_rows = space<C>(sizeof(C) == 2, BLOCK * D), narrow_q = space<C>(sizeof(C) == 2, BLOCK * B);
+  const auto unused = space<R>(!momentum, D);
   float radial[BLOCK], *dx = s.dx + thread * D * B;
   for (int64_t first = mine.first; first < mine.last; first += BLOCK) {
     const int64_t last = std::min(first + BLOCK, mine.last), n = last - first;
@@ -315,7 +317,8 @@ void second_pass(const Step& s, Gemm gemm, int64_t thread) {
     block_weights(s, first, last, z, radial);
     const C* q = narrowed(z, n * B, narrow_q.get());
     product(gemm, true, false, B, D, n, q, narrow, 1, dx);
-    if (s.index)
+    if (!momentum) {  // μ is 0: the product overwrites what is there
+    } else if (s.index)
       gather_momentum<R>(s, first, last, v);
     else
       v = widened(static_cast<R*>(s.momentum) + first * D, n * D, v);
@@ -327,10 +330,10 @@ void second_pass(const Step& s, Gemm gemm, int64_t thread) {
     for (int64_t r = first; r < last; r++, w += D, v += D) {
       if (s.index && r + 1 < last) {
         prefetch(rows + s.index[r + 1] * D, D);
-        prefetch(momentum + s.index[r + 1] * D, D);
+        if (momentum) prefetch(momentum + s.index[r + 1] * D, D);
         if (s.centers) prefetch(s.centers + s.index[r + 1] * D, D);
       }
-      descend<R>(s, r, w, v, radial[r - first]);
+      descend<R>(s, r, w, v, radial[r - first], unused.get());
     }
   }
 }

@@ -119,7 +119,7 @@ class NativeSoftmax(FusedSoftmax):
             "batch": batch,
             "threads": threads,
             "rows": optimizer.rows,
-            "momentum": optimizer.tables[1],
+            "momentum": optimizer.momentum,
             "short_rows": optimizer.rows.dtype == torch.bfloat16,
             "short_products": self.settings.compute == torch.bfloat16,
             "scaled": (x * self.settings.scale).to(self.settings.compute),

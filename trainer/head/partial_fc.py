@@ -20,14 +20,15 @@ from torch.distributed.tensor import DTensor
 from trainer.distributed import Labels, Ranks, as_sharded, class_mesh, gather_batch, gather_rows, scale_gradient
 from trainer.errors import ConfigError, DataError
 from trainer.head import native
-from trainer.head.config import HeadConfig
+from trainer.head.config import HeadConfig, SgdRowsConfig
+from trainer.head.float8 import Float8Rows, Float8Table
 from trainer.head.fused import FusedSoftmax, OldCenters
 from trainer.head.kernels import Kernels, chunk_rows
 from trainer.head.margin import Margin, build_margin
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partition import ClassRange, class_range
 from trainer.head.reference import ReferenceSoftmax
-from trainer.head.row_optimizer import build_row_optimizer
+from trainer.head.row_optimizer import RowOptimizer, build_row_optimizer
 from trainer.head.sampling import Draw, draw_rows
 from trainer.head.step import PassSettings, Softmax, Verdict, constant_shift
 from trainer.randomness import block_seed
@@ -126,8 +127,16 @@ class PartialFC(nn.Module):
 
     @property
     def rows(self) -> Tensor:
-        """The classifier rows of this rank, (c·K, D); not a parameter, the head updates it itself."""
+        """The classifier rows of this rank as they are stored, (c·K, D); not a parameter, the head updates it itself.
+        With ``head.rows=float8`` these are E4M3's codes (uint8), see :mod:`trainer.head.float8`.
+        """
         return self.softmax.rows
+
+    def put_rows(self, first: int, rows: Tensor) -> None:
+        """Start with these rows (n, D), of the rank's classes from ``first`` on (one row a class). Call
+        :meth:`load_shard_state` at the end.
+        """
+        self.softmax.put(first, rows)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the coming updates."""
@@ -256,25 +265,34 @@ class _FiniteGradient(torch.autograd.Function):
         return torch.where(ctx.verdict.finite, grads[0], 0.0), None
 
 
-def initial_rows(config: HeadConfig, classes: ClassRange, dim: int, device: torch.device, seed: int) -> Tensor:
+def initial_rows(
+    config: HeadConfig, classes: ClassRange, dim: int, device: torch.device, seed: int
+) -> Tensor | Float8Table:
     """Normal rows (c·K, D) with deviation ``init_std``; class j's do not depend on the world size (they do on the
     device's type).
     """
     k = config.sub_centers
-    rows = torch.empty(classes.size * k, dim, dtype=getattr(torch, config.rows), device=device)
+    rows: Tensor | Float8Table
+    if config.rows == "float8":
+        rows = Float8Table.empty(classes.size * k, dim, device, config.rows_residual)
+    else:
+        rows = torch.empty(classes.size * k, dim, dtype=getattr(torch, config.rows), device=device)
     generator = torch.Generator(device)
     for block in range(classes.start // INIT_BLOCK, -(-classes.stop // INIT_BLOCK)):
         generator.manual_seed(block_seed(seed, block))
         values = torch.randn(INIT_BLOCK * k, dim, generator=generator, device=device)
         low, high = max(classes.start, block * INIT_BLOCK), min(classes.stop, (block + 1) * INIT_BLOCK)
         part = values[(low - block * INIT_BLOCK) * k : (high - block * INIT_BLOCK) * k] * config.init_std
-        rows[(low - classes.start) * k : (high - classes.start) * k] = part
+        if isinstance(rows, Float8Table):
+            rows.put((low - classes.start) * k, part)
+        else:
+            rows[(low - classes.start) * k : (high - classes.start) * k] = part
     return rows
 
 
 def _build_softmax(
     config: HeadConfig,
-    rows: Tensor,
+    rows: Tensor | Float8Table,
     margin: Margin,
     num_classes: int,
     old: OldCenters | None,
@@ -285,9 +303,15 @@ def _build_softmax(
     """The implementation of the step for these rows and about ``batch`` samples: the C++ pass where it pays and can,
     else torch's, or the reference.
     """
-    if config.impl == "reference":
+    sampled = config.sample_rate < 1
+    optimizer: RowOptimizer
+    if isinstance(rows, Float8Table):
+        assert isinstance(config.optimizer, SgdRowsConfig), "HeadConfig refuses others"
+        optimizer = Float8Rows(config.optimizer, rows, sampled, seed)
+    elif config.impl == "reference":
         return ReferenceSoftmax(config, rows, margin, num_classes, old, ranks.world_size)
-    optimizer = build_row_optimizer(config.optimizer, rows, config.sample_rate < 1, seed)
+    else:
+        optimizer = build_row_optimizer(config.optimizer, rows, sampled, seed)
     settings = PassSettings(
         scale=config.margin.scale,
         sub_centers=config.sub_centers,
@@ -296,7 +320,7 @@ def _build_softmax(
         compute=torch.bfloat16 if config.compute == "bfloat16" else optimizer.work,
         tf32=config.compute == "tf32",
     )
-    cpu, large = ranks.device.type == "cpu", len(rows) >= COMPILE_FROM_ROWS
+    cpu, large = ranks.device.type == "cpu", len(optimizer.rows) >= COMPILE_FROM_ROWS
     kernels = Kernels(chunk_rows(config.chunk_rows, ranks.device.type, batch), compiled=large)
     arguments = (settings, margin, optimizer, kernels, num_classes, old, not cpu)
     if large and cpu and native.covers(config) and native.holds(old) and (library := native.load()):

@@ -172,6 +172,10 @@ class ReferenceSoftmax:
         """Forget the gradient."""
         self.weight.grad = None
 
+    def put(self, first: int, rows: Tensor) -> None:
+        """Start with these rows (n, D) from ``first`` on."""
+        self.rows[first : first + len(rows)] = rows
+
     def flush(self) -> None:
         """Every row is up to date after each step."""
 
@@ -182,7 +186,9 @@ class ReferenceSoftmax:
         """Rows and torch's optimizer state under the fused pass's names (c, D), created if no step was taken yet."""
         slots = self.optimizer.state[self.weight]
         names = {"momentum_buffer": "momentum", "exp_avg": "first_moment", "exp_avg_sq": "second_moment"}
-        wanted = ("momentum_buffer",) if isinstance(self.optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
+        wanted: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+        if isinstance(self.optimizer, torch.optim.SGD):
+            wanted = ("momentum_buffer",) if self.optimizer.defaults["momentum"] else ()
         for slot in wanted:
             if slots.get(slot) is None:
                 slots[slot] = torch.zeros_like(self.weight)

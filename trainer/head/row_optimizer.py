@@ -7,14 +7,15 @@ Only the rows drawn in a step are read, differentiated and written. What that me
   μ]] (w, v)``, so a row remembers the number of the update that touched it last, and when it is drawn again the
   product of the steps it missed, four numbers from a table, brings it up to date. Training is numerically that of a
   dense gradient with ``torch.optim.SGD``, at the cost of the drawn rows. Every ``HORIZON`` updates, and before a
-  checkpoint, all rows are brought up to date in one sweep.
+  checkpoint, all rows are brought up to date in one sweep. Without momentum there is no table of it, and what a row
+  missed is one factor.
 * **AdamW**: *a row's clock runs only while it is drawn*. Moments, decay and bias correction (by the row's own
   number of draws) stand still otherwise; torch's rule for a zero gradient is not linear, and decaying second
   moments of undrawn rows would make their next step huge.
 
 Rows and state may be stored in bfloat16: arithmetic is float32, and results are rounded stochastically (each of the
 two neighbours with the probability that makes the mean exact), so updates smaller than a bfloat16 step do not
-vanish in the mean.
+vanish in the mean. Rows of one byte a number are :mod:`trainer.head.float8`'s.
 """
 
 from abc import ABC, abstractmethod
@@ -101,7 +102,7 @@ class Selection:
         if self.index is None:
             if self.in_place:
                 return self.owner.rows[start:stop]
-            return self.owner.workspace(0, stop - start).copy_(self.owner.rows[start:stop])
+            return self.owner.read(start, stop, self.owner.workspace(0, stop - start))
         self.owner.copy_rows(self.index[start:stop], self.kept[start:stop])
         return self.kept[start:stop]
 
@@ -145,7 +146,7 @@ class Selection:
         """Copies of the rows at some places of the selection, (P, D)."""
         out = self.owner.rows.new_empty((len(places), self.owner.rows.shape[1]), dtype=self.owner.work)
         if self.index is None:
-            return out.copy_(self.owner.rows[places])
+            return self.owner.read_at(places, out)
         self.owner.copy_rows(self.index[places], out)
         return out
 
@@ -175,6 +176,7 @@ class RowOptimizer(ABC):
         self.selections = self.updates = 0
         self.work = torch.float64 if rows.dtype == torch.float64 else torch.float32
         self.tables = (rows, *(torch.zeros_like(rows) for _ in self.state_names))
+        self.table_names: tuple[str, ...] = ("rows", *self.state_names)
         self._noise = torch.Generator(rows.device).manual_seed(seed)
         self._space = [rows.new_empty(0) for _ in self.tables]
         self.fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
@@ -194,6 +196,18 @@ class RowOptimizer(ABC):
             size = (count + count // 64, self.rows.shape[1])  # draws differ by a few rows
             self._space[number] = self.rows.new_empty(size, dtype=self.work)
         return self._space[number][:count]
+
+    def put(self, first: int, rows: Tensor) -> None:
+        """Start with these rows (n, D) from ``first`` on."""
+        self.rows[first : first + len(rows)] = rows
+
+    def read(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Copy the rows [start, stop), which are up to date, to ``out`` (n, D)."""
+        return out.copy_(self.rows[start:stop])
+
+    def read_at(self, places: Tensor, out: Tensor) -> Tensor:
+        """Copy the rows at some places (n,), which are up to date, to ``out`` (n, D)."""
+        return out.copy_(self.rows[places])
 
     def copy_rows(self, index: Tensor, out: Tensor) -> None:
         """Copy the rows at ``index`` (n,) to ``out`` (n, D), brought up to date."""
@@ -218,7 +232,7 @@ class RowOptimizer(ABC):
         if self.rows.dtype != torch.bfloat16:
             return value.to(self.rows.dtype)
         by_row, by_column = self.noise(len(value))
-        return self.fuse(_round_stochastically)(value, by_row[:, None], by_column)
+        return self.fuse(round_stochastically)(value, by_row[:, None], by_column)
 
     def noise(self, count: int, columns: int = 1) -> tuple[Tensor, Tensor]:
         """Random int32 by row (n,) and by column (columns, D); the hash of both is the noise of an element."""
@@ -263,16 +277,15 @@ class RowOptimizer(ABC):
 class SgdRows(RowOptimizer):
     """SGD with momentum and weight decay, as if all rows were updated in every step (see the module's text)."""
 
-    state_names = ("momentum",)
-
     def __init__(self, config: SgdRowsConfig, rows: Tensor, sampled: bool, seed: int) -> None:
+        self.state_names = ("momentum",) if config.momentum else ()
         super().__init__(config, rows, sampled, seed)
         self.config: SgdRowsConfig = config
+        # 1/‖w‖ as the last update of all rows left it, for the next pass, and the version of the rows it belongs to.
+        self._inverse = rows.new_empty((0 if sampled else len(rows), 1), dtype=self.work)
+        self._inverse_of = -1
+        self._left_inverse = False  # whether the update under way leaves it behind (not the one in C++)
         if not sampled:
-            # 1/‖w‖ as the last update left it, for the next pass, and the version of the rows that it belongs to.
-            self._inverse = torch.empty(len(rows), 1, dtype=self.work, device=rows.device)
-            self._inverse_of = -1
-            self._left_inverse = False  # whether the update under way leaves it behind (not the one in C++)
             return
         self._last = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
         self._now = torch.zeros((), dtype=torch.int32, device=rows.device)
@@ -289,6 +302,11 @@ class SgdRows(RowOptimizer):
         known = selection.index is None and not self.sampled and self._inverse_of == self.rows._version
         return self._inverse[start:stop] if known else None
 
+    @property
+    def momentum(self) -> Tensor | None:
+        """The table of it (R, D); None at momentum 0."""
+        return self.tables[self.state_names.index("momentum") + 1] if self.state_names else None
+
     def missed_by(self, index: Tensor) -> Tensor:
         """What the rows at ``index`` missed, (n, 4)."""
         return self._coefficients.index_select(0, self._now - self._last.index_select(0, index))
@@ -296,12 +314,14 @@ class SgdRows(RowOptimizer):
     def copy_rows(self, index: Tensor, out: Tensor) -> None:
         """See :meth:`RowOptimizer.copy_rows`."""
         copy = self.fuse(_copy_rows) if len(index) >= FUSE_FROM_ROWS else _copy_rows
-        copy(index, self.rows, self.tables[1], self.missed_by(index), out)
+        copy(index, self.rows, self.momentum, self.missed_by(index), out)
 
     def copy_state(self, index: Tensor, w: Tensor, out: tuple[Tensor, ...]) -> None:
         """See :meth:`RowOptimizer.copy_state`."""
+        if self.momentum is None:
+            return
         copy = self.fuse(_copy_momentum) if len(index) >= FUSE_FROM_ROWS else _copy_momentum
-        copy(index, self.tables[1], self.missed_by(index), w, out[0])
+        copy(index, self.momentum, self.missed_by(index), w, out[0])
 
     def _mark(self, index: Tensor | None) -> None:
         if index is None:
@@ -311,6 +331,31 @@ class SgdRows(RowOptimizer):
 
     def update(self, selection: Selection, start: int, stop: int, gradient: RowGradient, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.update`."""
+        change = self.change(gradient, gate)
+        if selection.index is None and not selection.in_place and not self.sampled:
+            by_row, (of_w, of_v) = self.noise(stop - start, 2)
+            stored = tuple(table[start:stop] for table in self.tables)
+            noise = (by_row[:, None], of_w[None], of_v[None])
+            self._left_inverse = True
+            self._inverse[start:stop] = self.fuse(_descend_rounding)(stored, noise, *change)
+            return
+        w = selection.rows(start, stop)
+        if selection.index is not None and self.rows.dtype == self.work and self.sampled:
+            index = selection.index[start:stop]
+            self.fuse(_descend_into)(index, self.tables, self.missed_by(index), w, *change)
+            return
+        state = selection.state(start, stop, w)
+        left = self.fuse(_descend)(w, *(state or (None,)), *change)
+        if selection.in_place:
+            self._left_inverse = True
+            self._inverse[start:stop] = left
+        else:
+            selection.store(start, stop, (w, *state))
+
+    def change(self, gradient: RowGradient, gate: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What the kernels of an update take of a gradient: move (n, D); pull (n, D) and its scale (n, 1) or None;
+        β (n, 1); η and the share of the momentum that is kept (0-dim).
+        """
         radial = gradient.radial
         on = torch.ones((), dtype=self.work, device=radial.device) if gate is None else gate.to(self.work)
         lr, keep = self.lr * on, 1 + on * (self.config.momentum - 1)
@@ -318,28 +363,7 @@ class SgdRows(RowOptimizer):
         move = gradient.product(self.rows.shape[1])
         gradient.add_extra(move)
         scale = None if gradient.pull_scale is None else gradient.pull_scale[:, None]
-        pull = None if scale is None else gradient.pull
-        if selection.index is None and not selection.in_place and not self.sampled:
-            by_row, (of_w, of_v) = self.noise(stop - start, 2)
-            stored = (self.rows[start:stop], self.tables[1][start:stop])
-            noise = (by_row[:, None], of_w[None], of_v[None])
-            self._left_inverse = True
-            kernel = self.fuse(_descend_rounding)
-            self._inverse[start:stop] = kernel(stored, noise, move, pull, scale, beta, lr, keep)
-            return
-        w = selection.rows(start, stop)
-        if selection.index is not None and self.rows.dtype == self.work and self.sampled:
-            index = selection.index[start:stop]
-            missed = self.missed_by(index)
-            self.fuse(_descend_into)(index, self.tables, missed, w, move, pull, scale, beta, lr, keep)
-            return
-        (v,) = selection.state(start, stop, w)
-        if selection.in_place:
-            self._left_inverse = True
-            self._inverse[start:stop] = self.fuse(_descend)(w, v, move, pull, scale, beta, lr, keep)
-        else:
-            self.fuse(_descend)(w, v, move, pull, scale, beta, lr, keep)
-            selection.store(start, stop, (w, v))
+        return move, None if scale is None else gradient.pull, scale, beta, lr, keep
 
     def finish(self, index: Tensor | None, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.finish`."""
@@ -384,8 +408,7 @@ class SgdRows(RowOptimizer):
         if not self.sampled:
             self._inverse_of = -1
         if self.sampled:
-            self._mark(None)
-            self._since_flush, self._shrunk = 0, 1.0
+            self._current()
 
     def flush(self) -> None:
         """See :meth:`RowOptimizer.flush`."""
@@ -397,6 +420,10 @@ class SgdRows(RowOptimizer):
             selection = self.select(index)
             w = selection.open(0, len(index))
             selection.store(0, len(index), (w, *selection.state(0, len(index), w)))
+        self._current()
+
+    def _current(self) -> None:
+        """All rows are up to date."""
         self._mark(None)
         self._since_flush, self._shrunk = 0, 1.0
 
@@ -509,7 +536,7 @@ class CollectedGradients:
 
 def _descend(
     w: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     move: Tensor,
     pull: Tensor | None,
     scale: Tensor | None,
@@ -517,18 +544,31 @@ def _descend(
     lr: Tensor,
     keep: Tensor,
 ) -> Tensor:
-    """v ← keep·v + move + β·w + scale·pull, w ← w − η·v, in one pass over each; 1/‖w‖ (n, 1)."""
-    new = v * keep + move + w * beta
-    if pull is not None and scale is not None:
-        new = new + pull.to(v.dtype) * scale
-    v.copy_(new)
+    """v ← keep·v + move + β·w + scale·pull, w ← w − η·v, in one pass over each; 1/‖w‖ (n, 1). ``v`` None: μ is 0."""
+    new = velocity(w, v, move, pull, scale, beta, keep)
+    if v is not None:
+        v.copy_(new)
     moved = w - new * lr
     w.copy_(moved)
     return torch.linalg.vector_norm(moved, dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
 
 
+def velocity(
+    w: Tensor,
+    v: Tensor | None,
+    move: Tensor,
+    pull: Tensor | None,
+    scale: Tensor | None,
+    beta: Tensor,
+    keep: Tensor,
+) -> Tensor:
+    """keep·v + move + β·w + scale·pull (n, D)."""
+    new = (move if v is None else v * keep + move) + w * beta
+    return new if pull is None or scale is None else new + pull.to(move.dtype) * scale
+
+
 def _descend_rounding(
-    stored: tuple[Tensor, Tensor],
+    stored: tuple[Tensor, ...],
     noise: tuple[Tensor, Tensor, Tensor],
     move: Tensor,
     pull: Tensor | None,
@@ -537,22 +577,22 @@ def _descend_rounding(
     lr: Tensor,
     keep: Tensor,
 ) -> Tensor:
-    """:func:`_descend` on bfloat16 rows and momentum as they are stored, rounded stochastically."""
-    rows, momentum = stored
+    """:func:`_descend` on bfloat16 rows and momentum (none at μ = 0) as they are stored, rounded stochastically."""
+    rows, *momentum = stored
     by_row, of_w, of_v = noise
-    w, v = rows.to(move.dtype), momentum.to(move.dtype)
-    new = v * keep + move + w * beta
-    if pull is not None and scale is not None:
-        new = new + pull.to(move.dtype) * scale
-    momentum.copy_(_round_stochastically(new, by_row, of_v))
-    moved = _round_stochastically(w - new * lr, by_row, of_w)
+    w = rows.to(move.dtype)
+    v = momentum[0].to(move.dtype) if momentum else None
+    new = velocity(w, v, move, pull, scale, beta, keep)
+    for table in momentum:
+        table.copy_(round_stochastically(new, by_row, of_v))
+    moved = round_stochastically(w - new * lr, by_row, of_w)
     rows.copy_(moved)
     return torch.linalg.vector_norm(moved.to(move.dtype), dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
 
 
 def _descend_into(
     index: Tensor,
-    tables: tuple[Tensor, Tensor],
+    tables: tuple[Tensor, ...],
     missed: Tensor,
     w: Tensor,
     move: Tensor,
@@ -562,23 +602,22 @@ def _descend_into(
     lr: Tensor,
     keep: Tensor,
 ) -> None:
-    """:func:`_descend` of drawn rows: the momentum is read from its table and brought up to date, the result is written
-    to the tables at ``index``.
+    """:func:`_descend` of drawn rows: the momentum, where there is one, is read from its table and brought up to date,
+    the result is written to the tables at ``index``.
     """
-    v = _up_to_date(tables[1][index].to(w.dtype), missed, w)
-    new = v * keep + move + w * beta
-    if pull is not None and scale is not None:
-        new = new + pull.to(v.dtype) * scale
-    tables[1][index] = new
+    v = _up_to_date(tables[1][index].to(w.dtype), missed, w) if len(tables) > 1 else None
+    new = velocity(w, v, move, pull, scale, beta, keep)
+    for table in tables[1:]:
+        table[index] = new
     tables[0][index] = w - new * lr
 
 
-def _copy_rows(index: Tensor, rows: Tensor, momentum: Tensor, missed: Tensor, out: Tensor) -> None:
+def _copy_rows(index: Tensor, rows: Tensor, momentum: Tensor | None, missed: Tensor, out: Tensor) -> None:
     """w' = a·w + b·v at ``index``; ``missed`` (n, 4) is the 2 × 2 product [[a, b], [c, d]] of each row's missed
-    steps.
+    steps; without momentum b is 0.
     """
-    w, v = rows[index].to(out.dtype), momentum[index].to(out.dtype)
-    out.copy_(missed[:, 0:1] * w + missed[:, 1:2] * v)
+    w = missed[:, 0:1] * rows[index].to(out.dtype)
+    out.copy_(w if momentum is None else w + missed[:, 1:2] * momentum[index].to(out.dtype))
 
 
 def _copy_momentum(index: Tensor, momentum: Tensor, missed: Tensor, w: Tensor, out: Tensor) -> None:
@@ -591,6 +630,7 @@ def _up_to_date(v: Tensor, missed: Tensor, w: Tensor) -> Tensor:
     return c / a * w + (d - b * c / a) * v
 
 
-def _round_stochastically(value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+def round_stochastically(value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """A value (n, D) in bfloat16, either neighbour; the noise of an element is a hash of its row's and its column's."""
     noise = (((by_row ^ by_column) * -1640531535) >> 16) & 0xFFFF  # Knuth's multiplicative hash, its upper half
     return ((value.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)

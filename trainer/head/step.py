@@ -269,6 +269,9 @@ class Softmax(Protocol):
             seed: of this step's rounding.
         """
 
+    def put(self, first: int, rows: Tensor) -> None:
+        """Start with these rows (n, D) from ``first`` on."""
+
     def set_lr(self, lr: float) -> None:
         """The learning rate of the coming updates."""
 

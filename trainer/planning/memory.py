@@ -19,6 +19,7 @@ from trainer.compat.methods.config import (
     UniBctConfig,
 )
 from trainer.head import native
+from trainer.head.config import SgdRowsConfig
 from trainer.head.kernels import chunk_rows
 from trainer.head.partial_fc import COMPILE_FROM_ROWS
 from trainer.head.step import KEEP_SHARE
@@ -89,11 +90,24 @@ def rank_memory(setting: Setting, backbone: BackboneSizes) -> list[Part]:
 
 def state_bytes(setting: Setting) -> int:
     """Rows and their optimizer's state of a rank."""
-    return setting.rows * (1 + _states(setting)) * setting.config.backbone.dim * BYTES[setting.config.head.rows]
+    return setting.rows * class_bytes(setting)
 
 
-def _states(setting: Setting) -> int:
-    return 1 if setting.config.head.optimizer.name == "sgd" else 2
+def class_bytes(setting: Setting) -> int:
+    """A row and its optimizer's state, without counters."""
+    return _row_bytes(setting) + row_states(setting) * setting.config.backbone.dim * BYTES[setting.config.head.rows]
+
+
+def _row_bytes(setting: Setting) -> int:
+    """A row as it is stored; in float8 with its scale and, where it is kept, the bfloat16 residual."""
+    head, dim = setting.config.head, setting.config.backbone.dim
+    return dim * BYTES[head.rows] + (4 + 2 * dim * head.rows_residual if head.rows == "float8" else 0)
+
+
+def row_states(setting: Setting) -> int:
+    """Tables of the rows' optimizer: moments of AdamW, momentum of SGD where it is not 0."""
+    optimizer = setting.config.head.optimizer
+    return int(optimizer.momentum > 0) if isinstance(optimizer, SgdRowsConfig) else 2
 
 
 def _process(setting: Setting) -> list[Part]:
@@ -119,12 +133,13 @@ def _native(setting: Setting) -> bool:
 def _tables(setting: Setting) -> list[Part]:
     """What stays: rows, state, and the old model's knowledge of the same classes."""
     head, dim = setting.config.head, setting.config.backbone.dim
-    table = setting.rows * dim * BYTES[head.rows]
+    table = setting.rows * _row_bytes(setting)
+    states = setting.rows * class_bytes(setting) - table
     counters = 4 * setting.rows if setting.sampled or head.optimizer.name == "adamw" else 0
-    parts = [Part("rows", table), Part("rows' optimizer state", _states(setting) * table + counters)]
+    parts = [Part("rows", table), Part("rows' optimizer state", states + counters)]
     method = setting.config.method
     if isinstance(method, BctConfig | UniBctConfig):
-        frozen = setting.classes * (setting.bank_dim or dim) * BYTES[head.rows]
+        frozen = setting.classes * (setting.bank_dim or dim) * BYTES[head.frozen_rows]
         parts.append(Part("old classifier's rows", frozen))
     elif setting.bank_dim is not None and isinstance(method, LceConfig | AdvBctConfig | MixBctConfig):
         centers = setting.classes * (setting.bank_dim * 4 + 4 + 1)
@@ -141,7 +156,7 @@ def _head_step(setting: Setting) -> list[Part]:
     chunk = min(rows, chunk_rows(head.chunk_rows, setting.device, batch))
     copies = setting.sampled or BYTES[head.rows] != work  # else blocks are views of the tables
     first = rows if setting.sampled else chunk
-    spaces = (first + (0 if _native(setting) else _states(setting) * chunk)) * 65 // 64 * dim * work if copies else 0
+    spaces = (first + (0 if _native(setting) else row_states(setting) * chunk)) * 65 // 64 * dim * work if copies else 0
     kept = rows * batch * work if rows * batch * 4 <= KEEP_SHARE * state_bytes(setting) else 0
     if _native(setting):
         chunk = min(chunk, NATIVE_ROWS)
@@ -150,7 +165,9 @@ def _head_step(setting: Setting) -> list[Part]:
     narrow = chunk * (dim + batch) * 2 if head.compute == "bfloat16" else 0
     lce = setting.bank_dim is not None and isinstance(setting.config.method, LceConfig)
     centers = chunk * dim * (4 if setting.sampled else 0) if lce else 0
-    numbers = rows * (work * (1 + lce + head.sampling_correction) + (8 * DRAW_WORDS if setting.sampled else 0))
+    numbers = rows * (
+        work * (1 + lce + head.sampling_correction + (not setting.sampled)) + (8 * DRAW_WORDS if setting.sampled else 0)
+    )
     deferred = 0
     waits = setting.config.train.precision == "float16" or head.update == "deferred"
     if setting.config.train.accumulate > 1 or waits:
@@ -209,7 +226,7 @@ def _checkpoint(setting: Setting, backbone: BackboneSizes) -> list[Part]:
     cuda = setting.device == "cuda"
     weights = backbone.parameters * setting.embedding_bytes * 2
     copy = state_bytes(setting) + weights if setting.config.checkpoint.asynchronous and setting.world_size > 1 else 0
-    table = setting.rows * setting.config.backbone.dim * BYTES[setting.config.head.rows]
+    table = setting.rows * _row_bytes(setting)
     return [
         Part("copy for the asynchronous checkpoint", copy, on_host=cuda),
         Part("a table read from a checkpoint", 2 * table, "load", on_host=cuda),

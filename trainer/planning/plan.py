@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from trainer.compat.methods.config import LceDirectConfig
+from trainer.head.config import SgdRowsConfig
 from trainer.planning.activations import BackboneSizes, backbone_sizes
-from trainer.planning.memory import Part, peak_bytes, rank_memory
-from trainer.planning.setting import BYTES, Setting
+from trainer.planning.memory import Part, class_bytes, peak_bytes, rank_memory
+from trainer.planning.setting import Setting
 from trainer.planning.traffic import Collective, update_traffic
 from trainer.run.config import AdamWConfig, Config
 
@@ -105,16 +107,58 @@ def _assemble(setting: Setting, backbone: BackboneSizes) -> Plan:
 def checkpoint_bytes(setting: Setting, backbone: BackboneSizes) -> int:
     """Tensors of a checkpoint (its index and padding come on top, some kilobytes per tensor)."""
     config = setting.config
-    states = 1 if config.head.optimizer.name == "sgd" else 2
     rows = setting.num_classes * config.head.sub_centers
     number = setting.embedding_bytes
-    out = rows * config.backbone.dim * BYTES[config.head.rows] * (1 + states)
+    out = rows * class_bytes(setting)
     if config.head.optimizer.name == "adamw":
         out += 4 * rows
     weights = (backbone.parameters + backbone.fixed + backbone.buffers) * number
     optimizer = config.optimizer
     own = 2 if isinstance(optimizer, AdamWConfig) else int(optimizer.momentum > 0)
     return out + weights * (2 if config.train.ema else 1) + own * backbone.parameters * number
+
+
+@dataclass(frozen=True)
+class Holds:
+    """How many classes a device's memory holds on every rank together, everything else as planned.
+
+    ``lce`` is that with LCE's old centres (of dimension D) on the device too, ``lce_on_host`` with them in host memory
+    (None: every step would copy all of them, as nothing is drawn).
+    """
+
+    memory_bytes: int
+    classes: int
+    lce: int
+    lce_on_host: int | None
+
+
+def holds(setting: Setting, memory_bytes: int) -> Holds:
+    """What a memory holds of a run."""
+    backbone = backbone_sizes(setting.config, setting.image_size, setting.local_batch)
+
+    def most(one: Setting) -> int:
+        low, high = 0, 2
+        while _device_bytes(replace(one, num_classes=high), backbone) <= memory_bytes:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = _device_bytes(replace(one, num_classes=middle), backbone) <= memory_bytes
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    method = LceDirectConfig(bank=Path("planned"))
+    lce = replace(
+        setting,
+        config=setting.config.model_copy(update={"compat": (method,)}),
+        bank_dim=setting.config.backbone.dim,
+    )
+    alone = replace(setting, config=setting.config.model_copy(update={"compat": ()}), bank_dim=None)
+    on_host = most(_on_host(lce)) if setting.sampled and setting.device == "cuda" else None
+    return Holds(memory_bytes, most(alone), most(lce), on_host)
+
+
+def _device_bytes(setting: Setting, backbone: BackboneSizes) -> int:
+    return peak_bytes(rank_memory(setting, backbone))
 
 
 def updates(setting: Setting) -> int | None:
@@ -171,6 +215,11 @@ def _changes(setting: Setting) -> dict[str, Edit]:
     config, out = setting.config, dict[str, Edit]()
     if config.head.rows == "float32":
         out["rows in bfloat16 (head.rows=bfloat16)"] = lambda s, _: _with(s, "head", rows="bfloat16")
+    if config.head.rows in ("float32", "bfloat16") and isinstance(config.head.optimizer, SgdRowsConfig):
+        none = config.head.optimizer.model_copy(update={"momentum": 0.0})
+        out["rows in float8 without momentum (head.rows=float8 head.optimizer.momentum=0)"] = lambda s, _: _with(
+            s, "head", rows="float8", optimizer=none
+        )
     if config.head.impl == "reference":
         out["the fused head (head.impl=fused)"] = lambda s, _: _with(s, "head", impl="fused")
     if setting.sampled:

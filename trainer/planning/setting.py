@@ -10,7 +10,7 @@ from trainer.head.partition import class_range
 from trainer.head.sampling import stratum_count
 from trainer.run.config import Config
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
 
 
 @dataclass(frozen=True)

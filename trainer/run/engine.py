@@ -38,7 +38,7 @@ from trainer.run.cross_model import CrossModelTask
 from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, owned_run, read_summary
 from trainer.run.monitor import Monitor
 from trainer.run.optim import Average, LossScale, Statistics, learning_rate, starts_momentum
-from trainer.run.startup import identity, prepare, together
+from trainer.run.startup import allowing_outside, identity, prepare, together
 from trainer.run.task import Embeds, Task, TrainTask
 from trainer.run.watch import Vote, Watch
 from trainer.run.zero import build_updater
@@ -52,7 +52,15 @@ SHOWN_EMBEDDINGS = 128
 
 
 _INDIFFERENT = (
-    *("run.dir:", "run.threads:", "run.timeout_seconds:", "data.workers:", "train.steps:", "train.epochs:"),
+    *(
+        "run.dir:",
+        "run.threads:",
+        "run.timeout_seconds:",
+        "data.workers:",
+        "data.allow_outside:",
+        "train.steps:",
+        "train.epochs:",
+    ),
     *("log.", "checkpoint.", "evaluate."),
 )
 """Settings that do not change what a finished run has made."""
@@ -354,9 +362,10 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
         LceError: the input is wrong (nothing has been written then), checkpoints are damaged, the loss diverges.
     """
     began = time.perf_counter()
-    inputs = prepare(config, ranks)
-    with owned_run(config.run.dir, ranks):
-        return _start(config, ranks, inputs, began)
+    with allowing_outside(config):
+        inputs = prepare(config, ranks)
+        with owned_run(config.run.dir, ranks):
+            return _start(config, ranks, inputs, began)
 
 
 def _start(config: Config, ranks: Ranks, inputs: Inputs, began: float) -> RunSummary:

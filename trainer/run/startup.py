@@ -6,6 +6,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
 from trainer.data import Dataset, DatasetInfo, open_dataset
 from trainer.data.config import DataConfig, ImagesConfig, SyntheticConfig
+from trainer.data.index import outside_allowed
 from trainer.distributed import Ranks, agree, gather_objects, on_main
 from trainer.errors import CenterBankError, ConfigError, DataError, LceError
 from trainer.evaluation.periodic import open_periodic
@@ -61,6 +63,11 @@ def prepare(config: Config, ranks: Ranks) -> Inputs:
     return inputs
 
 
+def allowing_outside(config: Config) -> AbstractContextManager[None]:
+    """While a run opens its data sets, those it is evaluated on too."""
+    return outside_allowed(isinstance(config.data, ImagesConfig) and config.data.allow_outside)
+
+
 def check(config: Config, world_size: int, device: str = "cpu", shown: bool = True) -> Inputs:
     """Open and check what :func:`prepare` does, and the evaluation sets, in this process alone, in host memory; nothing
     is written.
@@ -72,9 +79,10 @@ def check(config: Config, world_size: int, device: str = "cpu", shown: bool = Tr
     Raises:
         LceError: as :func:`prepare`.
     """
-    inputs = _open(config, Ranks(world_size=world_size), device, shown)
-    open_periodic(config.evaluate, inputs.image_size, Ranks())
-    return inputs
+    with allowing_outside(config):
+        inputs = _open(config, Ranks(world_size=world_size), device, shown)
+        open_periodic(config.evaluate, inputs.image_size, Ranks())
+        return inputs
 
 
 def _check_share(world_size: int, classes: int) -> None:

@@ -33,6 +33,8 @@ from trainer.run.config import Config
 from trainer.run.optim import local_part, starts_momentum
 from trainer.run.parallel import autocast, embed, gradient_sync, wrap
 
+START_BLOCK = 65536
+"""Rows that are read at once where training starts from given ones."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float16": torch.float32, "float64": torch.float64}
 """train.precision → dtype of the parameters; the half precisions are autocast over float32."""
 
@@ -158,13 +160,13 @@ class TrainTask:
     def _start_head(self, path: Path) -> None:
         """Take this rank's rows, and their momentum where it is wanted and there."""
         mine, state = self.head.classes, self.head.shard_state()
-        tables = {"rows": head_rows(path, mine.total, self.config.backbone.dim)}
+        rows = head_rows(path, mine.total, self.config.backbone.dim)
+        for first in range(0, mine.size, START_BLOCK):
+            last = min(first + START_BLOCK, mine.size)
+            self.head.put_rows(first, rows.read(mine.start + first, mine.start + last))
         momentum = head_momentum(path) if starts_momentum(self.config.optimizer) and "momentum" in state else None
-        if momentum is not None:
-            tables["momentum"] = momentum
-        for name, table in tables.items():
-            if mine.size:
-                local_part(state[name]).copy_(table.read(mine.start, mine.stop))
+        if momentum is not None and mine.size:
+            local_part(state["momentum"]).copy_(momentum.read(mine.start, mine.stop))
         self.head.load_shard_state()
 
     def modules(self) -> dict[str, nn.Module]:

@@ -17,12 +17,13 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from trainer.checkpoint import read_index
 from trainer.checkpoint_folder import SEAL, find_damage, list_checkpoints, read_seal
 from trainer.compat.bank.matrices import Rows, open_arrays
 from trainer.errors import CenterBankError, CheckpointError
+from trainer.head.float8 import CODES, SCALE
 from trainer.reading import open_regular
 
 Layout = Literal["auto", "rows", "columns"]
@@ -247,24 +248,37 @@ def _own_checkpoint(folder: Path) -> Classifier:
     tables = {
         name: entry
         for name, entry in index.state_dict_metadata.items()
-        if name.split(".")[-1] == "rows" and isinstance(entry, TensorStorageMetadata) and len(entry.size) == 2
+        if name.split(".")[-1] in ("rows", CODES) and isinstance(entry, TensorStorageMetadata) and len(entry.size) == 2
     }
     if len(tables) != 1:
         raise CenterBankError(f"{folder}: holds no classifier rows (found: {', '.join(tables) or 'none'})")
     name, entry = next(iter(tables.items()))
+    parts, used = _mapped_table(folder, index, name)
+    scales = None
+    if name.endswith(CODES):
+        scales, more = _mapped_table(folder, index, name.removesuffix(CODES) + SCALE)
+        used |= more
+    damage = find_damage(folder, {file: value for file, value in seal["files"].items() if file in used})
+    if damage:
+        raise CenterBankError(damage)
+    rows = Rows(parts, [str(folder)] * len(parts), scales)
+    if len(rows) != entry.size[0]:
+        raise CenterBankError(f"{folder}: {name} has {entry.size[0]} rows, its files hold {len(rows)}")
+    return Classifier(rows, f"{folder}: {name!r}: {len(rows)} classes of dimension {rows.dim}")
+
+
+def _mapped_table(folder: Path, index: Metadata, name: str) -> tuple[list[Tensor], set[str]]:
+    """The parts (n, …) of a table in a checkpoint, mapped, without empty ones; and the files that hold them."""
+    entry = index.state_dict_metadata.get(name)
+    if not isinstance(entry, TensorStorageMetadata):
+        raise CenterBankError(f"{folder}: has no {name}")
     parts, used = [], set()
     for chunk in sorted(entry.chunks, key=lambda c: c.offsets[0]):
         place = index.storage_data[MetadataIndex(name, chunk.offsets)]
         used.add(place.relative_path)
         part = _mapped_tensor(folder / place.relative_path, place.offset, place.length, entry.properties.dtype)
         parts.append(part.reshape(tuple(chunk.sizes)))
-    damage = find_damage(folder, {file: value for file, value in seal["files"].items() if file in used})
-    if damage:
-        raise CenterBankError(damage)
-    rows = Rows([part for part in parts if len(part)], [str(folder)] * sum(len(part) > 0 for part in parts))
-    if len(rows) != entry.size[0]:
-        raise CenterBankError(f"{folder}: {name} has {entry.size[0]} rows, its files hold {len(rows)}")
-    return Classifier(rows, f"{folder}: {name!r}: {len(rows)} classes of dimension {rows.dim}")
+    return [part for part in parts if len(part)], used
 
 
 class _Window(io.RawIOBase):

@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer import tensor_files
 from trainer.data.store import load_array
 from trainer.errors import CenterBankError, DataError
+from trainer.head.float8 import decode
 from trainer.reading import regular
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -27,15 +28,16 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 class Rows:
     """Matrices of one width, one below the other: N rows of dimension D that are read by range or by index."""
 
-    def __init__(self, parts: Sequence[Tensor], names: Sequence[str]) -> None:
+    def __init__(self, parts: Sequence[Tensor], names: Sequence[str], scales: Sequence[Tensor] | None = None) -> None:
         """Take ``parts``, each (n, D) of a floating dtype (mapped or not); ``names`` say in errors where each came
-        from.
+        from. With ``scales``, (n, 1) each, the parts are codes of :mod:`trainer.head.float8`.
 
         Raises:
             CenterBankError: no part, a part that is no matrix of floating numbers, or parts of different widths.
         """
+        self._scales = None if scales is None else list(scales)
         for part, name in zip(parts, names, strict=True):
-            if part.ndim != 2 or not part.is_floating_point() or 0 in part.shape:
+            if part.ndim != 2 or not (part.is_floating_point() or scales is not None) or 0 in part.shape:
                 raise CenterBankError(f"{name}: a {part.dtype} array of shape {tuple(part.shape)}, not rows of vectors")
             if part.shape[1] != parts[0].shape[1]:
                 raise CenterBankError(f"{name}: dimension {part.shape[1]}, but {names[0]} has {parts[0].shape[1]}")
@@ -51,25 +53,31 @@ class Rows:
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) as float32 (n, D), a copy unless they lie in one float32 part."""
         pieces = []
-        for part, first in zip(self._parts, self._starts, strict=False):
+        for number, (part, first) in enumerate(zip(self._parts, self._starts, strict=False)):
             low, high = max(start - int(first), 0), min(stop - int(first), len(part))
             if low < high:
-                piece = part[low:high]
-                aligned = piece.data_ptr() % piece.element_size() == 0  # a mapped file may begin anywhere
-                pieces.append((piece if aligned else piece.clone()).to(torch.float32))
+                pieces.append(self._floats(number, slice(low, high)))
         return torch.cat(pieces) if len(pieces) != 1 else pieces[0].contiguous()
 
     def take(self, index: np.ndarray) -> Tensor:
         """The rows of an int64 index (n,) in its order, as float32 (n, D)."""
         if len(self._parts) == 1:
-            return self._parts[0][torch.from_numpy(index)].to(torch.float32)
+            return self._floats(0, torch.from_numpy(index))
         out = torch.empty(len(index), self.dim)
         owner = np.searchsorted(self._starts, index, side="right") - 1
         for number in np.unique(owner):
             here = np.flatnonzero(owner == number)
             local = torch.from_numpy(index[here] - self._starts[number])
-            out[torch.from_numpy(here)] = self._parts[number][local].to(torch.float32)
+            out[torch.from_numpy(here)] = self._floats(int(number), local)
         return out
+
+    def _floats(self, number: int, at: slice | Tensor) -> Tensor:
+        """Some rows of a part in float32."""
+        piece = self._parts[number][at]
+        if self._scales is not None:
+            return decode(piece, self._scales[number][at])
+        aligned = piece.data_ptr() % piece.element_size() == 0  # a mapped file may begin anywhere
+        return (piece if aligned else piece.clone()).to(torch.float32)
 
     def name_of(self, row: int) -> str:
         """``file, row k`` for errors."""

@@ -20,9 +20,10 @@ BANK_BLOCK = 65536
 class Bct(CompatMethod):
     """BCT (Shen et al., CVPR 2020): the old classifier, frozen and sharded, classifies the new embeddings as well.
 
-    Its rows are the bank's centres, float32 (bfloat16 with ``head.rows=bfloat16``, in half the memory); scale, sample
-    rate and draw are the head's, the margin is ``compat.old_margin``. One collective a step, the all-reduce of
-    :class:`trainer.head.frozen.FrozenClassifier`. Left out: see :func:`trainer.compat.methods.losses.bct`.
+    Its rows are the bank's centres, float32 (bfloat16 with ``head.rows`` bfloat16 or float8, in half the memory);
+    scale, sample rate and draw are the head's, the margin is ``compat.old_margin``. One collective a step, the
+    all-reduce of :class:`trainer.head.frozen.FrozenClassifier`. Left out: see
+    :func:`trainer.compat.methods.losses.bct`.
     """
 
     def __init__(self, config: BctConfig | UniBctConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
@@ -44,7 +45,7 @@ class Bct(CompatMethod):
     def rows(self, run: Sections, inputs: Inputs, classes: ClassRange) -> FrozenRows:
         """The old rows of this rank's classes."""
         assert inputs.bank is not None
-        return bank_rows(inputs.bank, classes, getattr(torch, run.head.rows))
+        return bank_rows(inputs.bank, classes, getattr(torch, run.head.frozen_rows))
 
     def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``influence`` is BCT's loss."""

@@ -33,7 +33,7 @@ class UniBct(Bct):
         own = np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
         own = own[np.argsort(labels[own], kind="stable")]
         sorted_labels = labels[own]
-        dtype = getattr(torch, run.head.rows)
+        dtype = getattr(torch, run.head.frozen_rows)
         rows, masks = [torch.empty(0, old.dim, dtype=dtype)], [torch.empty(0, dtype=torch.bool)]
         for first in range(classes.start, classes.stop, PROTOTYPE_BLOCK):
             last = min(first + PROTOTYPE_BLOCK, classes.stop)
