@@ -125,7 +125,7 @@ def _devices(config: "Config", args: argparse.Namespace) -> tuple[Literal["cpu",
 
 
 def _check_inputs(config: "Config", job: "Job", device: str) -> None:
-    """Open what the ranks will open, so that what is wrong is said once and at once, not by each of them."""
+    """Open what the ranks will open, so that what is wrong is printed once and at once, not by each of them."""
     from trainer.run.startup import check
 
     check(config, _world(job), device, shown=False)
