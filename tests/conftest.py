@@ -2,6 +2,7 @@
 those marked ``attack`` take minutes each and run where ``-m`` asks for them (``make attack``)."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionstart() -> None:
-    """A file that was renamed must not become fast by that."""
+    """A file that was renamed must not become fast by that. Under nohup the commands that tests start would inherit an
+    ignored SIGHUP.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     missing = [name for name in SLOW if not (TESTS / name).is_file()]
     if missing:
         raise pytest.UsageError(f"tests/conftest.py lists files that do not exist: {', '.join(missing)}")

@@ -432,6 +432,9 @@ class _Watch:
 
 class _Monitor:
     def count(self, samples: int) -> None: ...
+    def due(self, step: int) -> bool:
+        return False
+
     def show_images(self, *_: Any) -> None: ...
     @contextlib.contextmanager
     def waiting_for_data(self) -> Any:

@@ -51,6 +51,8 @@ def tree(folder: Path, **changes: Any) -> dict[str, Any]:
         base["data"] = {"batch_size": base["data"]["batch_size"]}
     if "train__epochs" in changes:
         del base["train"]["steps"]
+    if "head__weights" in changes:
+        del base["head"]["init_std"]
     for key, value in changes.items():
         section, _, name = key.partition("__")
         base.setdefault(section, {})[name] = value

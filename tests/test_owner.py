@@ -1,5 +1,6 @@
 """One owner at a time: held here, gone, on another machine, without locks, with partners."""
 
+import fcntl
 import json
 import multiprocessing as mp
 import os
@@ -17,7 +18,7 @@ import pytest
 
 from trainer import owner
 from trainer.errors import DataError
-from trainer.owner import Launcher, Note, owned, started
+from trainer.owner import Launcher, Note, Owner, owned, started
 
 HOLD = """
 import sys, time
@@ -228,3 +229,21 @@ def test_an_owner_ends_with_the_command_behind_its_launcher() -> None:
     assert note.ending
     assert not Launcher(os.getppid(), f"{os.getpid()}:another start").lives(os.getpid())
     assert not Note.mine().ending
+
+
+def test_a_partner_that_comes_while_another_holds_the_lock_alone_for_a_moment_is_taken_in(tmp_path: Path) -> None:
+    """Two jobs of one packing that start together: the first takes the lock alone before it shares it."""
+    lock = tmp_path / ".owner"
+    first = Owner(tmp_path, lock, Note.mine("plan in 2 parts"), DataError)
+    first.take()
+    fcntl.flock(first._descriptor, fcntl.LOCK_EX)
+    moment = threading.Timer(0.3, fcntl.flock, (first._descriptor, fcntl.LOCK_SH))
+    moment.start()
+    try:
+        with owned(tmp_path, DataError, lock=lock, partners="plan in 2 parts"):
+            moment.join()
+        with pytest.raises(DataError, match="in use by"), owned(tmp_path, DataError, lock=lock, partners="another"):
+            pass
+    finally:
+        moment.join()
+        first.release()

@@ -32,7 +32,8 @@ Made by `lce config --markdown`; the descriptions stand with the classes that us
 file of these sections. It may extend others (`extends: base.yaml`), and further files and `key=value` words on the
 command line go over it, each over what stands before it. Where a section has variants, a key belongs to those in the
 last column: with another one it is refused. When a later layer chooses another variant, what lower layers gave for keys
-of the former one falls away.
+of the former one falls away, also where the new one has a key of the same name (`head.margin.m` of cosface is no
+angle). What all variants have, such as `head.margin.scale` and `optimizer.lr`, stays, and so does `compat.bank`.
 
 For completion in editors: `lce config --schema > lce.schema.json`, and the line
 `# yaml-language-server: $schema=lce.schema.json` at the top of the file.
@@ -206,19 +207,18 @@ def _row(cells: list[str]) -> str:
 
 
 def schema(root: "type[Section]") -> dict[str, Any]:
-    """A JSON schema of configuration files: layers, so that nothing is required but what tells variants apart."""
-    from trainer.config import values_of
-
+    """A JSON schema of configuration files. They are layers: nothing is required, and a section that does not choose
+    a variant may have the keys of any one."""
     tree = root.model_json_schema()
-    for name in tree["$defs"]:
-        tree["$defs"][name].pop("required", None)
-    for node in dict(sections(root)).values():
-        for kind in node.kinds if node.tags else ():
-            tags = [tag for tag, default in node.tags.items() if default not in (values_of(kind, tag) or (default,))]
-            tree["$defs"][kind.__name__]["required"] = tags
-    del tree["required"]
+    for part in (tree, *tree["$defs"].values()):
+        part.pop("required", None)
+        for rule in part["properties"].values():
+            for holder in (rule, rule.get("items", {})):
+                if "oneOf" in holder:
+                    holder["anyOf"] = holder.pop("oneOf")
     compat = tree["properties"]["compat"]
-    compat["anyOf"] = [compat.pop("items"), {"type": "array", "items": {"type": "object"}}]
+    one = compat.pop("items")
+    compat["anyOf"] = [*one["anyOf"], {"type": "array", "items": one}]
     del compat["type"]
     extends = {"type": ["string", "array"], "items": {"type": "string"}, "description": "files that this one goes over"}
     tree["properties"]["extends"] = extends

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         return _check(config, job, device)
     if not args.dry_run and not args.no_check:
-        _check_inputs(config, job, device)
+        _check_inputs(config, job)
     if args.launcher == "slurm":
         return _slurm(args, job)
     return _start(args.launcher, job, args.dry_run)
@@ -124,11 +124,11 @@ def _devices(config: "Config", args: argparse.Namespace) -> tuple[Literal["cpu",
     return ("cuda", there) if there else ("cpu", 1)
 
 
-def _check_inputs(config: "Config", job: "Job", device: str) -> None:
+def _check_inputs(config: "Config", job: "Job") -> None:
     """Open what the ranks will open, so that what is wrong is printed once and at once, not by each of them."""
     from trainer.run.startup import check
 
-    check(config, _world(job), device, shown=False)
+    check(config, _world(job), shown=False)
 
 
 def _world(job: "Job") -> int:
@@ -147,7 +147,7 @@ def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> int:
     from trainer.run.startup import check
 
     world = _world(job)
-    inputs = check(config, world, device)
+    inputs = check(config, world)
     records = None if inputs.dataset is None else len(inputs.dataset.kept)
     bank_dim = None if inputs.bank is None else inputs.bank.dim
     plan = make_plan(Setting(config, inputs.num_classes, inputs.image_size, world, device, bank_dim, records))
@@ -159,6 +159,8 @@ def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> int:
     for key, path in {"backbone.weights": config.backbone.weights, "head.weights": config.head.weights}.items():
         if path is not None:
             print(f"{key}: {path}")
+    if beyond := "" if plan.updates is None else config.beyond_end(plan.updates):
+        raise ConfigError(beyond)
     print(f"ranks: {world}" + ("" if plan.updates is None else f", updates: {plan.updates:,}"))
     print(f"memory of a rank: {size_text(plan.device_bytes)} on {device}, by `lce plan`'s arithmetic")
     folder = next(path for path in (config.run.dir.absolute(), *config.run.dir.absolute().parents) if path.is_dir())
@@ -200,6 +202,7 @@ def _check_master(master: str) -> None:
 def _check_classes(config: "Config", job: "Job") -> None:
     """Refuse more ranks than classes before they start, where the class count is written down."""
     from trainer.data.index import DESCRIPTION, load_description, table_info
+    from trainer.distributed import ranks_text
     from trainer.errors import ConfigError, LceError
 
     data, classes = config.data, None
@@ -215,7 +218,7 @@ def _check_classes(config: "Config", job: "Job") -> None:
         return  # rank 0 tells
     ranks = _world(job)
     if classes is not None and ranks > classes:
-        raise ConfigError(f"{ranks} ranks for {classes} classes: a rank would own none; start at most {classes}")
+        raise ConfigError(f"{ranks_text(ranks)} for {classes} classes: a rank would own none; start at most {classes}")
 
 
 def _check_nodes(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 SOURCE is one of
   a folder with one folder of images per identity         faces/alice/1.jpg, faces/bob/1.png …
   a list: .csv, .tsv or .txt with path and label (by header or in this order), MXNet's .lst (index, label, path), or
-    InsightFace's (1, path, label); numbers are compared as numbers, so 0 and 0.0 are one class
+    InsightFace's (1, path, label); numbers are compared as numbers, so 0 and 0.0 are one class, and 007 and 7
   a .tar file, or a folder of them (WebDataset: key.jpg with key.cls, or one folder per identity)
 
 OUT gets train.rec, train.idx (train-00000.rec … for more than 4,096 images), labels.npy, classes.txt and dataset.yaml.
@@ -121,13 +121,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_others(listing: "Listing", gifs: int) -> None:
     """What of the source is not in the data set, and what is there in part."""
+    from trainer.data.store import left_out_text
+
     if gifs:
         print(f"{gifs} .gif file(s): of an animation, the first frame is taken")
-    if listing.not_taken:
-        print("not taken: " + ", ".join(f"{count} {suffix}" for suffix, count in sorted(listing.not_taken.items())))
-    if listing.without_images:
-        first = ", ".join(listing.without_images[:10]) + (", …" if len(listing.without_images) > 10 else "")
-        print(f"identities without an image that is taken: {len(listing.without_images)} ({first})")
+    if listing.merged:
+        shown = ", ".join(f"{' and '.join(forms)} as {name}" for name, forms in list(listing.merged.items())[:10])
+        print(f"numbers written in several forms are one class each: {len(listing.merged)} ({shown})")
+    for line in left_out_text(listing.not_taken, listing.without_images):
+        print(line)
 
 
 def _size(text: str) -> tuple[int, int]:

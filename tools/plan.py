@@ -137,11 +137,22 @@ def _plan(args: argparse.Namespace) -> int:
     changes = changes_to_fit(plan, args.memory) if args.memory and plan.device_bytes > args.memory else []
     simulated = simulate(setting, args.simulate) if args.simulate else None
     figures = as_figures(plan, args)
+    held = _held(plan, args)
+    figures["holds"] = None if held is None else asdict(held)
     figures["changes_to_fit"] = [asdict(change) for change in changes]
     figures["simulation"] = None if simulated is None else asdict(simulated)
     write_json(figures, args.json)
     if args.json != "-":
-        print("\n".join([*_describe(plan, args), *_advice(plan, args, changes), *_simulation(simulated, args)]))
+        print(
+            "\n".join(
+                [
+                    *_describe(plan, args),
+                    *_holds(plan, args, held),
+                    *_advice(plan, args, changes),
+                    *_simulation(simulated, args),
+                ]
+            )
+        )
     return 1 if figures["fits"] is False or (simulated is not None and simulated.problems) else 0
 
 
@@ -159,8 +170,7 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     from trainer.planning.setting import Setting, check_sizes
 
     config = _config(args)
-    method = config.method
-    if isinstance(method, LceCrossConfig):
+    if config.of(LceCrossConfig):
         raise ConfigError("compat.mode = cross-model: trains maps alone, without a head; there is nothing to plan")
     data = config.data
     classes, records, side = args.classes, args.records, args.image_size
@@ -179,9 +189,10 @@ def make_setting(args: argparse.Namespace) -> "Setting":
             "--records)"
         )
     bank_dim = args.lce
-    if bank_dim is None and method is not None:
-        there = method.bank is not None and method.bank.exists()
-        bank_dim = CenterBank.open(str(method.bank)).dim if there else config.backbone.dim
+    if bank_dim is None and config.methods:
+        bank = next((one.bank for one in config.methods if one.bank is not None), None)
+        there = bank is not None and bank.exists()
+        bank_dim = CenterBank.open(str(bank)).dim if there else config.backbone.dim
     device: Literal["cpu", "cuda"] = args.device or ("cpu" if config.run.device == "cpu" else "cuda")
     setting = Setting(config, classes, size or (112, 112), args.ranks, device, bank_dim, records)
     check_sizes(setting)
@@ -246,7 +257,6 @@ def as_figures(plan: "Plan", args: argparse.Namespace) -> dict[str, Any]:
         "updates": plan.updates,
         "epochs": _epochs(plan),
         "hours": None if speed is None else plan.hours(speed),
-        "holds": None if (held := _held(plan, args)) is None else asdict(held),
     }
 
 
@@ -282,12 +292,11 @@ def _describe(plan: "Plan", args: argparse.Namespace) -> list[str]:
     if plan.updates is not None:
         epochs = _epochs(plan)
         lines.append(f"updates: {plan.updates:,}" + ("" if epochs is None else f" in {epochs:.3g} epochs"))
-    return lines + _times(plan, args) + _holds(plan, args)
+    return lines + _times(plan, args)
 
 
-def _holds(plan: "Plan", args: argparse.Namespace) -> list[str]:
+def _holds(plan: "Plan", args: argparse.Namespace, one: "Holds | None") -> list[str]:
     """How many classes a rank's memory holds: the one that is given, on a GPU else an H200's."""
-    one = _held(plan, args)
     if one is None:
         return []
     on_host = "" if one.lce_on_host is None else f", {one.lce_on_host:,} with them in host memory"
@@ -304,7 +313,7 @@ def _held(plan: "Plan", args: argparse.Namespace) -> "Holds | None":
     from trainer.planning.plan import holds
 
     memory = args.memory or (GPUS["H200"] if plan.setting.device == "cuda" else None)
-    return None if memory is None else holds(plan.setting, memory)
+    return None if memory is None else holds(plan, memory)
 
 
 def _times(plan: "Plan", args: argparse.Namespace) -> list[str]:

@@ -7,12 +7,14 @@ before it; overrides in a row are one layer. The classes of a section stand in t
 
 Where a section has variants (:class:`Variants`), such as ``head.margin`` by its ``name``, each variant owns its keys. A
 key of another variant is refused. When a later layer chooses another variant, the keys of the former one that lower
-layers gave fall away; those that both have stay.
+layers gave fall away, also where the new one has a key of the same name: a margin on the cosine is none on the angle.
+What all have (``scale``, ``lr``, ``bank``: a field of their common base) stays.
 """
 
 import difflib
 import logging
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,28 +23,48 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import CoreSchema, core_schema
 
 from trainer.errors import ConfigError
 from trainer.reading import parse_yaml, read_yaml
 
 log = logging.getLogger(__name__)
+_RANK = {"RANK", "LCE_LAUNCHED"}
+"""Variables of a process that a launcher started, which has read the configuration before it."""
 
 
 class Section(BaseModel):
-    """Base of every section: immutable; unknown keys and numbers that are not finite are refused."""
+    """Base of every section: immutable; unknown keys, numbers that are not finite and true for a number are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Groups of keys that exclude each other: one that a later layer gives replaces the others of lower layers."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, on and true as one value, which Python would take for the number 1."""
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, bool) for one in values) and _is_number(
+            cls.model_fields[str(info.field_name)].annotation
+        ):
+            raise ValueError("expected a number, not yes or no")
+        return value
+
     @classmethod
     def without_idle(cls, tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """A tree of plain values as a file or seal holds it, without the keys that an earlier version wrote although
         they had no effect; and the names of those keys."""
         return tree, []
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a field holds numbers and no truth value."""
+    if annotation in (int, float):
+        return True
+    return annotation is not bool and any(_is_number(one) for one in typing.get_args(annotation))
 
 
 class Variants:
@@ -116,6 +138,13 @@ class Node:
         owner = kind if key in kind.model_fields else next((k for k in self.kinds if key in k.model_fields), None)
         return None if owner is None else node_of(owner.model_fields[key])
 
+    def shares(self, key: str, before: type[Section], after: type[Section]) -> bool:
+        """Whether a key means the same in two variants: it is a tag of both, or a field of a base of both."""
+        if key in self.tags:
+            return key in after.model_fields
+        bases = (base for base in before.__mro__ if issubclass(base, Section) and issubclass(after, base))
+        return any(key in base.model_fields for base in bases)
+
     def owners(self, key: str) -> list[str]:
         """How the variants that have ``key`` are called."""
         return self.called([kind for kind in self.kinds if key in kind.model_fields])
@@ -166,7 +195,8 @@ class Layers:
 
     def __init__(self, root: type[Section]) -> None:
         self.root, self.tree = Node((root,)), dict[str, Any]()
-        self._sources: dict[str, str] = {}
+        self._given: dict[str, tuple[int, str]] = {}  # key → number of the layer, its name
+        self._count = 0
 
     def add(self, tree: Mapping[str, Any], source: str) -> None:
         """Put a layer over what is there; ``source`` names it in errors.
@@ -175,10 +205,11 @@ class Layers:
             ConfigError: an unknown key (the nearest known one is named), an unknown variant, a value for a section.
         """
         kept, dropped = self.root.kinds[0].without_idle(dict(tree))
-        if dropped and os.environ.get("RANK", "0") == "0":
+        if dropped and not _RANK & os.environ.keys():
             log.warning(
                 "%s: written by an earlier version; keys without effect left out: %s", source, ", ".join(dropped)
             )
+        self._count += 1
         self._merge(self.root, self.tree, kept, "", source)
 
     def add_file(self, path: Path) -> None:
@@ -186,17 +217,19 @@ class Layers:
         for source, tree in read_layers(path):
             self.add(tree, source)
 
-    def add_words(self, words: Sequence[str]) -> None:
-        """Put further files and ``section.key=value`` strings over what is there, in their order; overrides in a row
-        are one layer. Raises :class:`ConfigError`."""
+    def add_overrides(self, overrides: Sequence[str]) -> None:
+        """Put further files and ``section.key=value`` strings over what is there, in their order; strings in a row are
+        one layer. Raises :class:`ConfigError`."""
+        if isinstance(overrides, str):
+            raise ConfigError(f"`overrides` = {overrides!r}: expected a list of texts, such as [{overrides!r}]")
         layer: dict[str, Any] = {}
-        for word in words:
-            if is_layer(word):
+        for override in overrides:
+            if is_layer(override):
                 self.add(layer, "command line")
                 layer = {}
-                self.add_file(Path(word))
+                self.add_file(Path(override))
             else:
-                _nest(layer, word)
+                _nest(layer, override)
         self.add(layer, "command line")
 
     def check(self) -> None:
@@ -205,13 +238,21 @@ class Layers:
 
     def source(self, key: str, default: str) -> str:
         """Where the value of a dotted key was given."""
-        return self._sources.get(key, default)
+        return self._given.get(key, (0, default))[1]
+
+    def last_source(self, section: str, message: str, default: str) -> str:
+        """Where the last of the values was given that a message about a section is about: of the keys that it names,
+        else of all keys of the section."""
+        inside = [key for key in self._given if not section or f"{key}.".startswith(f"{section}.")]
+        words = set(re.findall(r"\w+(?:\.\w+)*", message))
+        named = [key for key in self._given if key in words or (key in inside and key.rpartition(".")[2] in words)]
+        return max((self._given[key] for key in named or inside), default=(0, default))[1]
 
     def _merge(self, node: Node, into: dict[str, Any], layer: Mapping[str, Any], prefix: str, source: str) -> None:
         known, before = node.all_keys(), node.kind(into, prefix, source)
         chosen = node.kind(into | {tag: layer[tag] for tag in node.tags if tag in layer}, prefix, source)
         if chosen is not before:
-            self._drop(into, (k for k in before.model_fields if k not in chosen.model_fields), prefix)
+            self._drop(into, (k for k in before.model_fields if not node.shares(k, before, chosen)), prefix)
         for group in chosen.alternatives:
             if any(layer.get(key) is not None for key in group):
                 self._drop(into, (key for key in group if key not in layer), prefix)
@@ -220,7 +261,7 @@ class Layers:
                 _refuse_unknown(node, str(key), prefix, source)
             child = node.child(key, chosen)
             if child is None:
-                into[key], self._sources[prefix + key] = value, source
+                into[key], self._given[prefix + key] = value, (self._count, source)
             else:
                 into[key] = self._section(child, into.get(key), value, prefix + key, source)
 
@@ -229,7 +270,7 @@ class Layers:
         if node.many and isinstance(value, list):
             if len(value) == 1:
                 return self._section(node, None, value[0], key, source)
-            return [self._section(node, None, one, f"{key}.{place}", source) for place, one in enumerate(value)]
+            return [self._section(node, None, one, f"{key}.{index}", source) for index, one in enumerate(value)]
         if not isinstance(value, Mapping):
             raise ConfigError(f"{source}: {key} is a section; known keys: {', '.join(node.all_keys())}")
         if isinstance(below, list):
@@ -241,7 +282,8 @@ class Layers:
     def _drop(self, into: dict[str, Any], keys: Iterator[str], prefix: str) -> None:
         for key in list(keys):
             if into.pop(key, None) is not None:
-                self._sources.pop(prefix + key, None)
+                for given in [g for g in self._given if f"{g}.".startswith(f"{prefix}{key}.")]:
+                    del self._given[given]
 
     def _check(self, node: Node, tree: Mapping[str, Any], prefix: str) -> None:
         kind = node.kind(tree, prefix, "")
@@ -251,23 +293,23 @@ class Layers:
                 given = self.source(prefix + key, self._any_source(prefix + key))
                 raise ConfigError(
                     f"{given}: {prefix}{key} belongs to {_listed(node.owners(key))}; {prefix}{tag} is "
-                    f"{tree.get(tag, default)}"
+                    f"{tree.get(tag, default)}: remove the key, or set {prefix}{tag}"
                 )
             child = node.child(key, kind)
-            for place, one in enumerate(value if isinstance(value, list) else [value]):
+            for index, one in enumerate(value if isinstance(value, list) else [value]):
                 if child is not None:
-                    self._check(child, one, f"{prefix}{key}." + (f"{place}." if isinstance(value, list) else ""))
+                    self._check(child, one, f"{prefix}{key}." + (f"{index}." if isinstance(value, list) else ""))
 
     def _any_source(self, key: str) -> str:
         """Where any key below a section was given."""
-        return next((s for k, s in self._sources.items() if k.startswith(f"{key}.")), "configuration")
+        return next((s for k, (_, s) in self._given.items() if k.startswith(f"{key}.")), "configuration")
 
 
-def load(root: type[Section], path: Path, words: Sequence[str] = ()) -> Layers:
-    """The layers of a file and the words behind it. Raises :class:`ConfigError`."""
+def load(root: type[Section], path: Path, overrides: Sequence[str] = ()) -> Layers:
+    """The layers of a file and what stands behind it. Raises :class:`ConfigError`."""
     layers = Layers(root)
     layers.add_file(path)
-    layers.add_words(words)
+    layers.add_overrides(overrides)
     return layers
 
 
@@ -293,6 +335,19 @@ def parse_section(kind: Any, tree: Mapping[str, Any], source: str) -> Any:
 def is_layer(word: str) -> bool:
     """Whether a word of the command line names a further configuration file, and is no ``key=value``."""
     return "=" not in word and word.endswith((".yaml", ".yml"))
+
+
+def refuse_idle(section: Section, name: str, keys: Sequence[str], reason: str) -> None:
+    """Raise :class:`ValueError` for a key that differs from its default where it has no effect.
+
+    Args:
+        name: of the section. reason: why none of the ``keys`` has one, such as ``without evaluate.sets``.
+    """
+    for key in keys:
+        value = getattr(section, key)
+        if value != type(section).model_fields[key].get_default(call_default_factory=True):
+            shown = str(value).lower() if isinstance(value, bool) else value
+            raise ValueError(f"{name}.{key} = {shown}: has no effect {reason}; remove it")
 
 
 def unit(name: str) -> dict[str, Any]:
@@ -367,11 +422,28 @@ def _explain(problem: Any, layers: Layers, source: str) -> str:
             tree = tree[part]
         except (KeyError, IndexError, TypeError):
             tree = None
-    key = ".".join(parts)
-    source = layers.source(key, source)
-    message = problem["msg"].removeprefix("Value error, ")
+    key, value = ".".join(parts), problem["input"]
+    message = _PLAIN.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     if problem["type"] == "missing":
-        return f"{source}: {key} is missing and has no default"
-    if not key or (problem["type"] == "value_error" and isinstance(problem["input"], Mapping | Section)):
-        return f"{source}: {message}"
-    return f"{source}: {key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+        if parts[-1].isdecimal() and len(parts) > 1:
+            return f"{layers.source('.'.join(parts[:-1]), source)}: {'.'.join(parts[:-1])}: has too few values"
+        return f"{layers.source(key, source)}: {key} is missing and has no default"
+    if not key or (problem["type"] == "value_error" and isinstance(value, Mapping | Section)):
+        return f"{layers.last_source(key, message, source)}: {message}"
+    if value is None and ":" in parts[-1]:
+        first, _, rest = parts[-1].partition(":")
+        message = f"{message}; YAML takes a colon with a space behind it: {first}: {rest}"
+    source = layers.source(key, layers.source(".".join(parts[:-1]), source))
+    message = message.replace("Input should", "must")
+    given = "is empty" if value is None else f"= {value!r}"
+    return f"{source}: {key} {given}: {message[0].lower()}{message[1:]}"
+
+
+_PLAIN = {
+    "path_type": "expected a path, such as runs/a",
+    "tuple_type": "expected a list, such as [1, 2]",
+    "dict_type": "expected a mapping, such as {name: value}",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+}
+"""What pydantic says in terms of Python."""

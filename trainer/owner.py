@@ -163,10 +163,15 @@ class Owner:
 
     def _attempt(self) -> Note | None:
         """The owner that there is, or None when it is us now."""
+        end = time.monotonic() + BEAT_SECONDS
         while True:
             self._open()
             held = self._try()
             other = self._remote() if held else self._other(locks=held is not None)
+            if other is not None and held is False and self._is_partner(other) and time.monotonic() < end:
+                self.close()  # a partner holds it alone for the moments in which it comes or goes
+                time.sleep(_POLL_SECONDS / 10)
+                continue
             if other is not None:
                 return other
             if held is False and self._is_there():  # its machine is gone and the file server keeps the lock
@@ -196,9 +201,7 @@ class Owner:
             if self._lock(fcntl.LOCK_EX):
                 return not self.shared or self._lock(fcntl.LOCK_SH)
             note = self._read()
-            return (
-                self.shared and note is not None and note.partners == self.note.partners and self._lock(fcntl.LOCK_SH)
-            )
+            return note is not None and self._is_partner(note) and self._lock(fcntl.LOCK_SH)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -208,6 +211,9 @@ class Owner:
                 file=sys.stderr,
             )
             return None
+
+    def _is_partner(self, note: Note) -> bool:
+        return self.shared and note.partners == self.note.partners
 
     def _lock(self, kind: int) -> bool:
         try:
@@ -237,7 +243,7 @@ class Owner:
     def _remote(self) -> Note | None:
         """The owner on another machine, where the lock is ours all the same: this file system's locks are local."""
         note = self._read()
-        if note is None or note.here or (self.shared and note.partners == self.note.partners) or self._silent():
+        if note is None or note.here or self._is_partner(note) or self._silent():
             return None
         return note
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,7 @@ MOST_LEVELS = 100
 """Of lists and mappings inside each other."""
 MOST_VALUES = 10_000_000
 """With what YAML repeats by reference counted each time."""
+_LARGEST_FILE = 1 << 50  # what announces more was not cut but made so
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -133,6 +135,64 @@ def parse_yaml(text: str, name: str, error_type: type[LceError]) -> Any:
     return tree
 
 
+_POINTER = b"version https://git-lfs"
+_WEB_PAGE = re.compile(rb"\s*<(!doctype html|html|head)", re.IGNORECASE)
+
+
+def is_pointer(data: bytes) -> bool:
+    """Whether these bytes stand for a file that Git LFS keeps elsewhere."""
+    return data.startswith(_POINTER)
+
+
+def why_unreadable(path: str | Path) -> str | None:
+    """What the matter is with a file that its reader does not take, as far as its first and last bytes show: a Git LFS
+    pointer, a web page, nothing, or the beginning of a longer file. None: they do not."""
+    try:
+        with Path(path).open("rb") as file:
+            begin, size = file.read(1024), os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - 4))
+            end = file.read(4)
+    except OSError:
+        return None
+    if not size:
+        return "is empty"
+    if is_pointer(begin):
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned"
+    if _WEB_PAGE.match(begin):
+        return "is a web page: a download gave that and not the file"
+    cut = f"is cut short or damaged ({size:,} bytes, without the end that such a file has); copy it again"
+    if begin.startswith(b"PK\x03\x04"):
+        return None if zipfile.is_zipfile(path) else cut
+    if begin.startswith(b"PAR1"):
+        return None if end == b"PAR1" and size > 8 else cut
+    wanted = _announced(path, begin)
+    if wanted is None or not size < wanted < _LARGEST_FILE:
+        return None
+    return f"is cut short ({size:,} of {wanted:,} bytes); copy it again"
+
+
+def _announced(path: str | Path, begin: bytes) -> int | None:
+    """The size that a .npy or .safetensors file says it has; None: it does not."""
+    with Path(path).open("rb") as file:
+        try:
+            if begin.startswith(b"\x93NUMPY"):
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                return file.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
+            length = int.from_bytes(begin[:8], "little")
+            if Path(path).suffix != ".safetensors" or length > MOST_BYTES:
+                return None
+            file.seek(8)
+            header = file.read(length)
+            if len(header) < length:
+                return 8 + length
+            tree = json.loads(header)
+            return 8 + length + max(tree[n]["data_offsets"][1] for n in tree if n != "__metadata__")
+        except Exception:  # no such header
+            return None
+
+
 def read_array(path: str | Path, error_type: type[LceError]) -> NDArray[Any]:
     """The array of a .npy file, memory-mapped read-only. Raises: it is none, is cut short, or would unpickle."""
     regular(path, error_type)
@@ -140,7 +200,7 @@ def read_array(path: str | Path, error_type: type[LceError]) -> NDArray[Any]:
         with np.errstate(all="ignore"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy parses the header as Python does, and fails as variously
-        raise error_type(f"{path}: is no readable .npy file: {_line(error)}") from None
+        raise error_type(f"{path}: {why_unreadable(path) or f'is no readable .npy file: {_line(error)}'}") from None
     if not isinstance(array, np.ndarray):
         array.close()
         raise error_type(f"{path}: is no .npy file but an archive of arrays")

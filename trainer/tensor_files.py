@@ -3,7 +3,6 @@
 import json
 import re
 import warnings
-import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from trainer.errors import LceError
+from trainer.reading import why_unreadable
 
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 
@@ -97,9 +97,9 @@ def load_torch(path: Path, error_type: type[LceError]) -> Any:
             except RuntimeError:  # not a zip archive, which cannot be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        with path.open("rb") as file:
-            cut = file.read(2) == b"PK" and not zipfile.is_zipfile(path)
-        reason = "its archive is cut short or damaged" if cut else _reason(error)
+        if shown := why_unreadable(path):
+            raise error_type(f"{path}: {shown}") from None
+        reason = _reason(error)
         raise error_type(
             f"{path}: refused: it is no file of plain tensors ({reason}); nothing of it was executed. "
             "Save the weights alone (a state dict, or .safetensors) and try again"

@@ -62,6 +62,16 @@ def rank_pids(folder: Path) -> list[int]:
     return [json.loads(note.read_text())["pid"] for note in sorted((folder / "run/ranks").glob("rank-*.json"))]
 
 
+def data_processes(pid: int) -> list[int]:
+    """The processes of torch's loader below a process, whatever started them for it."""
+    found = []
+    for folder in Path(f"/proc/{pid}/task").glob("*"):
+        for child in map(int, (folder / "children").read_text().split()):
+            own = [child] if Path(f"/proc/{child}/comm").read_text().strip() == "pt_data_worker" else []
+            found += own + data_processes(child)
+    return found
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs (not: waits to be reaped)."""
     try:

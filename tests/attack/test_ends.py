@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from tests.attack import tallied
-from tests.attack.commands import ROOT, ended, launched, rank_pids, start, wait_for_step
+from tests.attack.commands import ROOT, data_processes, ended, launched, rank_pids, start, wait_for_step
 from tests.banks import write_bank
 from tests.data.samples import identity_folders, packed
 from tests.runs import tree
@@ -28,11 +28,6 @@ from trainer.data.packing import PackOptions, pack
 from trainer.errors import DataError
 
 pytestmark = pytest.mark.slow
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_stopped_rank_does_not_keep_the_launcher(tmp_path: Path) -> None:
@@ -54,7 +49,7 @@ def test_a_killed_data_process_is_one_line(tmp_path: Path) -> None:
     loader = {"data__loader": "torch", "data__path": str(data), "data__workers": 2}
     run = launched(tmp_path, ranks=1, train__steps=100000, slow=0.1, **loader)
     wait_for_step(tmp_path, 2)
-    os.kill(children(rank_pids(tmp_path)[0])[0], signal.SIGKILL)
+    os.kill(data_processes(rank_pids(tmp_path)[0])[0], signal.SIGKILL)
     status, output = ended(run)
     assert status == 70, output
     assert "a data worker died (killed, perhaps for want of memory)" in output

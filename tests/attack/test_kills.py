@@ -1,7 +1,7 @@
 """Ranks, launchers and data processes are killed or stopped at random moments; what the same command makes of it in the
 end equals the uninterrupted run to the last bit."""
 
-import contextlib
+import itertools
 import os
 import random
 import signal
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.attack import amounts, tally
-from tests.attack.commands import alive, ended, launched, rank_pids
+from tests.attack.commands import alive, data_processes, ended, launched, rank_pids
 from tests.data.samples import packed
 from tests.runs import losses_of
 
@@ -36,19 +36,21 @@ def settings(data: Path) -> dict[str, Any]:
     }
 
 
-def strike(victim: str, launcher: int, ranks: list[int], draw: random.Random) -> None:
-    """Kill or stop one process of a run."""
+def strike(victim: str, launcher: int, ranks: list[int], draw: random.Random) -> bool:
+    """Kill or stop one process of a run; False: there is none any more."""
     rank = draw.choice(ranks)
-    if victim == "launcher":
-        os.kill(launcher, signal.SIGKILL)
-    elif victim == "data process":
-        workers = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
-        os.kill(int(draw.choice(workers)) if workers else rank, signal.SIGKILL)
-    elif victim == "stopped rank":
-        os.kill(rank, signal.SIGSTOP)
-        os.kill(launcher, signal.SIGTERM)
-    else:
-        os.kill(rank, signal.SIGKILL)
+    try:
+        pid = {"launcher": launcher, "data process": 0}.get(victim) or rank
+        if victim == "data process":
+            pid = draw.choice([one for one in data_processes(rank) if alive(one)] or [0])
+        if not pid or not alive(pid):
+            return False
+        os.kill(pid, signal.SIGSTOP if victim == "stopped rank" else signal.SIGKILL)
+        if victim == "stopped rank":
+            os.kill(launcher, signal.SIGTERM)
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return True
 
 
 def steps_made(folder: Path) -> int:
@@ -57,21 +59,21 @@ def steps_made(folder: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def struck(folder: Path, victim: str, after: int, draw: random.Random, **changes: Any) -> str:
-    """Start the run, strike after ``after`` more updates, wait for its end: what it printed."""
-    begun, run = steps_made(folder), launched(folder, slow=0.02, environment={"STUCK": "3"}, **changes)
-    end, pids = time.monotonic() + 120, [0]
+def struck(folder: Path, victim: str, slow: float, draw: random.Random, **changes: Any) -> bool:
+    """Start the run, strike after some more updates, wait for its end: whether a living process was hit, so that the
+    run did not come to its own end. ``slow``: seconds that an update takes longer."""
+    begun, run = steps_made(folder), launched(folder, slow=slow, environment={"STUCK": "3"}, **changes)
+    after, end = draw.randint(1, 8), time.monotonic() + 120
     while run.poll() is None and steps_made(folder) < begun + after and time.monotonic() < end:
         time.sleep(0.02)
     pids = rank_pids(folder)
-    if run.poll() is None and len(pids) == 2:
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended by itself
-            strike(victim, run.pid, pids, draw)
-    _, output = ended(run)
+    hit = run.poll() is None and len(pids) == 2 and strike(victim, run.pid, pids, draw)
+    status, output = ended(run)
     while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(map(alive, pids)), f"{victim}: ranks outlived their launcher"
-    return output
+    assert "Traceback" not in output or victim in ("rank", "stopped rank"), f"{victim}: {output}"
+    return hit and status != 0
 
 
 @amounts(1, 30, 100)
@@ -80,16 +82,20 @@ def test_killed_runs_end_as_the_uninterrupted_one(tmp_path: Path, amount: int) -
     whole = tmp_path / "whole"
     whole.mkdir()
     assert ended(launched(whole, slow=0, **changes))[0] == 0
-    draw, made, number = random.Random(16), 0, 0
-    while made < amount:
-        folder, number = tmp_path / f"run{number}", number + 1
+    draw, made, slow = random.Random(16), 0, 0.05
+    for number in itertools.count():
+        if made == amount:
+            break
+        folder = tmp_path / f"run{number}"
         folder.mkdir()
         kills: list[str] = []
-        for _ in range(min(5, amount - made)):
+        while len(kills) < min(5, amount - made):
             victim = VICTIMS[(made + len(kills)) % len(VICTIMS)]
-            output = struck(folder, victim, draw.randint(1, 8), draw, **changes)
-            assert "Traceback" not in output or victim in ("rank", "stopped rank"), f"{victim}: {output}"
+            if not struck(folder, victim, slow, draw, **changes):  # too late: it counts as none
+                slow *= 2
+                break
             kills.append(victim)
+        assert slow < 10, "no kill comes in time"
         status, output = ended(launched(folder, slow=0, **changes))
         assert status == 0, output
         assert losses_of(folder / "run") == losses_of(whole / "run"), kills

@@ -117,6 +117,19 @@ def test_the_classes_of_one_rank_are_not_taken_for_all(tmp_path: Path, capsys: p
     assert len(open_classifier(files, ranks=4).rows) == CLASSES
 
 
+def test_files_of_the_current_folder_are_named_by_its_full_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [file.name for file in save_shards(tmp_path, 2)]
+    monkeypatch.chdir(tmp_path)
+    assert main(["centers", "from-classifier", *names, "bank"]) == 0
+    said = "".join(capsys.readouterr())
+    assert f"{tmp_path}: 'state_dict_softmax_fc.weight' of 2 ranks" in said
+    assert ".: " not in said
+    assert main(["centers", "from-classifier", names[1], "other"]) == 2
+    assert f"{tmp_path}: the file of rank 0 is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "npy", "npz", "npz-compressed"])
 def test_single_files_in_both_layouts(tmp_path: Path, kind: str, transposed: bool) -> None:

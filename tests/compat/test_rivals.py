@@ -100,7 +100,7 @@ def one_step(ranks: Ranks, folder: Path, method: str, more: dict[str, Any]) -> d
     chosen = settings(folder, method, ranks.world_size, **more)
     inputs = prepare(chosen, ranks)
     torch.manual_seed(1)
-    made = build_method(chosen.method, chosen, inputs, ranks)
+    made = build_method(chosen.methods[0], chosen, inputs, ranks)
     assert made is not None
     for module in made.modules().values():
         module.double()
@@ -130,10 +130,10 @@ def plain(folder: Path, method: str, more: dict[str, Any]) -> dict[str, Any]:
     x, old = global_batch().requires_grad_(), every_old[NUMBERS]
     valid = LABELS >= 0
     known = valid & (NUMBERS != UNKNOWN)
-    weight, scale = getattr(chosen.method, "weight", 1.0), chosen.head.margin.scale
+    weight, scale = getattr(chosen.methods[0], "weight", 1.0), chosen.head.margin.scale
     modules: dict[str, torch.nn.Module] = {}
     torch.manual_seed(1)
-    made = build_method(chosen.method, chosen, prepare(chosen, Ranks()), Ranks())
+    made = build_method(chosen.methods[0], chosen, prepare(chosen, Ranks()), Ranks())
     if method in ("bct", "unibct"):
         old_rows, mask = rows.centers.double(), rows.mask
         if method == "unibct":
@@ -145,7 +145,7 @@ def plain(folder: Path, method: str, more: dict[str, Any]) -> dict[str, Any]:
             taken[draw_negatives(chosen.run.seed, STEP, CLASSES, chosen.head.sample_rate, 0, CLASSES)] = True
             taken[LABELS[valid]] = True
             mask = mask & taken
-        loss = weight * losses.bct(x[valid], LABELS[valid], old_rows, mask, scale, chosen.method.old_margin)
+        loss = weight * losses.bct(x[valid], LABELS[valid], old_rows, mask, scale, chosen.methods[0].old_margin)
     elif method == "l2":
         loss = weight * losses.l2(x[known], old[known])
     elif method == "advbct":
@@ -156,7 +156,7 @@ def plain(folder: Path, method: str, more: dict[str, Any]) -> dict[str, Any]:
         boundary = losses.elastic_boundary(
             x[valid], rows.centers.double()[of], rows.boundaries.double()[of], rows.mask[of]
         )
-        loss = loss + chosen.method.boundary_weight * boundary
+        loss = loss + chosen.methods[0].boundary_weight * boundary
     elif method == "fct":
         assert isinstance(made, Fct)
         modules = {"t12": made.t12.double()}
@@ -182,7 +182,7 @@ def plain_mix(chosen: Config, x: Tensor, old: Tensor, known: Tensor, rows: Any) 
         leaf = x.detach().clone().requires_grad_()
         seen = leaf[valid]
         if mix:
-            seen = mixbct(seen, old[valid], credible[valid], chosen.method.mix_share, draws[valid])
+            seen = mixbct(seen, old[valid], credible[valid], chosen.methods[0].mix_share, draws[valid])
         head = PartialFC(chosen.head, CLASSES, DIM, Ranks(), seed=3)
         head.set_lr(0.0)
         loss = head(seen, LABELS[valid], STEP).loss

@@ -72,9 +72,9 @@ def test_upgrade(upgrade: str, data: str, network: str, capsys: pytest.CaptureFi
     assert cli.main(["launch", *words, "--nproc", "8", "--dry-run"]) == 0
     assert layer in capsys.readouterr().out
     config, plain = load(data, network, 8, layer), load(data, network, 8)
-    assert isinstance(config.method, LceConfig)
-    assert config.method.bank is not None
-    assert config.method.mode == ("both" if upgrade == "dimension" else "direct")
+    assert isinstance(config.methods[0], LceConfig)
+    assert config.methods[0].bank is not None
+    assert config.methods[0].mode == ("both" if upgrade == "dimension" else "direct")
     assert config.head.sample_rate == plain.head.sample_rate
     assert (config.backbone.weights is not None) == (upgrade == "fine-tune")
     assert (config.data.labels is not None) == (upgrade in ("class", "data"))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from trainer.errors import ConfigError
 from trainer.run.config import dump_config, load_config, parse_config
 from trainer.run.folder import changes_since, flat
 
@@ -50,8 +51,35 @@ def test_a_recipe_resolves_as_before(files: str, tmp_path: Path, caplog: pytest.
     assert {line.split(":")[0] for line in new} <= NEW
 
 
-def test_only_what_version_01_wrote_is_forgiven() -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"compat.method": "none"}, "compat.bank belongs to .*; compat.method is none: remove the key, or set compat"),
+        ({"head.margin.upper_norm": 90}, "head.margin.upper_norm belongs to magface"),
+        ({"schedule.power": 3}, "schedule.power belongs to polynomial"),
+        ({"train.epochs": 5}, "train.epochs has no effect with train.steps"),
+        ({"compat.transform.hidden": 9}, "compat.transform belongs to"),
+        ({"data.augment.flip": 0.25}, "data.augment belongs to"),
+    ],
+)
+def test_a_changed_key_without_effect_in_a_copy_is_refused(change: dict[str, Any], reason: str) -> None:
     values = resolved("million_cpu.yaml")
-    del values["head.margin.h"]
-    with pytest.raises(Exception, match="belongs to"):
-        parse_config(nested(values), "typed")
+    with pytest.raises(ConfigError, match=f"copy: {reason}"):
+        parse_config(nested(values | change), "copy")
+    named = "compat.bank" if "compat.method" in change else next(iter(change))
+    left = {key: value for key, value in (values | change).items() if key != named}
+    parse_config(nested(left), "with that key removed")
+
+
+def test_only_what_version_01_wrote_is_forgiven() -> None:
+    with pytest.raises(ConfigError, match="belongs to magface"):
+        parse_config({"run": {"dir": "x"}, "data": {"path": "d"}, "head": {"margin": {"upper_norm": 110.0}}}, "typed")
+
+
+def test_a_key_with_its_default_that_was_added_since_is_no_change(tmp_path: Path) -> None:
+    values = resolved("million_cpu.yaml")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(nested(values)))
+    now = parse_config(nested(values), "old")
+    assert changes_since(tmp_path / "config.yaml", now) == []
+    other = parse_config(nested(values), "old", ["log.line_seconds=5"])
+    assert changes_since(tmp_path / "config.yaml", other) == ["log.line_seconds: None → 5.0"]

@@ -70,7 +70,34 @@ def file(tmp_path: Path) -> Path:
         ("head.margin.name=magface head.margin.upper_norm=5", "lower_norm < upper_norm"),
         ("head.margin.name=arcfase", "head.margin.name = 'arcfase': unknown; did you mean arcface"),
         ("head.sample_rate=0.5 head.optimizer.weight_decay=6 schedule.warmup=0.5", "above 0.5"),
-        ("compat=[{method: bct, bank: a},{method: lce, bank: b}]", "combined methods are not supported yet"),
+        ("optimizer.lr=yes", "optimizer.lr = True: expected a number"),
+        ("train.steps=true", "train.steps = True: expected a number"),
+        ("optimizer.name=adamw optimizer.betas=[true,0.9]", "optimizer.betas = .*expected a number"),
+        ("evaluate.far=0.01", "evaluate.far = 0.01: has no effect without a labelled set"),
+        ("evaluate.max_images=50", "evaluate.max_images = 50: has no effect without a labelled set"),
+        ("train.steps=5 log.profile=[6,7]", "log.profile = .*the run ends after 5 updates"),
+        ("checkpoint.every_steps=0 checkpoint.keep_every=9", "checkpoint.keep_every = 9: has no effect"),
+        ("checkpoint.every_steps=10 checkpoint.keep_every=15", "checkpoint.keep_every = 15: no multiple"),
+        ("head.margin.inter_class_filter=1", "head.margin.inter_class_filter = 1: must be less than 1"),
+        ("schedule.name=step schedule.milestones=[]", "schedule.milestones = .*at least one"),
+        ("schedule.name=step schedule.warmup=0.5", "schedule.milestones: the first, 0.5, is not behind"),
+        ("schedule.name=step schedule.gamma=1", "schedule.gamma = 1: must be less than 1"),
+        ("log.progress=false log.line_seconds=5", "log.line_seconds = 5.0: has no effect with log.progress=false"),
+        ("log.tensorboard=false log.images=false", "log.images = false: has no effect without"),
+        ("head.impl=reference head.update=deferred", "head.update = deferred: has no effect"),
+        ("head.weights=w head.init_std=0.5", "head.init_std = 0.5: has no effect with head.weights"),
+        ("optimizer.momentum=0 optimizer.start_momentum=true backbone.weights=w", "optimizer.start_momentum = true"),
+        (" ".join([*CROSS, "train.compile=true"]), "train.compile = true: has no effect where no network"),
+        ("head.margin.name=arcface head.margin.m=3.2", "head.margin.m = 3.2: must be less than 3.14"),
+        ("head.margin.m=2", "head.margin.m = 2: must be less than 2"),
+        ("data.synthetic_classes=1", "data.synthetic_classes = 1: must be greater"),
+        ("optimizer.name=adamw optimizer.weight_decay=11", "optimizer.weight_decay = 11: times the highest"),
+        ("head.optimizer.weight_decay=11", "head.optimizer.weight_decay = 11: times the highest"),
+        ("head.margin.scale=79", "head.margin.scale = 79.0: the fused pass is exact in float32 up to 78"),
+        ("compat.method=lce compat.bank=b head.sub_centers=2", "compat.mode = direct with head.sub_centers = 2"),
+        ("run.threads=5000", "run.threads = 5000: must be less than or equal to 1024"),
+        ("run.dir=", "run.dir is empty: expected a path"),
+        ("compat=[{method: bct, bank: a},{method: lce, bank: b}]", "all methods must be for one old model"),
         ("compat=[{method: bct, bank: a, mode: both},{method: lce}]", "compat.0.mode belongs to lce"),
     ],
 )
@@ -116,6 +143,36 @@ def test_keys_of_the_former_variant_fall(tmp_path: Path) -> None:
         merged(tmp_path, arcface, {"head": {"margin": {"upper_norm": 90}}})
 
 
+def test_a_key_of_the_same_name_in_another_variant_falls_too(tmp_path: Path) -> None:
+    cosface = {"head": {"margin": {"name": "cosface", "m": 0.2, "scale": 32}}}
+    margin = merged(tmp_path, cosface, words=("head.margin.name=arcface",)).head.margin
+    assert margin == ArcFaceConfig(scale=32)
+    lce = {"compat": {"method": "lce", "bank": "b", "boundary_weight": 10.0}}
+    (adv,) = merged(tmp_path, lce, words=("compat.method=advbct", "compat.old_model=o")).methods
+    assert (adv.bank, adv.boundary_weight) == (Path("b"), 1.0)  # type: ignore[attr-defined]
+    rates = merged(tmp_path, {"optimizer": {"lr": 0.01}}, words=("optimizer.name=adamw",)).optimizer
+    assert (rates.name, rates.lr) == ("adamw", 0.01)
+
+
+def test_a_rule_over_several_keys_names_where_the_last_of_them_was_given(file: Path) -> None:
+    file.write_text(yaml.safe_dump(BASE | {"head": {"sampling_correction": True, "sample_rate": 0.5}}))
+    with pytest.raises(ConfigError, match=r"^command line: head\.sampling_correction"):
+        load_config(file, ["head.sample_rate=1", "run.seed=3"])
+    file.write_text(yaml.safe_dump(BASE | {"head": {"sampling_correction": True, "sample_rate": 1}}))
+    with pytest.raises(ConfigError, match=r"^\S*run\.yaml: head\.sampling_correction"):
+        load_config(file, ["run.seed=3"])
+
+
+def test_a_text_in_place_of_a_list_of_overrides_is_named(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`overrides` = 'run\.seed=3': expected a list"):
+        load_config(file, "run.seed=3")
+
+
+def test_a_path_without_a_space_behind_its_name_is_explained(file: Path) -> None:
+    with pytest.raises(ConfigError, match="YAML takes a colon with a space behind it: a: /nope"):
+        load_config(file, ["evaluate.sets={a:/nope}", "evaluate.every_steps=5"])
+
+
 def test_methods_and_lengths_replace_each_other(tmp_path: Path) -> None:
     lce = {"compat": {"method": "lce", "mode": "both", "bank": "b", "transform": {"name": "mlp", "hidden": 9}}}
     config = merged(tmp_path, lce, {"compat": {"method": "bct"}})
@@ -124,7 +181,6 @@ def test_methods_and_lengths_replace_each_other(tmp_path: Path) -> None:
     direct = merged(tmp_path, lce, words=("compat.mode=direct",))
     assert direct.label == "direct"
     linear = merged(tmp_path, lce, words=("compat.transform.name=linear",))
-    assert linear.method is not None
     assert "hidden" not in dump_config(linear)
     assert merged(tmp_path, {"train": {"epochs": 9}}, words=("train.steps=5",)).train.steps == 5
     longer = merged(tmp_path, {"train": {"steps": 9}}, words=("train.epochs=5",)).train
@@ -136,7 +192,7 @@ def test_one_method_may_stand_in_a_list(tmp_path: Path) -> None:
     one, same = merged(tmp_path, {"compat": [lce]}), merged(tmp_path, {"compat": lce})
     assert one == same
     assert dump_config(one) == dump_config(same)
-    assert merged(tmp_path, {"compat": [lce]}, words=("compat.bank=c",)).method.bank == Path("c")  # type: ignore
+    assert merged(tmp_path, {"compat": [lce]}, words=("compat.bank=c",)).methods[0].bank == Path("c")
     assert merged(tmp_path, {"compat": []}).compat == ()
 
 

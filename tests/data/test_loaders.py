@@ -365,7 +365,7 @@ def test_what_dali_does_not_decode_is_read_by_pillow(
     assert not report.damage
     assert not report.bad
     assert sorted(report.by_pillow) == odd
-    assert all("rror" not in reason and "File" not in reason for reason in report.by_pillow.values())
+    assert set(report.by_pillow.values()) == {"a format that it does not know, or no image"}
     (lab,) = report.decoders_differ
     assert report.decoders_differ[lab][1] > 20
     text = io.StringIO()
@@ -384,7 +384,7 @@ def test_a_known_format_that_dali_refuses_is_read_by_pillow(tmp_path: Path, monk
     (batch,) = take(loader, 1)
     assert isinstance(loader, DaliLoader)
     assert not loader.bad_records
-    assert loader.by_pillow[gif].startswith("nvImageCodec failure")
+    assert loader.by_pillow[gif] == "a format that it does not know, or no image"
     row = batch.records.tolist().index(gif)
     expected = (dataset.decode(gif).transpose(2, 0, 1) / 255 - 0.5) / 0.5
     np.testing.assert_allclose(batch.images[row].numpy(), expected, atol=1e-5)

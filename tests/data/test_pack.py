@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.data.samples import encoded, identity_folders, loader_of, take, unsealed
 from tools import cli
-from trainer.data import open_dataset, packing, recordio
+from trainer.data import open_dataset, packing, pixels, recordio, store
 from trainer.data.checking import check
 from trainer.data.listing import Listing, list_source
 from trainer.data.packing import PackOptions, pack
@@ -221,7 +221,7 @@ def test_all_suffixes_are_taken_or_counted(tmp_path: Path, capsys: pytest.Captur
     for suffix, kind in SUFFIXES.items():
         (people / f"only{suffix[1:]}").mkdir()
         (people / f"only{suffix[1:]}" / f"x{suffix.upper()}").write_bytes(encoded(7, kind=kind))
-    for name in ("x.heic", "y.svg"):
+    for name in ("x.cr2", "y.svg"):
         (people / f"lost{name[0]}").mkdir()
         (people / f"lost{name[0]}" / name).write_bytes(b"?")
     (people / "person00" / "about.txt").write_text("x")
@@ -230,7 +230,7 @@ def test_all_suffixes_are_taken_or_counted(tmp_path: Path, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert "39 images of 39 classes" in said
     assert "1 .gif file(s): of an animation, the first frame" in said
-    assert "not taken: 1 .heic, 1 .svg, 1 .txt" in said
+    assert "not taken: 1 .cr2, 1 .svg, 1 .txt" in said
     assert "without an image that is taken: 3 (lostx, losty, void)" in said
     assert open_dataset(tmp_path / "out").num_classes == 39
     report = check(open_dataset(tmp_path / "out"), deep=True)
@@ -248,6 +248,8 @@ def test_tars_say_what_they_leave_out(tmp_path: Path) -> None:
     [
         ("a.csv", "path,label\na.jpg,0.0\nb.jpg,0\nc.jpg,1.0\n", ["0", "0", "1"]),
         ("a.lst", "0\t1e+03\ta.jpg\n1\t1000.000000\tb.jpg\n2\t2.\tc.jpg\n", ["1000", "1000", "2"]),
+        ("a.csv", "a.jpg,007\nb.jpg,7\nc.jpg,07.0\n", ["7", "7", "7"]),
+        ("a.csv", "a.jpg,007\nb.jpg,010\nc.jpg,007\n", ["007", "010", "007"]),  # written alike: the name stays
         ("a.csv", "a.jpg,1e3\nb.jpg,1000\nc.jpg,anna\n", ["1e3", "1000", "anna"]),  # names
         ("a.csv", "a.jpg,007\nb.jpg,7\nc.jpg,nan\n", "line 3: the label 'nan' is no whole number"),
         ("a.csv", "a.jpg,Nan\nb.jpg,nan\n", ["Nan", "nan"]),
@@ -283,6 +285,105 @@ def test_lists_that_cannot_be_read(text: str, message: str, tmp_path: Path) -> N
     (tmp_path / "list.csv").write_text("a.jpg,anna\n")
     with pytest.raises(DataError, match="found the label 'anna'"):
         list_source(tmp_path / "list.csv", keep_labels=True)
+
+
+HINTS = {
+    "swapped": ("list.txt", "0 here/a.jpg\n0 here/b.jpg\n", "line 1: no image is called '0'; column 2 names one"),
+    "semicolons": (
+        "list.csv",
+        "path;label\nhere/a.jpg;0\n",
+        "line 1: expected a path and a label, found 'path;label'; cells",
+    ),
+    "semicolons, no header": ("list.csv", "here/a.jpg;0\n", "cells are separated by a comma or a tab, not by `;`"),
+    "a comment": ("list.txt", "# faces\nhere/a.jpg 0\n", "line 1: no image is called '#'; a list has no comments"),
+    "a later comment": (
+        "list.csv",
+        "here/a.jpg,0\n# here/b.jpg,1\n",
+        "line 2: no image is called '# here/b.jpg'; a list",
+    ),
+    "backslashes": (
+        "list.csv",
+        "path,label\nhere\\a.jpg,0\n",
+        "; it has the backslashes of Windows: write / instead",
+    ),
+    "an unknown header": ("list.csv", "file,identity\nhere/a.jpg,0\n", "a header has the words path and label"),
+    "another root": ("list.csv", "path,label\nhere/a.jpg,0\nthere/b.jpg,1\n", "line 3: {}/there/b.jpg: no such file"),
+    "absolute": ("list.txt", "/nonexistent/0.jpg\t0\n", "list.txt: line 1: /nonexistent/0.jpg: no such file"),
+}
+
+
+@pytest.mark.parametrize("kind", HINTS)
+def test_a_list_that_names_no_image_says_which_line_and_what_is_probably_the_matter(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, text, words = HINTS[kind]
+    (tmp_path / "here").mkdir()
+    for letter in "ab":
+        (tmp_path / "here" / f"{letter}.jpg").write_bytes(encoded(1))
+    (tmp_path / name).write_text(text)
+    assert cli.main(["pack", str(tmp_path / name), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert words.format(tmp_path) in said
+    assert f"{name}: line " in said
+
+
+def test_a_number_in_several_forms_is_said_to_be_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for letter in "abc":
+        (tmp_path / f"{letter}.jpg").write_bytes(encoded(1))
+    (tmp_path / "list.csv").write_text("a.jpg,007\nb.jpg,7\nc.jpg,08\n")
+    assert cli.main(["pack", str(tmp_path / "list.csv"), str(tmp_path / "out")]) == 0
+    assert "numbers written in several forms are one class each: 1 (007 and 7 as 7)" in capsys.readouterr().out
+    assert (tmp_path / "out" / "classes.txt").read_text() == "7\n08\n"
+
+
+def test_missing_images_of_a_list_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(1))
+    (tmp_path / "list.csv").write_text("a.jpg,anna\nb.jpg,bob\n")
+    pack(list_source(tmp_path / "list.csv"), tmp_path / "out", PackOptions(skip_damaged=True))
+    assert f"list.csv: line 2: {tmp_path / 'b.jpg'}: no such file" in (tmp_path / "out" / "skipped.txt").read_text()
+
+
+def test_a_raw_folder_says_what_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pixels, "image_suffixes", lambda: frozenset({".jpeg"}))
+    monkeypatch.setattr(store, "image_suffixes", lambda: frozenset({".jpeg"}))
+    people = identity_folders(tmp_path / "people", 2, 1)
+    (people / "lost").mkdir()
+    for name in ("person00/x.heic", "lost/y.heic", "lost/z.svg"):
+        (people / name).write_bytes(b"?")
+    assert open_dataset(people).num_classes == 2
+    said = f"{people}: not taken: 2 .heic, 1 .svg (.heic is read where pillow-heif is installed); identities without"
+    assert said in caplog.text
+    assert "identities without an image that is taken: 1 (lost)" in caplog.text
+    only = tmp_path / "only"
+    (only / "lost").mkdir(parents=True)
+    (only / "lost" / "y.heic").write_bytes(b"?")
+    for read in (open_dataset, list_source):
+        with pytest.raises(DataError, match=r"images?.*; not taken: 1 \.heic \(\.heic is read where pillow-heif"):
+            read(only)
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif (extra `dev`)")
+    assert ".heic" in pixels.image_suffixes()
+    picture = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint16).astype(np.uint8).reshape(64, 64, 3))
+    (tmp_path / "people" / "anna").mkdir(parents=True)
+    (tmp_path / "people" / "anna" / "a.heic").write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"a\.heic: "):
+        pack(list_source(tmp_path / "people"), tmp_path / "cut", PackOptions())
+    heif.from_pillow(picture).save(tmp_path / "people" / "anna" / "a.heic", quality=100)
+    pack(list_source(tmp_path / "people"), tmp_path / "out", PackOptions())
+    for dataset in (open_dataset(tmp_path / "people"), open_dataset(tmp_path / "out")):
+        assert (len(dataset), dataset.decode(0).shape) == (1, (64, 64, 3))
+    assert check(open_dataset(tmp_path / "people"), deep=True).damage == []
+
+
+def test_an_image_that_git_lfs_keeps_elsewhere_is_named_as_such(tmp_path: Path) -> None:
+    people = identity_folders(tmp_path / "people", 2, 1)
+    next(people.rglob("*.jpeg")).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+    report = check(open_dataset(people))
+    assert "it is a Git LFS pointer, not the image itself; run `git lfs pull`" in report.damage[-1]
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:

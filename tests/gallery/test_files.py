@@ -1,6 +1,7 @@
 """Upgrade of gallery files: same rows, same ids, killed at random moments, rolled back, refused."""
 
 import errno
+import importlib
 import multiprocessing
 import os
 import pathlib
@@ -817,11 +818,11 @@ def test_files_of_other_kinds_are_refused_with_what_is_taken(tmp_path):
         ("a.csv", r"a \.csv file is not taken"),
         ("two.npz", "expected one float matrix"),
         ("objects.npz", "is no .npz of plain arrays"),
-        ("cut.npz", "is no .npz of plain arrays"),
+        ("cut.npz", "is cut short or damaged"),
         ("uneven.parquet", "the lists of face have 1 to 2 numbers"),
         ("null.parquet", "a row of face has no vector"),
         ("none.parquet", "expected one column of float lists"),
-        ("cut.parquet", "is no .parquet file"),
+        ("cut.parquet", "is cut short or damaged"),
     ):
         with pytest.raises(DataError, match=message):
             open_gallery(tmp_path / name)
@@ -855,7 +856,7 @@ def test_a_new_gallery_that_is_damaged_or_gone_does_not_keep_the_old_one_from_co
         original = path.read_bytes()
         upgrade(path, Rotation())
         spoil(path)
-        with pytest.raises(DataError, match=r"is no \.npy array|no such gallery file"):
+        with pytest.raises(DataError, match=r"is cut short|no such gallery file"):
             verify(path, Rotation())
         rollback(path)
         assert path.read_bytes() == original
@@ -863,3 +864,31 @@ def test_a_new_gallery_that_is_damaged_or_gone_does_not_keep_the_old_one_from_co
     (work_folder(path) / "state.json").write_text("[1]")
     with pytest.raises(DataError, match="damaged"):
         status(path)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors", "a.parquet", "a.index"])
+def test_galleries_that_are_cut_short_or_elsewhere_say_so(tmp_path, name):
+    vectors, path = np.random.default_rng(0).normal(size=(100, 16)).astype(np.float32), tmp_path / name
+    if name == "a.npz":
+        np.savez(path, vectors=vectors)
+    elif name == "a.npy":
+        np.save(path, vectors)
+    elif name == "a.safetensors":
+        save_file({"vectors": vectors}, path)
+    elif name == "a.parquet":
+        arrow = pytest.importorskip("pyarrow", reason="needs pyarrow (extra `gallery`)")
+        importlib.import_module("pyarrow.parquet").write_table(arrow.table({"v": list(vectors)}), path)
+    else:
+        index = faiss.IndexFlat(16)
+        index.add(vectors)
+        faiss.write_index(index, str(path))
+    whole = path.read_bytes()
+    assert open_gallery(path).rows == 100
+    for kept in (len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(DataError, match=f"{name}: is cut short") as caught:
+            open_gallery(path)
+        assert "Error" not in str(caught.value)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+    with pytest.raises(DataError, match=f"{name}: is a Git LFS pointer"):
+        open_gallery(path)

@@ -468,7 +468,7 @@ def test_under_constant_writes_the_swap_comes_and_no_row_is_lost(dsn, run):
     assert found == pytest.approx(NEW[[number % 400 for number, _, _ in rows]], abs=1e-5)
 
 
-def test_rows_that_come_faster_than_they_are_converted_end_the_upgrade_with_a_word(dsn, run):
+def test_rows_that_come_faster_than_they_are_converted_end_the_upgrade_with_a_message(dsn, run):
     table(run)
     gallery = PostgresGallery(dsn, "faces")
     gallery.begin(Rotation())

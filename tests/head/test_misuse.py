@@ -168,7 +168,7 @@ def test_a_rank_that_draws_nothing_still_counts_the_step() -> None:
 def test_small_things() -> None:
     with pytest.raises(DataError, match=r"label 500 .* 31 classes"):
         build()(batch(), torch.tensor([31, 500, -1, 2, 2]), 0)
-    with pytest.raises(ConfigError, match="exact in float32 up to 78"):
+    with pytest.raises(ValueError, match="exact in float32 up to 78"):
         build(rows="float32", margin={"scale": 100})
     with pytest.raises(ConfigError, match="weight_decay"):
         build(lr=1.0, sample_rate=0.3, optimizer=variant(AnyRowOptimizer, weight_decay=1.0))

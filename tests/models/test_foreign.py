@@ -6,6 +6,7 @@ and PLSC built and saved, and ``expected.npz`` what that code's networks gave fo
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from safetensors.torch import save_file
 
 from tools.cli import main
 from trainer.compat.bank.center_bank import CenterBank
+from trainer.compat.bank.from_model import bank_from_model
+from trainer.data.index import open_dataset
 from trainer.errors import ModelError
 from trainer.models.description import Reading
 from trainer.models.onnx import OnnxModel, providers
@@ -185,6 +189,35 @@ BEGINNINGS: list[tuple[list[Any], dict[str, Any], str | None]] = [
     ([node("Sub", ["input", "z"], ["a"], "x"), node("Mul", ["a", "o"], ["q"], "y")], {"z": f(0), "o": f(1)}, "0..255"),
     # a mean of pixels without a scale, as Caffe's models have it:
     ([node("Sub", ["input", "k"], ["q"])], {"k": f([103.939, 116.779, 123.68]).reshape(3, 1, 1)}, "0..255"),
+    # a Clip says what is expected, also after arithmetic; of a mean image each colour's mean counts:
+    ([node("Clip", ["input", "z", "k"], ["q"])], {"z": f(0), "k": f(255)}, "0..255"),
+    ([node("Clip", ["input", "z", "k"], ["q"])], {"z": f(0), "k": f(1)}, "0..1"),
+    ([node("Clip", ["input", "z", "k"], ["q"])], {"z": f(-1), "k": f(1)}, "normalised"),
+    ([node("Clip", ["input", "z"], ["q"])], {"z": f(0)}, None),
+    (
+        [node("Div", ["input", "s"], ["a"]), node("Clip", ["a", "z", "o"], ["q"])],
+        {"s": f(255), "z": f(0), "o": f(1)},
+        "0..255",
+    ),
+    ([node("Sub", ["input", "k"], ["q"])], {"k": f(np.full((1, 3, 32, 32), 120))}, "0..255"),
+    # a divisor that is computed, behind a border:
+    (
+        [
+            node("Pad", ["input", "p"], ["w"]),
+            node("Slice", ["w", "one", "less", "sides"], ["v"]),
+            node("Mul", ["s", "s"], ["t"]),
+            node("Sqrt", ["t"], ["u"]),
+            node("Div", ["v", "u"], ["q"]),
+        ],
+        {
+            "p": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+            "one": np.array([1, 1]),
+            "less": np.array([-1, -1]),
+            "sides": np.array([2, 3]),
+            "s": f(127.5),
+        },
+        "0..255",
+    ),
     # neither constants of the input's colours nor on the way from the input:
     ([node("ReduceMean", ["input"], ["m"], axes=[1, 2, 3]), node("Sub", ["input", "m"], ["q"])], {}, None),
     ([node("Mul", ["input", "k"], ["q"])], {"k": f(np.ones((3, 32, 32)))}, None),
@@ -197,6 +230,75 @@ def test_what_a_graph_does_first_says_what_it_takes(
 ) -> None:
     path = graph_file(tmp_path / "m.onnx", before, constants, last="q" if before else "input")
     assert read_beginning(path, "input").pixels == expected
+
+
+class Prepared(torch.nn.Module):
+    """A small network behind something that people put in front of one."""
+
+    def __init__(self, first: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.flat = first, torch.nn.Linear(3 * 32 * 32, DIM, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.flat(self.first(images).flatten(1))
+
+
+REVERSALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "indices": lambda x: x[:, [2, 1, 0]],
+    "flip": lambda x: x.flip(1),
+    "split": lambda x: torch.cat(x.split(1, 1)[::-1], 1),
+}
+
+
+@pytest.mark.parametrize("how", REVERSALS)
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_that_reverses_the_colours_is_fed_bgr(tmp_path: Path, how: str, dynamo: bool) -> None:
+    """By both of torch's exporters, which write it as Gather, GatherND, Slice, or Split and Concat."""
+    module, path = Prepared(REVERSALS[how]).eval(), tmp_path / "m.onnx"
+    torch.onnx.export(module, (torch.zeros(2, 3, *SIZE),), path, dynamo=dynamo, verbose=False)
+    model = load_model(path)
+    assert "BGR (the graph reverses the colours first; state it with `color`)" in model.reading
+    images = small_pixels(4)
+    with torch.no_grad():
+        expected = module.flat(torch.from_numpy(signed(images)).float().flatten(1)).numpy()
+    np.testing.assert_allclose(model.embed(images), expected / np.linalg.norm(expected, axis=1)[:, None], atol=1e-4)
+    assert "BGR (" not in load_model(path, reading=Reading(color="BGR")).reading
+    assert load_model(path, reading=Reading(color="RGB")).card.color == "RGB"
+
+
+UNREAD: dict[str, tuple[Spelling, str]] = {
+    "whitening": (
+        ([node("ReduceMean", ["input"], ["m"], axes=[1, 2, 3]), node("Sub", ["input", "m"], ["q"])], {}),
+        "begins with ReduceMean and Sub by what is no constant:",
+    ),
+    "a power": (([node("Pow", ["input", "k"], ["q"])], {"k": f(2)}), "begins with Pow:"),
+    "after something known": (
+        ([node("Mul", ["input", "k"], ["a"]), node("Min", ["a", "m"], ["q"])], {"k": f(1), "m": f(255)}),
+        "begins with Mul 1, then Min:",
+    ),
+    "a contradiction": (
+        (
+            [node("Clip", ["input", "z", "o"], ["a"]), node("Sub", ["a", "k"], ["q"])],
+            {"z": f(0), "o": f(1), "k": f(127.5)},
+        ),
+        "begins with Clip to 0 … 1, Sub 127.5, which do not agree:",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_what_cannot_be_read_is_not_guessed(
+    tmp_path: Path, packed: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (before, constants), words = UNREAD[kind]
+    path = graph_file(tmp_path / "m.onnx", before, constants, last="q")
+    assert main(["centers", "from-model", str(path), str(packed), str(tmp_path / "bank")]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert "state it with --pixels (0..255, 0..1 or normalised, then --mean and --std) and --color" in said
+    assert "fed pixels 0 … 255 (as stated)" in load_model(path, reading=Reading(pixels="0..255")).reading
 
 
 def embedding(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -448,6 +550,29 @@ def test_onnx_runtime_uses_cuda_where_it_has_it(monkeypatch: pytest.MonkeyPatch,
     assert asked == [[("CUDAExecutionProvider", {"device_id": 2}), "CPUExecutionProvider"]]
 
 
+@pytest.mark.parametrize("built_in", [False, True])
+def test_without_cuda_onnx_runtime_says_that_it_runs_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, built_in: bool
+) -> None:
+    """Without its CUDA provider, and with one that fails to start, as where drivers are missing."""
+    import onnxruntime
+
+    original = onnxruntime.InferenceSession
+
+    def session(path: str, options: Any, providers: list[Any]) -> Any:
+        if len(providers) > 1:
+            raise RuntimeError("libcudnn.so: cannot open shared object file")
+        return original(path, options, providers=providers)
+
+    if built_in:
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+        monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    model = load_model(graph_file(tmp_path / "m.onnx"), torch.device("cuda", 0))
+    assert model.embed(small_pixels(2)).shape == (2, DIM)
+    why = "its CUDA provider did not start" if built_in else "it has no CUDA provider"
+    assert f"m.onnx: ONNX Runtime runs it on the CPU: {why} (pip install onnxruntime-gpu)" in caplog.text
+
+
 FILES = {
     "arcface_r18.pt": ("iresnet18 of width 2", "RGB"),
     "arcface_mbf.pt": ("mobilefacenet of width 4", "RGB"),
@@ -558,7 +683,7 @@ def test_nothing_that_a_file_names_is_run(tmp_path: Path, capsys: pytest.Capture
         load_model(tmp_path / "o.pt")
     assert "it ran" not in capsys.readouterr().out
     (tmp_path / "cut.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:5000])
-    with pytest.raises(ModelError, match=r"cut.pt: refused: .* cut short"):
+    with pytest.raises(ModelError, match=r"cut.pt: is cut short or damaged \(5,000 bytes"):
         load_model(tmp_path / "cut.pt")
     script = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     torch.jit.save(script, tmp_path / "script.pt")
@@ -592,3 +717,80 @@ def test_resized_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     words = ["--data", f"x={tmp_path / 'packed'}", "--fars", "1e-1", "--replicates", "100", "--cache", "none"]
     assert main(["evaluate", "--old", str(small), "--new", str(large), *words]) == 0  # both of dimension 16
     assert capsys.readouterr().err.count("are resized to") == 2
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.pt", "m.ckpt", "m.safetensors"])
+def test_files_that_are_no_models_are_named_for_what_they_are(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for content, words in (
+        (POINTER, "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page: a download gave that"),
+        (b"", "is empty"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=f"{name}: {re.escape(words)}"):
+            load_model(path)
+
+
+def test_files_that_are_cut_short_say_so(tmp_path: Path) -> None:
+    graph, weights = graph_file(tmp_path / "m.onnx"), tmp_path / "w.safetensors"
+    save_file(torch.load(ORIGINS / "arcface_r18.pt", weights_only=True), weights)
+    for path, words in ((graph, "is cut short or damaged, or no ONNX file"), (weights, r"is cut short \(.* bytes\)")):
+        whole = path.read_bytes()
+        for part in (len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:part])
+            with pytest.raises(ModelError, match=f"{path.name}: {words}"):
+                load_model(path)
+
+
+def test_weights_next_to_a_graph_that_are_missing_or_cut_are_named(tmp_path: Path) -> None:
+    path = graph_file(tmp_path / "m.onnx")
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.onnx.data", size_threshold=0)
+    data = tmp_path / "m.onnx.data"
+    assert load_model(path).dim == DIM
+    whole = data.read_bytes()
+    for content, words in (
+        (whole[:-100], r"its weights are in m.onnx.data, which is cut short \("),
+        (POINTER, "which is a Git LFS pointer"),
+    ):
+        data.write_bytes(content)
+        with pytest.raises(ModelError, match=words):
+            load_model(path)
+    data.unlink()
+    with pytest.raises(ModelError, match=r"its weights are in m.onnx.data, which is not next to it; copy both files"):
+        load_model(path)
+
+
+def test_a_folder_of_hugging_face_is_loaded_or_named(tmp_path: Path) -> None:
+    state = torch.load(ORIGINS / "cvlface_ir18.pt", weights_only=True)
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["CVLFaceRecognitionModel"]}))
+    with pytest.raises(
+        ModelError, match=r"hub: a model folder of Hugging Face \(CVLFaceRecognitionModel\).*it holds none"
+    ):
+        load_model(folder)
+    save_file({f"model.{name}": value for name, value in state.items()}, folder / "model.safetensors")
+    found = load_model(folder).embed(pixels())
+    np.testing.assert_allclose(found, np.load(ORIGINS / "expected.npz")["cvlface_ir18"], atol=1e-5)
+    save_file({"vision_model.embeddings.weight": torch.zeros(3, 3)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"export it with torch.onnx.export and give the .onnx: .*of no network known"):
+        load_model(folder)
+
+
+def test_an_image_whose_embedding_is_zero_or_not_finite_is_named(tmp_path: Path) -> None:
+    """A network that gives nothing for dark pictures: the bank's working files are not what is wrong."""
+    dark = folder_of(tmp_path / "dark")
+    Image.new("RGB", (32, 32)).save(dark / "p03" / "6.png")
+    nodes = {
+        "zero": ([node("Mul", ["input", "k"], ["q"])], {"k": f(1)}),
+        "not finite": ([node("ReduceMean", ["input"], ["m"], axes=[1, 2, 3]), node("Div", ["input", "m"], ["q"])], {}),
+    }
+    for what, (before, constants) in nodes.items():
+        path = graph_file(tmp_path / "m.onnx", before, constants, last="q")
+        model = load_model(path, reading=Reading(pixels="0..255", allow_collapsed=True))
+        with pytest.raises(ModelError, match=f"6.png: the embedding that .*m.onnx makes of this image is {what}"):
+            bank_from_model(model, open_dataset(dark), tmp_path / f"bank-{what}")

@@ -59,7 +59,7 @@ def test_tables_without_momentum_and_in_float8() -> None:
     kept = parts(make_plan(setting(29_000_000, head={"rows": "float8", "rows_residual": True, **none})))
     assert kept["rows"] == rows * (3 * 512 + 4)
     one = setting(100_000_000, world=1, head={"rows": "float8", "sample_rate": 0.1, **none})
-    room = holds(one, 139 * GIB)
+    room = holds(make_plan(one), 139 * GIB)
     for classes, changed in (
         (room.classes, one),
         (room.lce, replace(one, config=with_lce(one), bank_dim=512)),
@@ -71,7 +71,7 @@ def test_tables_without_momentum_and_in_float8() -> None:
     assert room.lce_on_host is not None
     assert room.lce < 100_000_000 < room.lce_on_host < room.classes
     all_rows = setting(1, world=1, head={"rows": "float8", **none})
-    assert holds(all_rows, 8 * GIB).lce_on_host is None
+    assert holds(make_plan(all_rows), 8 * GIB).lce_on_host is None
 
 
 def test_lce_plan_says_what_an_h200_holds(capsys: pytest.CaptureFixture[str]) -> None:

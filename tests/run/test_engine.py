@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import trainer.run.engine
@@ -161,6 +162,22 @@ def test_continued_on_another_number_of_ranks(begun: Path, tmp_path: Path, world
     else:
         run_ranks(train_rank, world, run, RESUMED)
     np.testing.assert_allclose(losses_of(run), losses_of(begun / "whole"), rtol=1e-9)
+
+
+def test_batch_norm_over_all_ranks_continues_on_another_number_of_them(tmp_path: Path) -> None:
+    """Begun on two ranks, continued on three: the losses of one process, which batch norm by rank does not have."""
+    changes = RESUMED | {"backbone__name": "small", "data__synthetic_size": 16, "data__batch_size": 8}
+    synced = changes | {"data__drop_last": True, "train__sync_batchnorm": True}
+    train(config(tmp_path / "whole", **synced), Ranks())
+    run_ranks(_train_until, 2, tmp_path / "run", synced, 5)
+    run_ranks(train_rank, 3, tmp_path / "run", synced)
+    expected = losses_of(tmp_path / "whole")
+    np.testing.assert_allclose(losses_of(tmp_path / "run"), expected, rtol=1e-9)
+    one, two = (load_file(tmp_path / name / "model/backbone.safetensors") for name in ("whole", "run"))
+    for name, value in one.items():  # its running statistics too
+        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-8)
+    run_ranks(train_rank, 2, tmp_path / "apart", synced | {"train__sync_batchnorm": False})
+    assert np.abs(np.divide(losses_of(tmp_path / "apart"), expected) - 1).max() > 1e-3
 
 
 def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

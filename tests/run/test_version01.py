@@ -41,6 +41,7 @@ def test_it_is_continued(
     assert "keys without effect left out: compat.mode, " in caplog.text
     assert "continuing from old-run/checkpoints/step-00000003" in said
     assert "changed since the last start: head" not in said
+    assert "None → " not in said
     assert losses_of(old)[-3:] == pytest.approx(expected[-3:], rel=1e-4)
     assert load_model(old).card.step == 6
 

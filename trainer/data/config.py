@@ -103,7 +103,7 @@ class SyntheticConfig(DataConfig):
     """Synthetic images, for measurements and trials."""
 
     loader: Literal["synthetic"] = Field("synthetic", description="what makes the images")
-    synthetic_classes: int = Field(1000, ge=1, description="the class count C")
+    synthetic_classes: int = Field(1000, ge=2, description="the class count C")
     synthetic_size: int = Field(112, ge=8, description="the image side", json_schema_extra=unit("pixels"))
     synthetic_records: int = Field(100_000, ge=1, description="the records of one epoch")
 

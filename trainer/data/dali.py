@@ -7,6 +7,7 @@ the parameters without a copy and hands over finished batches. DALI itself decid
 import logging
 import math
 import queue
+import re
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -358,9 +359,27 @@ class _Ahead:
         self._thread.join()
 
 
+_STATUS = re.compile(r"nvImageCodec failure: '#(\d+)'")
+_MEANING = {
+    3: "the image is damaged",
+    4: "a format that it does not know, or no image",
+    9: "a variant of the format that it does not decode",
+    13: "the image is damaged",
+    14: "a variant of the format that it does not decode",
+    17: "the image is cut short or damaged",
+    18: "a variant of the format that it does not decode",
+    19: "the image is cut short",
+}
+"""What the statuses of nvImageCodec, by which DALI decodes, come to (``nvimgcodecStatus_t``)."""
+
+
 def _short(error: BaseException) -> str:
-    """What happened, in DALI's own words: what follows `encountered:`, not the traceback of the graph before it."""
+    """What happened, in plain words or DALI's own: what follows `encountered:`, not the graph's traceback before it."""
     text = str(error).partition("encountered:")[2] or str(error)
+    if (status := _STATUS.search(text)) and int(status[1]) in _MEANING:
+        return _MEANING[int(status[1])]
+    if "Failed to decode sample" in text:
+        return "the image is damaged"
     lines = [line.strip() for line in text.splitlines()]
     telling = [line for line in lines if line and not line.startswith(("File ", "Current pipeline", "Critical error"))]
     return (telling or [repr(error)])[0][:300]

@@ -654,11 +654,17 @@ def _open_records(folder: Path, recs: list[Path]) -> tuple[DatasetInfo, store.St
 
 
 def _open_files(folder: Path) -> tuple[DatasetInfo, store.Store, NDArray[np.int64]]:
-    pairs = list(store.image_files(folder))
+    others: list[tuple[str, Path]] = []
+    pairs = list(store.image_files(folder, others))
+    left = store.left_out_text(*store.left_out(others, {name for name, _ in pairs}))
     if not pairs:
         raise MissingDataError(
-            f"{folder}: holds neither dataset.yaml, nor .rec files, nor identity folders with images"
+            "; ".join(
+                [f"{folder}: holds neither dataset.yaml, nor .rec files, nor identity folders with images", *left[:1]]
+            )
         )
+    if left:
+        warn_once(f"{folder}: {'; '.join(left)}")
     number = {name: index for index, name in enumerate(dict.fromkeys(name for name, _ in pairs))}
     labels = np.array([number[name] for name, _ in pairs], np.int64)
     images = store.FileStore([file for _, file in pairs])

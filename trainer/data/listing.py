@@ -6,7 +6,6 @@ import io
 import json
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from trainer.data.index import MOST_CLASSES
 from trainer.data.pixels import image_suffixes
-from trainer.data.store import image_files
+from trainer.data.store import image_files, left_out, left_out_text
 from trainer.errors import DataError
 from trainer.reading import open_regular, read_text
 
@@ -32,6 +31,9 @@ class Listing:
         labels: (N,) int64, class numbers.
         names: the classes' names, by number; None where the labels were given as numbers and kept.
         num_classes: C.
+        lines: (N,) int64, of a list: the number of each image's line; None: the source is no list.
+        source: the list, folder or tar.
+        merged: of a list, classes whose number is written in several forms: the name that they got, and the forms.
         not_taken: files in identity folders or tars whose suffix is not that of an image that can be read here: their
             count by suffix.
         without_images: the identities that have a folder but no image.
@@ -44,6 +46,13 @@ class Listing:
     num_classes: int
     not_taken: dict[str, int] = field(default_factory=dict)
     without_images: list[str] = field(default_factory=list)
+    lines: NDArray[np.int64] | None = None
+    source: Path = Path()
+    merged: dict[str, list[str]] = field(default_factory=dict)
+
+    def where(self, image: int) -> str:
+        """The line of the list that names an image, for messages; empty: the source is no list."""
+        return "" if self.lines is None else f"{self.source}: line {self.lines[image]}: "
 
     def __len__(self) -> int:
         return len(self.files)
@@ -76,36 +85,42 @@ def list_source(source: Path, keep_labels: bool = False, root: Path | None = Non
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
     others: list[tuple[str, Path]] = []
-    entries = list(_entries(source, root, others))
+    listed = None if source.is_dir() or source.suffix == ".tar" else _lines(source, root or source.parent)
+    entries = list(_entries(source, others)) if listed is None else listed.entries
     if not entries:
-        raise DataError(
-            f"{source}: holds no images; expected one folder of images per identity, a list of files, or tar files"
-        )
+        what = "holds no images; expected one folder of images per identity, a list of files, or tar files"
+        raise DataError("; ".join([f"{source}: {what}", *left_out_text(*left_out(others, set()))[:1]]))
     identities = [entry[0] for entry in entries]
     names, labels = _number(identities, keep_labels, source)
     spans = np.array([entry[2:] for entry in entries], np.int64)
     classes = len(names) if names is not None else int(labels.max()) + 1
-    suffixes = Counter(path.suffix.lower() or "(no suffix)" for name, path in others if path.name)
-    lost = sorted({name for name, _ in others} - set(identities) - {""})
-    return Listing([entry[1] for entry in entries], spans, labels, names, classes, dict(suffixes), lost)
+    not_taken, lost = left_out(others, set(identities))
+    return Listing(
+        [entry[1] for entry in entries],
+        spans,
+        labels,
+        names,
+        classes,
+        not_taken,
+        lost,
+        None if listed is None else np.array(listed.numbers, np.int64),
+        source,
+        {} if listed is None else listed.merged,
+    )
 
 
-def _entries(source: Path, root: Path | None, others: list[tuple[str, Path]]) -> Iterator[Entry]:
-    if source.is_dir():
-        tars = sorted(source.glob("*.tar"))
-        _refuse_strays(source, tars)
-        if tars:
-            for tar in tars:
-                yield from _tar(tar, others)
-        else:
-            for identity, file in image_files(source, others):
-                yield identity, str(file), 0, -1
-    elif source.suffix == ".tar":
+def _entries(source: Path, others: list[tuple[str, Path]]) -> Iterator[Entry]:
+    if not source.is_dir():
         yield from _tar(source, others)
+        return
+    tars = sorted(source.glob("*.tar"))
+    _refuse_strays(source, tars)
+    if tars:
+        for tar in tars:
+            yield from _tar(tar, others)
     else:
-        folder = root or source.parent
-        for identity, name in _lines(source, folder):
-            yield identity, str(folder / name), 0, -1
+        for identity, file in image_files(source, others):
+            yield identity, str(file), 0, -1
 
 
 def _refuse_strays(source: Path, tars: list[Path]) -> None:
@@ -159,9 +174,18 @@ def _is_number(name: str) -> bool:
 Line = tuple[int, str, str]  # line number, label, path
 
 
-def _lines(source: Path, folder: Path) -> list[tuple[str, str]]:
-    """(identity, path) of each line: MXNet's .lst (index, label, path), InsightFace's (aligned, path, label); else path
-    and label, by header or in order."""
+@dataclass(frozen=True)
+class _List:
+    """What a list says: its entries, the line of each, and the numbers that it writes in several forms."""
+
+    entries: list[Entry]
+    numbers: list[int]
+    merged: dict[str, list[str]]
+
+
+def _lines(source: Path, folder: Path) -> _List:
+    """The lines of MXNet's .lst (index, label, path), InsightFace's (aligned, path, label); else path and label, by
+    header or in order."""
     text = read_text(source, DataError, "utf-8-sig")
     delimiter = "\t" if source.suffix == ".lst" or "\t" in text else ("," if "," in text else " ")
     path_column, label_column = (2, 1) if source.suffix == ".lst" else (0, 1)
@@ -181,13 +205,36 @@ def _lines(source: Path, folder: Path) -> list[tuple[str, str]]:
         ):
             path_column, label_column, insightface = 1, 2, True
         if len(row) <= max(path_column, label_column) or not row[path_column] or not row[label_column].strip():
-            raise DataError(f"{source}: line {number}: expected a path and a label, found {delimiter.join(row)!r}")
+            given = f"{delimiter.join(row)!r}{_hint(row, folder)}"
+            raise DataError(f"{source}: line {number}: expected a path and a label, found {given}")
         _check_row(source, number, row, insightface)
         name, label = row[path_column], row[label_column].strip()
+        suspect = not found or row[0].lstrip().startswith("#")
+        if suspect and not (folder / name).is_file() and (hint := _hint(row, folder)):
+            raise DataError(f"{source}: line {number}: no image is called {name!r}{hint}")
         if number == 1 and not _is_image(name) and not (folder / name).is_file():
             raise DataError(f"{source}: line 1: no image is called {name!r}; a header has the words path and label")
         found.append((number, label, name))
-    return [(label, name) for label, name in zip(_same_numbers(source, found), (f[2] for f in found), strict=True)]
+    labels, merged = _same_numbers(source, found)
+    entries = [(label, str(folder / name), 0, -1) for label, (_, _, name) in zip(labels, found, strict=True)]
+    return _List(entries, [number for number, _, _ in found], merged)
+
+
+def _hint(row: list[str], folder: Path) -> str:
+    """What is probably the matter with a line whose path names no image; empty: nothing that shows."""
+    text = " ".join(row)
+    if row and row[0].lstrip().startswith("#"):
+        return "; a list has no comments: remove the line"
+    if ";" in text:
+        return "; cells are separated by a comma or a tab, not by `;`"
+    if any("\\" in cell and (folder / cell.replace("\\", "/")).is_file() for cell in row):
+        return "; it has the backslashes of Windows: write / instead"
+    named = [number for number, cell in enumerate(row) if cell and (folder / cell).is_file()]
+    if named and not _is_image(row[0]):
+        return (
+            f"; column {named[0] + 1} names one: the path stands first, then the label, or a header says which is which"
+        )
+    return ""
 
 
 def _rows(source: Path, text: str, delimiter: str, folder: Path) -> Iterator[tuple[int, list[str]]]:
@@ -234,9 +281,10 @@ def _number_of(label: str) -> Decimal | None:
     return Decimal(label) if label.isascii() and _NUMBER.fullmatch(label) else None
 
 
-def _same_numbers(source: Path, lines: list[Line]) -> list[str]:
-    """The labels of a list. Where all are numbers, one number is one class however it is written: 0 and 0.0, 1e+03 and
-    1000.000000. Digits alone stay as they are: 007 and 7 are two names.
+def _same_numbers(source: Path, lines: list[Line]) -> tuple[list[str], dict[str, list[str]]]:
+    """The labels of a list, and those that are written in several forms. Where all are numbers, one number is one class
+    however it is written: 0 and 0.0, 1e+03 and 1000.000000, 007 and 7. A number that all lines write alike keeps its
+    form where that is digits alone: 007.
 
     Raises:
         DataError: a fraction, or an empty cell that became nan, among numbers.
@@ -244,15 +292,22 @@ def _same_numbers(source: Path, lines: list[Line]) -> list[str]:
     values = {label: _number_of(label) for _, label, _ in lines}
     named = any(value is None and label.lower() != "nan" for label, value in values.items())
     if named or all(value is None for value in values.values()):
-        return [label for _, label, _ in lines]
+        return [label for _, label, _ in lines], {}
     for number, label, _ in lines:
         value = values[label]
         if value is None or value != value.to_integral_value() or (abs(value) >= 10**18 and not _is_number(label)):
             raise DataError(
                 f"{source}: line {number}: the label {label!r} is no whole number, as others of the list are"
             )
-    spelled = {label: label if _is_number(label) else str(int(value or 0)) for label, value in values.items()}
-    return [spelled[label] for _, label, _ in lines]
+    forms: dict[int, list[str]] = {}
+    for label, value in values.items():
+        forms.setdefault(int(value or 0), []).append(label)
+    names = {
+        number: written[0] if len(written) == 1 and _is_number(written[0]) else str(number)
+        for number, written in forms.items()
+    }
+    merged = {names[number]: written for number, written in forms.items() if len(written) > 1}
+    return [names[int(values[label] or 0)] for _, label, _ in lines], merged
 
 
 def _tar(tar: Path, others: list[tuple[str, Path]]) -> Iterator[Entry]:

@@ -109,7 +109,7 @@ class PackResult:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one process needs to write a part."""
+    """What one process needs to write a part. origins: where a list names each image, for messages."""
 
     out: Path
     name: str
@@ -119,6 +119,7 @@ class _Part:
     spans: NDArray[np.int64]
     labels: NDArray[np.int64]
     options: PackOptions
+    origins: list[str]
 
 
 def pack(
@@ -268,7 +269,8 @@ def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
         rows = order[k * width : (k + 1) * width]
         name = "train" if count == 1 else f"train-{k:05d}"
         files = [listing.files[row] for row in rows.tolist()]
-        parts.append(_Part(out, name, k, plan, files, listing.spans[rows], listing.labels[rows], options))
+        origins = [listing.where(row) for row in rows.tolist()]
+        parts.append(_Part(out, name, k, plan, files, listing.spans[rows], listing.labels[rows], options, origins))
     return parts
 
 
@@ -362,11 +364,12 @@ def _write_part(part: _Part, count: Callable[[int], None]) -> None:
     try:
         if part.options.layout == "insightface":
             _write_insightface_header(writer, part)
-        for file, (start, length), label in zip(part.files, part.spans.tolist(), part.labels.tolist(), strict=True):
+        images = zip(part.files, part.spans.tolist(), part.labels.tolist(), part.origins, strict=True)
+        for file, (start, length), label, origin in images:
             try:
                 image, size = _load(file, start, length, part.options)
             except _DAMAGE as error:
-                reason = str(error) if isinstance(error, DataError) else f"{file}: {error}"
+                reason = origin + (str(error) if isinstance(error, DataError) else f"{file}: {error}")
                 if not part.options.skip_damaged:
                     raise DataError(f"{reason}; repair or remove it, or use `skip_damaged`") from None
                 skipped.append(reason)

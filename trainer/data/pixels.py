@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from trainer.reading import is_pointer
+
 # Pillow keeps so many buffers for the next image; given back and asked for again they take a quarter of the time.
 Image.core.set_blocks_max(8)  # type: ignore[attr-defined]
 
@@ -108,6 +110,8 @@ def image_problem(data: bytes) -> str | None:
         return _png_problem(data)
     if not data:
         return "the record holds no image"
+    if is_pointer(data):
+        return "it is a Git LFS pointer, not the image itself; run `git lfs pull` where it was cloned"
     try:
         with Image.open(io.BytesIO(data)):
             return None

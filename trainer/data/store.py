@@ -14,6 +14,7 @@ import json
 import os
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -587,3 +588,23 @@ def image_files(folder: Path, others: list[tuple[str, Path]] | None = None) -> I
                 others.append((identity.name, file))
         if others is not None and not found:
             others.append((identity.name, Path()))
+
+
+def left_out(others: list[tuple[str, Path]], taken: set[str]) -> tuple[dict[str, int], list[str]]:
+    """Of what :func:`image_files` did not take: the count by suffix, and the identities of which nothing was
+    ``taken``."""
+    suffixes = Counter(path.suffix.lower() or "(no suffix)" for _, path in others if path.name)
+    return dict(suffixes), sorted({name for name, _ in others} - taken - {""})
+
+
+def left_out_text(suffixes: dict[str, int], identities: list[str]) -> list[str]:
+    """:func:`left_out` as lines for people."""
+    lines = []
+    if suffixes:
+        needs = " (.heic is read where pillow-heif is installed)" if {".heic", ".heif"} & set(suffixes) else ""
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
+        lines.append(f"not taken: {counts}{needs}")
+    if identities:
+        first = ", ".join(identities[:10]) + (", …" if len(identities) > 10 else "")
+        lines.append(f"identities without an image that is taken: {len(identities)} ({first})")
+    return lines

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from trainer.config import Section, unit
+from trainer.config import Section, refuse_idle, unit
 
 
 class EvaluateConfig(Section):
@@ -35,4 +35,6 @@ class EvaluateConfig(Section):
             )
         if self.old is not None and not self.sets:
             raise ValueError("evaluate.old: nothing is measured without evaluate.sets; set it, or remove old")
+        if all(path.suffix == ".bin" for path in self.sets.values()):
+            refuse_idle(self, "evaluate", ("far", "max_images"), "without a labelled set in evaluate.sets")
         return self

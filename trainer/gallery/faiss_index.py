@@ -11,6 +11,7 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.gallery.formats import TAKEN, Format, Rows
+from trainer.reading import why_unreadable
 
 _FLAT = ("IndexFlat", "IndexFlatIP", "IndexFlatL2")
 _CODES = re.compile("PQ|ScalarQuantizer|SQ|LSH|Residual|LocalSearch|Additive|Product|RaBitQ|Lattice|2Layer|2Level")
@@ -30,9 +31,7 @@ class FaissGallery(Format):
         try:
             self._owner = faiss.read_index(str(path))  # the casts only refer to it
         except RuntimeError as error:
-            raise DataError(
-                f"{path}: is no FAISS index ({str(error).splitlines()[-1][:120]}); taken are {TAKEN}"
-            ) from None
+            raise DataError(f"{path}: {why_unreadable(path) or _plain(str(error))}") from None
         self._index = faiss.downcast_index(self._owner)
         self.rows, self.dim = self._index.ntotal, self._index.d
         if self.rows == 0:
@@ -223,6 +222,16 @@ class FaissGallery(Format):
                 f"{self._path}: FAISS cannot build the index anew: {str(error).splitlines()[-1][-200:]}; the "
                 "gallery is whole"
             ) from None
+
+
+def _plain(text: str) -> str:
+    """What FAISS's message about a file that it does not read comes to."""
+    unknown = re.search(r"Index type 0x\w+ \(.*\) not recognized", text)
+    if unknown:
+        return f"is no FAISS index, or of a kind that this FAISS does not know; taken are {TAKEN}"
+    if "read error in" in text:
+        return "is cut short or damaged: FAISS finds less in it than it announces; copy it again"
+    return f"is no FAISS index, or a damaged one ({text.rpartition('Error: ')[2][-120:]}); taken are {TAKEN}"
 
 
 def _why_not(kind: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.evaluation.arrays import FloatArray, IntArray
+from trainer.reading import why_unreadable
 
 Rows = slice | IntArray
 """Which rows: a slice with both ends, or row numbers (n,)."""
@@ -67,7 +68,7 @@ class NpyGallery(Format):
             array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
             self._file = path.open("rb")
         except (OSError, ValueError, SyntaxError, EOFError, tokenize.TokenError) as error:
-            raise DataError(f"{path}: is no .npy array: {error}") from None
+            raise DataError(f"{path}: {why_unreadable(path) or f'is no .npy array: {error}'}") from None
         self.rows, self.dim = _shape(array, path)
         self._path, self._dtype, self._offset = path, array.dtype, array.offset
         # Of an array in Fortran's order a row lies in D pieces: it is read whole.
@@ -156,7 +157,7 @@ class SafetensorsGallery(_Named):
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
                 self._metadata: dict[str, str] = file.metadata() or {}
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: is no .safetensors file: {error}") from None
+            raise DataError(f"{path}: {why_unreadable(path) or f'is no .safetensors file: {error}'}") from None
         self._choose(tensors, path)
         self.applied = tuple(self._metadata.get(NOTE, "").split())
 
@@ -190,7 +191,7 @@ class NpzGallery(_Named):
             zipfile.BadZipFile,
             zlib.error,
         ) as error:
-            raise DataError(f"{path}: is no .npz of plain arrays: {error}") from None
+            raise DataError(f"{path}: {why_unreadable(path) or f'is no .npz of plain arrays: {error}'}") from None
         self._choose(arrays, path)
         self.applied = tuple(applied.split()) if word == NOTE else ()
 

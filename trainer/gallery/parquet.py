@@ -10,6 +10,7 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.gallery.formats import NOTE, Format, Rows, whole_ids
+from trainer.reading import why_unreadable
 
 
 class ParquetGallery(Format):
@@ -29,7 +30,8 @@ class ParquetGallery(Format):
                 meta = file.metadata
                 self._codec = meta.row_group(0).column(0).compression if meta.num_row_groups else "SNAPPY"
         except (OSError, self._arrow.ArrowException) as error:
-            raise DataError(f"{path}: is no .parquet file: {str(error).splitlines()[0][:200]}") from None
+            reason = why_unreadable(path) or f"is no .parquet file: {str(error).splitlines()[0][:200]}"
+            raise DataError(f"{path}: {reason}") from None
         fields = list(table.schema)
         lists = [f.name for f in fields if _is_list(types, f.type) and types.is_floating(f.type.value_type)]
         if len(lists) != 1 or not table.num_rows:

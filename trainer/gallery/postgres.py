@@ -365,13 +365,15 @@ class PostgresGallery:
         """
         done, stuck, began = 0, 0, time.perf_counter()
         with self._connect() as connection:
-            left = due = self._left(connection)
+            left = due = -1
             while True:
                 with connection.transaction():
                     # While it is held nobody swaps the columns.
                     self._run(connection, "LOCK TABLE {t} IN ROW EXCLUSIVE MODE")
                     if self._state(connection).phase != "converting":
                         return done
+                    if due < 0:
+                        left = due = self._left(connection)
                     taken, kept = self._batch(connection, converter, batch)
                 if not taken:
                     return done

@@ -1,14 +1,20 @@
 """The section ``head``: the margin, the rows' optimizer, and how the class-sharded softmax is computed."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from trainer.config import Section, Variants
+from trainer.config import Section, Variants, refuse_idle
 
 _MARGIN = "the margin on the target's cosine; formulas and papers in trainer/head/margin.py"
 _ROWS = "how the head's rows are updated; of rows that were not drawn see trainer/head/row_optimizer.py"
+
+LARGEST_COSINE_MARGIN = 2.0
+"""From here on a margin on the cosine takes every target below the worst negative."""
+LARGEST_SCALE = 78.0
+"""Up to which the fused pass is exact in float32 (:func:`trainer.head.step.constant_shift`)."""
 
 
 class MarginConfig(Section):
@@ -17,7 +23,7 @@ class MarginConfig(Section):
     name: str
     scale: float = Field(64.0, gt=0, description="s: logits are s · cos")
     inter_class_filter: float = Field(
-        0.0, ge=0, le=1, description="negatives with a cosine above this are left out (noisy labels); 0 is off"
+        0.0, ge=0, lt=1, description="negatives with a cosine above this are left out (noisy labels); 0 is off"
     )
 
 
@@ -31,7 +37,7 @@ class CosFaceConfig(MarginConfig):
     """cos θ − m."""
 
     name: Literal["cosface"] = Field("cosface", description=_MARGIN)
-    m: float = Field(0.4, ge=0, description="the margin")
+    m: float = Field(0.4, ge=0, lt=LARGEST_COSINE_MARGIN, description="the margin")
 
 
 class AngularConfig(MarginConfig):
@@ -46,7 +52,7 @@ class ArcFaceConfig(AngularConfig):
     """cos(θ + m)."""
 
     name: Literal["arcface"] = Field("arcface", description=_MARGIN)
-    m: float = Field(0.4, ge=0, description="the margin")
+    m: float = Field(0.4, ge=0, lt=math.pi, description="the margin")
 
 
 class CombinedConfig(AngularConfig):
@@ -54,15 +60,15 @@ class CombinedConfig(AngularConfig):
 
     name: Literal["combined"] = Field("combined", description=_MARGIN)
     m1: float = Field(1.0, ge=1, description="factor of the angle in cos(m1·θ + m2) − m3")
-    m2: float = Field(0.0, ge=0, description="margin on the angle in cos(m1·θ + m2) − m3")
-    m3: float = Field(0.0, ge=0, description="margin on the cosine in cos(m1·θ + m2) − m3")
+    m2: float = Field(0.0, ge=0, lt=math.pi, description="margin on the angle in cos(m1·θ + m2) − m3")
+    m3: float = Field(0.0, ge=0, lt=LARGEST_COSINE_MARGIN, description="margin on the cosine in cos(m1·θ + m2) − m3")
 
 
 class AdaFaceConfig(MarginConfig):
     """A margin that grows with the embedding's norm relative to its running mean."""
 
     name: Literal["adaface"] = Field("adaface", description=_MARGIN)
-    m: float = Field(0.4, ge=0, description="the margin")
+    m: float = Field(0.4, ge=0, lt=math.pi, description="the margin")
     h: float = Field(0.333, gt=0, description="concentration of the norm statistic")
     norm_momentum: float = Field(0.01, gt=0, le=1, description="share of the batch in the running norm statistics")
 
@@ -73,8 +79,8 @@ class MagFaceConfig(MarginConfig):
     name: Literal["magface"] = Field("magface", description=_MARGIN)
     lower_norm: float = Field(10.0, gt=0, description="l_a, from where the margin grows; below √D, where norms begin")
     upper_norm: float = Field(110.0, gt=0, description="u_a, up to where the margin grows; above √D")
-    lower_margin: float = Field(0.45, ge=0, description="l_m, the margin at l_a")
-    upper_margin: float = Field(0.8, ge=0, description="u_m, the margin at u_a")
+    lower_margin: float = Field(0.45, ge=0, lt=math.pi, description="l_m, the margin at l_a")
+    upper_margin: float = Field(0.8, ge=0, lt=math.pi, description="u_m, the margin at u_a")
     norm_weight: float = Field(35.0, ge=0, description="λ_g, the weight of the norm term")
 
     @model_validator(mode="after")
@@ -88,7 +94,7 @@ class CurricularConfig(MarginConfig):
     """ArcFace's margin, and negatives that count more the more the network has learnt."""
 
     name: Literal["curricular"] = Field("curricular", description=_MARGIN)
-    m: float = Field(0.4, ge=0, description="the margin")
+    m: float = Field(0.4, ge=0, lt=math.pi, description="the margin")
 
 
 AnyMargin: TypeAlias = Annotated[
@@ -172,6 +178,13 @@ class HeadConfig(Section):
             )
         if self.weights is not None and self.sub_centers > 1:
             raise ValueError("head.weights: one row per class; use head.sub_centers=1")
+        if self.weights is not None:
+            refuse_idle(self, "head", ("init_std",), "with head.weights, which give all rows")
+        if self.impl == "fused" and self.rows != "float64" and self.margin.scale > LARGEST_SCALE:
+            raise ValueError(
+                f"head.margin.scale = {self.margin.scale}: the fused pass is exact in float32 up to "
+                f"{LARGEST_SCALE:g}; use head.impl=reference"
+            )
         if self.impl == "reference":
             self._check_reference()
         self._check_float8()
@@ -195,6 +208,7 @@ class HeadConfig(Section):
     def _check_reference(self) -> None:
         if self.chunk_rows:
             raise ValueError("head.chunk_rows belongs to fused; head.impl is reference")
+        refuse_idle(self, "head", ("update",), "with head.impl=reference")
         if self.sub_centers > 1 or self.margin.name == "curricular" or self.compute != "float32":
             raise ValueError("head.impl = reference: without sub-centres, curricular margin, tf32 and bfloat16 compute")
         if self.optimizer.name == "adamw" and self.sample_rate < 1:

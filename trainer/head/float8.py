@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 from trainer.head.config import SgdRowsConfig
-from trainer.head.row_optimizer import FUSE_FROM_ROWS, RowGradient, Selection, SgdRows, round_stochastically, velocity
+from trainer.head.row_optimizer import (
+    FUSE_FROM_ROWS,
+    Change,
+    RowGradient,
+    Selection,
+    SgdRows,
+    element_noise,
+    inverse_norms,
+    round_stochastically,
+    velocity,
+)
 
 CODES, SCALE, RESIDUAL = NAMES = ("rows_float8", "rows_scale", "rows_residual")
 """The tables' names in a checkpoint: not ``rows``, which other dtypes would be read into without their scales."""
@@ -119,14 +129,14 @@ class Float8Rows(SgdRows):
         noise = by_row[:, None], by_column
         if selection.index is None:
             part = tuple(table[start:stop] for table in self.tables)
-            left = self.fuse(_descend_stored)(part, noise, gate, decay, *change)
+            left = self.fuse(_descend_stored)(part, noise, gate, decay, change)
             if not self.sampled:
                 self._left_inverse = True
                 self._inverse[start:stop] = left
             return
         index = selection.index[start:stop]
         w = selection.rows(start, stop)
-        self.fuse(_descend_into)(index, self.tables, self.missed_by(index), w, noise, gate, decay, *change)
+        self.fuse(_descend_into)(index, self.tables, self.missed_by(index), w, noise, gate, decay, change)
 
     def flush(self) -> None:
         """See :meth:`RowOptimizer.flush`: what the rows missed goes to their scales."""
@@ -147,29 +157,26 @@ def _copy_decoded(index: Tensor, codes: Tensor, scale: Tensor, missed: Tensor, o
 
 
 def _moved(
-    w: Tensor, stored: tuple[Tensor, ...], noise: tuple[Tensor, Tensor], decay: float, *change: Tensor
+    w: Tensor, stored: tuple[Tensor, ...], noise: tuple[Tensor, Tensor], decay: float, change: Change
 ) -> tuple[Tensor, ...]:
     """What an update makes of the rows w (n, D), to be stored; ``stored`` is what is there, up to date."""
-    move, pull, scale, beta, lr, keep = change
-    moved = w - velocity(w, None, move, pull, scale, beta, keep) * lr
+    moved = w - velocity(w, None, change) * change.lr
     by_row, by_column = noise
     if len(stored) > 2:
-        moved = moved + stored[2].to(w.dtype) * (1 - lr * decay)
+        moved = moved + stored[2].to(w.dtype) * (1 - change.lr * decay)
         codes, row_scale = encode(moved, torch.full((), HALF, device=w.device))
         return codes, row_scale, round_stochastically(moved - decode(codes, row_scale), by_row, by_column)
-    mixed = (((by_row ^ by_column) * -1640531535) >> 12) & 0xFFFFF  # Knuth's multiplicative hash, its upper bits
-    return encode(moved, mixed)
+    return encode(moved, element_noise(by_row, by_column, 20))
 
 
 def _descend_stored(
-    stored: tuple[Tensor, ...], noise: tuple[Tensor, Tensor], gate: Tensor | None, decay: float, *change: Tensor
+    stored: tuple[Tensor, ...], noise: tuple[Tensor, Tensor], gate: Tensor | None, decay: float, change: Change
 ) -> Tensor:
     """Update rows where they are stored; 1/‖w‖ (n, 1) of what they are then."""
-    moved = _moved(decode(stored[0], stored[1]), stored, noise, decay, *change)
+    moved = _moved(decode(stored[0], stored[1]), stored, noise, decay, change)
     for table, value in zip(stored, moved, strict=True):
         table.copy_(value if gate is None else torch.where(gate > 0, value, table))
-    norm = torch.linalg.vector_norm(decode(stored[0], stored[1]), dim=1, keepdim=True)
-    return norm.clamp_min(1e-12).reciprocal()
+    return inverse_norms(decode(stored[0], stored[1]))
 
 
 def _descend_into(
@@ -180,11 +187,11 @@ def _descend_into(
     noise: tuple[Tensor, Tensor],
     gate: Tensor | None,
     decay: float,
-    *change: Tensor,
+    change: Change,
 ) -> None:
     """The same of drawn rows, ``w`` (n, D) brought up to date; a closed gate leaves them that."""
     factor = missed[:, 0:1]
     stored = (tables[0][index], *((table[index] * factor).to(table.dtype) for table in tables[1:]))
-    moved = _moved(w, stored, noise, decay, *change)
+    moved = _moved(w, stored, noise, decay, change)
     for table, old, value in zip(tables, stored, moved, strict=True):
         table[index] = value if gate is None else torch.where(gate > 0, value, old)

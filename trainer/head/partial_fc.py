@@ -30,7 +30,7 @@ from trainer.head.partition import ClassRange, class_range
 from trainer.head.reference import ReferenceSoftmax
 from trainer.head.row_optimizer import RowOptimizer, build_row_optimizer
 from trainer.head.sampling import Draw, draw_rows
-from trainer.head.step import PassSettings, Softmax, Verdict, constant_shift
+from trainer.head.step import PassSettings, Softmax, Verdict
 from trainer.randomness import block_seed
 
 COMPILE_FROM_ROWS = 32768
@@ -329,9 +329,6 @@ def _build_softmax(
 
 
 def _check(config: HeadConfig, compat: DirectCompat | None) -> None:
-    margin = config.margin
-    if config.impl == "fused":
-        constant_shift(margin.scale, torch.float64 if config.rows == "float64" else torch.float32)
     if compat is not None and config.sub_centers > 1:
         raise ConfigError(
             "head.sub_centers > 1 with compat.mode direct: an old centre has no single new row to align with"

@@ -21,7 +21,7 @@ vanish in the mean. Rows of one byte a number are :mod:`trainer.head.float8`'s.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,6 +156,22 @@ class Selection:
             return
         for table, block in zip(self.owner.tables, blocks, strict=True):
             table[slice(start, stop) if self.index is None else self.index[start:stop]] = self.owner.round(block)
+
+
+class Change(NamedTuple):
+    """What the kernels of an update by SGD take of a gradient of n rows.
+
+    Attributes:
+        move: (n, D), the gradient but for its other parts. pull: (n, D), scale: (n, 1), or None: see :func:`velocity`.
+        beta: (n, 1), times the row. lr, keep: 0-dim, η and the share of the momentum that is kept.
+    """
+
+    move: Tensor
+    pull: Tensor | None
+    scale: Tensor | None
+    beta: Tensor
+    lr: Tensor
+    keep: Tensor
 
 
 class RowOptimizer(ABC):
@@ -337,25 +353,23 @@ class SgdRows(RowOptimizer):
             stored = tuple(table[start:stop] for table in self.tables)
             noise = (by_row[:, None], of_w[None], of_v[None])
             self._left_inverse = True
-            self._inverse[start:stop] = self.fuse(_descend_rounding)(stored, noise, *change)
+            self._inverse[start:stop] = self.fuse(_descend_rounding)(stored, noise, change)
             return
         w = selection.rows(start, stop)
         if selection.index is not None and self.rows.dtype == self.work and self.sampled:
             index = selection.index[start:stop]
-            self.fuse(_descend_into)(index, self.tables, self.missed_by(index), w, *change)
+            self.fuse(_descend_into)(index, self.tables, self.missed_by(index), w, change)
             return
         state = selection.state(start, stop, w)
-        left = self.fuse(_descend)(w, *(state or (None,)), *change)
+        left = self.fuse(_descend)(w, *(state or (None,)), change)
         if selection.in_place:
             self._left_inverse = True
             self._inverse[start:stop] = left
         else:
             selection.store(start, stop, (w, *state))
 
-    def change(self, gradient: RowGradient, gate: Tensor | None) -> tuple[Tensor | None, ...]:
-        """What the kernels of an update take of a gradient: move (n, D); pull (n, D) and its scale (n, 1) or None;
-        β (n, 1); η and the share of the momentum that is kept (0-dim).
-        """
+    def change(self, gradient: RowGradient, gate: Tensor | None) -> Change:
+        """What the kernels of an update take of a gradient."""
         radial = gradient.radial
         on = torch.ones((), dtype=self.work, device=radial.device) if gate is None else gate.to(self.work)
         lr, keep = self.lr * on, 1 + on * (self.config.momentum - 1)
@@ -363,7 +377,7 @@ class SgdRows(RowOptimizer):
         move = gradient.product(self.rows.shape[1])
         gradient.add_extra(move)
         scale = None if gradient.pull_scale is None else gradient.pull_scale[:, None]
-        return move, None if scale is None else gradient.pull, scale, beta, lr, keep
+        return Change(move, None if scale is None else gradient.pull, scale, beta, lr, keep)
 
     def finish(self, index: Tensor | None, gate: Tensor | None) -> None:
         """See :meth:`RowOptimizer.finish`."""
@@ -405,10 +419,10 @@ class SgdRows(RowOptimizer):
     def loaded(self) -> None:
         """See :meth:`RowOptimizer.loaded`."""
         super().loaded()
-        if not self.sampled:
-            self._inverse_of = -1
         if self.sampled:
             self._current()
+        else:
+            self._inverse_of = -1
 
     def flush(self) -> None:
         """See :meth:`RowOptimizer.flush`."""
@@ -537,57 +551,46 @@ class CollectedGradients:
 def _descend(
     w: Tensor,
     v: Tensor | None,
-    move: Tensor,
-    pull: Tensor | None,
-    scale: Tensor | None,
-    beta: Tensor,
-    lr: Tensor,
-    keep: Tensor,
+    change: Change,
 ) -> Tensor:
     """v ← keep·v + move + β·w + scale·pull, w ← w − η·v, in one pass over each; 1/‖w‖ (n, 1). ``v`` None: μ is 0."""
-    new = velocity(w, v, move, pull, scale, beta, keep)
+    new = velocity(w, v, change)
     if v is not None:
         v.copy_(new)
-    moved = w - new * lr
+    moved = w - new * change.lr
     w.copy_(moved)
-    return torch.linalg.vector_norm(moved, dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
+    return inverse_norms(moved)
 
 
-def velocity(
-    w: Tensor,
-    v: Tensor | None,
-    move: Tensor,
-    pull: Tensor | None,
-    scale: Tensor | None,
-    beta: Tensor,
-    keep: Tensor,
-) -> Tensor:
+def inverse_norms(rows: Tensor) -> Tensor:
+    """1/‖w‖ (n, 1) of rows (n, D)."""
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
+
+
+def velocity(w: Tensor, v: Tensor | None, change: Change) -> Tensor:
     """keep·v + move + β·w + scale·pull (n, D)."""
-    new = (move if v is None else v * keep + move) + w * beta
-    return new if pull is None or scale is None else new + pull.to(move.dtype) * scale
+    new = (change.move if v is None else v * change.keep + change.move) + w * change.beta
+    return (
+        new if change.pull is None or change.scale is None else new + change.pull.to(change.move.dtype) * change.scale
+    )
 
 
 def _descend_rounding(
     stored: tuple[Tensor, ...],
     noise: tuple[Tensor, Tensor, Tensor],
-    move: Tensor,
-    pull: Tensor | None,
-    scale: Tensor | None,
-    beta: Tensor,
-    lr: Tensor,
-    keep: Tensor,
+    change: Change,
 ) -> Tensor:
     """:func:`_descend` on bfloat16 rows and momentum (none at μ = 0) as they are stored, rounded stochastically."""
     rows, *momentum = stored
     by_row, of_w, of_v = noise
-    w = rows.to(move.dtype)
-    v = momentum[0].to(move.dtype) if momentum else None
-    new = velocity(w, v, move, pull, scale, beta, keep)
+    w = rows.to(change.move.dtype)
+    v = momentum[0].to(change.move.dtype) if momentum else None
+    new = velocity(w, v, change)
     for table in momentum:
         table.copy_(round_stochastically(new, by_row, of_v))
-    moved = round_stochastically(w - new * lr, by_row, of_w)
+    moved = round_stochastically(w - new * change.lr, by_row, of_w)
     rows.copy_(moved)
-    return torch.linalg.vector_norm(moved.to(move.dtype), dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
+    return inverse_norms(moved.to(change.move.dtype))
 
 
 def _descend_into(
@@ -595,21 +598,16 @@ def _descend_into(
     tables: tuple[Tensor, ...],
     missed: Tensor,
     w: Tensor,
-    move: Tensor,
-    pull: Tensor | None,
-    scale: Tensor | None,
-    beta: Tensor,
-    lr: Tensor,
-    keep: Tensor,
+    change: Change,
 ) -> None:
     """:func:`_descend` of drawn rows: the momentum, where there is one, is read from its table and brought up to date,
     the result is written to the tables at ``index``.
     """
     v = _up_to_date(tables[1][index].to(w.dtype), missed, w) if len(tables) > 1 else None
-    new = velocity(w, v, move, pull, scale, beta, keep)
+    new = velocity(w, v, change)
     for table in tables[1:]:
         table[index] = new
-    tables[0][index] = w - new * lr
+    tables[0][index] = w - new * change.lr
 
 
 def _copy_rows(index: Tensor, rows: Tensor, momentum: Tensor | None, missed: Tensor, out: Tensor) -> None:
@@ -631,6 +629,13 @@ def _up_to_date(v: Tensor, missed: Tensor, w: Tensor) -> Tensor:
 
 
 def round_stochastically(value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """A value (n, D) in bfloat16, either neighbour; the noise of an element is a hash of its row's and its column's."""
-    noise = (((by_row ^ by_column) * -1640531535) >> 16) & 0xFFFF  # Knuth's multiplicative hash, its upper half
+    """A value (n, D) in bfloat16, either neighbour; see :func:`element_noise`."""
+    noise = element_noise(by_row, by_column, 16)
     return ((value.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+def element_noise(by_row: Tensor, by_column: Tensor, bits: int) -> Tensor:
+    """int32 in [0, 2^bits) for each element, of :meth:`RowOptimizer.noise`: the upper bits of Knuth's multiplicative
+    hash.
+    """
+    return (((by_row ^ by_column) * -1640531535) >> (32 - bits)) & ((1 << bits) - 1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import ConfigError
+from trainer.head.config import LARGEST_SCALE
 from trainer.head.margin import Target
 from trainer.head.old_centers import StepCenters
 from trainer.head.row_optimizer import Selection
@@ -45,8 +46,10 @@ def constant_shift(scale: float, dtype: torch.dtype, remedy: str = "use head.imp
     """
     if dtype == torch.float64:
         return 0.0
-    if scale > 78:
-        raise ConfigError(f"head.margin.scale = {scale}: the fused pass is exact in float32 up to 78; {remedy}")
+    if scale > LARGEST_SCALE:
+        raise ConfigError(
+            f"head.margin.scale = {scale}: the fused pass is exact in float32 up to {LARGEST_SCALE:g}; {remedy}"
+        )
     return scale - LARGEST_EXPONENT
 
 

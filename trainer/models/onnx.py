@@ -1,6 +1,7 @@
 """ONNX files as models: our own exports and foreign ones, run by ONNX Runtime."""
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,8 @@ from trainer.errors import ModelError
 from trainer.models.card import IDENTITIES, Color, Direction, ModelCard, read_card
 from trainer.models.description import Pixels, Reading, Triple, reading_hash
 from trainer.models.model import EmbeddingModel
-from trainer.models.preprocessing import read_beginning
-from trainer.reading import regular
+from trainer.models.preprocessing import Beginning, read_beginning
+from trainer.reading import regular, why_unreadable
 from trainer.seals import warn_once
 
 CARD_KEY = "lce_model_card"
@@ -26,6 +27,7 @@ IMAGES_OUTSIDE: InputKind = "normalised"
 VECTORS: InputKind = "vectors"
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_CUDA = "CUDAExecutionProvider"
 _SILENT = 4  # ONNX Runtime prints what it also raises
 
 _SEAL_KEY = b"lce_seal"
@@ -74,15 +76,63 @@ def open_session(path: Path, device: str | torch.device = "cpu") -> Any:
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     whole = check_seal(path)
+    wanted = providers(device)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers(device))
+        session = _session(path, options, wanted)
         metadata = session.get_modelmeta().custom_metadata_map
     except Exception as error:
-        raise ModelError(f"{path}: ONNX Runtime cannot load it: {_line(error)}") from None
+        raise ModelError(f"{path}: {_why_unloadable(path, error)}") from None
+    if torch.device(device).type == "cuda" and session.get_providers()[0] != _CUDA:
+        missing = "its CUDA provider did not start" if len(wanted) > 1 else "it has no CUDA provider"
+        warn_once(f"{path}: ONNX Runtime runs it on the CPU: {missing} (pip install onnxruntime-gpu)")
     if not whole and CARD_KEY in metadata:
         why = "was saved again by another tool" if _SEAL_KEY.decode() in metadata else "was written without a checksum"
         warn_once(f"{path}: {why}; damage in it would not be noticed")
     return session
+
+
+def _session(path: Path, options: Any, wanted: list[Any]) -> Any:
+    """A session by the first provider that starts: drivers and libraries may be missing where one is built in."""
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=wanted)
+    except Exception:
+        if len(wanted) == 1:
+            raise
+        return onnxruntime.InferenceSession(str(path), options, providers=wanted[1:])
+
+
+def _why_unloadable(path: Path, error: Exception) -> str:
+    """Why ONNX Runtime does not load a file, in plain words where they are known."""
+    if shown := why_unreadable(path):
+        return shown
+    if lost := _missing_data(path):
+        return lost
+    text = _line(error)
+    if "INVALID_PROTOBUF" in text or "Protobuf parsing failed" in text:
+        return "is cut short or damaged, or no ONNX file: no whole graph is in it; copy it again"
+    return f"ONNX Runtime cannot load it: {text}"
+
+
+def _missing_data(path: Path) -> str:
+    """What is the matter with the files next to a graph that hold its weights; empty: nothing."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo
+
+    try:
+        tensors = onnx.load(path, load_external_data=False).graph.initializer
+    except Exception:  # no graph
+        return ""
+    for info in (ExternalDataInfo(t) for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL):
+        file = path.parent / info.location
+        if not file.is_file():
+            return f"its weights are in {info.location}, which is not next to it; copy both files"
+        size, wanted = file.stat().st_size, int(info.offset or 0) + int(info.length or 0)
+        if size < wanted:
+            reason = why_unreadable(file) or f"is cut short ({size:,} of at least {wanted:,} bytes)"
+            return f"its weights are in {info.location}, which {reason}; copy it again"
+    return ""
 
 
 def providers(device: str | torch.device) -> list[Any]:
@@ -93,13 +143,16 @@ def providers(device: str | torch.device) -> list[Any]:
     import onnxruntime
 
     device = torch.device(device)
-    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        return [("CUDAExecutionProvider", {"device_id": device.index or 0}), "CPUExecutionProvider"]
+    if device.type == "cuda" and _CUDA in onnxruntime.get_available_providers():
+        return [(_CUDA, {"device_id": device.index or 0}), "CPUExecutionProvider"]
     return ["CPUExecutionProvider"]
 
 
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
+
+
 def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return _CODE.sub("", str(error).splitlines()[0]) if str(error) else type(error).__name__
 
 
 def check_shapes(session: Any, path: Path, rank: int) -> None:
@@ -256,12 +309,13 @@ class OnnxModel(EmbeddingModel):
 def _open_foreign(session: Any, path: Path, stated: Reading) -> OnnxModel:
     """A graph without a card: its input is described, its output found by running it on two black images."""
     dtype, channels_last, size = _input_axes(session, path, stated)
-    pixels, why = _pixels(path, session.get_inputs()[0].name, dtype, stated)
+    beginning = read_beginning(path, session.get_inputs()[0].name, 3 if channels_last else 1)
+    pixels, why = _pixels(path, beginning, dtype, stated)
     said = stated.model_copy(update={"pixels": pixels}) if stated.preprocessing() is None else stated
     mean, std = said.preprocessing() or ((0.5,) * 3, (0.5,) * 3)
     batch = session.get_inputs()[0].shape[0]
     fixed = isinstance(batch, int) and batch > 0
-    color = stated.color or "RGB"
+    color: Color = stated.color or ("BGR" if beginning.reversed else "RGB")
     graph_input = GraphInput(
         session.get_inputs()[0].name,
         stated.output or "",
@@ -281,7 +335,8 @@ def _open_foreign(session: Any, path: Path, stated: Reading) -> OnnxModel:
     model.foreign, model.allow_collapsed = True, stated.allow_collapsed
     ranges = {"0..255": "pixels 0 … 255", "0..1": "pixels 0 … 1"}
     fed = ranges.get(pixels, f"pixels normalised by mean {_short(mean)} and std {_short(std)} (of pixel / 255)")
-    assumed = "" if stated.color else " (assumed)"
+    why_color = " (the graph reverses the colours first; state it with `color`)" if beginning.reversed else " (assumed)"
+    assumed = "" if stated.color else why_color
     axes = " channels last," if channels_last else ""
     kind = "" if dtype == np.float32 else f" {np.dtype(dtype).name},"
     model.reading = "; ".join(
@@ -322,17 +377,22 @@ def _input_axes(session: Any, path: Path, stated: Reading) -> tuple[Any, bool, t
     return _TYPES[inputs[0].type], channels_last, (size[0], size[1])
 
 
-def _pixels(path: Path, name: str, dtype: Any, stated: Reading) -> tuple[Pixels, str]:
-    """The range that the graph is fed, and why."""
+def _pixels(path: Path, beginning: Beginning, dtype: Any, stated: Reading) -> tuple[Pixels, str]:
+    """The range that the graph is fed, and why. Raises :class:`ModelError`: the graph prepares its input in a form that
+    cannot be read."""
     if dtype == np.uint8:
         if stated.preprocessing() is not None and stated.pixels != "0..255":
             raise ModelError(f"{path}: its input is uint8, which is pixels 0..255; leave `pixels`, `mean`, `std` out")
         return "0..255", "its input is uint8"
     if stated.preprocessing() is not None:
         return stated.pixels or "normalised", "as stated"
-    beginning = read_beginning(path, name)
     if beginning.pixels is not None:
-        return beginning.pixels, f"the graph begins with {', '.join(beginning.steps)}"
+        return beginning.pixels, f"the graph begins with {', '.join(beginning.seen)}"
+    if beginning.unclear:
+        raise ModelError(
+            f"{path}: begins with {beginning.unclear}: what it takes cannot be read from that; state it with `pixels` "
+            "(0..255, 0..1 or normalised, then `mean` and `std`) and `color`"
+        )
     return "normalised", "assumed: the graph does not begin with constants that say; state it with `pixels`"
 
 

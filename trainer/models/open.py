@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,13 +21,15 @@ from trainer.networks import build_backbone
 from trainer.networks.scale import fit_scale
 from trainer.networks.transform import build_transform
 from trainer.networks.weights import SUFFIXES
-from trainer.reading import open_regular, regular
+from trainer.reading import open_regular, read_json, regular
+
+_HUB_WEIGHTS = ("model.safetensors", "model.pt", "pytorch_model.bin")
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Reading | None = None) -> EmbeddingModel:
     """Open a model folder, a run folder (its ``model/``, else its newest checkpoint), a checkpoint, an ONNX file, torch
-    weights without a card (:mod:`trainer.models.foreign_weights`), or the description of a foreign model
-    (``NAME.model.json``).
+    weights without a card (:mod:`trainer.models.foreign_weights`; also in a folder as Hugging Face's hub has them), or
+    the description of a foreign model (``NAME.model.json``).
 
     Args:
         reading: what is stated of a foreign model (one without a card of ours); it counts before what its description
@@ -51,6 +54,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Re
 
         if is_checkpointed(path):
             return open_checkpoint(path, device)
+        if (path / "config.json").is_file() or any(path.glob("model.safetensors*")):
+            return _open_hub_folder(path, device, reading or Reading())
         reason = "the run has no checkpoint yet" if (path / "checkpoints").is_dir() else f"no {CARD_FILE} in it"
         raise ModelError(
             f"{path}: no model ({reason}); give a model folder, a run folder, a checkpoint, "
@@ -74,6 +79,31 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Re
     model = TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device)
     model.identities = load_identities(card.identities, folder / IDENTITIES) or identities_of_run(path)
     return model
+
+
+def _open_hub_folder(folder: Path, device: str | torch.device, reading: Reading) -> EmbeddingModel:
+    """The weights in a folder as Hugging Face's hub has it, if they are of a network of ours.
+
+    Raises:
+        ModelError: they are of another network, or there are none: what the folder is, what is taken, how to convert.
+    """
+    weights = next((folder / name for name in _HUB_WEIGHTS if (folder / name).is_file()), None)
+    stated: Any = read_json(folder / "config.json", ModelError) if (folder / "config.json").is_file() else {}
+    stated = stated if isinstance(stated, dict) else {}
+    kind = stated.get("architectures") or stated.get("model_type") or stated.get("architecture") or "of no stated kind"
+    kind = ", ".join(map(str, kind)) if isinstance(kind, list) else str(kind)
+    if weights is None:
+        reason = f"it holds none of {', '.join(_HUB_WEIGHTS)} (weights in several shards are not taken)"
+    else:
+        try:
+            path, reading = with_description(weights, reading)
+            return open_weights(path, device, reading)
+        except ModelError as error:
+            reason = str(error)
+    raise ModelError(
+        f"{folder}: a model folder of Hugging Face ({kind[:80]}); taken are weights of iResNet, MobileFaceNet, ViT and "
+        f"IR networks in one file; export it with torch.onnx.export and give the .onnx: {reason}"
+    )
 
 
 def _check_size(card: ModelCard, folder: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn, zeros
 
 from trainer.errors import ModelError
 from trainer.networks.scale import add_scale, embedding_norm, fit_scale
-from trainer.reading import regular
+from trainer.reading import regular, why_unreadable
 from trainer.tensor_files import load_torch
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".safetensors")
@@ -136,7 +136,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             content = load_file(path)
         except Exception as error:  # safetensors fails as variously as files can be damaged
-            raise ModelError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+            reason = why_unreadable(path) or f"cannot be read as weights: {str(error).splitlines()[0]}"
+            raise ModelError(f"{path}: {reason}") from None
     found = _flat(content) if isinstance(content, dict) else {}
     if not found:
         held = f"a {type(content).__name__}" if not isinstance(content, dict) else listed([str(k) for k in content])

@@ -137,14 +137,14 @@ def _tables(setting: Setting) -> list[Part]:
     states = setting.rows * class_bytes(setting) - table
     counters = 4 * setting.rows if setting.sampled or head.optimizer.name == "adamw" else 0
     parts = [Part("rows", table), Part("rows' optimizer state", states + counters)]
-    method = setting.config.method
-    if isinstance(method, BctConfig | UniBctConfig):
-        frozen = setting.classes * (setting.bank_dim or dim) * BYTES[head.frozen_rows]
-        parts.append(Part("old classifier's rows", frozen))
-    elif setting.bank_dim is not None and isinstance(method, LceConfig | AdvBctConfig | MixBctConfig):
-        centers = setting.classes * (setting.bank_dim * 4 + 4 + 1)
-        elsewhere = not isinstance(method, LceDirectConfig) or method.centers == "host"
-        parts.append(Part("old centres", centers, on_host=setting.device == "cuda" and elsewhere))
+    for method in setting.config.methods:
+        if isinstance(method, BctConfig | UniBctConfig):
+            frozen = setting.classes * (setting.bank_dim or dim) * BYTES[head.frozen_rows]
+            parts.append(Part("old classifier's rows", frozen))
+        elif setting.bank_dim is not None and isinstance(method, LceConfig | AdvBctConfig | MixBctConfig):
+            centers = setting.classes * (setting.bank_dim * 4 + 4 + 1)
+            elsewhere = not isinstance(method, LceDirectConfig) or method.centers == "host"
+            parts.append(Part("old centres", centers, on_host=setting.device == "cuda" and elsewhere))
     return parts
 
 
@@ -163,7 +163,7 @@ def _head_step(setting: Setting) -> list[Part]:
     compiled = setting.rows >= COMPILE_FROM_ROWS
     blocks = (CHUNK_BLOCKS if compiled else PLAIN_BLOCKS) * chunk * batch * work
     narrow = chunk * (dim + batch) * 2 if head.compute == "bfloat16" else 0
-    lce = setting.bank_dim is not None and isinstance(setting.config.method, LceConfig)
+    lce = setting.bank_dim is not None and setting.config.of(LceConfig) is not None
     centers = chunk * dim * (4 if setting.sampled else 0) if lce else 0
     numbers = rows * (
         work * (1 + lce + head.sampling_correction + (not setting.sampled)) + (8 * DRAW_WORDS if setting.sampled else 0)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.compat.methods.config import LceDirectConfig
+from trainer.distributed import ranks_text
 from trainer.head.config import SgdRowsConfig
 from trainer.planning.activations import BackboneSizes, backbone_sizes
 from trainer.planning.memory import Part, class_bytes, peak_bytes, rank_memory
@@ -132,9 +133,9 @@ class Holds:
     lce_on_host: int | None
 
 
-def holds(setting: Setting, memory_bytes: int) -> Holds:
-    """What a memory holds of a run."""
-    backbone = backbone_sizes(setting.config, setting.image_size, setting.local_batch)
+def holds(plan: Plan, memory_bytes: int) -> Holds:
+    """What a memory holds of a planned run."""
+    setting, backbone = plan.setting, plan.backbone
 
     def most(one: Setting) -> int:
         low, high = 0, 2
@@ -204,7 +205,7 @@ def changes_to_fit(plan: Plan, limit_bytes: int) -> list[Change]:
     if ranks is None:
         return [*found, Change(f"more ranks do not help, up to {MOST_RANKS}", plan.device_bytes, False)]
     peak = make_plan(replace(plan.setting, world_size=ranks)).device_bytes
-    return [*found, Change(f"at least {ranks} ranks, as it is", peak, True)]
+    return [*found, Change(f"at least {ranks_text(ranks)}, as it is", peak, True)]
 
 
 Edit = Callable[[Setting, Any], Setting]
@@ -235,12 +236,7 @@ def _changes(setting: Setting) -> dict[str, Edit]:
         out[f"data.batch_size={half}"] = lambda s, _: _with(s, "data", batch_size=half)
     if config.checkpoint.asynchronous and setting.device == "cpu":
         out["checkpoint.asynchronous=false"] = lambda s, _: _with(s, "checkpoint", asynchronous=False)
-    if (
-        setting.bank_dim is not None
-        and setting.sampled
-        and setting.device == "cuda"
-        and isinstance(config.method, LceDirectConfig)
-    ):
+    if setting.bank_dim is not None and setting.sampled and setting.device == "cuda" and config.of(LceDirectConfig):
         out["old centres in host memory (compat.centers=host)"] = lambda s, _: _on_host(s)
     return out
 
@@ -259,7 +255,10 @@ def _with(setting: Setting, section: str, **values: Any) -> Setting:
 
 
 def _on_host(setting: Setting) -> Setting:
-    methods = tuple(one.model_copy(update={"centers": "host"}) for one in setting.config.compat)
+    methods = tuple(
+        one.model_copy(update={"centers": "host"}) if isinstance(one, LceDirectConfig) else one
+        for one in setting.config.compat
+    )
     return replace(setting, config=setting.config.model_copy(update={"compat": methods}))
 
 

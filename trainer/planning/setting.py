@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.compat.methods.config import FctConfig, LceMapsConfig
-from trainer.distributed import largest_share
+from trainer.distributed import largest_share, ranks_text
 from trainer.errors import ConfigError
 from trainer.head.partition import class_range
 from trainer.head.sampling import stratum_count
@@ -85,12 +84,12 @@ def check_sizes(setting: Setting) -> None:
     """Refuse sizes that training would refuse. Raises :class:`trainer.errors.ConfigError`."""
     if setting.world_size > setting.num_classes:
         raise ConfigError(
-            f"{setting.world_size} ranks for {setting.num_classes} classes: a rank would own none; start at most "
+            f"{ranks_text(setting.world_size)} for {setting.num_classes} classes: a rank would own none; start at most "
             f"{setting.num_classes}"
         )
-    method, dim, old = setting.config.method, setting.config.backbone.dim, setting.bank_dim
-    maps = isinstance(method, LceMapsConfig | FctConfig)
-    if method is not None and old is not None and old != dim and not maps:
+    dim, old = setting.config.backbone.dim, setting.bank_dim
+    method = next((one for one in setting.config.methods if not any(one.directions)), None)
+    if method is not None and old is not None and old != dim:
         raise ConfigError(
             f"compat.method = {method.method}: the old centres have dimension {old}, backbone.dim is {dim}; use "
             f"backbone.dim={old}, or lce with compat.mode=backward, forward or both, which map between the two"

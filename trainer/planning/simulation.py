@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.compat.bank.center_bank import BankRows, CenterBank
+from trainer.compat.methods.config import LceConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.data import Batch, build_loader
 from trainer.data.config import SyntheticConfig
 from trainer.data.index import Dataset
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, ranks_text
 from trainer.errors import ConfigError
 from trainer.head.partition import class_range
 from trainer.planning.activations import backbone_sizes
@@ -83,6 +84,9 @@ class _Silent:
 
     def count(self, samples: int) -> None:
         pass
+
+    def due(self, step: int) -> bool:
+        return False
 
     def at(self, step: int, phase: str) -> None:
         pass
@@ -171,9 +175,10 @@ def simulate(setting: Setting, world_size: int) -> Simulated:
     """
     if dist.is_initialized():
         raise ConfigError("a simulation makes its own process group; run it outside of a job")
-    method, train = setting.config.method, setting.config.train
+    train = setting.config.train
+    other = next((one.method for one in setting.config.methods if not isinstance(one, LceConfig)), None)
     for key, value, known in (
-        ("compat.method", "none" if method is None else method.method, ("none", "lce")),
+        ("compat.method", other or "none", ("none", "lce")),
         ("train.parallel", train.parallel, ("ddp", "fsdp")),
         ("train.sync_batchnorm", train.sync_batchnorm, (False,)),
     ):
@@ -209,11 +214,11 @@ def _problems(setting: Setting, sizes: list[int]) -> list[str]:
     if not min(sizes):
         most = next(n for n in range(world, 0, -1) if class_range(setting.num_classes, n - 1, n).size)
         out.append(
-            f"{sizes.count(0)} of {world} ranks would own no class ({setting.num_classes} classes, {sizes[0]} a rank); "
-            f"start {most} ranks"
+            f"{sizes.count(0)} of {ranks_text(world)} would own no class ({setting.num_classes} classes, {sizes[0]} a "
+            f"rank); start {ranks_text(most)}"
         )
     if setting.config.data.batch_size < world:
-        out.append(f"data.batch_size = {setting.config.data.batch_size}: {world} ranks, some would get no image")
+        out.append(f"data.batch_size = {setting.config.data.batch_size}: {ranks_text(world)}, some would get no image")
     return out
 
 

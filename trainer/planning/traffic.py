@@ -77,7 +77,7 @@ def _softmax(setting: Setting) -> list[Collective]:
         return [Collective("softmax sums and target cosines", "all-reduce", (2 * gathered + 3) * 8, count)]
     numbers = gathered * setting.work_bytes
     out = [Collective("softmax sums, target cosines, largest logits", "all-reduce", numbers, 3 * count)]
-    if setting.bank_dim is not None and isinstance(setting.config.method, LceConfig):
+    if setting.bank_dim is not None and setting.config.of(LceConfig):
         out.append(Collective("sums of LCE", "all-reduce", setting.work_bytes, 3 * count))
     return out
 
@@ -85,7 +85,7 @@ def _softmax(setting: Setting) -> list[Collective]:
 def _compatibility(setting: Setting) -> list[Collective]:
     """LCE through transformations gathers the rows and centres of the batch's classes; direct LCE adds nothing."""
     dim = setting.config.backbone.dim
-    if setting.bank_dim is None or not isinstance(setting.config.method, LceMapsConfig):
+    if setting.bank_dim is None or not setting.config.of(LceMapsConfig):
         return []
     width = (dim + setting.bank_dim + 2) * setting.work_bytes
     count = setting.config.train.accumulate
@@ -95,8 +95,8 @@ def _compatibility(setting: Setting) -> list[Collective]:
 
 def _map_buffers(setting: Setting) -> int:
     """Numbers in the running statistics of LCE's transformations."""
-    method = setting.config.method
-    if setting.bank_dim is None or not isinstance(method, LceMapsConfig):
+    method = setting.config.of(LceMapsConfig)
+    if setting.bank_dim is None or method is None:
         return 0
     with torch.device("meta"):
         maps = TransformedCompat(method, setting.bank_dim, setting.config.backbone.dim)

@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import yaml
 from pydantic import (
@@ -21,14 +21,23 @@ from pydantic import (
 )
 
 from trainer.checkpoint_folder import CheckpointConfig
-from trainer.compat.methods.config import AnyMethod, LceCrossConfig, MethodConfig, MixBctConfig, NoMethodConfig
-from trainer.config import Layers, Section, Variants, build, load, unit
+from trainer.compat.methods.config import (
+    AnyMethod,
+    LceConfig,
+    LceCrossConfig,
+    MethodConfig,
+    MixBctConfig,
+    NoMethodConfig,
+    check_together,
+)
+from trainer.config import Layers, Section, Variants, build, load, refuse_idle, unit
 from trainer.data.config import AnyData
 from trainer.evaluation.config import EvaluateConfig
 from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.networks.config import BackboneConfig
 from trainer.run.idle import without_idle
 
+M = TypeVar("M", bound=MethodConfig)
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 LARGEST_DECAY = 0.5
@@ -46,6 +55,7 @@ class RunConfig(Section):
     threads: int = Field(
         0,
         ge=0,
+        le=1024,
         description="intra-op threads per rank; 0: OMP_NUM_THREADS, else the cores / all ranks on this machine",
     )
     timeout_seconds: float = Field(
@@ -76,6 +86,12 @@ class SgdConfig(OptimizerConfig):
     start_momentum: bool = Field(
         False, description="also take the momentum that backbone.weights and head.weights hold (arcface_torch)"
     )
+
+    @model_validator(mode="after")
+    def _kept(self) -> "SgdConfig":
+        if self.momentum == 0:
+            refuse_idle(self, "optimizer", ("start_momentum",), "with optimizer.momentum=0")
+        return self
 
 
 class AdamWConfig(OptimizerConfig):
@@ -115,15 +131,26 @@ class StepConfig(ScheduleConfig):
 
     name: Literal["step"] = Field("step", description=_SCHEDULE)
     milestones: tuple[float, ...] = Field((0.5, 0.75, 0.9), description="ascending shares of the updates, in (0, 1)")
-    gamma: float = Field(0.1, gt=0, le=1, description="the factor at each milestone")
+    gamma: float = Field(0.1, gt=0, lt=1, description="the factor at each milestone")
 
     @field_validator("milestones")
     @classmethod
     def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value:
+            raise ValueError("expected at least one; schedule.name=constant has none")
         edges = (0.0, *value, 1.0)
         if any(a >= b for a, b in pairwise(edges)):
             raise ValueError("expected ascending shares of the updates, each above 0 and below 1")
         return value
+
+    @model_validator(mode="after")
+    def _behind_the_climb(self) -> "StepConfig":
+        if self.milestones[0] <= self.warmup:
+            raise ValueError(
+                f"schedule.milestones: the first, {self.milestones[0]:g}, is not behind the warm-up, {self.warmup:g}, "
+                "which climbs to the full rate all the same; take a later one, or a lower schedule.warmup"
+            )
+        return self
 
 
 class ConstantConfig(ScheduleConfig):
@@ -160,7 +187,7 @@ class TrainConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile the backbone")
     channels_last: bool = Field(False, description="images and weights in the memory layout that convolutions prefer")
-    sync_batchnorm: bool = Field(False, description="CUDA: batch norm over the global batch; needs data.drop_last")
+    sync_batchnorm: bool = Field(False, description="batch norm over the global batch; needs data.drop_last")
     activation_checkpointing: bool = Field(
         False, description="recompute the backbone's units in the backward pass instead of keeping their activations"
     )
@@ -214,16 +241,27 @@ class LogConfig(Section):
             raise ValueError("expected [first, last] with 1 ≤ first ≤ last")
         return value
 
+    @model_validator(mode="after")
+    def _shown(self) -> "LogConfig":
+        if not self.progress:
+            refuse_idle(self, "log", ("line_seconds",), "with log.progress=false")
+        if not self.tensorboard and self.wandb is None and not self.monitors:
+            refuse_idle(self, "log", ("images",), "without log.tensorboard, log.wandb or log.monitors")
+        return self
+
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _chosen(value: tuple[AnyMethod, ...]) -> tuple[AnyMethod, ...]:
-    return tuple(one for one in value if not isinstance(one, NoMethodConfig))
+def _chosen(value: tuple[AnyMethod, ...]) -> tuple[MethodConfig, ...]:
+    made = tuple(one for one in value if not isinstance(one, NoMethodConfig))
+    if made and len(made) < len(value):
+        raise ValueError("method none stands next to others; leave it out of the list")
+    return made
 
 
-def _short(value: tuple[AnyMethod, ...]) -> Any:
+def _short(value: tuple[MethodConfig, ...]) -> Any:
     """One method as a mapping, none as ``method: none``: the form in which YAML gives them."""
     trees = [one.model_dump(mode="json") for one in value]
     return trees if len(trees) > 1 else trees[0] if trees else {"method": "none"}
@@ -260,29 +298,34 @@ class Config(Section):
         return self.run.seed
 
     @property
-    def method(self) -> MethodConfig | None:
-        """The method of compatible training; None: a model of its own.
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """The methods of compatible training; empty: a model of its own."""
+        return tuple(one for one in self.compat if isinstance(one, MethodConfig))
 
-        Several at a time are refused so far (:meth:`_combinations`): this property is where they will part.
-        """
-        return next((one for one in self.compat if isinstance(one, MethodConfig)), None)
+    def of(self, *kinds: type[M]) -> M | None:
+        """The method of one of these kinds, if there is one among :attr:`methods`."""
+        return next((one for one in self.methods if isinstance(one, kinds)), None)
 
     @property
     def label(self) -> str:
-        """How the model is made compatible, as its card names it: LCE's mode, another method, or empty."""
-        return "" if self.method is None else self.method.label
+        """How the model is made compatible, as its card names it: LCE's mode, another method, several with + between
+        them, or empty."""
+        return "+".join(one.label for one in self.methods)
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
-        if len(self.compat) > 1:
-            raise ValueError(
-                f"compat: combined methods are not supported yet, {len(self.compat)} are given; give one method"
-            )
+        check_together(self.methods)
         _check_best(self.checkpoint, self.evaluate)
-        if isinstance(self.method, LceCrossConfig):
+        _check_kept(self.checkpoint)
+        beyond = "" if self.train.steps is None else self.beyond_end(self.train.steps)
+        if beyond:
+            raise ValueError(beyond)
+        _check_decay("optimizer", self.optimizer.weight_decay, self.optimizer.lr)
+        if self.of(LceCrossConfig):
             self._check_maps_alone()
             return self
         rows, peak = self.head.optimizer, self.optimizer.lr * self.head.optimizer.lr_factor
+        _check_decay("head.optimizer", rows.weight_decay, peak)
         sampled = self.head.sample_rate < 1 and self.head.impl == "fused"
         if sampled and isinstance(rows, SgdRowsConfig) and peak * rows.weight_decay > LARGEST_DECAY:
             raise ValueError(
@@ -296,12 +339,24 @@ class Config(Section):
                 "optimizer.start_momentum: no weights that hold one are given; set backbone.weights or head.weights, "
                 "or remove it"
             )
-        if isinstance(self.method, MixBctConfig) and self.head.margin.name in ("adaface", "magface"):
+        lce = self.of(LceConfig)
+        if lce is not None and self.head.sub_centers > 1:
+            raise ValueError(
+                f"compat.mode = {lce.mode} with head.sub_centers = {self.head.sub_centers}: an old centre has "
+                "no single new row to align with; use head.sub_centers=1"
+            )
+        if self.of(MixBctConfig) and self.head.margin.name in ("adaface", "magface"):
             raise ValueError(
                 f"head.margin.name = {self.head.margin.name}: it reads the embeddings' norms, which mixbct makes 1; "
                 "use cosface or arcface"
             )
         return self
+
+    def beyond_end(self, steps: int) -> str:
+        """What a run of so many updates never comes to, as an error says it; empty: nothing."""
+        if self.log.profile is None or self.log.profile[0] <= steps:
+            return ""
+        return f"log.profile = {list(self.log.profile)}: the run ends after {steps:,} updates; trace earlier ones"
 
     def _check_maps_alone(self) -> None:
         train = self.train
@@ -310,12 +365,32 @@ class Config(Section):
                 f"train.parallel = {train.parallel}, train.precision = {train.precision}: cross-model training has "
                 "nothing to shard and no backbone to speed up; use ddp and float32 (or float64)"
             )
+        networks = ("compile", "channels_last", "sync_batchnorm", "activation_checkpointing", "compress_gradients")
+        refuse_idle(train, "train", networks, "where no network is trained; compat.mode is cross-model")
         for section in ("backbone", "head"):
             given = getattr(self, section).model_fields_set if section in self.model_fields_set else ()
             if given:
                 raise ValueError(
                     f"{section}.{min(given)} belongs to runs that train a network; compat.mode is cross-model"
                 )
+
+
+def _check_decay(section: str, decay: float, peak: float) -> None:
+    if decay * peak >= 1:
+        raise ValueError(
+            f"{section}.weight_decay = {decay:g}: times the highest learning rate, {peak:g}, it is 1 or more, so that "
+            "an update turns the weights round; lower it, or optimizer.lr"
+        )
+
+
+def _check_kept(checkpoint: CheckpointConfig) -> None:
+    if not checkpoint.every_steps:
+        refuse_idle(checkpoint, "checkpoint", ("keep_every",), "with checkpoint.every_steps=0")
+    elif checkpoint.keep_every % checkpoint.every_steps:
+        raise ValueError(
+            f"checkpoint.keep_every = {checkpoint.keep_every}: no multiple of checkpoint.every_steps="
+            f"{checkpoint.every_steps}, so that other checkpoints are kept than it says; take a multiple"
+        )
 
 
 def _check_best(checkpoint: CheckpointConfig, evaluate: EvaluateConfig) -> None:
@@ -335,28 +410,28 @@ def _check_best(checkpoint: CheckpointConfig, evaluate: EvaluateConfig) -> None:
         )
 
 
-def load_config(path: str | Path, words: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, what it extends, and what stands behind it on the command line.
 
     Args:
         path: the YAML file. Relative paths inside it are taken from the working folder, ``extends`` from the file's
         own.
-        words: ``section.key=value`` strings; the value is read as YAML (``head.sample_rate=0.1``,
-        ``run.dir=runs/a``). A word ``FILE.yaml`` is a further file; each goes over what stands before it.
+        overrides: ``section.key=value`` strings; the value is read as YAML (``head.sample_rate=0.1``,
+        ``run.dir=runs/a``). ``FILE.yaml`` is a further file; each goes over what stands before it.
 
     Raises:
         ConfigError: file missing or no YAML; an unknown key (the nearest known one is named); a key of another
             variant; a wrong value.
     """
-    return _built(load(Config, Path(path), words), str(path))
+    return _built(load(Config, Path(path), overrides), str(path))
 
 
-def parse_config(tree: dict[str, Any], source: str, words: Sequence[str] = ()) -> Config:
-    """Validate a tree of plain values with ``section.key=value`` words behind it; ``source`` names it in errors.
+def parse_config(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Validate a tree of plain values with ``section.key=value`` strings behind it; ``source`` names it in errors.
     Raises :class:`ConfigError`."""
     layers = Layers(Config)
     layers.add(tree, source)
-    layers.add_words(words)
+    layers.add_overrides(overrides)
     return _built(layers, source)
 
 
@@ -368,7 +443,7 @@ def dump_config(config: Config) -> str:
 def dump_tree(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain values, without the sections that it does not use."""
     tree = config.model_dump(mode="json")
-    if isinstance(config.method, LceCrossConfig):
+    if config.of(LceCrossConfig):
         del tree["backbone"], tree["head"]
     return tree
 

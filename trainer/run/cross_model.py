@@ -49,12 +49,13 @@ class CrossModelTask:
 
     def __init__(self, config: Config, inputs: Inputs, ranks: Ranks) -> None:
         assert inputs.cross is not None
-        assert isinstance(config.method, LceCrossConfig)
-        self.method = config.method
+        method = config.of(LceCrossConfig)
+        assert method is not None
+        self.method = method
         self.config, self.inputs, self.ranks, self.cross = config, inputs, ranks, inputs.cross
         self._dtype = DTYPES[config.train.precision]
         torch.manual_seed(config.run.seed)
-        self.compat = TransformedCompat(config.method, self.cross.dim_old, self.cross.dim_new)
+        self.compat = TransformedCompat(method, self.cross.dim_old, self.cross.dim_new)
         self.compat.to(ranks.device, self._dtype)
         self.capacity = largest_share(config.data.batch_size, ranks.world_size)
         own = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
@@ -71,9 +72,11 @@ class CrossModelTask:
     def wrapped(self) -> None:
         """See :class:`trainer.run.task.Task`: maps are not wrapped."""
 
-    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
+    def compute(
+        self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0, measured: bool = False
+    ) -> StepOutput:
         """See :class:`trainer.run.task.Task`."""
-        del step, last
+        del step, last, measured
         parts = [source.of(batch).to(self._dtype) for source in (self.cross.new, self.cross.old) if source is not None]
         whole, labels = gather_batch(torch.cat(parts, 1), batch.labels, self.ranks.world_size, self.capacity)
         x, e = whole[:, : self.cross.dim_new], whole[:, self.cross.dim_new :]

@@ -25,7 +25,7 @@ from trainer.checkpoint_folder import Checkpoint, list_checkpoints, read_seal
 from trainer.compat.methods.config import FctConfig, LceMapsConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.data import Batch, Loader, build_loader
-from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
+from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main, ranks_text
 from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
 from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
 from trainer.files import write_text
@@ -156,6 +156,8 @@ class Engine:
         accumulate = config.train.accumulate
         self.steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch / accumulate)
         self.epoch_steps = loader.steps_per_epoch / accumulate
+        if beyond := config.beyond_end(self.steps):
+            raise ConfigError(beyond)
         self.folder = config.run.dir
         self.evaluation = evaluation
         if evaluation is not None and not isinstance(task, Embeds):
@@ -192,7 +194,9 @@ class Engine:
             watch.at(state.step, "forward")
             number = state.step * count + part
             seed_step(self.config.run.seed, number, self.ranks.rank)
-            out = self.task.compute(batch, number, part == count - 1, state.scale.value / count, weight)
+            last = part == count - 1
+            measured = last and monitor.due(state.step + 1)
+            out = self.task.compute(batch, number, last, state.scale.value / count, weight, measured)
             finite = finite & out.finite
             reports.append(out.report)
         watch.at(state.step, "update")
@@ -274,8 +278,8 @@ class Engine:
                 "changed nothing. Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
                 f"(limit: train.max_nonfinite_steps={limit})"
             )
-        method = self.config.method
-        for name, key in (("T₂₁", "t21_norm"), ("T₁₂", "t12_norm")):
+        for place, (name, key) in enumerate((("T₂₁", "t21_norm"), ("T₁₂", "t12_norm"))):
+            method = next((one for one in self.config.methods if one.directions[place]), None)
             if line.get(key, 1.0) <= NO_NORM and isinstance(method, LceMapsConfig | FctConfig):
                 raise TrainingError(
                     f"compat.transform.name = {method.transform.name}: {name} gives vectors of norm "
@@ -317,7 +321,7 @@ class Engine:
         self._check_updates(checkpoint)
         self.state.load(checkpoint)
         self._saved_step = self.state.step
-        return f"continuing from {checkpoint.folder} (written by {checkpoint.seal['world_size']} ranks)"
+        return f"continuing from {checkpoint.folder} (written by {ranks_text(checkpoint.seal['world_size'])})"
 
     def check_origin(self, checkpoint: Checkpoint) -> None:
         """Raise :class:`trainer.errors.CheckpointError` when a checkpoint was taken with other data."""
@@ -401,7 +405,7 @@ def _train(engine: Engine, began: float) -> RunSummary:
         checkpoints.notify = monitor.say
         for line in (
             *warnings,
-            f"{folder}: {started}, step {engine.state.step} of {engine.steps}, {ranks.world_size} ranks",
+            f"{folder}: {started}, step {engine.state.step} of {engine.steps}, {ranks_text(ranks.world_size)}",
         ):
             monitor.say(line)
         try:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from trainer.config import Section
 from trainer.distributed import Ranks, launched_by, on_main
 from trainer.errors import ConfigError
 from trainer.files import write_text
@@ -84,14 +85,26 @@ def open_folder(config: Config) -> list[str]:
 
 def changes_since(before: Path, config: Config, common: bool = False) -> list[str]:
     """The settings that differ from those the folder was last run with, as ``key: old → new``; ``common``: only those
-    that both have (another version may know other keys)."""
+    that both have (another version may know other keys). A key that the folder lacks, and that has its default now, is
+    no difference: a later version added it."""
     if not before.exists():
         return []
-    tree, _ = without_idle(read_yaml(before, ConfigError) or {})
+    tree, _ = without_idle(read_yaml(before, ConfigError) or {}, every=True)
     old = flat(tree)
     new = flat(yaml.safe_load(dump_config(config)))
-    keys = sorted(old.keys() & new.keys() if common else old.keys() | new.keys())
+    added = {key for key in new.keys() - old.keys() if _is_default(config, key)}
+    keys = sorted(old.keys() & new.keys() if common else (old.keys() | new.keys()) - added)
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _is_default(config: Config, key: str) -> bool:
+    """Whether a dotted key of the resolved configuration has its default."""
+    section: Any = config
+    *sections, last = key.split(".")
+    for name in sections:
+        section = next(iter(config.methods), None) if name == "compat" else getattr(section, name, None)
+    known = type(section).model_fields.get(last) if isinstance(section, Section) else None
+    return known is not None and getattr(section, last) == known.get_default(call_default_factory=True)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,6 +34,9 @@ FIELDS = {
     "alignment": "mean of 1 − cos(w_j, o_j) over the classes with an old centre",
     "alignment_mse": "the same in the paper's unit, mean over the D dimensions: 2 · alignment / D",
     "boundary": "boundary loss",
+    "gradient_classification": "2-norm of the head's own gradient with respect to the (last) batch's embeddings",
+    "gradient_METHOD": "the same of each method of compat, weighted",
+    "row_gradient_METHOD": "of LCE, which acts on classifier rows: with respect to those of the batch's classes",
     "target_cosine": "mean cosine of the samples with their own class",
     "lr": "learning rate of the backbone",
     "grad_norm": "2-norm of the modules' gradients, before clipping",
@@ -65,7 +68,8 @@ GROUPS = {
 
 def grouped(name: str) -> str:
     """A figure's name as writers get it, such as ``train/loss`` or ``evaluate/unseen.rank1``."""
-    return f"{'evaluate' if '.' in name else GROUPS.get(name, 'train')}/{name}"
+    pull = name.startswith(("gradient_", "row_gradient_"))
+    return f"{'evaluate' if '.' in name else 'compat' if pull else GROUPS.get(name, 'train')}/{name}"
 
 
 class Monitor:

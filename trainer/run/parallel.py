@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.networks.recompute import Recompute
+from trainer.networks.sync_norm import synchronise_norms
 from trainer.run import zero
 from trainer.run.config import OptimizerConfig, TrainConfig
 
@@ -77,7 +78,7 @@ def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks, optimizer: Opti
             raise ConfigError(f"train.activation_checkpointing: {type(backbone).__name__} has no units to recompute")
         backbone.recompute = True
     if config.sync_batchnorm:
-        nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # its layers, in place
+        synchronise_norms(backbone, ranks.device)
     if config.parallel.startswith("zero"):
         assert optimizer is not None
         return zero.shard(backbone, config, optimizer, ranks)

@@ -13,25 +13,16 @@ from typing import TypeVar
 import torch
 
 from trainer import __version__
-from trainer.compat.bank.center_bank import CenterBank
-from trainer.compat.methods.config import (
-    FctConfig,
-    LceConfig,
-    LceCrossConfig,
-    LceDirectConfig,
-    LceTransformedConfig,
-    MethodConfig,
-    UniBctConfig,
-    WithOldConfig,
-)
+from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.cross import open_cross
-from trainer.compat.methods.inputs import Inputs
-from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
-from trainer.data import Dataset, DatasetInfo, open_dataset
-from trainer.data.config import DataConfig, ImagesConfig, SyntheticConfig
+from trainer.compat.methods.inputs import Inputs, check_old, open_bank, open_old
+from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings
+from trainer.compat.methods.registry import check_methods
+from trainer.data import Dataset, open_dataset
+from trainer.data.config import ImagesConfig, SyntheticConfig
 from trainer.data.index import outside_allowed
-from trainer.distributed import Ranks, agree, gather_objects, on_main
-from trainer.errors import CenterBankError, ConfigError, DataError, LceError
+from trainer.distributed import Ranks, agree, gather_objects, on_main, ranks_text
+from trainer.errors import ConfigError, DataError, LceError
 from trainer.evaluation.periodic import open_periodic
 from trainer.files import why_unwritable
 from trainer.models.model import introduce
@@ -57,7 +48,7 @@ def prepare(config: Config, ranks: Ranks) -> Inputs:
             range), :class:`CenterBankError` (another dimension or class count), :class:`ConfigError` (more ranks than
             classes, unknown backbone, run folder not writable or not shared, ranks that do not agree).
     """
-    inputs = together(lambda: _open(config, ranks, ranks.device.type, ranks.is_main))
+    inputs = together(lambda: _open(config, ranks, ranks.is_main))
     check_agreement(identity(config, inputs))
     check_shared(config.run.dir, ranks)
     return inputs
@@ -68,26 +59,30 @@ def allowing_outside(config: Config) -> AbstractContextManager[None]:
     return outside_allowed(isinstance(config.data, ImagesConfig) and config.data.allow_outside)
 
 
-def check(config: Config, world_size: int, device: str = "cpu", shown: bool = True) -> Inputs:
+def check(config: Config, world_size: int, shown: bool = True) -> Inputs:
     """Open and check what :func:`prepare` does, and the evaluation sets, in this process alone, in host memory; nothing
     is written.
 
     Args:
-        world_size: of the run that is to be. device: ``cpu`` or ``cuda``, where it is to be.
+        world_size: of the run that is to be.
         shown: log how foreign models are read.
 
     Raises:
         LceError: as :func:`prepare`.
     """
     with allowing_outside(config):
-        inputs = _open(config, Ranks(world_size=world_size), device, shown)
+        inputs = _open(config, Ranks(world_size=world_size), shown)
         open_periodic(config.evaluate, inputs.image_size, Ranks())
         return inputs
 
 
 def _check_share(world_size: int, classes: int) -> None:
+    if classes < 2:
+        raise DataError(f"{classes} class: there is nothing to tell apart; train on two classes or more")
     if world_size > classes:
-        raise ConfigError(f"{world_size} ranks for {classes} classes: a rank would own none; start at most {classes}")
+        raise ConfigError(
+            f"{ranks_text(world_size)} for {classes} classes: a rank would own none; start at most {classes}"
+        )
 
 
 def together(action: Callable[[], T]) -> T:
@@ -102,7 +97,7 @@ def together(action: Callable[[], T]) -> T:
     return result[0]
 
 
-def _open(config: Config, ranks: Ranks, device: str, shown: bool) -> Inputs:
+def _open(config: Config, ranks: Ranks, shown: bool) -> Inputs:
     check_writers(config.log)
     data = config.data
     dataset: Dataset | None = None
@@ -115,57 +110,30 @@ def _open(config: Config, ranks: Ranks, device: str, shown: bool) -> Inputs:
         if len(dataset.kept) == 0:
             raise DataError(f"{dataset.path}: no record to train on (all labels are −1, or the data set is empty)")
     _check_share(ranks.world_size, classes)
-    method = config.method
-    if isinstance(method, LceCrossConfig):
-        cross = open_cross(method, dataset, ranks.device)
+    crossed = config.of(LceCrossConfig)
+    if crossed is not None:
+        cross = open_cross(crossed, dataset, ranks.device)
         _introduce((cross.new, cross.old), dataset, shown)
         if ranks.is_main:
             check_writable(config.run.dir)
         return Inputs(dataset, classes, size, None, None, cross)
-    bank = None if method is None or method.bank is None else _open_bank(config, method, classes, dataset)
-    old = None if method is None else _open_old(method, data, dataset, ranks)
+    bank = open_bank(config.methods, classes, dataset)
+    old = open_old(config.methods, data, dataset, ranks.device)
     _introduce((old,), dataset, shown)
-    if method is not None and not isinstance(method, LceConfig):
-        _check_rival(config, method, bank, old)
+    check_old(bank, old, config.methods)
+    inputs = Inputs(dataset, classes, size, bank, old)
+    check_methods(config.methods, config, inputs)
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, size)
     zero.check(config)
-    _check_sync(config, device, ranks.world_size)
+    _check_sync(config, ranks.world_size)
     if config.head.weights is not None:
         head_rows(config.head.weights, classes, config.backbone.dim)
     weights = None if config.backbone.weights is None else matching_weights(backbone, config.backbone.weights)
     _check_norms(config, usual_norm(backbone, weights))
     if ranks.is_main:
         check_writable(config.run.dir)
-    return Inputs(dataset, classes, size, bank, old)
-
-
-def _open_bank(config: Config, method: MethodConfig, classes: int, dataset: Dataset | None) -> CenterBank:
-    if isinstance(method, LceTransformedConfig) and config.head.sub_centers > 1:
-        raise ConfigError(
-            f"compat.mode = {method.mode} with head.sub_centers = {config.head.sub_centers}: an old centre has "
-            "no single new row to align with; use head.sub_centers=1"
-        )
-    assert method.bank is not None
-    bank = CenterBank.open(method.bank)
-    bank.check_classes(classes, dataset, "compat.bank")
-    if isinstance(method, LceDirectConfig) and bank.dim != config.backbone.dim:
-        raise CenterBankError(
-            f"{method.bank}: dimension {bank.dim}, backbone.dim is {config.backbone.dim}; "
-            f"direct mode needs backbone.dim={bank.dim}; backward, forward and both map between the two dimensions"
-        )
-    return bank
-
-
-def _open_old(method: MethodConfig, data: DataConfig, dataset: Dataset | None, ranks: Ranks) -> OldEmbeddings | None:
-    if isinstance(method, WithOldConfig) and method.old_model is not None:
-        info = dataset.info if dataset is not None else DatasetInfo()
-        return ModelEmbeddings(method.old_model, info, ranks.device)
-    if not isinstance(method, WithOldConfig | UniBctConfig):
-        return None
-    assert method.old_embeddings is not None
-    records = data.synthetic_records if isinstance(data, SyntheticConfig) else len(dataset or ())
-    return StoredEmbeddings(method.old_embeddings, records, dataset=dataset)
+    return inputs
 
 
 def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, shown: bool) -> None:
@@ -173,20 +141,6 @@ def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None,
     for source in sources:
         if isinstance(source, ModelEmbeddings):
             introduce(source.old, dataset, shown)
-
-
-def _check_rival(config: Config, method: MethodConfig, bank: CenterBank | None, old: OldEmbeddings | None) -> None:
-    """What the methods besides LCE ask for: one dimension, unless a map is trained."""
-    dim = config.backbone.dim
-    if bank is not None and old is not None and bank.dim != old.dim:
-        raise ConfigError(f"{method.bank}: dimension {bank.dim}, the old embeddings have {old.dim}")
-    theirs = old.dim if old is not None else bank.dim if bank is not None else dim
-    if not isinstance(method, FctConfig) and theirs != dim:
-        raise ConfigError(
-            f"compat.method = {method.method}: the old model's dimension is {theirs}, backbone.dim is {dim}; it "
-            f"compares them as they are: use backbone.dim={theirs}, or a method with a map (fct; lce with "
-            "compat.mode=backward)"
-        )
 
 
 def _check_norms(config: Config, norm: float | None) -> None:
@@ -202,11 +156,9 @@ def _check_norms(config: Config, norm: float | None) -> None:
     )
 
 
-def _check_sync(config: Config, device: str, world_size: int) -> None:
+def _check_sync(config: Config, world_size: int) -> None:
     if not config.train.sync_batchnorm:
         return
-    if device != "cuda":
-        raise ConfigError("train.sync_batchnorm: torch has it on CUDA only; remove it, or run on GPUs")
     if not config.data.drop_last or config.data.batch_size < 2 * world_size:
         raise ConfigError(
             "train.sync_batchnorm: every rank must have two samples in every batch; set data.drop_last=true and "

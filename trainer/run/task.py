@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.compat.methods.config import FctConfig, LceDirectConfig, LceTransformedConfig
+from trainer.compat.methods.config import FctConfig, LceTransformedConfig
 from trainer.compat.methods.inputs import Inputs
-from trainer.compat.methods.lce import direct_compat
-from trainer.compat.methods.registry import build_method
+from trainer.compat.methods.registry import build_methods
+from trainer.compat.methods.together import Pulls
 from trainer.data import Batch, DatasetInfo
 from trainer.data.identities import identities
 from trainer.distributed import Labels, Ranks, largest_share, on_main, scale_gradient
@@ -62,7 +62,9 @@ class Task(Protocol):
     def wrapped(self) -> nn.Module | None:
         """The network as wrapped for the ranks, for its updater (it may be DeepSpeed's engine), where there is one."""
 
-    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
+    def compute(
+        self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0, measured: bool = False
+    ) -> StepOutput:
         """Forward and backward of one batch; all gradients are added up.
 
         Args:
@@ -71,6 +73,7 @@ class Task(Protocol):
             last: whether this is the last batch of the update (earlier ones need not reduce gradients over ranks).
             factor: float32 scalar on the modules' gradients: the loss scale, divided by the batches per update.
             weight: on all gradients of this batch: its samples, relative to the mean of the update's batches.
+            measured: also report how strongly each term of the loss pulls; the same on all ranks.
         """
 
     def set_lr(self, lr: float) -> None:
@@ -127,10 +130,7 @@ class TrainTask:
             backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = backbone
         self.network = wrap(backbone, config.train, ranks, config.optimizer)
-        compat = None
-        if isinstance(config.method, LceDirectConfig) and inputs.bank is not None:
-            compat = direct_compat(config.method, inputs.bank, ranks)
-        self.method = build_method(config.method, config, inputs, ranks)
+        self.method = build_methods(config.methods, config, inputs, ranks)
         for module in self._extra().values():
             module.to(ranks.device, dtype)
         self.head = PartialFC(
@@ -139,7 +139,7 @@ class TrainTask:
             config.backbone.dim,
             ranks,
             seed=config.run.seed,
-            compat=compat,
+            compat=None if self.method is None else self.method.direct,
             local_batch=largest_share(config.data.batch_size, ranks.world_size),
         )
         if config.head.weights is not None:
@@ -170,7 +170,7 @@ class TrainTask:
         self.head.load_shard_state()
 
     def modules(self) -> dict[str, nn.Module]:
-        """The backbone and what the method trains besides it."""
+        """The backbone and what the methods train besides it."""
         return {"backbone": self.backbone} | self._extra()
 
     def wrapped(self) -> nn.Module:
@@ -183,36 +183,41 @@ class TrainTask:
     def _transforms(self) -> dict[Direction, nn.Module]:
         return {} if self.method is None else self.method.transforms()
 
-    def compute(self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0) -> StepOutput:
+    def compute(
+        self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0, measured: bool = False
+    ) -> StepOutput:
         """See :class:`Task`."""
         images = batch.images.to(self._dtype)
         if self.config.train.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         # On CUDA the labels travel ahead of the network: the head's indexes are made of their copy on the host.
         labels = self.head.gather_labels(batch.labels) if batch.labels.is_cuda else batch.labels
+        pulls = Pulls(self.ranks) if measured and self.method is not None else None
         with gradient_sync(self.network, last):
             with autocast(self.config.train, self.ranks.device):
                 embeddings = embed(self.network, images)
             embeddings = scale_gradient(embeddings.to(self._dtype), factor * self.ranks.world_size)
             if self.method is not None:
                 embeddings = self.method.prepare(embeddings, batch, step)
+            if pulls is not None:
+                pulls.watch(embeddings)
             with self.head.deferred() if self._deferred else nullcontext():
-                out = self.head(embeddings, labels, step, self._companion(factor, step))
+                out = self.head(embeddings, labels, step, self._companion(factor, step, pulls))
             out.loss.backward(torch.full_like(out.loss, weight))
-        report = {"loss": out.loss.detach(), **out.report}
+        report = {"loss": out.loss.detach(), **out.report} | ({} if pulls is None else pulls.report(weight))
         if "alignment" in report:  # in the paper's unit too: mean_d (u − v)² = (2 − 2 cos) / D on unit vectors
             report["alignment_mse"] = report["alignment"] * (2 / self.config.backbone.dim)
         return StepOutput(report, out.finite)
 
-    def _companion(self, factor: Tensor, step: int) -> Companion | None:
-        """The method's loss as the head takes it; ``factor`` falls on the gradients of the method's modules alone."""
-        if self.method is None:
+    def _companion(self, factor: Tensor, step: int, pulls: Pulls | None = None) -> Companion | None:
+        """The methods' loss as the head takes it; ``factor`` falls on the gradients of the methods' modules alone."""
+        if self.method is None or not (self.method.adds_loss or pulls):
             return None
         method = self.method
 
         def loss(embeddings: Tensor, labels: Labels, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             rows, embeddings = scale_gradient(rows, 1 / factor), scale_gradient(embeddings, 1 / factor)
-            value, report = method.loss(embeddings, labels, rows, step)
+            value, report = method.loss(embeddings, labels, rows, step, pulls)
             return scale_gradient(value, factor), report
 
         return loss
@@ -288,6 +293,7 @@ class TrainTask:
     def _transform_card(self, direction: Direction) -> TransformCard:
         source = self.inputs.bank or self.inputs.old
         assert source is not None
-        method = self.config.method
+        place = 0 if direction == "t21" else 1
+        method = next(one for one in self.config.methods if one.directions[place])
         assert isinstance(method, LceTransformedConfig | FctConfig)
         return transform_card(method.transform, direction, self.config.backbone.dim, source.dim)

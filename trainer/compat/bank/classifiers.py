@@ -147,7 +147,7 @@ def _sharded(files: list[Path], key: str | None, num_classes: int | None, ranks:
         if rank in by_rank:
             raise CenterBankError(f"{path}: rank {rank} is given twice, also by {by_rank[rank]}")
         by_rank[rank] = path
-    folder = files[0].parent
+    folder = _shown(files[0].parent)
     missing = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
     if missing:
         raise CenterBankError(f"{folder}: the file of rank {_ranks(missing)} is missing; ranks are 0 … {max(by_rank)}")
@@ -165,7 +165,9 @@ def _check_all_ranks(by_rank: dict[int, Path], num_classes: int | None, ranks: i
     """Raise unless the files of ranks 0 … n−1 are known to be all: no file of a rank says how many there were."""
     first, given = by_rank[0], len(by_rank)
     if ranks is not None and ranks != given:
-        raise CenterBankError(f"{first.parent}: the files of {given} ranks, `ranks` says {ranks}; name all of them")
+        raise CenterBankError(
+            f"{_shown(first.parent)}: the files of {given} ranks, `ranks` says {ranks}; name all of them"
+        )
     if ranks is not None or num_classes is not None:
         return
     kind = re.sub(r"\d+", "*", first.name)
@@ -207,6 +209,11 @@ def _shard_weight(path: Path) -> tuple[str, Tensor]:
 def _balanced(total: int, world: int) -> list[int]:
     """arcface_torch's split: sizes differ by at most one, the first ranks have more."""
     return [total // world + (rank < total % world) for rank in range(world)]
+
+
+def _shown(folder: Path) -> Path:
+    """A folder as it is named in messages: the one where the command runs by its full name, not as a dot."""
+    return folder.resolve() if str(folder) == "." else folder
 
 
 def _check_sizes(folder: Path, sizes: list[int], num_classes: int | None) -> None:

@@ -21,7 +21,7 @@ from trainer.compat.bank.convert import Progress, bank_from_embeddings, check_ce
 from trainer.compat.bank.matrices import open_rows
 from trainer.data.index import Dataset, RowsInfo, describe_rows
 from trainer.distributed import Ranks, agree, barrier, on_main
-from trainer.errors import CenterBankError, ConfigError, LceError
+from trainer.errors import CenterBankError, ConfigError, LceError, ModelError
 from trainer.files import why_unwritable
 from trainer.models.model import EmbeddingModel, check_distinct, embed_batches
 from trainer.owner import owned
@@ -154,6 +154,7 @@ def _embed_blocks(
             wanted = start + np.flatnonzero(labels[start:stop] >= 0)
             embedded = 0
             for batch, unit in embed_batches(model, dataset, wanted, batch_size, flip):
+                _check_rows(model, dataset, batch, unit)
                 out[batch - start] = unit
                 embedded += len(batch)
                 if progress is not None:
@@ -167,6 +168,18 @@ def _embed_blocks(
                 data, at = data[written:], at + written
             os.pwrite(done, b"\1", block)
             finished += stop - start
+
+
+def _check_rows(model: EmbeddingModel, dataset: Dataset, records: np.ndarray, vectors: np.ndarray) -> None:
+    """Raise :class:`ModelError` naming the first image whose embedding is zero or not finite."""
+    norms = np.linalg.norm(vectors, axis=1)
+    wrong = np.flatnonzero(~(np.isfinite(norms) & (norms > 0.5)))
+    if len(wrong):
+        what = "zero" if np.isfinite(norms[wrong[0]]) else "not finite (NaN or infinite)"
+        raise ModelError(
+            f"{dataset.where(int(records[wrong[0]]))}: the embedding that {model.path} makes of this image is {what}: "
+            "its weights are damaged, or it is fed what it does not take (`lce model describe`)"
+        )
 
 
 def bank_from_model(

@@ -20,7 +20,7 @@ from trainer import tensor_files
 from trainer.data.store import load_array
 from trainer.errors import CenterBankError, DataError
 from trainer.head.float8 import decode
-from trainer.reading import regular
+from trainer.reading import regular, why_unreadable
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -132,9 +132,8 @@ def open_arrays(path: str | Path) -> dict[str, Tensor]:
     except CenterBankError:
         raise
     except Exception as error:  # numpy, zipfile and safetensors fail as variously as files can be damaged
-        raise CenterBankError(
-            f"{path}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from None
+        reason = why_unreadable(path) or f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+        raise CenterBankError(f"{path}: {reason}") from None
     known = ".npy, .npz, .safetensors, " + ", ".join(TORCH_SUFFIXES)
     raise CenterBankError(f"{path}: unknown kind of file; known are {known}")
 

@@ -4,6 +4,7 @@ Weights are in (1 − cos) units, independent of D. The paper's alignment weight
 too: its λ_a is ``alignment_weight · D / 2`` (λ_a = 100 at D = 2048 is 0.098 here, at D = 64 it is 3.1).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -32,6 +33,11 @@ class MethodConfig(Section):
     def label(self) -> str:
         """How a model card names what made the model compatible: LCE's mode, or the method."""
         return self.method
+
+    @property
+    def directions(self) -> tuple[bool, bool]:
+        """Whether the method trains T₂₁ (new → old) and T₁₂ (old → new)."""
+        return False, False
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "MethodConfig":
@@ -80,11 +86,6 @@ class LceMapsConfig(LceConfig):
 
     transform: AnyTransform = Field(RbtConfig(), description="the map T between the embedding spaces")
 
-    @property
-    def directions(self) -> tuple[bool, bool]:
-        """Whether T₂₁ (new → old) and T₁₂ (old → new) are trained."""
-        raise NotImplementedError
-
 
 class LceTransformedConfig(LceMapsConfig):
     """New and old embeddings have spaces of their own, and maps between them are trained along."""
@@ -94,7 +95,7 @@ class LceTransformedConfig(LceMapsConfig):
 
     @property
     def directions(self) -> tuple[bool, bool]:
-        """See :attr:`LceMapsConfig.directions`."""
+        """See :attr:`MethodConfig.directions`."""
         return self.mode != "forward", self.mode != "backward"
 
 
@@ -116,7 +117,7 @@ class LceCrossConfig(LceMapsConfig):
 
     @property
     def directions(self) -> tuple[bool, bool]:
-        """See :attr:`LceMapsConfig.directions`."""
+        """See :attr:`MethodConfig.directions`."""
         return self.maps != "t12", self.maps != "t21"
 
 
@@ -190,6 +191,11 @@ class FctConfig(WithOldConfig):
     weight: float = Field(1.0, ge=0, description="the weight of the method's loss")
     transform: AnyTransform = Field(RbtConfig(), description="the map T from old to new embeddings")
 
+    @property
+    def directions(self) -> tuple[bool, bool]:
+        """See :attr:`MethodConfig.directions`."""
+        return False, True
+
 
 AnyMethod: TypeAlias = Annotated[
     NoMethodConfig
@@ -204,3 +210,48 @@ AnyMethod: TypeAlias = Annotated[
     | FctConfig,
     Variants(method="none", mode="direct"),
 ]
+
+
+def check_together(methods: Sequence[MethodConfig]) -> None:
+    """Refuse methods that make no sense in one run. Raises :class:`ValueError`.
+
+    All of them are for one old model, which each method names as if it stood alone.
+    """
+    if len(methods) < 2:
+        return
+    names = [one.method for one in methods]
+    for one in methods:
+        if names.count(one.method) > 1:
+            raise ValueError(
+                f"compat: method {one.method} is given more than once; give it once, with the whole weight"
+            )
+        if isinstance(one, LceCrossConfig):
+            others = ", ".join(name for name in names if name != one.method)
+            raise ValueError(f"compat: lce with mode cross-model trains no network, on which {others} could act")
+    for place, direction in enumerate(("T₂₁", "T₁₂")):
+        both = [one.method for one in methods if one.directions[place]]
+        if len(both) > 1:
+            raise ValueError(f"compat: {' and '.join(both)} train the same map {direction}; give one of them")
+    direct = [one.label for one in methods if not any(one.directions)]
+    mapped = [one.label for one in methods if any(one.directions)]
+    if direct and mapped:
+        raise ValueError(
+            f"compat: {', '.join(direct)} compares new with old embeddings as they are, {', '.join(mapped)} through "
+            "maps; give methods of one kind"
+        )
+    pairs = [one.method for one in methods if isinstance(one, WithOldConfig) and not isinstance(one, MixBctConfig)]
+    if pairs and "mixbct" in names:
+        raise ValueError(
+            f"compat: mixbct puts old embeddings in place of new ones, and {', '.join(pairs)} would compare these with "
+            "themselves; give one of them"
+        )
+    for keys in (("bank",), ("old_embeddings", "old_model")):
+        given = {one.method: tuple(getattr(one, key, None) for key in keys) for one in methods}
+        named = {name: values for name, values in given.items() if any(values)}
+        if len(set(named.values())) > 1:
+            shown = "; ".join(f"{name} has {_shown(keys, values)}" for name, values in named.items())
+            raise ValueError(f"compat: all methods must be for one old model, from the same files: {shown}")
+
+
+def _shown(keys: Sequence[str], values: Sequence[Path | None]) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in zip(keys, values, strict=True) if value is not None)

@@ -22,6 +22,8 @@ class Fct(WithOld):
     the paper trains the map after the model.
     """
 
+    mapped = True
+
     def __init__(self, config: FctConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
         super().__init__(config, run, inputs, ranks)
         self.config = config

@@ -1,13 +1,18 @@
 """The opened inputs of a run, as the compatibility methods and the tasks take them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from trainer.compat.bank.center_bank import CenterBank
+from trainer.compat.methods.config import MethodConfig, UniBctConfig, WithOldConfig
 from trainer.compat.methods.cross import CrossInputs
-from trainer.compat.methods.old_embeddings import OldEmbeddings
-from trainer.data import Dataset
-from trainer.data.config import DataConfig
+from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
+from trainer.data import Dataset, DatasetInfo
+from trainer.data.config import DataConfig, SyntheticConfig
+from trainer.errors import ConfigError
 from trainer.head.config import HeadConfig
 from trainer.networks.config import BackboneConfig
 
@@ -49,8 +54,49 @@ class Inputs:
     cross: CrossInputs | None = None
 
     @property
+    def old_dim(self) -> int | None:
+        """D1, as far as it is known."""
+        source = self.old or self.bank
+        return None if source is None else source.dim
+
+    @property
     def old_model(self) -> tuple[str | None, str | None]:
         """The name and the hash of the model to be compatible with, as far as they are known."""
         if self.old is not None and self.old.model is not None:
             return self.old.model
         return (None, None) if self.bank is None else (self.bank.info.model, self.bank.info.model_hash)
+
+
+def open_bank(methods: Sequence[MethodConfig], classes: int, dataset: Dataset | None) -> CenterBank | None:
+    """The one centre bank that the methods name (:func:`trainer.compat.methods.config.check_together`).
+
+    Raises:
+        CenterBankError: damaged, or of other classes.
+    """
+    path = next((one.bank for one in methods if one.bank is not None), None)
+    if path is None:
+        return None
+    bank = CenterBank.open(path)
+    bank.check_classes(classes, dataset, "compat.bank")
+    return bank
+
+
+def open_old(
+    methods: Sequence[MethodConfig], data: DataConfig, dataset: Dataset | None, device: torch.device
+) -> OldEmbeddings | None:
+    """The one source of old embeddings that the methods name. Raises :class:`LceError`: missing, or not of the data."""
+    for one in methods:
+        if isinstance(one, WithOldConfig) and one.old_model is not None:
+            return ModelEmbeddings(one.old_model, dataset.info if dataset is not None else DatasetInfo(), device)
+        if isinstance(one, WithOldConfig | UniBctConfig):
+            assert one.old_embeddings is not None
+            records = data.synthetic_records if isinstance(data, SyntheticConfig) else len(dataset or ())
+            return StoredEmbeddings(one.old_embeddings, records, dataset=dataset)
+    return None
+
+
+def check_old(bank: CenterBank | None, old: OldEmbeddings | None, methods: Sequence[MethodConfig]) -> None:
+    """Raise :class:`ConfigError` for centres and embeddings of different dimensions: they are of two old models."""
+    if bank is not None and old is not None and bank.dim != old.dim:
+        path = next(one.bank for one in methods if one.bank is not None)
+        raise ConfigError(f"{path}: dimension {bank.dim}, the old embeddings have {old.dim}")

@@ -27,6 +27,7 @@ from trainer.compat.methods.config import LceDirectConfig, LceMapsConfig, LceTra
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
 from trainer.distributed import Labels, Ranks, all_gather_rows, send, upload
+from trainer.errors import CenterBankError
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partition import class_range
 from trainer.models.card import Direction
@@ -134,7 +135,7 @@ def gather_pairs(labels: Tensor | Labels, rows: Tensor | None, bank: BankRows, n
         rows = torch.empty(len(local), 0, dtype=torch.float32, device=labels.device.device)
     if len(rows) != len(local):
         raise ValueError(f"{len(rows)} rows were given for the {len(local)} classes of the batch that this rank owns")
-    index = torch.from_numpy(local).to(bank.centers.device)
+    index = send(torch.from_numpy(local), bank.centers.device)
     known = [bank.centers[index], bank.boundaries[index, None], bank.mask[index, None]]
     packed = torch.cat([rows, send(torch.cat([value.to(rows.dtype) for value in known], 1), rows.device)], 1)
     whole = gather_own(packed, sizes, ranks.rank)
@@ -236,6 +237,8 @@ class TransformedLce(CompatMethod):
     """:class:`TransformedCompat` in training: the pairs of the batch's classes come from the ranks that own them, by
     one collective."""
 
+    mapped = True
+
     def __init__(self, config: LceTransformedConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
         assert inputs.bank is not None
         self.compat = TransformedCompat(config, inputs.bank.dim, run.backbone.dim)
@@ -255,29 +258,72 @@ class TransformedLce(CompatMethod):
         return value, report
 
 
-class AuthorsBoundary(CompatMethod):
-    """The authors' boundary in direct mode, ``compat.authors_formula``: embeddings are not made unit
-    (:func:`trainer.compat.methods.losses.boundary`); the alignment stays in the head's pass. One collective a step."""
+class DirectLce(CompatMethod):
+    """LCE's direct mode, which the head computes in its own pass over the rows (:attr:`direct`).
 
-    def __init__(self, config: LceDirectConfig, inputs: Inputs, ranks: Ranks) -> None:
-        assert inputs.bank is not None
-        self.weight, self.num_classes, self.ranks = config.boundary_weight, inputs.num_classes, ranks
-        mine = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
-        self.bank = inputs.bank.rows(mine.start, mine.stop)
+    With ``compat.authors_formula`` the boundary is the authors', whose embeddings are not made unit
+    (:func:`trainer.compat.methods.losses.boundary`): then it is a loss of its own, by one collective a step.
+    """
+
+    def __init__(self, config: LceDirectConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
+        del run
+        self.config, self.num_classes, self.ranks = config, inputs.num_classes, ranks
+        self.adds_loss = config.authors_formula
+        if inputs.bank is None:  # a plan's or a benchmark's run without LCE
+            self.adds_loss = False
+            return
+        self.direct = direct_compat(config, inputs.bank, ranks)
+        there = self.direct.centers.device
+        none = torch.empty(0, dtype=torch.int64)
+        self.bank = BankRows(
+            self.direct.centers, self.direct.boundaries.to(there), self.direct.mask.to(there), none, none
+        )
+        self._total: Tensor | None = None
+
+    @classmethod
+    def check(cls, config: LceDirectConfig, run: Sections, inputs: Inputs) -> None:
+        """See :class:`CompatMethod`."""
+        bank, dim = inputs.bank, run.backbone.dim
+        if bank is not None and bank.dim != dim:
+            raise CenterBankError(
+                f"{config.bank}: dimension {bank.dim}, backbone.dim is {dim}; "
+                f"direct mode needs backbone.dim={bank.dim}; backward, forward and both map between the two dimensions"
+            )
 
     def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :class:`CompatMethod`: ``boundary``."""
+        """See :class:`CompatMethod`: ``boundary``, the authors'."""
         del rows, step
-        pairs = gather_pairs(labels, None, self.bank, self.num_classes, self.ranks)
+        value = self._boundary(embeddings, gather_pairs(labels, None, self.bank, self.num_classes, self.ranks))
+        return self.config.boundary_weight * value, {"boundary": value.detach()}
+
+    def _boundary(self, embeddings: Tensor, pairs: Pairs) -> Tensor:
         known = Known.of(pairs)
-        value = losses.boundary(
+        return losses.boundary(
             embeddings.index_select(0, known.samples),
             pairs.centers[known.places].to(embeddings.dtype),
             pairs.boundaries[known.places].to(embeddings.dtype),
             slice(None),
-            authors_formula=True,
+            authors_formula=self.config.authors_formula,
         )
-        return self.weight * value, {"boundary": value.detach()}
+
+    def fused(self, embeddings: Tensor, labels: Labels, rows: Tensor) -> Tensor | None:
+        """See :class:`CompatMethod`: of the alignment, a mean over all classes, the batch's classes' part.
+
+        With a sample rate below 1 the head weights the drawn classes so that this is what it adds on average.
+        """
+        if self.direct is None:
+            return None
+        if self._total is None:
+            self._total = self.direct.total(self.ranks.device)
+        pairs = gather_pairs(labels, rows, self.bank, self.num_classes, self.ranks)
+        known = Known.of(pairs).classes
+        w = pairs.rows.index_select(0, known)
+        apart = 1 - losses.cosine(w, pairs.centers.index_select(0, known).to(w.dtype))
+        value = self.direct.alignment_weight * apart.sum() / self._total.clamp_min(1).to(w.dtype)
+        value = value.to(embeddings.dtype)
+        if self.direct.boundary_weight:
+            value = value + self.direct.boundary_weight * self._boundary(embeddings, pairs)
+        return value
 
 
 def direct_compat(config: LceDirectConfig, bank: CenterBank, ranks: Ranks) -> DirectCompat:
@@ -290,5 +336,5 @@ def direct_compat(config: LceDirectConfig, bank: CenterBank, ranks: Ranks) -> Di
         rows.boundaries.to(ranks.device),
         rows.mask.to(ranks.device),
         config.alignment_weight,
-        0.0 if config.authors_formula else config.boundary_weight,  # theirs: AuthorsBoundary
+        0.0 if config.authors_formula else config.boundary_weight,  # theirs: a loss of its own
     )

@@ -1,9 +1,14 @@
 """What a method of compatible training adds to the step of backbone and head: the seam that the task knows."""
 
+from typing import Any, ClassVar
+
 from torch import Tensor, nn
 
+from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.data import Batch
-from trainer.distributed import Labels
+from trainer.distributed import Labels, Ranks
+from trainer.errors import ConfigError
+from trainer.head.old_centers import DirectCompat
 from trainer.models.card import Direction
 
 
@@ -11,7 +16,37 @@ class CompatMethod:
     """Base: what a method does not override adds nothing.
 
     A method keeps no state beyond its modules' that a checkpoint would have to hold.
+
+    Args:
+        config: the method's section. run: the other sections. inputs: opened, and found sound by :meth:`check`.
+
+    Attributes:
+        direct: what of the method the head computes in its own pass over the rows (LCE's direct mode).
+        adds_loss: whether :meth:`loss` has anything to add; else it is not called.
     """
+
+    direct: DirectCompat | None = None
+    adds_loss: bool = True
+    mapped: ClassVar[bool] = False
+    """Whether the old model may have another dimension than the new one."""
+
+    def __init__(self, config: Any, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, config: Any, run: Sections, inputs: Inputs) -> None:
+        """Refuse what the method cannot work on, before anything is built.
+
+        Raises:
+            LceError: here, an old model of another dimension.
+        """
+        dim, theirs = run.backbone.dim, inputs.old_dim
+        if not cls.mapped and theirs not in (None, dim):
+            raise ConfigError(
+                f"compat.method = {config.method}: the old model's dimension is {theirs}, backbone.dim is {dim}; it "
+                f"compares them as they are: use backbone.dim={theirs}, or a method with a map (fct; lce with "
+                "compat.mode=backward)"
+            )
 
     def modules(self) -> dict[str, nn.Module]:
         """What is trained with the backbone's optimizer, by name; equal on all ranks."""
@@ -38,3 +73,9 @@ class CompatMethod:
         """
         del labels, rows, step
         return embeddings.new_zeros(()), {}
+
+    def fused(self, embeddings: Tensor, labels: Labels, rows: Tensor) -> Tensor | None:
+        """What :attr:`direct` adds to the head's loss, computed once more on its own, so that its gradients can be
+        measured; see :meth:`loss`. None: nothing."""
+        del embeddings, labels, rows
+        return None

@@ -6,6 +6,8 @@ is. What involves the images of a batch is computed on every rank from the same 
 modules (AdvBCT's discriminator, FCT's map) get equal gradients without an all-reduce.
 """
 
+from collections.abc import Sequence
+
 from trainer.compat.methods.advbct import AdvBct
 from trainer.compat.methods.bct import Bct
 from trainer.compat.methods.config import (
@@ -22,39 +24,44 @@ from trainer.compat.methods.config import (
 from trainer.compat.methods.fct import Fct
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.l2 import L2
-from trainer.compat.methods.lce import AuthorsBoundary, TransformedLce
+from trainer.compat.methods.lce import DirectLce, TransformedLce
 from trainer.compat.methods.method import CompatMethod
 from trainer.compat.methods.mixbct import MixBct
+from trainer.compat.methods.together import Together
 from trainer.compat.methods.unibct import UniBct
 from trainer.distributed import Ranks
 
+METHODS: dict[type[MethodConfig], type[CompatMethod]] = {
+    LceDirectConfig: DirectLce,
+    LceTransformedConfig: TransformedLce,
+    L2Config: L2,
+    BctConfig: Bct,
+    UniBctConfig: UniBct,
+    AdvBctConfig: AdvBct,
+    MixBctConfig: MixBct,
+    FctConfig: Fct,
+}
+"""The kind of section → what it configures. (Cross-model LCE is a task of its own.)"""
 
-def build_method(config: MethodConfig | None, run: Sections, inputs: Inputs, ranks: Ranks) -> CompatMethod | None:
-    """What a method adds besides the head: None for none and for LCE's direct mode, which is fused into it (but for the
-    authors' boundary).
+
+def check_methods(configs: Sequence[MethodConfig], run: Sections, inputs: Inputs) -> None:
+    """Refuse inputs that a method cannot work on. Raises :class:`LceError`; see :meth:`CompatMethod.check`."""
+    for config in configs:
+        METHODS[type(config)].check(config, run, inputs)
+
+
+def build_method(config: MethodConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> CompatMethod:
+    """One method.
 
     Modules come in float32 on the CPU; they are the same on all ranks when torch is seeded alike.
 
     Args:
         config: the method. run: the other sections.
     """
-    match config:
-        case None:
-            return None
-        case LceDirectConfig():
-            return AuthorsBoundary(config, inputs, ranks) if config.authors_formula else None
-        case LceTransformedConfig():
-            return TransformedLce(config, run, inputs, ranks)
-        case L2Config():
-            return L2(config, run, inputs, ranks)
-        case BctConfig():
-            return Bct(config, run, inputs, ranks)
-        case UniBctConfig():
-            return UniBct(config, run, inputs, ranks)
-        case AdvBctConfig():
-            return AdvBct(config, run, inputs, ranks)
-        case MixBctConfig():
-            return MixBct(config, run, inputs, ranks)
-        case FctConfig():
-            return Fct(config, run, inputs, ranks)
-    raise AssertionError(config.method)
+    return METHODS[type(config)](config, run, inputs, ranks)
+
+
+def build_methods(configs: Sequence[MethodConfig], run: Sections, inputs: Inputs, ranks: Ranks) -> Together | None:
+    """All methods of a run as one; None: there is none. See :func:`build_method`."""
+    made = {config.method: build_method(config, run, inputs, ranks) for config in configs}
+    return Together(made) if made else None
