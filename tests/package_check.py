@@ -74,6 +74,17 @@ def check(commands: Path, folder: Path) -> None:
     names = run(commands / "python", "-c", "from tools.cli import COMMANDS; print(*COMMANDS)", cwd=folder).split()
     for name in names:
         run(commands / "lce", name, "--help", cwd=folder)
+    (folder / "tools.py").write_text("raise SystemExit(0)\n")
+    foreign = subprocess.run(
+        [commands / "lce", "--version"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    (folder / "tools.py").unlink()
+    if foreign.returncode != 2 or "is shadowed by" not in foreign.stderr:
+        sys.exit(f"lce with a foreign tools.py first: exit status {foreign.returncode}, {foreign.stderr}")
     bench = subprocess.run([commands / "lce", "bench", "compat"], cwd=folder, capture_output=True, text=True)
     if bench.returncode != 2 or "clone of the repository" not in bench.stderr:
         sys.exit(f"lce bench compat, which the wheel leaves out: exit status {bench.returncode}, {bench.stderr}")

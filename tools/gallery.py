@@ -9,7 +9,8 @@
 
 The gallery is a .npy, a .npz, a .safetensors or a folder of such shards, a .parquet, a FAISS index that holds whole
 vectors, a table of PostgreSQL with pgvector (postgresql://user@host/database --table faces --column embedding), or a
-Qdrant collection behind an alias (qdrant:http://host:6333 --alias faces). An upgrade that was interrupted in any way
+Qdrant collection behind an alias (qdrant:http://host:6333 --alias faces; a second collection is made, or with
+--new-vector NAME a second vector in the same points). An upgrade that was interrupted in any way
 continues when it is started again. On PostgreSQL any number of these commands, on any machines, share the work. The
 next upgrade, to a third model, comes after `finish`.
 
@@ -97,6 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         points = sub.add_argument_group("Qdrant")
         points.add_argument("--alias", default="faces", help="the alias that queries go through (default: %(default)s)")
         points.add_argument("--vector", default="", help="the vector's name, where the collection has names")
+        if name in ("plan", "upgrade"):
+            points.add_argument(
+                "--new-vector",
+                metavar="NAME",
+                default="",
+                help="make a second vector of this name in the same points (Qdrant 1.18 or later)",
+            )
         sub.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
 
 
@@ -378,12 +386,15 @@ def _upgrade_table(args: argparse.Namespace, gallery: "PostgresGallery", convert
 
 def _points(args: argparse.Namespace) -> _Outcome:
     from tools.progress import progress_bar
-    from trainer.gallery.qdrant import QdrantGallery
+    from trainer.gallery.qdrant_vector import open_points
 
-    gallery = QdrantGallery(args.store.removeprefix("qdrant:"), args.alias, args.vector)
+    new_vector = getattr(args, "new_vector", "")
+    gallery = open_points(args.store.removeprefix("qdrant:"), args.alias, args.vector, new_vector)
     try:
         if args.action in ("rollback", "finish"):
             gallery.rollback() if args.action == "rollback" else gallery.finish()
+        if args.action == "finish":
+            return {"phase": "finished"}, None
         if args.action not in ("plan", "upgrade", "verify"):
             return asdict(gallery.status()), None
         state = gallery.status()

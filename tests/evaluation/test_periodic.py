@@ -115,7 +115,7 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, sets: dict[str, str], monke
         ({"checkpoint__best": "cfp.accuracy"}, "not measured"),
         ({"checkpoint__best": "lfw.accuracy_to_old"}, "not measured"),
         ({"checkpoint__best": "lfw.accuracy", "checkpoint__every_steps": 3}, "no multiple"),
-        ({"evaluate__sets": {"lfw": "missing.bin"}}, "missing.bin"),
+        ({"evaluate__sets": {"lfw": "missing.bin"}, "evaluate__far": 1e-3}, "missing.bin"),
         ({"data__synthetic_size": 16}, "images of"),
     ],
 )

@@ -2,7 +2,8 @@
 
 Ids, payloads, other vectors, payload indexes and the collection's settings are taken along as they are. The state is a
 point of the collection ``lce_gallery``. Qdrant has no triggers: when all points are copied, both collections are
-compared until a pass finds nothing new, changed or removed, and then the alias is moved.
+compared until a pass finds nothing new, changed or removed, and then the alias is moved. A second vector in the same
+points is in :mod:`trainer.gallery.qdrant_vector`.
 """
 
 import hashlib
@@ -30,7 +31,8 @@ _PASSES = 5
 @dataclass(frozen=True)
 class PointsState:
     """Where an upgrade stands: none, converting, swapped or finished. source, target: the collections; done: points
-    that are copied; offset: the point that comes next."""
+    that are copied; offset: the point that comes next; new_vector: the name of a second vector in the same points;
+    made_from: the vector of which an upgrade under way makes this one."""
 
     phase: str = "none"
     version: str | None = None
@@ -41,6 +43,8 @@ class PointsState:
     done: int = 0
     offset: int | str | None = None
     applied: tuple[str, ...] = ()
+    new_vector: str = ""
+    made_from: str = ""
 
 
 class QdrantGallery:
@@ -71,8 +75,8 @@ class QdrantGallery:
                 self._client = qdrant_client.QdrantClient(path=address)
             else:
                 raise DataError(f"{address}: no folder of Qdrant's local mode, and no address of a server")
-            self._collection = self._resolve()
-            self.dim = self._size(self._collection)
+            self.collection = self._resolve()
+            self.dim = self._size(self.collection)
 
     def close(self) -> None:
         """Close the connection; a folder is free for others again."""
@@ -103,25 +107,43 @@ class QdrantGallery:
         if named != bool(self._vector) or (named and self._vector not in vectors):
             there = sorted(vectors) if named else "one vector without a name"
             raise DataError(f"{self.name}: the collection has {there}; name the vector with `vector`")
-        return int((vectors[self._vector] if named else vectors).size)
+        params = vectors[self._vector] if named else vectors
+        if params.multivector_config is not None:
+            raise DataError(f"{self.name}: points have several vectors each (multivector); taken is one")
+        return int(params.size)
 
-    @property
-    def _number(self) -> str:
-        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"lce:{self.name}"))
+    def _number(self, vector: str) -> str:
+        name = f"{self._alias}.{vector}" if vector else self._alias
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"lce:{name}"))
 
     def _state(self) -> PointsState:
         if not self._client.collection_exists(_STATES):
             return PointsState()
-        found = self._client.retrieve(_STATES, [self._number])
+        found = self._client.retrieve(_STATES, [self._number(self._vector)])
         if not found:
             return PointsState()
-        return PointsState(**{**found[0].payload, "applied": tuple(found[0].payload["applied"])})
+        state = PointsState(**{**found[0].payload, "applied": tuple(found[0].payload["applied"])})
+        if state.made_from:
+            raise DataError(f"{self.name}: is being made of {state.made_from}; name that one with `vector`")
+        return state
 
-    def _save(self, state: PointsState) -> None:
+    def _save(self, state: PointsState, vector: str | None = None) -> None:
+        """Keep a state; ``vector``: of another vector than this one."""
         if not self._client.collection_exists(_STATES):
             self._client.create_collection(_STATES, vectors_config={})
         tree = {**asdict(state), "applied": list(state.applied)}
-        self._client.upsert(_STATES, [self._models.PointStruct(id=self._number, vector={}, payload=tree)])
+        number = self._number(self._vector if vector is None else vector)
+        self._client.upsert(_STATES, [self._models.PointStruct(id=number, vector={}, payload=tree)])
+
+    def _forget(self, vector: str) -> None:
+        self._client.delete(_STATES, points_selector=self._models.PointIdsList(points=[self._number(vector)]))
+
+    def _save_rolled_back(self, state: PointsState) -> None:
+        """The state before the upgrade ``state``: none, or what the upgrade before it left."""
+        if state.applied:
+            self._save(PointsState("finished", state.applied[-1], target=state.source, applied=state.applied[:-1]))
+        else:
+            self._forget(self._vector)
 
     def status(self) -> PointsState:
         """Where the upgrade stands."""
@@ -158,7 +180,7 @@ class QdrantGallery:
     def _check(self, state: PointsState, converter: Converter) -> tuple[str, ...]:
         """Whether an upgrade may begin; the conversions before it. Raises :class:`DataError`."""
         through = (*state.applied, str(state.version)) if state.phase == "finished" else state.applied
-        forget = f"delete the point {self._number} of the collection {_STATES}"
+        forget = f"delete the point {self._number(self._vector)} of the collection {_STATES}"
         check_direction(self.name, through, converter, forget)
         if self.dim != converter.dim_in:
             raise DataError(f"{self.name}: vectors of dimension {self.dim}, the conversion takes {converter.dim_in}")
@@ -167,9 +189,9 @@ class QdrantGallery:
     def _begin(self, state: PointsState, converter: Converter) -> PointsState:
         through = self._check(state, converter)
         mark = hashlib.sha256(converter.version.encode()).hexdigest()[:8]
-        target = f"{self._collection}_lce_{mark}"
+        target = f"{self.collection}_lce_{mark}"
         state = PointsState(
-            "converting", converter.version, self._collection, target, self.dim, converter.dim_out, applied=through
+            "converting", converter.version, self.collection, target, self.dim, converter.dim_out, applied=through
         )
         if self._client.collection_exists(target):
             raise DataError(f"{self.name}: the collection {target} is there without its upgrade; delete it")
@@ -203,7 +225,7 @@ class QdrantGallery:
             state = self._state()
             if state.phase in ("none", "finished"):
                 self._check(state, converter)
-            collection = self._collection if state.phase != "swapped" else state.source
+            collection = self.collection if state.phase != "swapped" else state.source
             records = self._client.scroll(collection, limit=sample, with_vectors=True)[0]
             records = [record for record in records if self._of(record) is not None]
             if not records:
@@ -219,6 +241,12 @@ class QdrantGallery:
                 "bytes_needed": count * converter.dim_out * 4,
                 "seconds": seconds,
             }
+
+    def _check_version(self, state: PointsState, converter: Converter) -> None:
+        if state.phase in ("converting", "swapped") and state.version != converter.version:
+            raise DataError(
+                f"{self.name}: an upgrade to {state.version} is {state.phase}; finish it or roll it back first"
+            )
 
     def upgrade(
         self,
@@ -236,10 +264,7 @@ class QdrantGallery:
         """
         with self._clear():
             state = self._state()
-            if state.phase in ("converting", "swapped") and state.version != converter.version:
-                raise DataError(
-                    f"{self.name}: an upgrade to {state.version} is {state.phase}; finish it or roll it back first"
-                )
+            self._check_version(state, converter)
             if state.phase == "swapped":
                 return state
             if state.phase != "converting":
@@ -273,11 +298,11 @@ class QdrantGallery:
             self._save(state)
             return state
 
-    def _batches(self, collection: str, batch: int, vectors: bool) -> Iterator[list[Any]]:
+    def _batches(self, collection: str, batch: int, vectors: bool, where: Any = None) -> Iterator[list[Any]]:
         offset, seen, total = None, 0, self._client.count(collection).count
         while True:
             records, offset = self._client.scroll(
-                collection, limit=batch, offset=offset, with_vectors=vectors, with_payload=vectors
+                collection, where, limit=batch, offset=offset, with_vectors=vectors, with_payload=vectors
             )
             seen += len(records)
             self._check_pace(seen, total, batch)
@@ -356,13 +381,18 @@ class QdrantGallery:
 
     def sample(self, count: int, seed: int = 0) -> tuple[IntArray, list[FloatArray]]:
         """Ids (row numbers where they are none) and stored vectors of random points behind the alias."""
+        return self._sample(self._vector, count, seed)
+
+    def _sample(self, vector: str, count: int, seed: int) -> tuple[IntArray, list[FloatArray]]:
         with self._clear():
-            ids = [record.id for records in self._batches(self._collection, 4096, False) for record in records]
+            ids = [record.id for records in self._batches(self.collection, 4096, False) for record in records]
             chosen = [ids[at] for at in np.random.default_rng(seed).permutation(len(ids))[:count]]
-            records = [r for r in self._client.retrieve(self._collection, chosen, with_vectors=True) if self._of(r)]
-        numbered = all(isinstance(record.id, int) for record in records)
-        numbers = np.array([r.id for r in records], np.int64) if numbered else np.full(len(records), -1)
-        return numbers, [np.asarray(self._of(record), np.float32) for record in records]
+            records = self._client.retrieve(self.collection, chosen, with_vectors=True, with_payload=False)
+        held = [(r.id, r.vector.get(vector) if isinstance(r.vector, dict) else r.vector) for r in records]
+        held = [(number, row) for number, row in held if row]
+        numbered = all(isinstance(number, int) for number, _ in held)
+        numbers = np.array([number for number, _ in held], np.int64) if numbered else np.full(len(held), -1)
+        return numbers, [np.asarray(row, np.float32) for _, row in held]
 
     def rollback(self) -> None:
         """The alias points at the old collection again, and the new one is deleted.
@@ -385,11 +415,7 @@ class QdrantGallery:
                         )
                 self._point(state.source)
             self._client.delete_collection(state.target)
-            if state.applied:
-                before = replace(state, phase="finished", version=state.applied[-1], applied=state.applied[:-1])
-                self._save(replace(before, target=state.source, done=0, offset=None))
-            else:
-                self._client.delete(_STATES, points_selector=self._models.PointIdsList(points=[self._number]))
+            self._save_rolled_back(state)
 
     def finish(self) -> None:
         """Delete the old collection: there is no way back. Raises :class:`DataError`: it is not upgraded."""
@@ -397,5 +423,6 @@ class QdrantGallery:
             state = self._state()
             if state.phase not in ("swapped", "finished"):
                 raise DataError(f"{self.name}: is not upgraded ({state.phase}); there is nothing to finish")
-            self._client.delete_collection(state.source)
-            self._save(replace(state, phase="finished"))
+            self._save(replace(state, phase="finished"))  # first: a cut one is finished by running it again
+            if state.source and state.source != self._resolve():
+                self._client.delete_collection(state.source)
