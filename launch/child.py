@@ -153,3 +153,18 @@ def stopped_status(asked: int, run_dir: Path | None, began: float) -> int:
         )
         return EXIT_CRASH
     return EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_TERMINATED
+
+
+def submit(text: str, path: Path, command: Sequence[str]) -> str:
+    """Write a job's file and hand it to its queue, as the last word of ``command``; returns what the queue answers.
+
+    Raises:
+        ConfigError: the command is not here, or refuses the file.
+    """
+    path.write_text(text, encoding="utf-8")
+    if shutil.which(command[0]) is None:
+        raise ConfigError(f"{command[0]} is not on the PATH: this machine reaches no such queue; the job is in {path}")
+    done = subprocess.run([*command, str(path)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"{command[0]} refused {path}: {done.stderr.strip()}")
+    return done.stdout.strip()

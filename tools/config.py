@@ -1,16 +1,18 @@
 """Show every key of a run's configuration: type, default, unit, meaning, and the variants that it belongs to.
 
-Without an argument every section is shown, with SECTION one. With a FILE (and `key=value` or further files behind it)
-the resolved configuration is printed as YAML, as the run folder would hold it.
+Without an argument every section is shown, with SECTION or KEY that one. With a FILE (and `key=value` or further files
+behind it) the resolved configuration is printed as YAML, as the run folder would hold it.
 
 Examples:
   lce config
   lce config head.margin
+  lce config head.margin.upper_norm
   lce config --schema > lce.schema.json
   lce config configs/demo-faces.yaml head.sample_rate=0.1
 """
 
 import argparse
+import difflib
 import json
 import types
 import typing
@@ -59,7 +61,9 @@ class Key:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lce config`."""
-    parser.add_argument("what", nargs="?", metavar="SECTION|FILE", help="such as head.margin, or a configuration file")
+    parser.add_argument(
+        "what", nargs="?", metavar="SECTION|KEY|FILE", help="such as head.margin, or a configuration file"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="behind FILE; or a further YAML file")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--schema", action="store_true", help="a JSON schema of configuration files, for editors")
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.markdown:
         print(page(), end="")
     else:
-        print("\n\n".join(_text(name, node) for name, node in chosen(args.what)))
+        print("\n\n".join(_text(name, node, only) for name, node, only in shown(args.what)))
     return 0
 
 
@@ -103,15 +107,28 @@ def _below(prefix: str, node: "Node") -> "Iterator[tuple[str, Node]]":
             yield from _below(f"{prefix}{key}.", child)
 
 
-def chosen(name: str | None) -> "list[tuple[str, Node]]":
-    """The section of that name with those inside it; None: all. Raises :class:`ConfigError`."""
+def shown(name: str | None) -> "list[tuple[str, Node, str | None]]":
+    """What ``lce config NAME`` prints: the section of that name with those inside it, each with None; or the section of
+    the key of that name, with the key; None: all sections.
+
+    Raises:
+        ConfigError: neither a section nor a key; the nearest one is named.
+    """
     from trainer.run.config import Config
 
     every = list(sections(Config))
-    found = [(key, node) for key, node in every if name is None or f"{key}.".startswith(f"{name}.")]
-    if not found:
-        raise ConfigError(f"{name}: no such section; known: {', '.join(key for key, _ in every)}")
-    return found
+    found = [(key, node, None) for key, node in every if name is None or f"{key}.".startswith(f"{name}.")]
+    if name is None or found:
+        return [*found]
+    section, _, last = name.rpartition(".")
+    owner = [(key, node, last) for key, node in every if key == section and last in {one.name for one in keys(node)}]
+    if owner:
+        return [*owner]
+    known = [key for key, _ in every] + [f"{key}.{one.name}" for key, node in every for one in keys(node)]
+    ends = [key for key in dict.fromkeys(known) if key.rpartition(".")[2] == last]
+    near = ends or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(key for key, _ in every)}"
+    raise ConfigError(f"{name}: no such section or key; {hint}")
 
 
 def keys(node: "Node") -> list[Key]:
@@ -174,9 +191,11 @@ def _name(annotation: Any) -> str:
     return names.get(annotation, "path")
 
 
-def _text(name: str, node: "Node") -> str:
+def _text(name: str, node: "Node", only: str | None = None) -> str:
     lines = [name]
     for key in keys(node):
+        if only not in (None, key.name):
+            continue
         unit = f" {key.unit}" if key.unit else ""
         of = f"; {node_word(node)} {', '.join(key.variants)}" if key.variants else ""
         lines.append(f"  {key.name} = {key.default}{unit}  ({key.type}{of})")
@@ -192,7 +211,7 @@ def node_word(node: "Node") -> str:
 def page() -> str:
     """The page docs/configuration.md."""
     parts = [INTRODUCTION]
-    for name, node in chosen(None):
+    for name, node, _ in shown(None):
         parts.append(f"\n## {name}\n\n")
         head = ["key", "type", "default", "unit", "meaning"] + ([f"only with {node_word(node)}"] if node.tags else [])
         parts.append(_row(head) + _row(["---"] * len(head)))

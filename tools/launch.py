@@ -4,6 +4,7 @@
   lce launch configs/FILE.yaml --nproc 8 --nnodes 2 --node-rank 0 --master node0:29500      # the same on node 1
   lce launch configs/data/wf42m.yaml configs/network/r50.yaml configs/gpus/8.yaml --nproc 8    # files in order
   lce launch configs/FILE.yaml --nproc 8 --nnodes 4 --with slurm --gpus 8 --dry-run          # shows the sbatch file
+  lce launch configs/FILE.yaml --nnodes 4 --with kubernetes --gpus 8 --image I --claim C --dry-run    # the TrainJob
 
 The same command continues an interrupted run, on any number of ranks. Exit status: 0 finished; 2 wrong use; 70 crash;
 75 stopped by SIGTERM and 130 by Ctrl-C, both with a checkpoint.
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from launch.job import Job
     from trainer.run.config import Config
 
+QUEUES = ("slurm", "kubernetes")
 HELP = "train as a configuration says, on one or many processes and machines"
 
 
@@ -31,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nproc", type=whole_number(1), help="processes per node (default: one a GPU, or 1)")
     parser.add_argument(
-        "--with", dest="launcher", choices=("torchrun", "mpirun", "slurm", "deepspeed"), default="torchrun"
+        "--with",
+        dest="launcher",
+        choices=("torchrun", "mpirun", "deepspeed", *QUEUES),
+        default="torchrun",
+        help="what starts the ranks, or the queue that the job is handed to (default: torchrun)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print exactly what would run")
     parser.add_argument(
@@ -53,13 +59,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     nodes.add_argument("--job-id", default="lce", help="name of the job, and of the c10d rendezvous")
     nodes.add_argument("--hostfile", type=Path, help="host slots=N, a line a machine (mpirun, deepspeed)")
-    queue = parser.add_argument_group("SLURM")
-    queue.add_argument("--gpus", type=int, default=0, help="GPUs per node")
-    queue.add_argument("--cpus", type=int, default=0, help="CPUs per node")
-    queue.add_argument("--time", default="", help="time limit, such as 2-00:00:00")
-    queue.add_argument("--partition", default="")
-    queue.add_argument("--account", default="")
-    queue.add_argument("--script", type=Path, default=Path("lce.sbatch"), help="where the sbatch file is written")
+    queue = parser.add_argument_group("SLURM and Kubernetes")
+    queue.add_argument("--gpus", type=whole_number(0), default=0, help="GPUs per node")
+    queue.add_argument(
+        "--cpus", type=whole_number(0), default=0, help="CPUs per node (default: 2 and the decoders, for each rank)"
+    )
+    queue.add_argument("--mem", default="", help="memory per node, such as 64G (SLURM) or 64Gi (Kubernetes)")
+    queue.add_argument("--script", type=Path, help="the file to write (default: lce.sbatch, lce.yaml)")
+    slurm = parser.add_argument_group("SLURM")
+    slurm.add_argument("--time", default="", help="time limit, such as 2-00:00:00")
+    for name in ("partition", "account", "qos", "constraint"):
+        slurm.add_argument(f"--{name}", default="", help="as named on the cluster")
+    slurm.add_argument("--exclusive", action="store_true", help="whole nodes, with all their cores")
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch; may be repeated"
+    )
+    slurm.add_argument(
+        "--header", type=Path, help="a file of #SBATCH lines and of shell lines that every node needs (module load …)"
+    )
+    slurm.add_argument("--module", action="append", default=[], help="an environment module to load; may be repeated")
+    slurm.add_argument("--container", default="", metavar="IMAGE", help="run in it: srun --container-image (pyxis)")
+    slurm.add_argument(
+        "--bind",
+        action="append",
+        default=[],
+        metavar="HOST:FOLDER",
+        help="a folder in it (default: the working folder)",
+    )
+    pods = parser.add_argument_group("Kubernetes")
+    pods.add_argument("--image", default="", help="container image with lce (launch/Dockerfile makes one)")
+    pods.add_argument("--claim", default="", help="PersistentVolumeClaim with data, configuration and run folder")
+    pods.add_argument("--mount", default="/work", help="where the claim lies in the container (default: /work)")
+    pods.add_argument("--shared-memory", default="16Gi", help="the most of the memory that processes share (16Gi)")
+    pods.add_argument("--runtime", default="torch-distributed", help="ClusterTrainingRuntime (torch-distributed)")
+    pods.add_argument("--namespace", default="")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     job = Job(
         config=args.config,
         overrides=tuple(args.overrides),
-        nproc=args.nproc or (args.gpus or 1 if args.launcher == "slurm" else present),
+        nproc=args.nproc or (args.gpus or 1 if args.launcher in QUEUES else present),
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         master=args.master,
@@ -87,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         join_seconds=config.run.timeout_seconds,
     )
     _check_classes(config, job)
-    if args.launcher != "slurm" and device == "cuda":
+    if args.launcher not in QUEUES and device == "cuda":
         from trainer.distributed import choose_device
 
         choose_device(config.run.device, job.nproc - 1)  # refuses more ranks than GPUs
@@ -97,10 +130,11 @@ def run(args: argparse.Namespace) -> int:
         _check_hosts(args, job)
     if args.check:
         return _check(config, job, device)
-    if not args.dry_run and not args.no_check:
+    if not args.dry_run and not args.no_check and args.launcher != "kubernetes":  # its paths are the pods'
         _check_inputs(config, job)
-    if args.launcher == "slurm":
-        return _slurm(args, job)
+    if args.launcher in QUEUES:
+        cpus = args.cpus or (0 if args.exclusive else job.nproc * cpus_of_a_rank(config))
+        return (_slurm if args.launcher == "slurm" else _kubernetes)(args, job, cpus)
     return _start(args.launcher, job, args.dry_run)
 
 
@@ -111,7 +145,7 @@ def _devices(config: "Config", args: argparse.Namespace) -> tuple[Literal["cpu",
     from trainer.machine import has_gpu_driver
 
     wanted = config.run.device
-    if args.launcher == "slurm":  # this machine is not the one that computes
+    if args.launcher in QUEUES:  # this machine is not the one that computes
         return ("cuda" if args.gpus and wanted != "cpu" else "cpu"), args.gpus
     if wanted == "cpu" or not has_gpu_driver():
         there = 0
@@ -176,7 +210,7 @@ def _check_hosts(args: argparse.Namespace, job: "Job") -> None:
     """Refuse hosts that cannot be reached by what was given for them."""
     from trainer.errors import ConfigError
 
-    if job.many_nodes and args.launcher != "slurm" and job.master:
+    if job.many_nodes and args.launcher not in QUEUES and job.master:
         _check_master(job.master)
     if job.hostfile is not None and not job.hostfile.is_file():
         raise ConfigError(f"--hostfile {job.hostfile}: no such file; it has a line `host slots=N` for each machine")
@@ -244,13 +278,59 @@ def _start(launcher: str, job: "Job", dry_run: bool) -> int:
     return 0
 
 
-def _slurm(args: argparse.Namespace, job: "Job") -> int:
-    from launch import slurm
+def cpus_of_a_rank(config: "Config") -> int:
+    """What a rank is given where nothing else is said: its own threads (2 at least: one trains, one saves and sends)
+    and those that decode."""
+    return max(config.run.threads, 2) + getattr(config.data, "workers", 0)
 
-    allocation = slurm.Allocation(args.gpus, args.time, args.partition, args.account, args.cpus)
-    text = slurm.script(job, allocation)
-    if args.dry_run:
-        print(text, end="")
-    else:
-        print(slurm.submit(text, args.script))
+
+def _slurm(args: argparse.Namespace, job: "Job", cpus: int) -> int:
+    from launch import slurm
+    from trainer.errors import ConfigError
+
+    try:
+        header = args.header.read_text(encoding="utf-8") if args.header is not None else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--header {args.header}: cannot be read ({error})") from None
+    allocation = slurm.Allocation(
+        gpus=args.gpus,
+        cpus=cpus,
+        time=args.time,
+        partition=args.partition,
+        account=args.account,
+        qos=args.qos,
+        constraint=args.constraint,
+        mem=args.mem,
+        exclusive=args.exclusive,
+        options=tuple(args.sbatch),
+        header=header,
+        modules=tuple(args.module),
+        container=args.container,
+        mounts=tuple(args.bind),
+    )
+    return _hand_over(slurm.script(job, allocation), args.script or Path("lce.sbatch"), ["sbatch"], args.dry_run)
+
+
+def _kubernetes(args: argparse.Namespace, job: "Job", cpus: int) -> int:
+    from launch import kubernetes
+
+    pods = kubernetes.Pods(
+        image=args.image,
+        claim=args.claim,
+        mount=args.mount,
+        gpus=args.gpus,
+        cpus=cpus,
+        mem=args.mem,
+        shared_memory=args.shared_memory,
+        runtime=args.runtime,
+        namespace=args.namespace,
+    )
+    text = kubernetes.text(job, pods)
+    return _hand_over(text, args.script or Path("lce.yaml"), ["kubectl", "create", "-f"], args.dry_run)
+
+
+def _hand_over(text: str, path: Path, command: list[str], dry_run: bool) -> int:
+    from launch.child import submit
+
+    print(text if dry_run else f"{submit(text, path, command)}\n", end="")
     return 0

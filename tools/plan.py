@@ -22,6 +22,7 @@ from tools.arguments import above_zero, whole_number
 from tools.output import size_text
 
 if TYPE_CHECKING:
+    from trainer.head.config import HeadConfig
     from trainer.planning.plan import Holds, Plan
     from trainer.planning.setting import Setting
     from trainer.planning.simulation import Simulated
@@ -269,13 +270,19 @@ def _epochs(plan: "Plan") -> float | None:
     return plan.updates * train.accumulate * data.batch_size / setting.records
 
 
+def _rates(head: "HeadConfig") -> str:
+    """Such as ``0.1, from update 20,000 on 1``."""
+    (_, first), *later = head.rates
+    return ", ".join([f"{first:g}", *(f"from update {update:,} on {rate:g}" for update, rate in later)])
+
+
 def _describe(plan: "Plan", args: argparse.Namespace) -> list[str]:
     setting = plan.setting
     config = setting.config
     lines = [
         f"{setting.num_classes:,} classes, dimension {config.backbone.dim}, {config.backbone.name}, "
         f"batch {config.data.batch_size:,} on {setting.world_size} × {setting.device}, "
-        f"sample rate {config.head.sample_rate}, rows {config.head.rows}",
+        f"sample rate {_rates(config.head)}, rows {config.head.rows}",
         "",
         "memory of a rank" + ("" if setting.device == "cpu" else " (GPU)"),
         *_parts(plan, False),

@@ -4,7 +4,7 @@ Many processes, queues and clusters are the command's (``lce launch``). A path m
 is taken.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trainer.models.graph import Parity, pick_images
 from trainer.models.model import EmbeddingModel, TorchModel, check_distinct, embed_dataset
 from trainer.models.onnx_export import export_onnx as write_onnx
 from trainer.models.open import load_model
+from trainer.reading import as_path, wrong_argument
 from trainer.run.config import Config
 from trainer.run.engine import train as train_on_ranks
 from trainer.run.folder import RunSummary
@@ -41,6 +42,8 @@ def train(config: Config) -> RunSummary:
     Raises:
         LceError: the input is wrong (nothing was written then), checkpoints are damaged, or the loss diverges.
     """
+    if not isinstance(config, Config):
+        raise wrong_argument("config", config, "a configuration, as trainer.load_config(FILE) gives it")
     with process_group(config.run.device, config.run.timeout_seconds, config.run.threads) as ranks:
         return train_on_ranks(config, ranks)
 
@@ -69,6 +72,10 @@ def make_bank(model: AnyModel, dataset: AnyDataset, path: str | Path, **options:
     Raises:
         LceError: as that function; ``path`` exists already.
     """
+    path = as_path(path, "path", "the folder of the bank to be")
+    centers = options.get("centers")
+    if not isinstance(centers, CenterBank | None):
+        raise wrong_argument("centers", centers, "an open bank, trainer.compat.bank.center_bank.CenterBank(PATH)")
     return bank_from_model(_model(model), _dataset(dataset), path, **options)
 
 
@@ -99,8 +106,18 @@ def evaluate(
     Raises:
         LceError: models that cannot be compared, or sets without pairs.
     """
+    if not isinstance(data, Mapping):
+        raise wrong_argument("data", data, "names and data sets, such as {'mine': 'packed@splits/unseen.npy'}")
     if not data:
         raise ConfigError("`data` is empty")
+    stray = next((name for name in data if not isinstance(name, str)), None)
+    if stray is not None:
+        raise wrong_argument("data", data, f"texts as names of the sets, not {stray!r}")
+    rates = _listed("fars", fars, float | int, "false accept rates such as [1e-3, 1e-2]")
+    seen = _listed("seen", seen, str, "names of sets, such as ['mine']")
+    unseen = _listed("unseen", unseen, str, "names of sets, such as ['mine']")
+    if report is not None:
+        report = as_path(report, "report", "the path of an .html file")
     declared = declarations(data, seen, unseen)
     models = {"old": _model(old), "new": _model(new)} | ({} if paragon is None else {"paragon": _model(paragon)})
     cache = EmbeddingCache(default_cache())
@@ -109,13 +126,13 @@ def evaluate(
             embed_set(name, models, _dataset(dataset), cache, ranks, declared=declared.get(name))
             for name, dataset in data.items()
         ]
-    result = study(sets, Options(fars=tuple(fars)))
+    result = study(sets, Options(fars=tuple(map(float, rates))))
     result["models"] = {role: {"path": str(model.path), "hash": model.hash} for role, model in models.items()}
     result |= {"settings": {}, "provenance": provenance(), "pair_sets": {}, "template_sets": {}}
     if report is not None:
         from trainer.evaluation.report import write_report  # matplotlib, which training does not need
 
-        write_report(Path(report), result)
+        write_report(report, result)
     return result
 
 
@@ -128,6 +145,9 @@ def export_onnx(model: AnyModel, path: str | Path, dataset: AnyDataset, images: 
     Raises:
         ModelError: the difference is too large (then there is no file), or the model is no torch model.
     """
+    path = as_path(path, "path", "the path of the .onnx file to be")
+    if not isinstance(images, int) or isinstance(images, bool):
+        raise wrong_argument("images", images, "how many images of the data set are compared, such as 16")
     model, dataset = _model(model), _dataset(dataset)
     if not isinstance(model, TorchModel):
         raise ModelError(f"{model.path}: is not a torch model, so it cannot be written as ONNX")
@@ -145,15 +165,30 @@ def upgrade_gallery(gallery: str | Path, model: AnyModel, images: AnyDataset | N
     Raises:
         LceError: as :func:`trainer.gallery.files.upgrade`.
     """
-    path, model = Path(gallery), _model(model)
+    path = as_path(gallery, "gallery", "the path of a gallery file")
+    model = _model(model)
     state = files.status(path)
     dim = open_gallery(path).dim if state is None else state.dim_in
     return files.upgrade(path, Forward(model) if images is None else Reencode(model, _dataset(images), dim))
 
 
 def _model(model: AnyModel) -> EmbeddingModel:
-    return model if isinstance(model, EmbeddingModel) else load_model(model)
+    if isinstance(model, EmbeddingModel):
+        return model
+    return load_model(as_path(model, "model", "the path of a model, or what trainer.load_model gives"))
 
 
 def _dataset(dataset: AnyDataset) -> Dataset:
-    return dataset if isinstance(dataset, Dataset) else open_named(str(dataset))
+    if isinstance(dataset, Dataset):
+        return dataset
+    return open_named(as_path(dataset, "dataset", "the path of a data set, or what trainer.open_dataset gives"))
+
+
+def _listed(argument: str, values: object, kind: Any, expected: str) -> tuple[Any, ...]:
+    """The values of a list. Raises :class:`ConfigError`: a single value, a text, or values of another type."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise wrong_argument(argument, values, expected)
+    out = tuple(values)
+    if not all(isinstance(value, kind) and not isinstance(value, bool) for value in out):
+        raise wrong_argument(argument, values, expected)
+    return out

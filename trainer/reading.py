@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from trainer.errors import LceError
+from trainer.errors import ConfigError, LceError
 
 MOST_BYTES = 1 << 28
 """Of a text that is read whole."""
@@ -236,3 +236,17 @@ def _line(error: BaseException) -> str:
         return "too many levels of lists and mappings inside each other"
     text = " ".join(str(error).split())
     return (text if len(text) <= 300 else f"{text[:297]}…") or type(error).__name__
+
+
+def as_path(value: object, argument: str, what: str = "a path") -> Path:
+    """An argument that names a file or folder. Raises :class:`ConfigError`: empty, or neither a text nor a path."""
+    if not isinstance(value, str | os.PathLike) or not (text := os.fspath(value)) or not isinstance(text, str):
+        raise wrong_argument(argument, value, what)
+    return Path(text)
+
+
+def wrong_argument(argument: str, value: object, expected: str) -> ConfigError:
+    """The error for an argument of another type, in one line."""
+    shown = " ".join(repr(value).split())
+    shown = shown if len(shown) <= 60 else f"of type {type(value).__name__}"
+    return ConfigError(f"`{argument}` {shown}: expected {expected}")

@@ -99,20 +99,35 @@ def test_sbatch_file(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=False).returncode == 0
 
 
+def test_sbatch_file_passes_the_linter(path: Path, tmp_path: Path) -> None:
+    linter = shutil.which("shellcheck")
+    if linter is None:
+        pytest.skip("shellcheck is not installed (make queue-extras)")
+    every = slurm.Allocation(modules=("cuda/12",), container="site/lce:1", options=("comment=two words",), cpus=4)
+    for number, allocation in enumerate((slurm.Allocation(), every)):
+        (tmp_path / f"{number}.sh").write_text(slurm.script(Job(path, ("a.b=1 2",), nnodes="2"), allocation))
+    done = subprocess.run([linter, *map(str, tmp_path.glob("*.sh"))], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then echo node0; echo node1; else echo "$@" >> "$FAKE_LOG"; fi',
-    "srun": 'shift; SLURM_NODEID=0 exec "$@"',
+    "srun": 'shift 2; SLURM_NODEID=0 exec "$@"',
     "scancel": "true",
-    "torchrun": 'echo "torchrun $*" >> "$FAKE_LOG"; exit 75',
+    "python": 'echo "python $*" >> "$FAKE_LOG"; exit 75',
 }
 
 
-def test_sbatch_file_runs(path: Path, tmp_path: Path) -> None:
-    """The script itself, under bash, with stand-ins for SLURM's commands: the words that torchrun gets on a node."""
+def test_sbatch_file_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script itself, under bash, with stand-ins for SLURM's commands: the words that a node runs."""
+    monkeypatch.setattr("launch.slurm.python", lambda: str(tmp_path / "python"))
+    (tmp_path / "more.yaml").touch()
+    monkeypatch.chdir(tmp_path)
     for name, body in FAKES.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "job.sh").write_text(slurm.script(Job(path, ("a.b=1 2",), nproc=2, nnodes="2"), slurm.Allocation()))
+    job = Job(Path("run.yaml"), ("more.yaml", "a.b=1 2"), nproc=2, nnodes="2", max_restarts=1, interface="ib0")
+    (tmp_path / "job.sh").write_text(slurm.script(job, slurm.Allocation()))
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "FAKE_LOG": str(tmp_path / "log"),
@@ -123,8 +138,8 @@ def test_sbatch_file_runs(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(tmp_path / "job.sh")], env=environment, check=False, timeout=30)
     assert done.returncode == 75
     words = (tmp_path / "log").read_text()
-    assert "--nnodes=2 --node-rank=0 --nproc-per-node=2 --master-addr=node0 --master-port=20007" in words
-    assert f"-m trainer {path} a.b=1 2" in words
+    assert f"python -m tools.cli launch {path} {tmp_path / 'more.yaml'} a.b=1 2 --nproc 2 --nnodes 2 " in words
+    assert "--max-restarts 1 --interface ib0 --node-rank 0 --master node0:20007\n" in words
     assert "requeue" not in words
 
 
@@ -160,8 +175,32 @@ def test_sbatch_file_is_queued_again_after_a_save(path: Path, tmp_path: Path) ->
 def test_a_queue_starts_a_process_for_each_gpu(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classes = "data.synthetic_classes=100"  # at least one for each of 32 ranks
     text = _shown(capsys, str(path), "--with", "slurm", "--nnodes", "4", "--gpus", "8", classes)
-    assert "--nproc-per-node=8" in text
-    assert "export OMP_NUM_THREADS=1\n" in text
+    assert "--nproc 8 --nnodes 4" in text
+    assert "#SBATCH --cpus-per-task=16\n" in text  # two for each rank; synthetic data are not decoded
+    assert "cpus-per-task" not in _shown(
+        capsys, str(path), "--with", "slurm", "--gpus", "8", "--exclusive", "--nnodes", "1", classes
+    )
+
+
+def test_what_a_cluster_wants_is_passed_through(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "header").write_text("#!/bin/bash\n#SBATCH --reservation=night\nsource /opt/site.sh\n")
+    words = ["--qos", "high", "--constraint", "h100", "--mem", "64G", "--exclusive", "--module", "cuda/12", "--module"]
+    words += ["gcc", "--sbatch", "comment=two words", "--sbatch", "output=logs/%j", "--sbatch", "nice"]
+    text = _shown(capsys, str(path), "--with", "slurm", *words, "--header", str(tmp_path / "header"))
+    lines = text.splitlines()
+    for option in ("--qos=high", "--constraint=h100", "--mem=64G", "--exclusive", "--comment='two words'", "--nice"):
+        assert f"#SBATCH {option}" in lines
+    assert [line for line in lines if "--output" in line] == ["#SBATCH --output=logs/%j"]
+    commands = [line for line in lines if not line.startswith("#")]
+    assert commands[1:3] == ["module load cuda/12 gcc", "source /opt/site.sh"]
+    assert lines.index("#SBATCH --reservation=night") < lines.index("module load cuda/12 gcc")
+    text = _shown(capsys, str(path), "--with", "slurm", "--container", "site/lce:1", "--bind", "/data:/data")
+    assert "srun --kill-on-bad-exit=0 --wait=60 --container-image=site/lce:1 --container-mounts=/data:/data" in text
+    assert '"$master:$port" lce launch ' in text
+    for wrong in ("nodes=3", "signal=USR1", "no such=1", "x=1\n#SBATCH --y"):
+        assert main(["launch", str(path), "--with", "slurm", "--sbatch", wrong, "--dry-run"]) == 2
+    assert "--nnodes says how many machines" in capsys.readouterr().err
+    assert main(["launch", str(path), "--with", "slurm", "--header", str(tmp_path / "none"), "--dry-run"]) == 2
 
 
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])

@@ -107,7 +107,7 @@ def test_a_command_on_several_processes_takes_nothing_from_the_working_folder(fo
 SLURM = {
     "sbatch": "export SLURM_JOB_ID=7 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_JOB_NODELIST=here\n"
     'bash "$1" && echo "Submitted batch job 7"',
-    "srun": 'shift\nexec "$@"',
+    "srun": 'while [[ "$1" == -* ]]; do shift; done\nexec "$@"',
     "scontrol": 'case "$1" in show) echo 127.0.0.1 ;; *) exit 1 ;; esac',
 }
 """Stand-ins that run a job at once, on this machine, as one task of the sbatch file."""

@@ -9,14 +9,14 @@ import yaml
 
 from tests.configs.test_resolved import CONFIGS
 from tools import cli
-from tools.config import chosen, keys, page, schema
+from tools.config import keys, page, schema, shown
 from trainer.run.config import Config, load_config
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_every_key_is_described() -> None:
-    found = [key for _, node in chosen(None) for key in keys(node)]
+    found = [key for _, node, _ in shown(None) for key in keys(node)]
     assert len(found) > 120
     assert [key.name for key in found if not key.meaning or not key.type or not key.default] == []
 
@@ -38,10 +38,43 @@ def test_sections_and_files_are_shown(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["config", *words]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["head"]["sample_rate"] == 0.25
     assert cli.main(["config", "head.margins"]) == 2
-    assert "head.margins: no such section; known: run, data," in capsys.readouterr().err
+    assert "head.margins: no such section or key; did you mean head.margin?" in capsys.readouterr().err
+    assert cli.main(["config", "xyz"]) == 2
+    assert "xyz: no such section or key; known: run, data," in capsys.readouterr().err
     assert cli.main(["config", "head", "run.dir=x"]) == 2
     assert cli.main(["config", *words, "head.margin.upper_norm=3"]) == 2
     assert "belongs to magface" in capsys.readouterr().err
+
+
+def test_a_single_key_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "head.margin.upper_norm"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("head.margin\n  upper_norm = 110.0  (number > 0; name magface)\n      u_a, ")
+    assert out.count("\n") == 3
+    assert cli.main(["config", "run.timeout_seconds"]) == 0
+    out = capsys.readouterr().out
+    assert "timeout_seconds = 600.0 seconds  (number > 0)" in out
+    assert "device" not in out
+    assert cli.main(["config", "head.margin.m"]) == 0
+    assert capsys.readouterr().out.count("  m = ") > 1  # one a variant that means another thing by it
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("head.margin.uper_norm", "did you mean head.margin.upper_norm?"),
+        ("upper_norm", "did you mean head.margin.upper_norm?"),
+        ("head.upper_norm", "did you mean head.margin.upper_norm?"),
+        ("seed", "did you mean run.seed?"),
+        ("momentum", "did you mean head.optimizer.momentum or optimizer.momentum?"),
+        ("head.margin.upper_norm.x", "did you mean head.margin.upper_norm?"),
+    ],
+)
+def test_an_unknown_key_gets_a_hint(capsys: pytest.CaptureFixture[str], name: str, hint: str) -> None:
+    assert cli.main(["config", name]) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: no such section or key; {hint}" in error
+    assert error.count("\n") == 1
 
 
 def fits(value: Any, rule: dict[str, Any], root: dict[str, Any]) -> bool:

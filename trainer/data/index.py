@@ -23,7 +23,7 @@ from trainer.data import checksums, recordio, store
 from trainer.data.pixels import decode_image, image_size
 from trainer.errors import DataError, ForeignRecordsError, MissingDataError, OutsideError
 from trainer.files import checksum, write_text
-from trainer.reading import read_text, read_yaml
+from trainer.reading import as_path, read_text, read_yaml
 from trainer.seals import find_change, sealed, unsealed, warn_once
 
 DESCRIPTION = "dataset.yaml"
@@ -417,9 +417,10 @@ def open_dataset(path: str | Path, labels: str | Path | None = None, *, verify: 
         ForeignRecordsError: the label table was made for other records.
         DataError: missing parts, empty or damaged files, a label out of range.
     """
-    dataset = _open(Path(path), None if labels is None else Path(labels), "all" if verify else "none")
-    if labels is not None:
-        known = table_info(Path(labels))
+    table = None if labels is None else as_path(labels, "labels", "the path of a label table (.npy)")
+    dataset = _open(as_path(path, "path", "the path of a data set"), table, "all" if verify else "none")
+    if table is not None:
+        known = table_info(table)
         of = (None, None) if known is None else (known.fingerprint, known.dataset)
         dataset.check_numbering(f"the label table {labels}", *of)
     return dataset

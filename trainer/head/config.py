@@ -1,10 +1,12 @@
 """The section ``head``: the margin, the rows' optimizer, and how the class-sharded softmax is computed."""
 
 import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainer.config import Section, Variants, refuse_idle
 
@@ -130,6 +132,10 @@ class AdamWRowsConfig(RowOptimizerConfig):
 AnyRowOptimizer: TypeAlias = Annotated[SgdRowsConfig | AdamWRowsConfig, Variants(name="sgd")]
 
 
+SampleRate: TypeAlias = Annotated[float, Field(gt=0, le=1)] | tuple[tuple[int, float], ...]
+"""A share of the classes, or (update, share from it on) in ascending order, the first from update 0 on."""
+
+
 class HeadConfig(Section):
     """The class-sharded margin softmax."""
 
@@ -140,7 +146,11 @@ class HeadConfig(Section):
         "memory and a wait for the device (always so with accumulated batches and float16)",
     )
     margin: AnyMargin = Field(CosFaceConfig(), description="the margin on the target's cosine")
-    sample_rate: float = Field(1.0, gt=0, le=1, description="share of the classes drawn as negatives each step")
+    sample_rate: SampleRate = Field(
+        1.0,
+        description="share of the classes drawn as negatives each step, above 0, at most 1; or pairs of an update and "
+        "the share from it on, such as [[0, 0.1], [20000, 1.0]]",
+    )
     sampling_correction: bool = Field(
         False, description="weight drawn negatives by 1 / sample_rate, so that their sum estimates the full one"
     )
@@ -169,9 +179,14 @@ class HeadConfig(Section):
         None, description="start from these rows: arcface_torch's output folder, a classifier file, or a run folder"
     )
 
+    @field_validator("sample_rate", mode="before")
+    @classmethod
+    def _shares(cls, value: Any) -> Any:
+        return _checked_schedule(value) if isinstance(value, list | tuple) else _checked_share(value)
+
     @model_validator(mode="after")
     def _combinations(self) -> "HeadConfig":
-        if self.sampling_correction and self.sample_rate == 1:
+        if self.sampling_correction and not self.draws:
             raise ValueError(
                 "head.sampling_correction: weights drawn negatives, and head.sample_rate is 1: none are drawn; remove "
                 "it, or set head.sample_rate below 1"
@@ -189,6 +204,25 @@ class HeadConfig(Section):
             self._check_reference()
         self._check_float8()
         return self
+
+    @property
+    def rates(self) -> tuple[tuple[int, float], ...]:
+        """(update, sample rate from it on) in ascending order."""
+        return self.sample_rate if isinstance(self.sample_rate, tuple) else ((0, self.sample_rate),)
+
+    @property
+    def highest_rate(self) -> float:
+        """The highest sample rate of the run."""
+        return max(rate for _, rate in self.rates)
+
+    @property
+    def draws(self) -> bool:
+        """Whether some updates draw only some of the classes."""
+        return any(rate < 1 for _, rate in self.rates)
+
+    def rate_at(self, update: int) -> float:
+        """The sample rate of an update, counted from 0."""
+        return next(rate for first, rate in reversed(self.rates) if first <= max(update, 0))
 
     @property
     def frozen_rows(self) -> str:
@@ -211,7 +245,7 @@ class HeadConfig(Section):
         refuse_idle(self, "head", ("update",), "with head.impl=reference")
         if self.sub_centers > 1 or self.margin.name == "curricular" or self.compute != "float32":
             raise ValueError("head.impl = reference: without sub-centres, curricular margin, tf32 and bfloat16 compute")
-        if self.optimizer.name == "adamw" and self.sample_rate < 1:
+        if self.optimizer.name == "adamw" and self.draws:
             raise ValueError(
                 "head.impl = reference: adamw at sample_rate 1 only (torch's AdamW also moves rows that were not drawn)"
             )
@@ -220,3 +254,33 @@ class HeadConfig(Section):
                 f"head.rows={self.rows} needs stochastic rounding; head.impl=reference does not support it, use "
                 "head.impl=fused"
             )
+
+
+def _checked_share(value: Any) -> Any:
+    """A share of the classes as it was given. Raises ValueError for what is none."""
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        name = "head.sample_rate: " if isinstance(value, Mapping) else ""
+        raise ValueError(f"{name}expected a number, or pairs such as [[0, 0.1], [20000, 1.0]]") from None
+    if not 0 < share <= 1:
+        raise ValueError("must be greater than 0 and less than or equal to 1")
+    return value
+
+
+def _checked_schedule(pairs: Sequence[Any]) -> Sequence[Any]:
+    """Pairs of an update and a share, in ascending order. Raises ValueError for what is no sensible schedule."""
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or any(isinstance(one, bool) for one in pair):
+            raise ValueError(f"{pair!r}: expected a pair of an update and a share, such as [20000, 1.0]")
+        if not isinstance(pair[0], int):
+            raise ValueError(f"{pair!r}: an update is a whole number")
+        _checked_share(pair[1])
+    if not pairs or pairs[0][0] != 0:
+        raise ValueError("the first pair is for update 0")
+    for (before, share), (update, later) in pairwise(pairs):
+        if update <= before:
+            raise ValueError(f"update {update} stands behind update {before}; give them in ascending order")
+        if float(share) == float(later):
+            raise ValueError(f"from update {update} on the share is {later}, as before; leave that pair out")
+    return pairs

@@ -9,6 +9,7 @@ Collectives: one all-reduce of 3·B float64 numbers in forward. The embeddings a
 gathered, and their gradient joins the head's on its way back: each rank adds what its own rows say.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,8 @@ class FrozenClassifier:
         compute: dtype that the matrix products take; sums are in float32, or float64 for float64 rows.
         tf32: whether CUDA may round float32 products' inputs.
         sample_rate: share of the classes that take part as negatives in a step, by the head's own draw (same seed,
-            same step: the same classes); the batch's classes always do. The smaller sum is not corrected.
+            same step: the same classes), or that of a step; the batch's classes always do. The smaller sum is not
+            corrected.
         seed: of the draw.
 
     Raises:
@@ -65,7 +67,7 @@ class FrozenClassifier:
         kernels: Kernels,
         compute: torch.dtype,
         tf32: bool = False,
-        sample_rate: float = 1.0,
+        sample_rate: float | Callable[[int], float] = 1.0,
         seed: int = 0,
     ) -> None:
         self.rows, self.mask, self.classes = known.rows, known.mask, known.classes
@@ -117,10 +119,11 @@ class FrozenClassifier:
 
     def _draw(self, places: Tensor, step: int) -> Tensor | None:
         """The rows of a step, ascending: the drawn classes that have one, and the batch's own; None: all."""
-        if self.sample_rate >= 1:
+        rate = self.sample_rate(step) if callable(self.sample_rate) else self.sample_rate
+        if rate >= 1:
             return None
         c = self.classes
-        negatives = Draw.of(self.seed, step, c.total, self.sample_rate).negatives(c.start, c.stop, places.device)
+        negatives = Draw.of(self.seed, step, c.total, rate).negatives(c.start, c.stop, places.device)
         return torch.unique(torch.cat([self.place[negatives[self.mask[negatives]]], places]))
 
 

@@ -95,6 +95,8 @@ class FusedSoftmax:
         self, x: Tensor, labels: Tensor, drawn: Drawn, verdict: Verdict, *, training: bool, deferred: bool, seed: int
     ) -> StepOutput:
         """See :class:`trainer.head.step.Softmax`."""
+        # Before the seed is set: a resumed run that begins behind the change has nothing to bring up to date.
+        self.optimizer.set_sampled(drawn.index is not None)
         self.optimizer.reseed(seed)
         with torch.no_grad():
             step = self.forward(x.detach(), labels, drawn, training, deferred)

@@ -6,6 +6,7 @@ embeddings' gradient (W·b·4·D bytes). (CurricularFace needs the target cosine
 all-reduce of B numbers.)
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from trainer.head.row_optimizer import RowOptimizer, build_row_optimizer
 from trainer.head.sampling import Draw, draw_rows
 from trainer.head.step import PassSettings, Softmax, Verdict
 from trainer.randomness import block_seed
+
+log = logging.getLogger(__name__)
 
 COMPILE_FROM_ROWS = 32768
 """Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""
@@ -88,6 +91,7 @@ class PartialFC(nn.Module):
         compat: LCE's direct mode, fused into the pass; its centres are this rank's.
         local_batch: the largest number of samples that any rank hands in; None: the ranks agree on it each step, by
             one more (8-byte) collective.
+        accumulate: steps of an update, which a schedule of the sample rate counts.
 
     Raises:
         ConfigError: settings that exclude each other, or a scale too large for float32.
@@ -104,14 +108,16 @@ class PartialFC(nn.Module):
         seed: int,
         compat: DirectCompat | None = None,
         local_batch: int | None = None,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
+        self.accumulate = accumulate
         self.config, self.dim, self.ranks, self.seed, self.local_batch = config, dim, ranks, seed, local_batch
         self.classes: ClassRange = class_range(num_classes, ranks.rank, ranks.world_size)
         _check(config, compat)
         if compat is not None:
             compat.check(self.classes.size, dim)
-            if config.sample_rate == 1 and compat.centers.device.type != ranks.device.type:
+            if config.highest_rate == 1 and compat.centers.device.type != ranks.device.type:
                 raise ConfigError(
                     "compat.centers = host with head.sample_rate = 1: every centre would be copied to the GPU in every "
                     "step; use compat.centers=device, or a sample rate below 1"
@@ -157,7 +163,8 @@ class PartialFC(nn.Module):
         Args:
             embeddings: (b, D) of this rank, not normalised; b may differ between ranks and be 0.
             labels: (b,) int64 in [−1, C); −1: no class, no term. Or what :meth:`gather_labels` made of them.
-            step: number of the update; with the seed it decides which negatives are drawn.
+            step: number of the step, ``accumulate`` of which make an update; with the seed it decides which negatives
+                are drawn.
             companion: a further loss of the gathered batch, added to the head's; see :class:`Companion`.
         """
         world = self.ranks.world_size
@@ -172,8 +179,8 @@ class PartialFC(nn.Module):
         verdict = Verdict()  # settled below, read in backward
         x = _FiniteGradient.apply(x, verdict)
         with torch.no_grad():
-            sampled, total = self.config.sample_rate < 1, self.classes.total
-            draw = Draw.of(self.seed, step, total, self.config.sample_rate) if sampled else None
+            rate = self._rate(step)
+            draw = Draw.of(self.seed, step, self.classes.total, rate) if rate < 1 else None
             drawn = draw_rows(every.host, self.classes, draw, x.device)
         rounding = hash((self.seed, step, self.classes.start)) & 0x7FFFFFFFFFFFFFFF
         done = self.softmax.step(
@@ -183,6 +190,16 @@ class PartialFC(nn.Module):
         out = self._with_companion(companion, x, every, done.own, out)
         verdict.finite = out.finite
         return out
+
+    def _rate(self, step: int) -> float:
+        """The sample rate of a step; a change is logged once."""
+        update, part = divmod(step, self.accumulate)
+        rate = self.config.rate_at(update)
+        if part == 0 and (update, rate) in self.config.rates[1:] and self.ranks.rank == 0:
+            log.info(
+                "head.sample_rate is %g from update %d on: the loss sums over another number of classes", rate, update
+            )
+        return rate
 
     def _with_companion(
         self, companion: Companion | None, x: Tensor, labels: Labels, own: Tensor, out: HeadOutput
@@ -303,7 +320,7 @@ def _build_softmax(
     """The implementation of the step for these rows and about ``batch`` samples: the C++ pass where it pays and can,
     else torch's, or the reference.
     """
-    sampled = config.sample_rate < 1
+    sampled = config.rate_at(0) < 1
     optimizer: RowOptimizer
     if isinstance(rows, Float8Table):
         assert isinstance(config.optimizer, SgdRowsConfig), "HeadConfig refuses others"

@@ -201,6 +201,21 @@ class RowOptimizer(ABC):
         """The learning rate of the coming updates (the configuration's ``lr_factor`` is applied here)."""
         self.lr = lr * self.config.lr_factor
 
+    def set_sampled(self, sampled: bool) -> None:
+        """Whether the coming steps touch only some of the rows. Where that changes, all are brought up to date, and
+        earlier selections are invalid.
+        """
+        if sampled != self.sampled:
+            self.flush()
+            self.sampled = sampled
+            self.updates += 1
+            self._space = [self.rows.new_empty(0) for _ in self.tables]
+            self._begin()
+
+    def _begin(self) -> None:
+        """Make what steps on all rows, or on some of them, need; all rows are up to date."""
+        return
+
     def select(self, index: Tensor | None) -> Selection:
         """The rows ``index`` (None: all), brought up to date."""
         return Selection(self, index)
@@ -297,14 +312,20 @@ class SgdRows(RowOptimizer):
         self.state_names = ("momentum",) if config.momentum else ()
         super().__init__(config, rows, sampled, seed)
         self.config: SgdRowsConfig = config
+        self._begin()
+
+    def _begin(self) -> None:
+        """See :meth:`RowOptimizer._begin`."""
+        rows, sampled = self.rows, self.sampled
         # 1/‖w‖ as the last update of all rows left it, for the next pass, and the version of the rows it belongs to.
         self._inverse = rows.new_empty((0 if sampled else len(rows), 1), dtype=self.work)
         self._inverse_of = -1
         self._left_inverse = False  # whether the update under way leaves it behind (not the one in C++)
+        # The update that touched a row last, and the current one.
+        self._last = torch.zeros(len(rows) if sampled else 0, dtype=torch.int32, device=rows.device)
+        self._now = torch.zeros((), dtype=torch.int32, device=rows.device)
         if not sampled:
             return
-        self._last = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
-        self._now = torch.zeros((), dtype=torch.int32, device=rows.device)
         # Decay alone shrinks a row that is never drawn by this; copy_state divides by it, so it is kept from vanishing.
         self._since_flush, self._shrunk = 0, 1.0
         # _missed[k] is the product of the last k steps as (a, b, c, d), kept in float64; _coefficients is what rows

@@ -21,7 +21,7 @@ from trainer.networks import build_backbone
 from trainer.networks.scale import fit_scale
 from trainer.networks.transform import build_transform
 from trainer.networks.weights import SUFFIXES
-from trainer.reading import open_regular, read_json, regular
+from trainer.reading import as_path, open_regular, read_json, regular
 
 _HUB_WEIGHTS = ("model.safetensors", "model.pt", "pytorch_model.bin")
 
@@ -39,7 +39,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Re
         ModelError: nothing there, an unfinished run, damaged files, weights that do not fit the card, or an ONNX graph
             that does not map a batch of images to one embedding each.
     """
-    path = Path(path)
+    path = as_path(path, "path", "the path of a model")
     if is_description(path) or path.is_file() or path.suffix == ".onnx":
         path, reading = with_description(path, reading or Reading())
     if path.suffix == ".onnx":

@@ -82,7 +82,14 @@ def peak_bytes(parts: list[Part], on_host: bool = False) -> int:
 
 
 def rank_memory(setting: Setting, backbone: BackboneSizes) -> list[Part]:
-    """All parts of the largest rank, the first; parts without bytes are left out."""
+    """All parts of the largest rank, the first; parts without bytes are left out. Of several sample rates the one that
+    takes most counts: drawn rows are copied, all of them are not.
+    """
+    each = [_memory_of(one, backbone) for one in setting.by_rate]
+    return max(each, key=lambda parts: (peak_bytes(parts), peak_bytes(parts, on_host=True)))
+
+
+def _memory_of(setting: Setting, backbone: BackboneSizes) -> list[Part]:
     parts = [*_process(setting), *_tables(setting), *_head_step(setting), *_network(setting, backbone)]
     parts += _checkpoint(setting, backbone)
     return [part for part in parts if part.bytes]

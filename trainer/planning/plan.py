@@ -244,7 +244,7 @@ def _changes(setting: Setting) -> dict[str, Edit]:
 def _variants(words: str, change: Edit, setting: Setting) -> list[tuple[str, Setting]]:
     if "{}" not in words:
         return [(words, change(setting, None))]
-    rates = [rate for rate in RATES if rate < setting.config.head.sample_rate]
+    rates = [rate for rate in RATES if rate < setting.config.head.highest_rate]
     return [(words.format(rate), change(setting, rate)) for rate in rates]
 
 

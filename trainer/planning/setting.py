@@ -1,6 +1,6 @@
 """What a plan is made for: a configuration and the sizes that it does not state itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trainer.distributed import largest_share, ranks_text
@@ -56,15 +56,24 @@ class Setting:
 
     @property
     def sampled(self) -> bool:
-        """Whether a step draws some of the rows only."""
-        return self.config.head.sample_rate < 1
+        """Whether every step draws some of the rows only."""
+        return self.config.head.highest_rate < 1
+
+    @property
+    def by_rate(self) -> list["Setting"]:
+        """One setting for every sample rate that the run comes to."""
+        head = self.config.head
+        if len(head.rates) == 1:
+            return [self]
+        heads = [head.model_copy(update={"sample_rate": rate}) for _, rate in head.rates]
+        return [replace(self, config=self.config.model_copy(update={"head": one})) for one in heads]
 
     @property
     def step_rows(self) -> int:
         """Rows of that rank in a step: its share of the drawn classes, and its expected share of the batch's own."""
         if not self.sampled:
             return self.rows
-        rate, c = self.config.head.sample_rate, self.classes
+        rate, c = self.config.head.highest_rate, self.classes
         drawn = -(-stratum_count(self.num_classes, rate) * c // self.num_classes) + 2
         others = -(-self.gathered * c // self.num_classes) * (1 - rate)
         return min(self.classes, drawn + round(others)) * self.config.head.sub_centers

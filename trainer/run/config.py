@@ -35,6 +35,7 @@ from trainer.data.config import AnyData
 from trainer.evaluation.config import EvaluateConfig
 from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.networks.config import BackboneConfig
+from trainer.reading import as_path
 from trainer.run.idle import without_idle
 
 M = TypeVar("M", bound=MethodConfig)
@@ -298,6 +299,11 @@ class Config(Section):
         return self.run.seed
 
     @property
+    def accumulate(self) -> int:
+        """``train.accumulate``."""
+        return self.train.accumulate
+
+    @property
     def methods(self) -> tuple[MethodConfig, ...]:
         """The methods of compatible training; empty: a model of its own."""
         return tuple(one for one in self.compat if isinstance(one, MethodConfig))
@@ -326,7 +332,7 @@ class Config(Section):
             return self
         rows, peak = self.head.optimizer, self.optimizer.lr * self.head.optimizer.lr_factor
         _check_decay("head.optimizer", rows.weight_decay, peak)
-        sampled = self.head.sample_rate < 1 and self.head.impl == "fused"
+        sampled = self.head.draws and self.head.impl == "fused"
         if sampled and isinstance(rows, SgdRowsConfig) and peak * rows.weight_decay > LARGEST_DECAY:
             raise ValueError(
                 f"head.optimizer.weight_decay = {rows.weight_decay}: times the highest learning rate, {peak:g}, it is "
@@ -354,6 +360,12 @@ class Config(Section):
 
     def beyond_end(self, steps: int) -> str:
         """What a run of so many updates never comes to, as an error says it; empty: nothing."""
+        first, rate = self.head.rates[-1]
+        if first >= steps:
+            return (
+                f"head.sample_rate = {rate:g} from update {first:,} on: the run ends after {steps:,} updates; let it "
+                "change before"
+            )
         if self.log.profile is None or self.log.profile[0] <= steps:
             return ""
         return f"log.profile = {list(self.log.profile)}: the run ends after {steps:,} updates; trace earlier ones"
@@ -423,7 +435,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: file missing or no YAML; an unknown key (the nearest known one is named); a key of another
             variant; a wrong value.
     """
-    return _built(load(Config, Path(path), overrides), str(path))
+    path = as_path(path, "path", "the path of a YAML file")
+    return _built(load(Config, path, overrides), str(path))
 
 
 def parse_config(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:

@@ -141,6 +141,7 @@ class TrainTask:
             seed=config.run.seed,
             compat=None if self.method is None else self.method.direct,
             local_batch=largest_share(config.data.batch_size, ranks.world_size),
+            accumulate=config.train.accumulate,
         )
         if config.head.weights is not None:
             self._start_head(config.head.weights)

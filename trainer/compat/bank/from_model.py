@@ -191,7 +191,7 @@ def bank_from_model(
     centers: CenterBank | None = None,
     flip: bool = False,
     batch_size: int = 256,
-    keep_embeddings: Path | None = None,
+    keep_embeddings: str | Path | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
     embed_progress: Progress | None = None,
     bank_progress: Progress | None = None,
@@ -210,7 +210,7 @@ def bank_from_model(
     Raises:
         LceError: on every rank.
     """
-    path = Path(path)
+    path, keep_embeddings = Path(path), None if keep_embeddings is None else Path(keep_embeddings)
     labels = dataset.sound_labels
     work = path.with_name(f".{path.name}.work")
     info = BankInfo(

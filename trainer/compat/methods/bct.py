@@ -38,7 +38,7 @@ class Bct(CompatMethod):
             kernels=Kernels(chunk, compiled=len(known.rows) >= COMPILE_FROM_ROWS),
             compute=torch.bfloat16 if head.compute == "bfloat16" else torch.float32,
             tf32=head.compute == "tf32",
-            sample_rate=head.sample_rate,
+            sample_rate=lambda step: head.rate_at(step // run.accumulate),
             seed=run.seed,
         )
 

@@ -32,6 +32,10 @@ class Sections(Protocol):
     @property
     def seed(self) -> int: ...
 
+    @property
+    def accumulate(self) -> int:
+        """Steps of an update."""
+
 
 @dataclass(frozen=True)
 class Inputs:

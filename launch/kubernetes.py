@@ -1,0 +1,128 @@
+"""Kubernetes: a TrainJob of Kubeflow Trainer v2, whose pods run ``lce launch``.
+
+The controller numbers the pods and tells each of them where the first one is (``PET_NODE_RANK``, ``PET_MASTER_ADDR``,
+``PET_MASTER_PORT``). The shell of the pod puts them into the command, once the first pod's name is known to it.
+"""
+
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from launch.job import Job
+from trainer.config import is_layer
+from trainer.errors import ConfigError
+
+MANAGER = "lce-trainer.io/launch"
+"""Whose patch of the runtime this is: Kubeflow asks each writer for a name of its own."""
+GROUP = 1000
+"""Of the image's user, who is not root: volumes are mounted for it to write."""
+WAIT_SECONDS = 600
+"""How long a pod waits for the first one to have an address."""
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Pods:
+    """What the job's pods are made of.
+
+    Attributes:
+        image: of the container; launch/Dockerfile makes one.
+        claim: the PersistentVolumeClaim with the data sets, the configuration and the run folder; every node writes to
+            it (ReadWriteMany).
+        mount: where it lies in the container, and the working folder: relative paths start there.
+        gpus, cpus, mem: of a node; 0 or empty: not asked for.
+        shared_memory: the most of the memory that may be shared between processes (Kubernetes gives 64 MiB).
+        runtime: the ClusterTrainingRuntime. namespace: empty: the present one.
+        grace_seconds: how long a pod that is told to end may take to save.
+    """
+
+    image: str
+    claim: str
+    mount: str = "/work"
+    gpus: int = 0
+    cpus: int = 0
+    mem: str = ""
+    shared_memory: str = "16Gi"
+    runtime: str = "torch-distributed"
+    namespace: str = ""
+    grace_seconds: int = 600
+
+
+def train_job(job: Job, pods: Pods) -> dict[str, Any]:
+    """The TrainJob as a tree of plain values.
+
+    Raises:
+        ConfigError: no image or claim; a name that Kubernetes refuses; a configuration outside of the claim.
+    """
+    for option, value in (("--image", pods.image), ("--claim", pods.claim)):
+        if not value:
+            raise ConfigError(f"{option} is missing: a TrainJob needs an image (launch/Dockerfile) and a volume claim")
+    for option, value in (("--job-id", job.job_id), ("--claim", pods.claim), ("--runtime", pods.runtime)):
+        if not _NAME.fullmatch(value):
+            raise ConfigError(
+                f"{option} {value}: Kubernetes takes up to 63 small letters, digits and hyphens, a letter first"
+            )
+    files = [str(job.config), *(word for word in job.overrides if is_layer(word))]
+    outside = [file for file in files if file.startswith("/") and not file.startswith(f"{pods.mount.rstrip('/')}/")]
+    if outside or any(".." in file.split("/") for file in files):
+        raise ConfigError(
+            f"{', '.join(outside or files)}: the pods see {pods.mount} alone, where the claim {pods.claim} lies; name "
+            "configurations relative to it"
+        )
+    volumes = [
+        {"name": "work", "persistentVolumeClaim": {"claimName": pods.claim}},
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": pods.shared_memory}},
+    ]
+    mounts = [{"name": "work", "mountPath": pods.mount}, {"name": "shared-memory", "mountPath": "/dev/shm"}]
+    pod: dict[str, Any] = {
+        "securityContext": {"fsGroup": GROUP},
+        "terminationGracePeriodSeconds": pods.grace_seconds,
+        "containers": [{"name": "node", "volumeMounts": mounts}],
+        "volumes": volumes,
+    }
+    patch: dict[str, Any] = {"spec": {"template": {"spec": pod}}}
+    spec = {"template": {"spec": {"replicatedJobs": [{"name": "node", "template": patch}]}}}
+    trainer: dict[str, Any] = {
+        "image": pods.image,
+        "numNodes": int(job.nnodes),
+        "numProcPerNode": job.nproc,
+        "command": ["sh", "-c", f"cd {shlex.quote(pods.mount)} && {_command(job)}"],
+    }
+    resources = {"nvidia.com/gpu": str(pods.gpus or ""), "cpu": str(pods.cpus or ""), "memory": pods.mem}
+    asked = {name: amount for name, amount in resources.items() if amount}
+    if asked:
+        trainer["resourcesPerNode"] = {"requests": dict(asked), "limits": dict(asked)}
+    metadata = {"name": job.job_id} | ({"namespace": pods.namespace} if pods.namespace else {})
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": metadata,
+        "spec": {
+            "runtimeRef": {"name": pods.runtime},
+            "trainer": trainer,
+            "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": spec}],
+        },
+    }
+
+
+def text(job: Job, pods: Pods) -> str:
+    """The TrainJob as YAML, for ``kubectl create -f``. Raises :class:`ConfigError` as :func:`train_job` does."""
+    return yaml.safe_dump(train_job(job, pods), sort_keys=False, width=1000)
+
+
+def _command(job: Job) -> str:
+    words = ["lce", "launch", str(job.config), *job.overrides, "--nproc", str(job.nproc), "--nnodes", job.nnodes]
+    if job.max_restarts:
+        words += ["--max-restarts", str(job.max_restarts)]
+    if job.interface:
+        words += ["--interface", job.interface]
+    if not job.many_nodes:
+        return f"exec {shlex.join(words)}"
+    # Pods start in any order, and the first one has no address before it does.
+    known = f'for _ in $(seq {WAIT_SECONDS}); do getent hosts "$PET_MASTER_ADDR" && break; sleep 1; done'
+    return (
+        f'{known}; exec {shlex.join(words)} --node-rank "$PET_NODE_RANK" --master "$PET_MASTER_ADDR:$PET_MASTER_PORT"'
+    )
