@@ -129,10 +129,10 @@ def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: P
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-    return stopped_status(asked, run_dir, began) if asked else _told(status)
+    return stopped_status(asked, run_dir, began) if asked else _launchers_status(status)
 
 
-def _told(status: int) -> int:
+def _launchers_status(status: int) -> int:
     """The launcher's own exit status, or 70 where it is a shell's way (128 + signal) to say that a rank was killed."""
     number = -status if status < 0 else status - 128
     if status == EXIT_INTERRUPTED or number not in set(signal.Signals):

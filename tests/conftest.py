@@ -53,8 +53,10 @@ SLOW = (
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A command that runs in this process sets this for its children (tools/cli.py); it must not reach other tests."""
-    os.environ.pop("PYTHONSAFEPATH", None)
+    """A command that runs in this process sets these for its children (tools/cli.py, launch/torchrun.py); they must not
+    reach other tests."""
+    for name in ("PYTHONSAFEPATH", "LCE_LAUNCHED", "RANK"):
+        os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -184,6 +184,26 @@ def test_a_wrong_import_is_noticed(graph: Arrows, module: str, line: str) -> Non
     assert upward({**graph, module: graph[module] | added})
 
 
+WRITTEN_ONCE = {
+    r"0x9E3779B97F4A7C15": {"trainer/randomness.py"},  # SplitMix64
+    r"/proc/cpuinfo": {"trainer/machine.py"},
+    r"rev-parse": {"trainer/machine.py"},
+    r"from rich.progress import": {"trainer/run/display.py", "tools/progress.py"},  # a run's own bar, and the command's
+    r"autoescape": {"trainer/evaluation/report.py"},
+    r"\bload_exported\b|\bEXIT_NO\b|def write_bank\b|def mixbct\b|\.wait_seconds\b": set(),  # dead
+}
+
+
+@pytest.mark.parametrize("pattern", WRITTEN_ONCE)
+def test_what_has_one_place_stands_there_alone(pattern: str) -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for path in modules().values()
+        if re.search(pattern, path.read_text(encoding="utf-8"), re.IGNORECASE)
+    }
+    assert found == WRITTEN_ONCE[pattern]
+
+
 def test_a_circle_is_noticed() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
     assert circles({"a": {"b"}, "b": set()}) == []

@@ -18,7 +18,7 @@ import pytest
 
 from trainer import owner
 from trainer.errors import DataError
-from trainer.owner import Launcher, Note, Owner, owned, started
+from trainer.owner import Launcher, Owner, OwnerInfo, owned, started
 
 HOLD = """
 import sys, time
@@ -123,7 +123,7 @@ def test_a_forked_child_does_not_keep_the_lock(target: Path) -> None:
 
 
 def _elsewhere(target: Path) -> None:
-    lock_of(target).write_text(json.dumps(asdict(replace(Note.mine(), host="elsewhere"))))
+    lock_of(target).write_text(json.dumps(asdict(replace(OwnerInfo.mine(), host="elsewhere"))))
 
 
 @contextmanager
@@ -194,9 +194,9 @@ def test_an_owner_that_was_taken_over_ends(target: Path) -> None:
 
 
 def test_a_process_number_that_is_used_again_is_not_the_owner(target: Path) -> None:
-    assert Note.mine().lives
-    assert not replace(Note.mine(), started="another boot:1").lives
-    lock_of(target).write_text(json.dumps(asdict(replace(Note.mine(), started="another boot:1"))))
+    assert OwnerInfo.mine().lives
+    assert not replace(OwnerInfo.mine(), started="another boot:1").lives
+    lock_of(target).write_text(json.dumps(asdict(replace(OwnerInfo.mine(), started="another boot:1"))))
     with owned(target, DataError):
         pass
 
@@ -219,22 +219,22 @@ def test_an_owner_ends_with_the_command_behind_its_launcher() -> None:
     """DeepSpeed's own processes outlive the ``lce launch`` that started them."""
     first = subprocess.Popen(["sleep", "60"])
     launcher = Launcher(os.getppid(), f"{first.pid}:{started(first.pid)}")
-    note = Note.mine(launcher=launcher)
+    info = OwnerInfo.mine(launcher=launcher)
     assert launcher.lives(os.getpid())
-    assert note.lives
-    assert not note.ending
+    assert info.lives
+    assert not info.ending
     first.kill()
     first.wait()
     assert not launcher.lives(os.getpid())
-    assert note.ending
+    assert info.ending
     assert not Launcher(os.getppid(), f"{os.getpid()}:another start").lives(os.getpid())
-    assert not Note.mine().ending
+    assert not OwnerInfo.mine().ending
 
 
 def test_a_partner_that_comes_while_another_holds_the_lock_alone_for_a_moment_is_taken_in(tmp_path: Path) -> None:
     """Two jobs of one packing that start together: the first takes the lock alone before it shares it."""
     lock = tmp_path / ".owner"
-    first = Owner(tmp_path, lock, Note.mine("plan in 2 parts"), DataError)
+    first = Owner(tmp_path, lock, OwnerInfo.mine("plan in 2 parts"), DataError)
     first.take()
     fcntl.flock(first._descriptor, fcntl.LOCK_EX)
     moment = threading.Timer(0.3, fcntl.flock, (first._descriptor, fcntl.LOCK_SH))

@@ -127,6 +127,50 @@ def test_no_house_word_is_left() -> None:
     assert found == []
 
 
+NAMES_THAT_HIDE = {
+    "study",
+    "story",
+    "lab",
+    "told",
+    "way",
+    "words",
+    "Note",
+    "Study",
+    "Story",
+    "Told",
+    "Lab",
+    "Way",
+    "Side",
+}
+"""Words of a tale; ``words`` and ``way`` as names of what others call, a local variable may have them."""
+
+
+def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, name) of the classes, functions and attributes that a source defines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        if isinstance(node, ast.ClassDef):
+            found = [part.target for part in node.body if isinstance(part, ast.AnnAssign)]
+            yield from ((name.lineno, name.id) for name in found if isinstance(name, ast.Name))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+
+
+def test_names_say_what_a_thing_is() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for folder in ("trainer", "launch", "tools")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in names(ast.parse(path.read_text(encoding="utf-8")))
+        if name.strip("_") in NAMES_THAT_HIDE
+    ]
+    assert found == []
+    assert {name for _, name in names(ast.parse("class Way:\n    words: str\n    def told(self): self.study = 1"))} == {
+        "Way", "words", "told", "study"
+    }  # fmt: skip
+
+
 def test_the_list_knows_a_house_word_from_plain_english() -> None:
     for text in (
         "a card that this machine has not; see",

@@ -175,9 +175,9 @@ def run(args: argparse.Namespace) -> int:
         if _from_disk(args):
             result, datasets = (_measure_stored(args, fars) if ranks.is_main else {}), {}
         else:
-            study = _Study(args, fars, ranks)
-            study.check()
-            result, datasets = study.measure(), study.datasets
+            asked = _Evaluation(args, fars, ranks)
+            asked.check()
+            result, datasets = asked.measure(), asked.datasets
         if not ranks.is_main:
             return 0
         _write(args, result, datasets, runs)
@@ -217,7 +217,7 @@ def _measure_stored(args: argparse.Namespace, fars: tuple[float, ...]) -> dict[s
     from trainer.compat.bank.matrices import open_rows, read_labels
     from trainer.evaluation.embeddings import stored_set
     from trainer.evaluation.provenance import provenance
-    from trainer.evaluation.results import stages, study
+    from trainer.evaluation.results import measure_sets, stages
     from trainer.models.open import load_model
 
     maps = None if args.maps is None else load_model(args.maps)
@@ -226,7 +226,7 @@ def _measure_stored(args: argparse.Namespace, fars: tuple[float, ...]) -> dict[s
     rows = {role: found.read(0, len(found)).numpy() for role, found in opened.items()}
     one, models = stored_set(files, rows, read_labels(args.labels, "the identity of each embedding"), maps)
     with _progress(True) as (_, staged):
-        result = study([one], _options(args, fars), staged(stages(1, models)))
+        result = measure_sets([one], _options(args, fars), staged(stages(1, models)))
     result["models"] = {role: _describe(model) for role, model in models.items()}
     named = ("old_embeddings", "new_embeddings", "labels", "maps")
     result["settings"] = {name: None if getattr(args, name) is None else str(getattr(args, name)) for name in named}
@@ -270,7 +270,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise LceError(f"{option} {place}: is a folder; name a file in it")
 
 
-class _Study:
+class _Evaluation:
     """What is evaluated. All is opened at once, so that what is wrong shows before anything is embedded."""
 
     def __init__(self, args: argparse.Namespace, fars: tuple[float, ...], ranks: "Ranks") -> None:
@@ -330,7 +330,7 @@ class _Study:
         """Embed on all ranks, measure on the first (the others return nothing)."""
         from trainer.evaluation.embeddings import EmbeddingCache, default_cache, embed_set
         from trainer.evaluation.provenance import provenance
-        from trainer.evaluation.results import plain, stages, study
+        from trainer.evaluation.results import measure_sets, plain, stages
 
         place = self.args.cache
         cache = EmbeddingCache(None if place == "none" else Path(place) if place else default_cache())
@@ -347,7 +347,7 @@ class _Study:
             }
             if not self.ranks.is_main:
                 return {}
-            result = study(sets, self.options, staged(stages(len(sets), self.models)))
+            result = measure_sets(sets, self.options, staged(stages(len(sets), self.models)))
         result.update(plain(more))
         result["models"] = {role: _describe(model) for role, model in self.models.items()}
         given = {

@@ -54,10 +54,10 @@ def _deployments(name: str, one: Mapping[str, Any]) -> "Table":
 
     far = rate_text(one["far"])
     rows = {
-        way["way"]: [
-            thresholds(way), _number(way["tar"]["value"]), _number(way["rank-1"]["value"]), way["answer"] or "–"
+        entry["way"]: [
+            thresholds(entry), _number(entry["tar"]["value"]), _number(entry["rank-1"]["value"]), entry["answer"] or "–"
         ]
-        for way in one["deployments"]
+        for entry in one["deployments"]
     }  # fmt: skip
     head = [f"threshold for FAR {far}", f"TAR@FAR {far}", "rank-1", "verdict"]
     return _table(f"{name}: ways of deploying", "query → gallery", head, rows)

@@ -354,7 +354,7 @@ def _advice(plan: "Plan", args: argparse.Namespace, changes: Any) -> list[str]:
         return ["", f"fits {size_text(args.memory)}: {size_text(args.memory - plan.device_bytes)} to spare"]
     lines = ["", f"does NOT fit {size_text(args.memory)}; what would change that:"]
     return lines + [
-        f"  {'fits    ' if c.fits else 'too much'} {size_text(c.peak_bytes):>12}  {c.words}" for c in changes
+        f"  {'fits    ' if c.fits else 'too much'} {size_text(c.peak_bytes):>12}  {c.text}" for c in changes
     ]
 
 

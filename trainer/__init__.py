@@ -9,7 +9,7 @@ from trainer.lazy import importer
 
 __version__ = "0.1.0"
 
-_PLACES = {
+_MODULES = {
     "load_config": "trainer.run.config",
     "train": "trainer.api",
     "load_model": "trainer.models.open",
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from trainer.run.config import load_config as load_config
 
 
-__getattr__ = importer(__name__, _PLACES)
+__getattr__ = importer(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_MODULES})

@@ -18,7 +18,7 @@ from trainer.errors import ConfigError, ModelError
 from trainer.evaluation.embeddings import EmbeddingCache, default_cache, embed_set
 from trainer.evaluation.overlap import declarations
 from trainer.evaluation.provenance import provenance
-from trainer.evaluation.results import Options, study
+from trainer.evaluation.results import Options, measure_sets
 from trainer.gallery import files
 from trainer.gallery.convert import Forward, Reencode
 from trainer.gallery.open import open_gallery
@@ -126,7 +126,7 @@ def evaluate(
             embed_set(name, models, _dataset(dataset), cache, ranks, declared=declared.get(name))
             for name, dataset in data.items()
         ]
-    result = study(sets, Options(fars=tuple(map(float, rates))))
+    result = measure_sets(sets, Options(fars=tuple(map(float, rates))))
     result["models"] = {role: {"path": str(model.path), "hash": model.hash} for role, model in models.items()}
     result |= {"settings": {}, "provenance": provenance(), "pair_sets": {}, "template_sets": {}}
     if report is not None:

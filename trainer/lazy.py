@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import Any
 
 
-def importer(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``package``: name → the attribute of that name of the module that ``places`` gives."""
+def importer(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of ``package``: name → the attribute of that name of the module that ``modules`` gives."""
 
     def attribute(name: str) -> Any:
-        if name not in places:
+        if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(places[name]), name)
+        value = getattr(import_module(modules[name]), name)
         setattr(sys.modules[package], name, value)
         return value
 

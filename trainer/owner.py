@@ -36,7 +36,7 @@ _EXIT_LOST = 70
 
 
 @dataclass(frozen=True)
-class Note:
+class OwnerInfo:
     """Who owns something.
 
     Attributes:
@@ -57,8 +57,8 @@ class Note:
     first: str = ""
 
     @staticmethod
-    def mine(partners: str = "", launcher: "Launcher | None" = None) -> "Note":
-        """The note of this process."""
+    def mine(partners: str = "", launcher: "Launcher | None" = None) -> "OwnerInfo":
+        """who this process is."""
         try:
             user = getpass.getuser()
         except (KeyError, OSError):
@@ -68,7 +68,7 @@ class Note:
         pid = os.getpid()
         by = launcher or Launcher(0)
         begun = started(pid) or ""
-        return Note(socket.gethostname(), user, pid, begun, command, time.time(), by.parent, partners, by.first)
+        return OwnerInfo(socket.gethostname(), user, pid, begun, command, time.time(), by.parent, partners, by.first)
 
     @property
     def here(self) -> bool:
@@ -109,7 +109,7 @@ class Launcher:
         return _parent(rank) == self.parent and (not self.first or started(int(pid)) == start)
 
 
-_UNKNOWN = Note("?", "?", 0, "", "a process that left no note", 0.0)
+_UNKNOWN = OwnerInfo("?", "?", 0, "", "a process that left no note", 0.0)
 
 
 def started(pid: int) -> str | None:
@@ -138,16 +138,16 @@ class Owner:
         target: what is owned, for messages. lock: the lock's file. shared: partners may hold it too.
     """
 
-    def __init__(self, target: Path, lock: Path, note: Note, error_type: type[LceError]) -> None:
-        self.target, self.lock, self.note, self.error_type = target, lock, note, error_type
-        self.shared = bool(note.partners)
+    def __init__(self, target: Path, lock: Path, info: OwnerInfo, error_type: type[LceError]) -> None:
+        self.target, self.lock, self.info, self.error_type = target, lock, info, error_type
+        self.shared = bool(info.partners)
         self._descriptor = -1
         self._thread_id = threading.get_ident()
         self._end = threading.Event()
         self._beats = threading.Thread(target=self._beat, name="owner", daemon=True)
 
     def take(self) -> None:
-        """Take the lock and write the note. Raises the error: another owner, or the file cannot be written."""
+        """Take the lock and write who owns it. Raises the error: another owner, or the file cannot be written."""
         try:
             end = time.monotonic() + ENDING_SECONDS
             while (other := self._attempt()) is not None:
@@ -161,7 +161,7 @@ class Owner:
         _OPEN.add(self._descriptor)
         self._beats.start()
 
-    def _attempt(self) -> Note | None:
+    def _attempt(self) -> OwnerInfo | None:
         """The owner that there is, or None when it is us now."""
         end = time.monotonic() + BEAT_SECONDS
         while True:
@@ -179,13 +179,13 @@ class Owner:
             if held is not False and self._is_there():
                 break
             self.close()
-        note = json.dumps(asdict(self.note)).encode()
-        os.pwrite(self._descriptor, note, 0)
-        os.ftruncate(self._descriptor, len(note))
+        data = json.dumps(asdict(self.info)).encode()
+        os.pwrite(self._descriptor, data, 0)
+        os.ftruncate(self._descriptor, len(data))
         if held is None:  # two may have come at once
             time.sleep(_POLL_SECONDS)
             found = self._read()
-            return None if found == self.note else found
+            return None if found == self.info else found
         return None
 
     def _open(self) -> None:
@@ -200,8 +200,8 @@ class Owner:
         try:
             if self._lock(fcntl.LOCK_EX):
                 return not self.shared or self._lock(fcntl.LOCK_SH)
-            note = self._read()
-            return note is not None and self._is_partner(note) and self._lock(fcntl.LOCK_SH)
+            info = self._read()
+            return info is not None and self._is_partner(info) and self._lock(fcntl.LOCK_SH)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -212,8 +212,8 @@ class Owner:
             )
             return None
 
-    def _is_partner(self, note: Note) -> bool:
-        return self.shared and note.partners == self.note.partners
+    def _is_partner(self, info: OwnerInfo) -> bool:
+        return self.shared and info.partners == self.info.partners
 
     def _lock(self, kind: int) -> bool:
         try:
@@ -231,21 +231,21 @@ class Owner:
         mine = os.fstat(self._descriptor)
         return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
-    def _other(self, locks: bool) -> Note | None:
+    def _other(self, locks: bool) -> OwnerInfo | None:
         """The owner, where another holds the lock or there are no ``locks``; None: there is none, or it is gone."""
-        note = self._read()
-        if note is not None and note.lives:
-            return note
-        if not locks and (note is None or note.here):
+        info = self._read()
+        if info is not None and info.lives:
+            return info
+        if not locks and (info is None or info.here):
             return None
         return None if self._silent() else self._read() or _UNKNOWN
 
-    def _remote(self) -> Note | None:
+    def _remote(self) -> OwnerInfo | None:
         """The owner on another machine, where the lock is ours all the same: this file system's locks are local."""
-        note = self._read()
-        if note is None or note.here or self._is_partner(note) or self._silent():
+        info = self._read()
+        if info is None or info.here or self._is_partner(info) or self._silent():
             return None
-        return note
+        return info
 
     def _silent(self) -> bool:
         """Whether the file's time stays as it is for three beats, by our own clock."""
@@ -263,9 +263,9 @@ class Owner:
         except OSError:
             return -1
 
-    def _read(self) -> Note | None:
+    def _read(self) -> OwnerInfo | None:
         try:
-            return Note(**json.loads(os.pread(self._descriptor, 1 << 16, 0)))
+            return OwnerInfo(**json.loads(os.pread(self._descriptor, 1 << 16, 0)))
         except (OSError, ValueError, TypeError, RecursionError):
             return None
 
@@ -344,7 +344,7 @@ def owned(
         yield
         return
     made = [folder for folder in file.parents if not folder.exists()]
-    owner = Owner(target, file, Note.mine(partners, launcher), error_type)
+    owner = Owner(target, file, OwnerInfo.mine(partners, launcher), error_type)
     owner.take()
     _HELD[file] = owner
     try:

@@ -99,6 +99,11 @@ def load_torch(path: Path, error_type: type[LceError]) -> Any:
     except Exception as error:
         if shown := why_unreadable(path):
             raise error_type(f"{path}: {shown}") from None
+        if "TorchScript archive" in str(error):
+            raise error_type(
+                f"{path}: a TorchScript archive, which is a program and is not run; export the network to ONNX, or "
+                "save its weights alone (a state dict, or .safetensors)"
+            ) from None
         reason = _reason(error)
         raise error_type(
             f"{path}: refused: it is no file of plain tensors ({reason}); nothing of it was executed. "

@@ -11,7 +11,7 @@ from trainer.errors import ModelError
 from trainer.evaluation.chain import anchors, carried, check_links
 from trainer.evaluation.compatibility import Spaces, cell_pairs, class_centres
 from trainer.evaluation.report import write_report
-from trainer.evaluation.results import NamedSet, study
+from trainer.evaluation.results import NamedSet, measure_sets
 
 OLD, LABELS = identities(60, 5, noise=1.6, seed=1)
 GENERATOR = np.random.default_rng(3)
@@ -118,7 +118,7 @@ def test_the_matrix_holds_every_pair():
 
 def measured(models, native, tmp_path):
     one = NamedSet("unseen", Spaces(native, carried(models, native)), LABELS, np.arange(len(LABELS)))
-    result = study([one], OPTIONS)
+    result = measure_sets([one], OPTIONS)
     write_report(tmp_path / "report.html", result)
     return result, (tmp_path / "report.html").read_text()
 
@@ -165,7 +165,7 @@ def test_two_models_are_no_chain():
     models, native = chain_of((), ())
     del models["v2"], native["v2"]
     one = NamedSet("unseen", Spaces(native, carried(models, native)), LABELS, np.arange(len(LABELS)))
-    result = study([one], OPTIONS)
+    result = measure_sets([one], OPTIONS)
     assert result["sets"]["unseen"]["chain"] == []
     assert result["sets"]["unseen"]["chain_summary"] is None
     assert [s["name"] for s in result["verdict"]["sets"]] == ["unseen"]

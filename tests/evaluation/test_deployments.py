@@ -11,7 +11,7 @@ from trainer.evaluation.bootstrap import draw_identities
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.deployments import affine_map, expanded, pooled_gallery, rotation
 from trainer.evaluation.next_steps import next_steps
-from trainer.evaluation.results import NamedSet, study
+from trainer.evaluation.results import NamedSet, measure_sets
 
 GENERATOR = np.random.default_rng(5)
 TURN = np.linalg.qr(GENERATOR.normal(size=(32, 32)))[0].astype(np.float32)
@@ -27,14 +27,14 @@ def converted(loss):
 
 
 def test_a_conversion_that_loses_is_not_safe_where_the_upgrade_is():
-    result = study([converted(2.0)], OPTIONS)
+    result = measure_sets([converted(2.0)], OPTIONS)
     rows = {row["way"]: row for row in result["sets"]["unseen"]["deployments"]}
     assert result["verdict"]["answer"] == rows["T₂₁(new) → old"]["answer"] == "SAFE"
     assert rows["new → T₁₂(old)"]["answer"] == "NOT SAFE"
     assert result["verdict"]["next"][-1].startswith(
         "Do not convert the gallery by T₁₂ (`lce gallery upgrade`): on unseen"
     )
-    kept = study([converted(0.0)], OPTIONS)
+    kept = measure_sets([converted(0.0)], OPTIONS)
     rows = {row["way"]: row for row in kept["sets"]["unseen"]["deployments"]}
     assert rows["new → T₁₂(old)"]["answer"] == "SAFE"
     assert rows["new → T₁₂(old)"]["tar"] == pytest.approx(rows["T₂₁(new) → old"]["tar"], abs=0.005)
@@ -44,7 +44,7 @@ def test_a_conversion_that_loses_is_not_safe_where_the_upgrade_is():
 
 def test_a_mixed_gallery_against_plain_loops():
     case = converted(0.0)
-    result = study([case], dataclasses.replace(OPTIONS, seed=4))
+    result = measure_sets([case], dataclasses.replace(OPTIONS, seed=4))
     rows = {row["way"]: row for row in result["sets"]["unseen"]["deployments"]}
     n, labels = len(case.labels), case.labels
     renewed = np.zeros(n, bool)
@@ -93,7 +93,7 @@ def test_a_paragon_is_compared_by_maps_that_saw_other_identities_only():
     case = upgrade(0.5)
     old = case.spaces.native["old"]
     spaces = dataclasses.replace(case.spaces, native=case.spaces.native | {"paragon": old @ TURN})
-    result = study([dataclasses.replace(case, spaces=spaces)], OPTIONS)
+    result = measure_sets([dataclasses.replace(case, spaces=spaces)], OPTIONS)
     rows = {row["way"]: row for row in result["sets"]["unseen"]["deployments"]}
     today = rows["old → old"]["rank-1"]["value"]
     for name in ("rotation(paragon) → old", "affine(paragon) → old", "old + affine(paragon) → old"):
@@ -102,7 +102,7 @@ def test_a_paragon_is_compared_by_maps_that_saw_other_identities_only():
         assert rows[name]["rank-1"]["low"] is None
     strange = unit(GENERATOR.normal(size=old.shape))  # nothing to learn: a map that saw these images would find them
     spaces = dataclasses.replace(case.spaces, native=case.spaces.native | {"paragon": strange})
-    result = study([dataclasses.replace(case, spaces=spaces)], OPTIONS)
+    result = measure_sets([dataclasses.replace(case, spaces=spaces)], OPTIONS)
     rows = {row["way"]: row for row in result["sets"]["unseen"]["deployments"]}
     assert rows["affine(paragon) → old"]["rank-1"]["value"] < 0.1
 

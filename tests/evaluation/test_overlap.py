@@ -18,7 +18,7 @@ from trainer.data.identities import identities, named_identities
 from trainer.data.splitting import SplitOptions, save_tables, split
 from trainer.errors import DataError
 from trainer.evaluation.overlap import Known, Overlap, overlaps, unknown_words
-from trainer.evaluation.results import study
+from trainer.evaluation.results import measure_sets
 from trainer.models.card import ModelCard
 from trainer.models.folder import save_model
 from trainer.models.model import EmbeddingModel, TorchModel
@@ -75,17 +75,17 @@ def test_other_people_of_the_same_names_are_declared(tables: Path) -> None:
     trained = model(tables / "model", open_dataset(tables / "packed", tables / "new.npy"))
     files = overlaps(open_dataset(tables / "source"), {"new": trained})
     assert files.seen
-    assert "if these are other people of the same names, declare the set unseen" in files.words
+    assert "if these are other people of the same names, declare the set unseen" in files.sentence
     declared = overlaps(open_dataset(tables / "source"), {"new": trained}, "unseen")
     assert not declared.seen
-    assert declared.words == ""
+    assert declared.sentence == ""
     line = unknown_words({"files": declared})
     assert line.startswith(
         "Declared to be other people under names that were trained on: files: 6 of its 10 by the new"
     )
     records = overlaps(open_dataset(tables / "packed"), {"new": trained}, "unseen")
     assert records.seen
-    assert "other people" not in records.words
+    assert "other people" not in records.sentence
     assert overlaps(open_dataset(tables / "source"), {"new": trained}, "seen").seen
 
 
@@ -143,18 +143,18 @@ def test_an_earlier_models_run_tells(tables: Path) -> None:
 def test_a_set_of_known_identities_neither_makes_nor_blocks_the_verdict() -> None:
     good, bad = upgrade(1.0), upgrade(0.0, noise=1.5)
     seen = dataclasses.replace(bad, name="seen", known=SEEN)
-    verdict = study([dataclasses.replace(good, known=Known(False, 60, {})), seen], OPTIONS)["verdict"]
+    verdict = measure_sets([dataclasses.replace(good, known=Known(False, 60, {})), seen], OPTIONS)["verdict"]
     assert verdict["answer"] == "SAFE"
     words = (
         "seen is not part of this answer: its identities were trained on: 3 of its 60 by the old model (ann, bob, eve)."
     )
     assert words in verdict["paragraph"].split("On unseen")[0]
     assert "On seen (60 identities" in verdict["paragraph"]
-    alone = study([dataclasses.replace(good, known=SEEN)], OPTIONS)["verdict"]
+    alone = measure_sets([dataclasses.replace(good, known=SEEN)], OPTIONS)["verdict"]
     assert alone["answer"] == "NOT ENOUGH DATA"
     assert "No set of identities that nobody was trained on was given" in alone["paragraph"]
     declared = dataclasses.replace(good, known=Known(True, 60, {}))
-    assert study([declared], OPTIONS)["verdict"]["answer"] == "NOT ENOUGH DATA"
+    assert measure_sets([declared], OPTIONS)["verdict"]["answer"] == "NOT ENOUGH DATA"
 
 
 def test_the_command_names_them_on_top_of_the_report(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:

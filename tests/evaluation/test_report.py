@@ -11,7 +11,7 @@ from trainer.errors import DataError
 from trainer.evaluation import pdf
 from trainer.evaluation.report import RunRecord, write_report
 from trainer.evaluation.report_sections import _gain, table
-from trainer.evaluation.results import Options, study
+from trainer.evaluation.results import Options, measure_sets
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ def report(result, tmp_path, **more):
 
 
 def test_a_safe_upgrade_is_deployed_with_a_threshold_that_keeps_the_far(tmp_path):
-    result = study([upgrade(1.0)], OPTIONS)
+    result = measure_sets([upgrade(1.0)], OPTIONS)
     first, second, _ = result["verdict"]["next"]
     assert first == "Deploy the new model for queries; the gallery stays as it is."
     point = result["sets"]["unseen"]["operating_point"]["new->old"]
@@ -35,23 +35,23 @@ def test_an_unsafe_upgrade_is_re_encoded_first_or_not_at_all():
     worse = upgrade(1.0)
     native = worse.spaces.native | {"new": -worse.spaces.native["new"]}  # as good alone, and opposed to the old
     opposed = dataclasses.replace(worse, spaces=dataclasses.replace(worse.spaces, native=native))
-    steps = study([opposed], OPTIONS)["verdict"]["next"]
+    steps = measure_sets([opposed], OPTIONS)["verdict"]["next"]
     assert "re-encode the whole gallery from its images first" in steps[1]
     native = native | {"new": native["new"][::-1].copy()}  # of other people: good for nothing
     useless = dataclasses.replace(worse, spaces=dataclasses.replace(worse.spaces, native=native))
-    assert "Do not re-encode either" in study([useless], OPTIONS)["verdict"]["next"][1]
+    assert "Do not re-encode either" in measure_sets([useless], OPTIONS)["verdict"]["next"][1]
 
 
 def test_too_few_identities_are_counted():
-    result = study([upgrade(1.0, classes=12)], Options(fars=(1e-2,), replicates=200, backfill_images=0))
+    result = measure_sets([upgrade(1.0, classes=12)], Options(fars=(1e-2,), replicates=200, backfill_images=0))
     assert result["verdict"]["answer"] == "NOT ENOUGH DATA"
     assert "collect about 8 more identities (it has 12)" in result["verdict"]["next"][1]
-    assert "--data" in study([], OPTIONS)["verdict"]["next"][1]
+    assert "--data" in measure_sets([], OPTIONS)["verdict"]["next"][1]
 
 
 def test_names_are_escaped_everywhere(tmp_path):
     case = dataclasses.replace(upgrade(0.5), name="<script>alert(1)</script>")
-    result = study([case], OPTIONS)
+    result = measure_sets([case], OPTIONS)
     result["models"] = {role: {"path": f"runs/{role}<b>&"} for role in ("old", "new")}
     page = report(result, tmp_path, runs=[RunRecord("<i>", {}, "key: </pre><script>")])
     assert "<script" not in page
@@ -61,7 +61,7 @@ def test_names_are_escaped_everywhere(tmp_path):
 
 
 def test_every_entry_of_the_contents_leads_somewhere(tmp_path):
-    page = report(study([upgrade(0.5), dataclasses.replace(upgrade(0.5), name="more")], OPTIONS), tmp_path)
+    page = report(measure_sets([upgrade(0.5), dataclasses.replace(upgrade(0.5), name="more")], OPTIONS), tmp_path)
     for target in ("next", "why", "set-1", "set-2", "glossary", "made"):
         assert page.count(f'href="#{target}"') == page.count(f'id="{target}"') == 1
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.evaluation.test_verdict import OPTIONS, upgrade
 from trainer.evaluation.pdf import print_pdf
 from trainer.evaluation.report import RunRecord, write_report
-from trainer.evaluation.results import study
+from trainer.evaluation.results import measure_sets
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
@@ -53,7 +53,7 @@ def report(tmp_path_factory):
         return file.read_bytes()
 
     case = upgrade(0.5, noise=1.0)
-    result = study([case], OPTIONS)
+    result = measure_sets([case], OPTIONS)
     runs = [RunRecord("new", {"loss": [(s, 5 / (s + 1)) for s in range(50)]}, "run:\n  seed: 1 <&>\n")]
     write_report(folder / "report.html", result, runs, picture)
     return folder / "report.html"

@@ -11,7 +11,7 @@ from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import class_index
 from trainer.evaluation.compatibility import Cell, Spaces, class_centres
 from trainer.evaluation.report import write_report
-from trainer.evaluation.results import NamedSet, Options, study
+from trainer.evaluation.results import NamedSet, Options, measure_sets
 from trainer.evaluation.verdict import Rules, decide, judge_set
 from trainer.evaluation.verification import score_pairs
 
@@ -29,7 +29,7 @@ def upgrade(toward: float, noise: float = 0.0, classes: int = 60, images: int = 
 
 
 def answer(*sets: NamedSet, options: Options = OPTIONS):
-    return study(sets, options)["verdict"]
+    return measure_sets(sets, options)["verdict"]
 
 
 def test_a_clear_improvement_is_safe():
@@ -171,7 +171,7 @@ def test_the_reason_is_the_rule_that_decided():
 
 
 def test_the_result_is_plain_and_complete():
-    result = study([upgrade(1.0)], dataclasses.replace(OPTIONS, backfill_images=5000))
+    result = measure_sets([upgrade(1.0)], dataclasses.replace(OPTIONS, backfill_images=5000))
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     one = result["sets"]["unseen"]
     assert set(one["cells"]) == {"old->old", "new->old", "new->new", "old->new", "paragon->paragon", "paragon->old"}
@@ -188,7 +188,7 @@ def test_the_result_is_plain_and_complete():
 
 def test_sets_whose_names_differ_in_signs_alone_keep_their_own_plots(tmp_path):
     case = upgrade(0.5, classes=30)
-    result = study(
+    result = measure_sets(
         [dataclasses.replace(case, name=name) for name in ("ä", "ö")], Options(replicates=20, backfill_images=0)
     )
     written = write_report(tmp_path / "report.html", result)
@@ -203,15 +203,17 @@ def test_unusable_embeddings_are_refused():
     with pytest.raises(
         ModelError, match=r"unseen, new model: 1 of 300 embeddings are not finite, the first is image 7"
     ):
-        study(
+        measure_sets(
             [NamedSet("unseen", Spaces({"old": case.spaces.native["old"], "new": broken}), case.labels, case.records)],
             OPTIONS,
         )
     with pytest.raises(ModelError, match="norm 2, not 1"):
-        study([NamedSet("unseen", Spaces({"old": case.spaces.native["old"] * 2}), case.labels, case.records)], OPTIONS)
+        measure_sets(
+            [NamedSet("unseen", Spaces({"old": case.spaces.native["old"] * 2}), case.labels, case.records)], OPTIONS
+        )
     short = unit(np.random.default_rng(0).normal(size=(300, 8)))
     with pytest.raises(ModelError, match="no transformation between them"):
-        study(
+        measure_sets(
             [NamedSet("unseen", Spaces({"old": case.spaces.native["old"], "new": short}), case.labels, case.records)],
             OPTIONS,
         )

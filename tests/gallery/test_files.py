@@ -712,7 +712,18 @@ def made(text, metric=faiss.METRIC_INNER_PRODUCT):
 
 @pytest.mark.parametrize(
     "text",
-    ["L2norm,Flat", "IDMap2,L2norm,Flat", "IVF8,PQ8x4,RFlat", "NSG16,Flat", "SQfp16", "IVF16_HNSW8,Flat", "people"],
+    [
+        *(
+            "L2norm,Flat",
+            "IDMap2,L2norm,Flat",
+            "IVF8,PQ8x4,RFlat",
+            "NSG16,Flat",
+            "SQfp16",
+            "IVF16_HNSW8,Flat",
+            "people",
+        ),
+        *("IVF8,SQfp16", "HNSW8,SQfp16", "IVF16_HNSW8,SQfp16"),
+    ],
 )
 def test_more_indexes_that_hold_whole_vectors(tmp_path, text):
     path, old = tmp_path / "a.index", several() if text == "people" else made(text)
@@ -728,7 +739,7 @@ def test_more_indexes_that_hold_whole_vectors(tmp_path, text):
     assert check.recall > check.recall_before - 0.1
     if text.startswith("IDMap"):
         assert new.search(Rotation()(None, VECTORS[:5]) * 7, 1)[0] == pytest.approx(1, abs=1e-5)  # normalised in front
-    if "HNSW8" in text:
+    if "IVF16_HNSW8" in text:
         coarse = faiss.downcast_index(faiss.downcast_index(new).quantizer)
         assert (type(coarse).__name__, coarse.hnsw.nb_neighbors(1)) == ("IndexHNSWFlat", 8)
 

@@ -128,12 +128,12 @@ def test_more_ranks_until_it_fits() -> None:
 def test_advice_says_what_fits() -> None:
     plan = make_plan(setting(29_000_000, world=2))
     changes = changes_to_fit(plan, 40 * GIB)
-    by_words = {change.words: change for change in changes}
+    by_words = {change.text: change for change in changes}
     half = by_words["rows in bfloat16 (head.rows=bfloat16)"]
     assert half.fits
     assert half.peak_bytes < plan.device_bytes - 25 * GIB
     assert all(change.peak_bytes < plan.device_bytes for change in changes)
-    assert any(change.words.startswith("at least") and change.fits for change in changes)
+    assert any(change.text.startswith("at least") and change.fits for change in changes)
 
 
 def test_old_centres_move_to_the_host() -> None:
@@ -142,7 +142,7 @@ def test_old_centres_move_to_the_host() -> None:
     plan = make_plan(replace(one, bank_dim=512))
     centers = parts(plan)["old centres"]
     words = "old centres in host memory (compat.centers=host)"
-    change = next(c for c in changes_to_fit(plan, 1) if c.words == words)
+    change = next(c for c in changes_to_fit(plan, 1) if c.text == words)
     assert plan.device_bytes - change.peak_bytes == centers
     moved = setting(29_000_000, compat={"method": "lce", "bank": "unused", "centers": "host"}, head=sampled)
     assert make_plan(replace(moved, bank_dim=512)).host_bytes == plan.host_bytes + centers

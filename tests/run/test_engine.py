@@ -220,6 +220,21 @@ def test_a_trace_from_the_first_and_beyond_the_last_update(tmp_path: Path, updat
     assert products == 2 * 2  # two updates of a network with two layers
 
 
+def test_a_trace_of_a_run_in_epochs_counts_its_updates(tmp_path: Path) -> None:
+    """Ten images in batches of four are three updates an epoch, or two where the last one is dropped."""
+    epochs = {"train__steps": None, "train__epochs": 2.0, "data__synthetic_records": 10, "data__batch_size": 4}
+    one = config(tmp_path / "one", **epochs, log__profile=(1, 1))
+    updates = train(one, Ranks()).step
+    train(config(tmp_path / "run", **epochs, log__profile=(updates, updates + 5)), Ranks())
+    assert (tmp_path / "run/profile/rank-00000.json").is_file()
+    beyond = config(tmp_path / "beyond", **epochs, log__profile=(updates + 1, updates + 1))
+    with pytest.raises(
+        ConfigError, match=rf"log\.profile = .*the run ends after {updates} updates; trace earlier ones"
+    ):
+        train(beyond, Ranks())
+    assert not [path for path in (tmp_path / "beyond").rglob("*") if path.is_file()]
+
+
 def test_an_update_that_is_no_update_is_not_traced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="1 ≤ first ≤ last"):
         config(tmp_path / "run", log__profile=(5, 3))

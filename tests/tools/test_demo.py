@@ -116,7 +116,7 @@ def test_demo_is_interrupted_continued_and_not_repeated(tmp_path: Path) -> None:
     assert demo.alive() == []
 
 
-def _wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 180.0) -> None:
+def _wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]

@@ -27,11 +27,11 @@ class Stage:
     """One command of ours, or pytest's.
 
     Attributes:
-        name: of its files. words: behind ``python -m``. seconds: its budget.
+        name: of its files. argv: behind ``python -m``. seconds: its budget.
     """
 
     name: str
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
     seconds: int
 
 
@@ -143,7 +143,7 @@ def _run_stage(stage: Stage, out: Path, device: str) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "LCE_TEST_DEVICE": device}
     with (out / f"{stage.name}.log").open("w") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", *stage.words],
+            [sys.executable, "-m", *stage.argv],
             cwd=ROOT,
             env=environment,
             stdout=log,

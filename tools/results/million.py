@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         if args.out.exists() and any(args.out.iterdir()):
             raise ConfigError(f"--out {args.out}: is not empty; choose another folder")
-        figures = _story(args, args.out)
+        figures = _stages(args, args.out)
     else:
         with tempfile.TemporaryDirectory(prefix="lce-million-") as folder:
-            figures = _story(args, Path(folder))
+            figures = _stages(args, Path(folder))
     write_json(figures, args.json)
     if args.json != "-":
         print(summary(figures))
@@ -90,7 +90,7 @@ def summary(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _story(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _stages(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All stages in ``folder``; stops at the first that fails."""
     import torch
 

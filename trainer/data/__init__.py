@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trainer.data.loader import Loader as Loader
     from trainer.data.order import slice_of as slice_of
 
-_PLACES = {
+_MODULES = {
     "build_loader": "trainer.data.building",
     "choose_loader": "trainer.data.config",
     **dict.fromkeys(("Dataset", "DatasetInfo", "open_dataset", "open_named"), "trainer.data.index"),
@@ -23,4 +23,4 @@ _PLACES = {
     "slice_of": "trainer.data.order",
 }
 
-__getattr__ = importer(__name__, _PLACES)
+__getattr__ = importer(__name__, _MODULES)

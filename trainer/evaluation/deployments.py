@@ -24,8 +24,8 @@ FOLDS = 5
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of deploying: its cell and the thresholds that give the FAR (store → threshold).
+class Deployment:
+    """One kind of deployment: its cell and the thresholds that give the FAR (store → threshold).
 
     name: query → gallery. meaning: what is deployed, and its cost. judged: whether it has intervals and a verdict; a
     comparison only (maps fitted afterwards) has none.
@@ -46,8 +46,8 @@ def deployments(
     far: float,
     draws: IntArray,
     seed: int,
-) -> list[Way]:
-    """Measure every way that these models allow.
+) -> list[Deployment]:
+    """Measure every deployment that these models allow.
 
     Args:
         spaces: with ``old`` and ``new``. cells: measured already, at least new → old and new → new.
@@ -55,31 +55,37 @@ def deployments(
         draws: (r, C) of :func:`trainer.evaluation.bootstrap.draw_identities`. seed: of the random share and the folds.
     """
 
-    def way(name: str, meaning: str, pair: tuple[FloatArray, FloatArray | None], judged: bool = True) -> Way:
+    def measure(name: str, meaning: str, pair: tuple[FloatArray, FloatArray | None], judged: bool = True) -> Deployment:
         cell = measured("new", "old", name, *pair, labels, fars, draws if judged else draws[:0])
-        return Way(name, meaning, cell, {"all": cell.scores.threshold_at(far)}, judged)
+        return Deployment(name, meaning, cell, {"all": cell.scores.threshold_at(far)}, judged)
 
     view = spaces.view("new", "old")
     if view is None or view[1] is None:
         raise ModelError("old and new cannot be compared")  # measure_cells has refused them already
     left, right, how = view[0], view[1], view[2]
     old, new = cells["new", "old"], cells["new", "new"]
-    found = [Way(spaces.title("new", "old"), _MEANINGS.get(how, how), old, {"all": old.scores.threshold_at(far)})]
+    found = [
+        Deployment(spaces.title("new", "old"), _MEANINGS.get(how, how), old, {"all": old.scores.threshold_at(far)})
+    ]
     if how == "backward" and ("old", "new") in spaces.mapped:
-        found.append(way("new → T₁₂(old)", _MEANINGS["forward"], (spaces.native["new"], spaces.mapped["old", "new"])))
+        found.append(
+            measure("new → T₁₂(old)", _MEANINGS["forward"], (spaces.native["new"], spaces.mapped["old", "new"]))
+        )
     found.append(
-        Way("new → new", "the whole gallery re-encoded from its images", new, {"all": new.scores.threshold_at(far)})
+        Deployment(
+            "new → new", "the whole gallery re-encoded from its images", new, {"all": new.scores.threshold_at(far)}
+        )
     )
-    found += _mixed((left, right), spaces.native["new"], (old, new), far, seed, way)
+    found += _mixed((left, right), spaces.native["new"], (old, new), far, seed, measure)
     found.append(
-        way(
+        measure(
             f"{spaces.title('new', 'old')}, expanded",
             "each query is the mean of itself and its two nearest gallery vectors: one more search a query",
             (expanded(left, right), right),
         )
     )
     if "paragon" in spaces.native:
-        found += _post_hoc(spaces, labels, seed, way)
+        found += _post_hoc(spaces, labels, seed, measure)
     return found
 
 
@@ -89,7 +95,7 @@ _MEANINGS = {
     "forward": "queries as they are, the gallery converted by T₁₂ (`lce gallery upgrade`)",
 }
 
-_Measure = Callable[..., Way]
+_Measure = Callable[..., Deployment]
 
 
 def _mixed(
@@ -98,8 +104,8 @@ def _mixed(
     cells: tuple[Cell, Cell],
     far: float,
     seed: int,
-    way: _Measure,
-) -> list[Way]:
+    measure: _Measure,
+) -> list[Deployment]:
     """A gallery of which :data:`SHARE` is re-encoded, with one threshold for both stores and with one for each.
 
     Both spaces stand side by side in one vector, of which a gallery vector fills one half: the product is the score
@@ -114,16 +120,16 @@ def _mixed(
     )
     asked = np.hstack([queries, new])
     share = f"{SHARE:.0%} of the gallery re-encoded"
-    one = way("new → mixed, one threshold", f"{share}; scores of both stores compared as they are", (asked, stores))
+    one = measure("new → mixed, one threshold", f"{share}; scores of both stores compared as they are", (asked, stores))
     thresholds = [cell.scores.threshold_at(far) for cell in cells]
     above = np.array(thresholds, np.float32) - np.float32(min(thresholds))
     asked = np.hstack([asked, np.ones((n, 1), np.float32)])
     stores = np.hstack([stores, -above[renewed.astype(int)][:, None]])
-    two = way(
+    two = measure(
         "new → mixed, two thresholds", f"{share}; scores compared by their excess over the store's", (asked, stores)
     )
     each = {store: two.thresholds["all"] + float(up) for store, up in zip(("old", "re-encoded"), above, strict=True)}
-    return [one, Way(two.name, two.meaning, two.cell, each)]
+    return [one, Deployment(two.name, two.meaning, two.cell, each)]
 
 
 def expanded(queries: FloatArray, gallery: FloatArray, neighbours: int = 2) -> FloatArray:
@@ -136,7 +142,7 @@ def expanded(queries: FloatArray, gallery: FloatArray, neighbours: int = 2) -> F
     return directions(queries + gallery[near].sum(1))
 
 
-def _post_hoc(spaces: Spaces, labels: IntArray, seed: int, way: _Measure) -> list[Way]:
+def _post_hoc(spaces: Spaces, labels: IntArray, seed: int, measure: _Measure) -> list[Deployment]:
     """Maps fitted afterwards from the paragon's embeddings to the old ones, on identities that they are not used on."""
     free, old = spaces.native["paragon"], spaces.native["old"]
     index = class_index(labels, "maps fitted afterwards")
@@ -144,9 +150,9 @@ def _post_hoc(spaces: Spaces, labels: IntArray, seed: int, way: _Measure) -> lis
     rotated, affine = (_cross_fitted(free, old, part, fit) for fit in (rotation, affine_map))
     fitted = "fitted afterwards to a model trained without compatibility, on other identities of this set"
     return [
-        way("rotation(paragon) → old", f"a rotation {fitted}", (rotated, old), judged=False),
-        way("affine(paragon) → old", f"an affine map {fitted}", (affine, old), judged=False),
-        way(
+        measure("rotation(paragon) → old", f"a rotation {fitted}", (rotated, old), judged=False),
+        measure("affine(paragon) → old", f"an affine map {fitted}", (affine, old), judged=False),
+        measure(
             "old + affine(paragon) → old",
             "both queries fused half-way on the sphere (SLERP): two models at query time",
             (directions(old + affine), old),

@@ -13,7 +13,7 @@ def next_steps(verdict: Result, sets: Mapping[str, Result], rules: Result) -> li
     """What to do now: deploy with a threshold, re-encode first, or collect so many more identities.
 
     Args:
-        verdict, sets: of :func:`trainer.evaluation.results.study`, as plain values. rules: its options' rules.
+        verdict, sets: of :func:`trainer.evaluation.results.measure_sets`, as plain values. rules: its options' rules.
     """
     judged = [s for s in verdict["sets"] if not s["seen"]]
     if verdict["answer"] == "SAFE":
@@ -74,20 +74,20 @@ def _not_safe(judged: Sequence[Result], sets: Mapping[str, Result]) -> list[str]
 def _about_conversion(judged: Sequence[Result], sets: Mapping[str, Result]) -> list[str]:
     """Whether the stored vectors may be converted by T₁₂, where the queries do not need it."""
     names = {s["name"].partition(", gallery of ")[0] for s in judged}
-    ways = [(name, way) for name in sorted(names & set(sets)) for way in sets[name]["deployments"][2:]]
-    found = [(name, way) for name, way in ways if way["way"] == "new → T₁₂(old)"]
+    entries = [(name, entry) for name in sorted(names & set(sets)) for entry in sets[name]["deployments"][2:]]
+    found = [(name, entry) for name, entry in entries if entry["way"] == "new → T₁₂(old)"]
     if not found:
         return []
-    if all(way["answer"] == "SAFE" for _, way in found):
-        name, way = max(found, key=lambda item: item[1]["thresholds"]["all"])
+    if all(entry["answer"] == "SAFE" for _, entry in found):
+        name, entry = max(found, key=lambda item: item[1]["thresholds"]["all"])
         return [
             f"The gallery may be converted by T₁₂ (`lce gallery upgrade`), with the threshold "
-            f"{way['thresholds']['all']:.4f} from then on ({name}, TAR {way['tar']['value']:.3f})."
+            f"{entry['thresholds']['all']:.4f} from then on ({name}, TAR {entry['tar']['value']:.3f})."
         ]
-    name, way = next(item for item in found if item[1]["answer"] != "SAFE")
+    name, entry = next(item for item in found if item[1]["answer"] != "SAFE")
     return [
-        f"Do not convert the gallery by T₁₂ (`lce gallery upgrade`): on {name} new → T₁₂(old) is {way['answer']}, with "
-        f"rank-1 {way['rank-1']['value']:.3f} where old → old has "
+        f"Do not convert the gallery by T₁₂ (`lce gallery upgrade`): on {name} new → T₁₂(old) is {entry['answer']}, "
+        f"with rank-1 {entry['rank-1']['value']:.3f} where old → old has "
         f"{sets[name]['cells']['old->old']['rank']['1']['value']:.3f}."
     ]
 

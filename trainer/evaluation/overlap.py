@@ -49,8 +49,8 @@ class Known:
         return bool(one.shared) and not (self.others and one.by_name)
 
     @property
-    def words(self) -> str:
-        """What is seen, for people; empty for a set that is not."""
+    def sentence(self) -> str:
+        """What is seen, as a sentence; empty for a set that is not."""
         found = [self._sharing(role) for role, one in self.models.items() if self._counts(one)]
         if not self.seen:
             return ""

@@ -60,8 +60,8 @@ def figures(
     """Every figure of a report: name → (figure, description for those who cannot see it).
 
     Args:
-        result: what :func:`trainer.evaluation.results.study` returned, with ``pair_sets`` and ``template_sets`` where
-            there are any. runs: run → series → [(step, value), …].
+        result: what :func:`trainer.evaluation.results.measure_sets` returned, with ``pair_sets`` and
+            ``template_sets`` where there are any. runs: run → series → [(step, value), …].
     """
     with mpl.rc_context(_STYLE):
         out: dict[str, tuple[Figure, str]] = {}

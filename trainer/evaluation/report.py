@@ -1,7 +1,7 @@
 """The report: one self-contained HTML file (no script, no network) and its plots as PNG files next to it.
 
-Everything in it comes from the result of :func:`trainer.evaluation.results.study` (with ``models``, ``provenance`` and
-``settings`` where the caller has them), the runs' training curves, and pictures on request.
+Everything in it comes from the result of :func:`trainer.evaluation.results.measure_sets` (with ``models``,
+``provenance`` and ``settings`` where the caller has them), the runs' training curves, and pictures on request.
 """
 
 import re
@@ -53,7 +53,7 @@ def write_report(
 
     Args:
         path: the .html file; replaced in one piece.
-        result: plain values, see :func:`trainer.evaluation.results.study`.
+        result: plain values, see :func:`trainer.evaluation.results.measure_sets`.
         runs: the training runs behind the models.
         pictures: gives the images of example pairs; None: the report holds none.
         title: the heading; by default the question that the report answers, with the names of the models.

@@ -209,24 +209,24 @@ def deployments(one: Result) -> Table:
     """Every way of deploying with its threshold and verdict."""
     rows: list[list[Value | str]] = [
         [
-            way["way"],
-            thresholds(way),
-            _interval(way["tar"]),
-            _interval(way["rank-1"]),
-            way["answer"] or ("today" if way["meaning"] == "today" else "comparison"),
-            way["meaning"],
+            entry["way"],
+            thresholds(entry),
+            _interval(entry["tar"]),
+            _interval(entry["rank-1"]),
+            entry["answer"] or ("today" if entry["meaning"] == "today" else "comparison"),
+            entry["meaning"],
         ]
-        for way in one["deployments"]
+        for entry in one["deployments"]
     ]
     far = rate_text(one["far"])
     head = ["query → gallery", f"threshold for FAR {far}", f"TAR at FAR {far}", "rank-1", "verdict", "what it is"]
     return table("Ways of deploying", head, rows)
 
 
-def thresholds(way: Result) -> str:
-    """The threshold of a way of deploying, or one for each store."""
+def thresholds(entry: Result) -> str:
+    """The threshold of a deployment, or one for each store."""
     return ", ".join(
-        number(value, ".4f") + ("" if store == "all" else f" ({store})") for store, value in way["thresholds"].items()
+        number(value, ".4f") + ("" if store == "all" else f" ({store})") for store, value in entry["thresholds"].items()
     )
 
 

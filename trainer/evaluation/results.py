@@ -27,7 +27,7 @@ from trainer.evaluation.compatibility import (
     point_to_set,
     tar_name,
 )
-from trainer.evaluation.deployments import Way, deployments, pooled_gallery
+from trainer.evaluation.deployments import Deployment, deployments, pooled_gallery
 from trainer.evaluation.next_steps import next_steps
 from trainer.evaluation.overlap import Known, unknown_words
 from trainer.evaluation.verdict import Rules, SetVerdict, decide, judge_set, resolved_far
@@ -79,7 +79,9 @@ class NamedSet:
         return str(label) if self.class_names is None else self.class_names[label]
 
 
-def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], None] = lambda stage: None) -> Result:
+def measure_sets(
+    sets: Sequence[NamedSet], options: Options, notify: Callable[[str], None] = lambda stage: None
+) -> Result:
     """Measure every set and give the verdict.
 
     Args:
@@ -121,7 +123,7 @@ def study(sets: Sequence[NamedSet], options: Options, notify: Callable[[str], No
 
 
 def stages(sets: int, models: Collection[str]) -> int:
-    """How often :func:`study` notifies, at most."""
+    """How often :func:`measure_sets` notifies, at most."""
     return sets * (3 + len(cell_pairs(models)))
 
 
@@ -130,7 +132,7 @@ def judge_pair(one: NamedSet, cells: Cells, query: str, gallery: str, options: O
     size = (len(np.unique(one.labels)), len(one.labels))
     name = one.name if gallery == "old" else f"{one.name}, gallery of {gallery}"
     pair = cells[gallery, gallery], cells[query, gallery]
-    seen = "" if one.known is None else one.known.words
+    seen = "" if one.known is None else one.known.sentence
     return judge_set(name, *pair, size, options.fars, options.rules, gallery, seen)
 
 
@@ -185,20 +187,20 @@ def _draws(one: NamedSet, options: Options) -> IntArray:
 def _deployments(one: NamedSet, cells: Cells, far: float, options: Options) -> list[Result]:
     found = deployments(one.spaces, cells, one.labels, options.fars, far, _draws(one, options), options.seed)
     today = cells["old", "old"]
-    rows = [Way("old → old", "today", today, {"all": today.scores.threshold_at(far)}, judged=False), *found]
-    return [plain(_deployment(one, way, today, far, options)) for way in rows]
+    rows = [Deployment("old → old", "today", today, {"all": today.scores.threshold_at(far)}, judged=False), *found]
+    return [plain(_deployment(one, row, today, far, options)) for row in rows]
 
 
-def _deployment(one: NamedSet, way: Way, today: Cell, far: float, options: Options) -> Result:
+def _deployment(one: NamedSet, row: Deployment, today: Cell, far: float, options: Options) -> Result:
     size = (len(np.unique(one.labels)), len(one.labels))
-    judged = judge_set(one.name, today, way.cell, size, options.fars, options.rules) if way.judged else None
+    judged = judge_set(one.name, today, row.cell, size, options.fars, options.rules) if row.judged else None
     return {
-        "way": way.name,
-        "meaning": way.meaning,
-        "thresholds": way.thresholds,
+        "way": row.name,
+        "meaning": row.meaning,
+        "thresholds": row.thresholds,
         "far": far,
-        "tar": way.cell.figure(tar_name(far)),
-        "rank-1": way.cell.figure("rank-1"),
+        "tar": row.cell.figure(tar_name(far)),
+        "rank-1": row.cell.figure("rank-1"),
         "answer": judged.answer if judged else None,
         "reason": judged.reason if judged else "",
         "findings": judged.findings if judged else [],

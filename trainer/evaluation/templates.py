@@ -74,8 +74,8 @@ def read_templates(folder: Path, weighted: bool = False) -> TemplateSet:
     meta = folder / "meta"
     faces = _rows(_one(meta, "*_face_tid_mid.txt"), 3)
     marks_file = _one(meta, "*_name_5pts_score.txt")
-    by_name = {row.words[0]: row for row in _rows(marks_file, 12)}
-    names = [row.words[0] for row in faces]
+    by_name = {row.fields[0]: row for row in _rows(marks_file, 12)}
+    names = [row.fields[0] for row in faces]
     missing = next((name for name in names if name not in by_name), None)
     if missing is not None:
         raise DataError(f"{meta}: {missing} is in the template list but has no points and score")
@@ -107,21 +107,21 @@ def _one(meta: Path, pattern: str, needed: bool = True) -> Path | None:
 
 
 class _Row(NamedTuple):
-    """A line of a file: its words, the first of which is an image."""
+    """A line of a file: its fields, the first of which is an image."""
 
     path: Path
     line: int
-    words: list[str]
+    fields: list[str]
 
     def __str__(self) -> str:
-        return f"{self.path}: line {self.line}: {self.words[0]}"
+        return f"{self.path}: line {self.line}: {self.fields[0]}"
 
 
 def _rows(path: Path | None, width: int) -> list[_Row]:
     assert path is not None
     lines = read_text(path, DataError).splitlines()
     rows = [_Row(path, number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
-    wrong = next((row for row in rows if len(row.words) != width), None)
+    wrong = next((row for row in rows if len(row.fields) != width), None)
     if wrong is not None or not rows:
         raise DataError(f"{path}: line {wrong.line if wrong else 1}: expected {width} columns")
     return rows
@@ -130,11 +130,11 @@ def _rows(path: Path | None, width: int) -> list[_Row]:
 def _numbers(rows: Sequence[_Row], dtype: type[Any]) -> NDArray[Any]:
     """What stands behind the images' names: (n, columns)."""
     try:
-        return np.array([row.words[1:] for row in rows], dtype)
+        return np.array([row.fields[1:] for row in rows], dtype)
     except (ValueError, OverflowError):
         for row in rows:
             try:
-                np.array(row.words[1:], dtype)
+                np.array(row.fields[1:], dtype)
             except (ValueError, OverflowError) as error:
                 raise DataError(f"{row}: a template, media, point or score is no number: {error}") from None
         raise
@@ -275,7 +275,7 @@ def measure_templates(
         probes, enrolled = view[0], view[0] if view[1] is None else view[1]
         cell: dict[str, Any] = {"how": view[2]}
         if protocol.pairs is not None and protocol.genuine is not None:
-            left, right = (_places(numbers, protocol.pairs[:, side], protocol.folder) for side in (0, 1))
+            left, right = (_rows_of(numbers, protocol.pairs[:, side], protocol.folder) for side in (0, 1))
             cosines = pair_cosines(enrolled, probes, left, right)
             cell["verification"] = pair_figures(cosines, protocol.genuine, tuple(fars), replicates, seed)
         if protocol.probes is not None and protocol.galleries:
@@ -289,9 +289,9 @@ def _identify(
 ) -> dict[str, Any]:
     """Rank-k over all galleries together (closed set); TPIR as the mean over the galleries one by one (open set)."""
     assert protocol.probes is not None
-    asked = probes[_places(numbers, protocol.probes.templates, protocol.folder)]
+    asked = probes[_rows_of(numbers, protocol.probes.templates, protocol.folder)]
     subjects = protocol.probes.subjects
-    kept = [enrolled[_places(numbers, g.templates, protocol.folder)] for g in protocol.galleries]
+    kept = [enrolled[_rows_of(numbers, g.templates, protocol.folder)] for g in protocol.galleries]
     together = np.concatenate([g.subjects for g in protocol.galleries])
     closed = open_set(asked, subjects, np.concatenate(kept), together, fpirs=())
     each: list[OpenSet] = [
@@ -301,7 +301,7 @@ def _identify(
     return {"rank": closed.rank, "tpir": tpir, "enrolled": len(together), "probes": len(subjects)}
 
 
-def _places(numbers: IntArray, wanted: IntArray, folder: Path) -> IntArray:
+def _rows_of(numbers: IntArray, wanted: IntArray, folder: Path) -> IntArray:
     at = np.searchsorted(numbers, wanted)
     at[at == len(numbers)] = 0
     wrong = np.flatnonzero(numbers[at] != wanted)

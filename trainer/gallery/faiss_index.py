@@ -14,13 +14,16 @@ from trainer.gallery.formats import TAKEN, Format, Rows
 from trainer.reading import why_unreadable
 
 _FLAT = ("IndexFlat", "IndexFlatIP", "IndexFlatL2")
+_IVF = ("IndexIVFFlat", "IndexIVFScalarQuantizer")
+_HALVES = ("IndexScalarQuantizer", "IndexHNSWSQ", "IndexIVFScalarQuantizer")  # which may hold 16-bit floats
 _CODES = re.compile("PQ|ScalarQuantizer|SQ|LSH|Residual|LocalSearch|Additive|Product|RaBitQ|Lattice|2Layer|2Level")
 _LEAST_FOR_A_GRAPH = 101  # rows that NSG's own building needs
 
 
 class FaissGallery(Format):
-    """A FAISS index of kind Flat, IVF-Flat, HNSW-Flat, NSG-Flat or 16-bit floats, with or without an id map and L2
-    normalisation in front, or any index refined by whole vectors (RFlat)."""
+    """A FAISS index of kind Flat, IVF-Flat, HNSW-Flat or NSG-Flat, or of 16-bit floats (SQfp16, SQbf16; under IVF or
+    HNSW too), with or without an id map and L2 normalisation in front, or any index refined by whole vectors (RFlat).
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -55,18 +58,22 @@ class FaissGallery(Format):
                         "the originals are not in the file; build this index anew from the converted originals"
                     )
             return self._held(faiss.downcast_index(index.index))
-        if kind == "IndexIVFFlat":
-            return self._lists(index)
         if kind == "IndexRefineFlat":
             return np.arange(index.ntotal), faiss.downcast_index(index.refine_index).reconstruct_n(0, index.ntotal)
-        halves = (faiss.ScalarQuantizer.QT_fp16, faiss.ScalarQuantizer.QT_bf16)
-        if (
-            kind in _FLAT
-            or kind in ("IndexHNSWFlat", "IndexNSGFlat")
-            or (kind == "IndexScalarQuantizer" and index.sq.qtype in halves)
+        if kind in _HALVES and self._quantizer(index).qtype not in (
+            faiss.ScalarQuantizer.QT_fp16,
+            faiss.ScalarQuantizer.QT_bf16,
         ):
+            raise DataError(f"{self._path}: {_why_not(kind)}")
+        if kind in _IVF:
+            return self._lists(index)
+        if kind in (*_FLAT, "IndexHNSWFlat", "IndexNSGFlat", *_HALVES):
             return np.arange(index.ntotal), index.reconstruct_n(0, index.ntotal)
         raise DataError(f"{self._path}: {_why_not(kind)}")
+
+    def _quantizer(self, index: Any) -> Any:
+        """The scalar quantizer of an index of :data:`_HALVES`."""
+        return self._faiss.downcast_index(index.storage).sq if type(index).__name__ == "IndexHNSWSQ" else index.sq
 
     def _lists(self, index: Any) -> tuple[IntArray, FloatArray]:
         """What lies in the lists of an IVF index, in the order of its ids."""
@@ -74,9 +81,18 @@ class FaissGallery(Format):
 
         lists = [get_invlist(index.invlists, number) for number in range(index.nlist)]
         ids = np.concatenate([found for found, _ in lists])
-        vectors = np.concatenate([codes.view(np.float32).reshape(-1, index.d) for _, codes in lists])
+        vectors = np.concatenate([self._decoded(index, number, codes) for number, (_, codes) in enumerate(lists)])
         order = np.argsort(ids, kind="stable")
         return ids[order], vectors[order]
+
+    def _decoded(self, index: Any, number: int, codes: Any) -> FloatArray:
+        """The vectors (n, D) of a list's codes (n, bytes), which may be differences from the list's centroid."""
+        if type(index).__name__ == "IndexIVFFlat":
+            return np.asarray(codes.view(np.float32).reshape(-1, index.d))
+        size = index.coarse_code_size()
+        prefix = np.frombuffer(number.to_bytes(size, "little"), np.uint8)
+        whole = np.concatenate([np.tile(prefix, (len(codes), 1)), codes.reshape(-1, index.code_size)], axis=1)
+        return np.asarray(index.sa_decode(np.ascontiguousarray(whole)), np.float32).reshape(-1, index.d)
 
     def _chain(self, index: Any) -> list[Any]:
         faiss = self._faiss
@@ -99,7 +115,7 @@ class FaissGallery(Format):
         said: list[str] = []
         for index in self._nested(self._index):
             kind = type(index).__name__
-            if kind == "IndexIVFFlat":
+            if kind in _IVF:
                 if self.rows < index.nlist:
                     said.append(
                         f"its {index.nlist} lists become {self.rows}: there are no more vectors to train them on"
@@ -170,8 +186,11 @@ class FaissGallery(Format):
                 base.nprobe = faiss.downcast_index(index.base_index).nprobe
             new = faiss.IndexRefineFlat(base)
             new.k_factor = index.k_factor
-        elif kind == "IndexIVFFlat":
+        elif kind in _IVF:
             new = self._like_ivf(index, vectors)
+        elif kind == "IndexHNSWSQ":
+            new = self._like_graph(index, dim)
+            new.train(vectors)
         elif kind == "IndexHNSWFlat":
             new = self._like_graph(index, dim)
         elif kind == "IndexNSGFlat":
@@ -188,7 +207,11 @@ class FaissGallery(Format):
         return new
 
     def _like_graph(self, index: Any, dim: int) -> Any:
-        new = self._faiss.IndexHNSWFlat(dim, index.hnsw.nb_neighbors(1), index.metric_type)
+        links, metric = index.hnsw.nb_neighbors(1), index.metric_type
+        if type(index).__name__ == "IndexHNSWSQ":
+            new: Any = self._faiss.IndexHNSWSQ(dim, self._quantizer(index).qtype, links, metric)
+        else:
+            new = self._faiss.IndexHNSWFlat(dim, links, metric)
         new.hnsw.efConstruction, new.hnsw.efSearch = index.hnsw.efConstruction, index.hnsw.efSearch
         return new
 
@@ -197,7 +220,11 @@ class FaissGallery(Format):
         quantizer: Any = faiss.downcast_index(index.quantizer)
         graph = type(quantizer).__name__ == "IndexHNSWFlat"
         coarse = self._like_graph(quantizer, dim) if graph else faiss.IndexFlat(dim, quantizer.metric_type)
-        new = faiss.IndexIVFFlat(coarse, dim, min(index.nlist, len(vectors)), index.metric_type)
+        lists, metric = min(index.nlist, len(vectors)), index.metric_type
+        if type(index).__name__ == "IndexIVFFlat":
+            new = faiss.IndexIVFFlat(coarse, dim, lists, metric)
+        else:
+            new = faiss.IndexIVFScalarQuantizer(coarse, dim, lists, index.sq.qtype, metric, index.by_residual)
         new.quantizer_trains_alone = 2 if graph else 0
         new.train(vectors)
         new.nprobe, new.parallel_mode = min(index.nprobe, new.nlist), index.parallel_mode
@@ -209,12 +236,12 @@ class FaissGallery(Format):
         vectors = np.ascontiguousarray(vectors, np.float32)
         try:
             new = self._like(self._index, vectors)
-            if type(self._index).__name__ in ("IndexIDMap", "IndexIDMap2", "IndexIVFFlat"):
+            if type(self._index).__name__ in ("IndexIDMap", "IndexIDMap2", *_IVF):
                 new.add_with_ids(vectors, self._ids)
             else:
                 new.add(vectors)
             for old, now in zip(self._nested(self._index), self._nested(faiss.downcast_index(new)), strict=True):
-                if type(old).__name__ == "IndexIVFFlat":
+                if type(old).__name__ in _IVF:
                     now.set_direct_map_type(old.direct_map.type)
             faiss.write_index(new, str(target))
         except RuntimeError as error:

@@ -177,7 +177,7 @@ def updates(setting: Setting) -> int | None:
 class Change:
     """Something that could be changed, with the peak that it leads to."""
 
-    words: str
+    text: str
     peak_bytes: int
     fits: bool
 
@@ -189,14 +189,14 @@ def changes_to_fit(plan: Plan, limit_bytes: int) -> list[Change]:
     """
     found: list[Change] = []
     together = plan.setting
-    for words, change in _changes(plan.setting).items():
-        for name, setting in _variants(words, change, plan.setting):
+    for text, change in _changes(plan.setting).items():
+        for name, setting in _variants(text, change, plan.setting):
             peak = make_plan(setting).device_bytes
             if peak >= plan.device_bytes:
                 continue
-            if peak <= limit_bytes or name == words:
+            if peak <= limit_bytes or name == text:
                 found.append(Change(name, peak, peak <= limit_bytes))
-                together = change(together, None) if "{}" not in words else together
+                together = change(together, None) if "{}" not in text else together
                 break
     if len(found) > 1 and not any(change.fits for change in found):
         peak = make_plan(together).device_bytes
@@ -212,7 +212,7 @@ Edit = Callable[[Setting, Any], Setting]
 
 
 def _changes(setting: Setting) -> dict[str, Edit]:
-    """Words → what they change; with ``{}`` in them, a choice of sample rates."""
+    """Text → what it changes; with ``{}`` in it, a choice of sample rates."""
     config, out = setting.config, dict[str, Edit]()
     if config.head.rows == "float32":
         out["rows in bfloat16 (head.rows=bfloat16)"] = lambda s, _: _with(s, "head", rows="bfloat16")
@@ -241,11 +241,11 @@ def _changes(setting: Setting) -> dict[str, Edit]:
     return out
 
 
-def _variants(words: str, change: Edit, setting: Setting) -> list[tuple[str, Setting]]:
-    if "{}" not in words:
-        return [(words, change(setting, None))]
+def _variants(text: str, change: Edit, setting: Setting) -> list[tuple[str, Setting]]:
+    if "{}" not in text:
+        return [(text, change(setting, None))]
     rates = [rate for rate in RATES if rate < setting.config.head.highest_rate]
-    return [(words.format(rate), change(setting, rate)) for rate in rates]
+    return [(text.format(rate), change(setting, rate)) for rate in rates]
 
 
 def _with(setting: Setting, section: str, **values: Any) -> Setting:
