@@ -7,7 +7,7 @@
 # make lint   the first three of them alone
 # make results   measure everything that docs/results.md shows again, and write it: some hours
 # make gpu-check   what needs a GPU, in stages of a few minutes; figures into benchmarks/gpu
-# make docs   the API reference, into build/docs
+# make docs   the site of guides, commands, Python API and results, into build/docs
 # make queue-extras   as root, on Debian and Ubuntu: the SLURM that tests/launch/test_slurm.py starts for itself, linters
 # make package-check   build the package, install it into a clean environment, ask every command for --help
 #
@@ -65,7 +65,7 @@ gpu-check: .venv/installed
 	$(BIN)/lce bench gpu_check --out benchmarks/gpu
 
 docs: .venv/installed
-	$(BIN)/python docs/build_api.py build/docs
+	$(BIN)/python docs/build_site.py build/docs
 
 queue-extras: .venv/installed
 	apt-get install --yes --no-install-recommends slurm-wlm munge shellcheck

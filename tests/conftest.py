@@ -48,6 +48,7 @@ SLOW = (
     "tools/test_demo_steps.py",
     "tools/test_ladder.py",
     "tools/test_million.py",
+    "tools/test_tune.py",
     "test_skips.py",
 )
 

@@ -29,6 +29,7 @@ COMMANDS = (
     "split",
     "config",
     "launch",
+    "tune",
     "model",
     "centers",
     "evaluate",
@@ -48,7 +49,7 @@ HINTS = {
 }
 """What people type who come from other tools."""
 
-DATASETS = ("dataset", "new_dataset", "old_dataset", "data", "images")
+DATASETS = ("dataset", "new_dataset", "old_dataset", "data", "images", "validation")
 """The arguments that name data sets."""
 ALLOW_OUTSIDE = "follow names in a dataset.yaml that lead out of its folder (training: data.allow_outside)"
 

@@ -91,18 +91,18 @@ class Steps:
         self.seconds[name] = stamp["seconds"]
 
 
-def run_lce(arguments: Sequence[str], stdout: int | None = None) -> None:
+def run_lce(arguments: Sequence[str], stdout: int | None = None, stderr: int | None = None) -> None:
     """Run ``lce ARGUMENTS`` as a child of its own process group, and end that group when this process is interrupted.
 
     Args:
         arguments: subcommand and its arguments.
-        stdout: a file descriptor for its standard output, or ``subprocess.DEVNULL``; None: ours.
+        stdout, stderr: file descriptors for its output, or ``subprocess.DEVNULL``; None: ours.
 
     Raises:
         StepFailed: the command's exit status is not 0.
     """
     command = [sys.executable, "-m", "tools.cli", *arguments]
-    process = subprocess.Popen(command, start_new_session=True, stdout=stdout)
+    process = subprocess.Popen(command, start_new_session=True, stdout=stdout, stderr=stderr)
     try:
         status = process.wait()
     except BaseException:

@@ -16,8 +16,9 @@ from tests.ranks import run_ranks
 from tests.runs import Linear, config, log_of, losses_of, train_rank
 from trainer.compat.bank.center_bank import BankInfo, CenterBank
 from trainer.compat.bank.from_model import bank_from_model
-from trainer.compat.methods import losses
+from trainer.compat.methods import losses, ndpp
 from trainer.compat.methods.advbct import AdvBct
+from trainer.compat.methods.bct import bank_rows
 from trainer.compat.methods.config import AnyMethod
 from trainer.compat.methods.fct import Fct
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, StoredEmbeddings
@@ -28,6 +29,7 @@ from trainer.data.draws import uniforms
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError, DataError, LceError, ModelError
 from trainer.head.partial_fc import PartialFC
+from trainer.head.partition import class_range
 from trainer.models.card import ModelCard
 from trainer.models.folder import save_model
 from trainer.models.model import resized
@@ -43,7 +45,7 @@ PLACES = {world: max(sizes) for world, sizes in SIZES.items()}
 NUMBERS = torch.tensor([4, 20, 12, 15, 0, 29, 32, 13, 1, 28, 37, 11, 3])  # records; the classes are these modulo 11
 LABELS = torch.where(NUMBERS == 0, -1, NUMBERS % CLASSES)
 UNKNOWN, MASKED = 15, (1, 7, 10)  # a record without an old embedding, and classes without a centre
-METHODS = ("bct", "unibct", "l2", "mixbct", "advbct", "fct")
+METHODS = ("bct", "unibct", "ndpp", "l2", "mixbct", "advbct", "fct")
 
 
 def make_old(folder: Path, dim: int = DIM) -> dict[str, Any]:
@@ -76,6 +78,8 @@ def settings(folder: Path, method: str, world: int, **more: Any) -> Config:
         "compat__boundary_weight": 1.3,
         "compat__old_margin": 0.1,
         "compat__mix_share": 0.4,
+        "compat__neighbours": 3,
+        "compat__push": 0.8,
         "compat__transform": {"name": "mlp"},
         "data__batch_size": PLACES[world] * world,
         "head__chunk_rows": 2,
@@ -134,12 +138,14 @@ def plain(folder: Path, method: str, more: dict[str, Any]) -> dict[str, Any]:
     modules: dict[str, torch.nn.Module] = {}
     torch.manual_seed(1)
     made = build_method(chosen.methods[0], chosen, prepare(chosen, Ranks()), Ranks())
-    if method in ("bct", "unibct"):
+    if method in ("bct", "unibct", "ndpp"):
         old_rows, mask = rows.centers.double(), rows.mask
         if method == "unibct":
             there = torch.arange(RECORDS) != UNKNOWN
             y = torch.arange(RECORDS)[there] % CLASSES
             old_rows, mask = losses.unibct_prototypes(every_old[there], every_old[there], y, CLASSES)
+        elif method == "ndpp":
+            old_rows = losses.ndpp_prototypes(old_rows, mask, 3, 0.8)
         if chosen.head.sample_rate < 1:
             taken = torch.zeros(CLASSES, dtype=torch.bool)
             taken[draw_negatives(chosen.run.seed, STEP, CLASSES, chosen.head.sample_rate, 0, CLASSES)] = True
@@ -192,7 +198,11 @@ def plain_mix(chosen: Config, x: Tensor, old: Tensor, known: Tensor, rows: Any) 
     return {"loss": found[1][0] - found[0][0], "x": found[1][1] - found[0][1]}
 
 
-CASES: list[tuple[str, dict[str, Any]]] = [*((m, {}) for m in METHODS), ("bct", {"head__sample_rate": 0.5})]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((m, {}) for m in METHODS),
+    ("bct", {"head__sample_rate": 0.5}),
+    ("ndpp", {"compat__neighbours": 3, "head__sample_rate": 0.5}),
+]
 
 
 def all_cases(ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
@@ -218,6 +228,32 @@ def test_any_number_of_ranks_is_the_plain_formula(world: int, folder: Path) -> N
         for name in each[0].keys() - {"x"}:
             for one in each[1:]:
                 assert torch.equal(one[name], each[0][name]), f"{case}: {name} differs between ranks"
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 4), (2048, 16384)])
+def test_centres_are_moved_apart_block_by_block(
+    rows: int, columns: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the blocks: the plain formula; near centres come apart, and no push changes nothing."""
+    monkeypatch.setattr(ndpp, "ROWS", rows)
+    monkeypatch.setattr(ndpp, "COLUMNS", columns)
+    bank = CenterBank.open(folder / "bank")
+    whole = bank.rows(0, CLASSES)
+    mask, o = whole.mask, torch.nn.functional.normalize(whole.centers.double())
+    for neighbours, push in ((1, 0.5), (3, 0.8), (99, 2.0), (3, 0.0)):
+        moved = []
+        for world in (1, 3):
+            own = [bank_rows(bank, class_range(CLASSES, r, world), torch.float64) for r in range(world)]
+            cpu = torch.device("cpu")
+            moved.append(torch.cat([ndpp.move_apart(one, bank, neighbours, push, cpu) for one in own]))
+        expected = losses.ndpp_prototypes(o, mask, neighbours, push)[mask]
+        for one in moved:
+            torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-14)
+        nearest = [(v @ v.T).fill_diagonal_(-1).max() for v in (expected, o[mask])]
+        assert nearest[0] < nearest[1] if push else torch.equal(nearest[0], nearest[1])
+    alone = torch.zeros(CLASSES, dtype=torch.bool)
+    alone[2] = True
+    torch.testing.assert_close(losses.ndpp_prototypes(o, alone, 3, 0.8), o)
 
 
 def test_what_the_methods_leave_out_matters(folder: Path, tmp_path: Path) -> None:
@@ -262,7 +298,14 @@ def test_whole_runs(method: str, folder: Path, tmp_path: Path) -> None:
     train(config(tmp_path / "cut", **same, train__steps=4), Ranks())
     train(config(tmp_path / "cut", **same), Ranks())
     np.testing.assert_allclose(losses_of(tmp_path / "cut"), expected, rtol=1e-12)
-    names = {"bct": "influence", "unibct": "influence", "mixbct": "replaced", "advbct": "adversarial", "fct": "map"}
+    names = {
+        "bct": "influence",
+        "unibct": "influence",
+        "ndpp": "influence",
+        "mixbct": "replaced",
+        "advbct": "adversarial",
+        "fct": "map",
+    }
     assert np.isfinite([line[names.get(method, method)] for line in log_of(tmp_path / "1")]).all()
     model, many = load_model(tmp_path / "1"), load_model(tmp_path / "3")
     assert (model.card.mode, model.card.compatible_with_hash) == (method, "0123")
@@ -381,7 +424,7 @@ def test_from_images_to_compatible_models(tmp_path: Path) -> None:
     torch.testing.assert_close(along, StoredEmbeddings(array, len(dataset)).of(batch), rtol=0, atol=1e-5)
     for method in METHODS:
         given = {} if method == "unibct" else {"compat__bank": str(tmp_path / "bank")}
-        if method != "bct":
+        if method not in ("bct", "ndpp"):
             key = "old_model" if method in ("l2", "advbct") else "old_embeddings"
             given[f"compat__{key}"] = str(tmp_path / "old" if key == "old_model" else array)
         train(config(tmp_path / method, train__steps=3, compat__method=method, **given, **look), Ranks())

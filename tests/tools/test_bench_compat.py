@@ -1,5 +1,6 @@
 """The comparison of methods on a handful of synthetic identities: chosen, measured, continued, failures named."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +164,65 @@ def test_trials_span_the_weights_evenly() -> None:
     method = compat.Method("m", (), 1.0, 1000.0)
     assert method.weights(4) == [1.0, 10.0, 100.0, 1000.0]
     assert method.weights(1) == [32.0]
+
+
+class Found:
+    """A comparison whose training runs are names, and whose figures a table gives."""
+
+    steps = 8
+    out = Path("work")
+
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+
+    def folder(self, seed: int) -> Path:
+        return self.out / f"seed-{seed}"
+
+    def train(self, seed: int, name: str, recipe: str, overrides: Sequence[str], old: str) -> None:
+        assert (seed, recipe, old) == (0, "paragon", "old")
+        if name == "l2-17-2":
+            raise comparison.TrainingFailed(f"{name} diverged")
+        steps = [word for word in overrides if word.startswith("train.steps=")]
+        assert steps == ([f"train.steps={name.split('-')[2]}"] if name.count("-") == 2 else [])
+        self.trained.append(name)
+
+    def measure(self, seed: int, part: str, old: str, new: str) -> dict[str, Any]:
+        value = {"lce-2-2": 0.1, "lce-11-2": 0.4, "lce-60-2": 0.3, "lce-11-4": 0.5, "lce-60-4": 0.6}.get(new, 0.2)
+        return {"cells": {"new->old": {compat.CRITERION: value, "rank-1": value}}}
+
+    def each(self, action: Any, items: Sequence[Any]) -> dict[Any, Any]:
+        problems: dict[Any, Any] = {}
+        for item in items:
+            try:
+                problems[item] = action(item)
+            except comparison.TrainingFailed as failed:
+                problems[item] = failed
+        return problems
+
+
+def test_short_trials_are_halved_until_one_is_left() -> None:
+    rungs = compat.rungs_of(argparse.Namespace(trials=3, trial_steps=2, steps=8))
+    assert [(rung.trials, rung.updates) for rung in rungs] == [(3, 2), (2, 4)]
+    whole = argparse.Namespace(trials=4, trial_steps=None, steps=8)
+    assert [(rung.trials, rung.updates) for rung in compat.rungs_of(whole)] == [(4, 8)]
+    found, done = Found(), list[int]()
+    tried = {name: compat.METHODS[name].weights(3) for name in ("lce", "l2")}
+    trials = compat._halve(found, tried, rungs, lambda: done.append(1))  # type: ignore[arg-type]
+    assert [(one.weight, one.updates) for one in trials["lce"]] == [(2, 2), (11, 2), (60, 2), (11, 4), (60, 4)]
+    assert [(one.weight, one.updates, one.problem) for one in trials["l2"]][1] == (17, 2, "l2-17-2 diverged")
+    assert [(one.weight, one.updates) for one in trials["l2"][3:]] == [(3.1, 4), (97, 4)]
+    assert len(done) == 9  # all but the one that failed
+    chosen = compat._choose("lce", trials["lce"])
+    assert (chosen["weight"], [one["updates"] for one in chosen["trials"]]) == (60, [2, 2, 2, 4, 4])
+    assert compat._choose("l2", trials["l2"])["problems"] == ["l2-17-2 diverged"]
+    assert compat._train(found, "lce", 0, 60.0) == "lce-60"  # type: ignore[arg-type]
+
+
+def test_a_negative_gain_is_a_dash() -> None:
+    figures = json.loads((Path(__file__).parents[2] / "benchmarks" / "compat.json").read_text())
+    assert figures["methods"]["independent"]["spread"]["update_gain"][compat.CRITERION]["mean"] < 0
+    line = next(line for line in compat.markdown(figures).splitlines() if line.startswith("| independent "))
+    assert [cell.strip() for cell in line.split("|")][7] == "–"
 
 
 def test_every_method_has_as_many_trials() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,3 +107,32 @@ def test_every_command_is_one_that_the_program_understands() -> None:
         for command in section.commands:
             words = [w.format(json="x.json", figures="f", work="w", fonts="f") for w in command.split()]
             assert parser.parse_args(words).command == words[0]
+
+
+def test_the_headline_says_where_lce_stands_and_where_it_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def method(title: str, tar: float, rank: float, deviation: float) -> dict[str, Any]:
+        found = {results.METRIC: (tar, deviation), "rank-1": (rank, deviation)}
+        cells = {key: {"mean": mean, "deviation": spread} for key, (mean, spread) in found.items()}
+        gain = {results.METRIC: {"mean": 0.44, "deviation": None}}
+        return {"title": title, "spread": {"new->old": cells, "new->new": cells, "update_gain": gain}}
+
+    def run(lce: tuple[float, float], bct: tuple[float, float], classes: int) -> dict[str, Any]:
+        own = method("alone", 0.3, 0.8, 0.0)["spread"]["new->old"]
+        methods = {"independent": method("independent", 0.99, 0.99, 0.0), "lce": method("LCE", *lce, 0.01)}
+        methods["bct"] = method("BCT", *bct, 0.02)
+        base = {"old->old": own, "paragon->paragon": own}
+        return {"classes": classes, "steps": 9000, "seeds": 3, "methods": methods, "base": base}
+
+    known: dict[str, Any] = dict.fromkeys(one.file for one in results.SECTIONS)
+    assert results.headline(known) == ""
+    known["compat-hangul-long.json"] = run((0.6, 0.97), (0.1, 0.1), 9772)
+    known["compat.json"] = run((0.63, 0.95), (0.5, 0.94), 4000)
+    known["compat-both.json"] = run((0.615, 0.9), (0.6, 0.96), 37321)
+    text = results.headline(known)
+    assert "from 0.300 / 0.800 (TAR at FAR 1e-4 / rank-1) to 0.600 / 0.970, 44% of the way" in text
+    assert "at no cost to its own TAR (9,772 identities" in text
+    assert "ahead in TAR with 4,000 identities (0.630 against BCT's 0.500)," in text
+    assert "level in rank-1 with 4,000 identities (0.950 against BCT's 0.940), TAR with 37,321" in text
+    assert "and loses in rank-1 with 37,321 identities (0.900 against BCT's 0.960)." in text
+    monkeypatch.setattr(results, "headline", lambda known: "the sentence")
+    assert "\nthe sentence\n" in results.page(dict.fromkeys(known), [])

@@ -5,8 +5,9 @@
   lce bench compat --data FOLDER --weights compat.json     # a folder of lce characters, weights as chosen before
 
 Each method's weights are chosen by --trials training runs with seed 0, on validation identities that are not reported:
-the highest TAR@FAR 1e-4 of new→old there. Then it is trained with every seed, each with an old model, training
-identities and a paragon (the new model without compatibility) of its own, and measured on unseen identities.
+the highest TAR@FAR 1e-4 of new→old there. With --trial-steps these runs are short, and the better half gets runs of
+twice as many updates until one is left, as lce tune does. Then it is trained with every seed, each with an old model,
+training identities and a paragon (the new model without compatibility) of its own, and measured on unseen identities.
 "independent" is the paragon used on the old gallery. Update gain and cost are in trainer/evaluation/compatibility.py.
 
 --weights takes an earlier run's JSON and its choices. A FOLDER's identities are the same for every seed.
@@ -25,6 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tools.tuning import RANGES, Range, points, rung_sizes, survivors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,33 +60,37 @@ class Method:
     def weights(self, trials: int) -> list[float]:
         """So many weights from ``low`` to ``high``; the middle one for a single trial or where there is nothing to
         choose."""
-        if trials == 1 or self.low == self.high:
-            return [_rounded(math.sqrt(self.low * self.high))]
-        return [_rounded(self.low * (self.high / self.low) ** (i / (trials - 1))) for i in range(trials)]
+        return [weight for (weight,) in points([Range((), self.low, self.high)], trials)]
 
 
-def _rival(title: str, method: str, needs: str, low: float, high: float, keys: str = "weight") -> Method:
+def _method(title: str, method: str, needs: str, *more: str) -> Method:
+    """The weights are those that ``lce tune`` tries."""
+    area = RANGES[method]
     files = {"bank": "compat.bank={bank}", "old": "compat.old_embeddings={embeddings}"}
-    words = [f"compat.method={method}", *(files[name] for name in needs.split())]
-    return Method(title, (*words, *(f"compat.{key}={{weight}}" for key in keys.split())), low, high)
+    words = [f"compat.method={method}", *more, *(files[name] for name in needs.split())]
+    return Method(title, (*words, *(f"compat.{key}={{weight}}" for key in area.keys)), area.low, area.high)
 
 
-def _lce(title: str, mode: str) -> Method:
-    words = ("compat.method=lce", f"compat.mode={mode}", "compat.bank={bank}")
-    return Method(title, (*words, "compat.alignment_weight={weight}", "compat.boundary_weight={weight}"), 2.0, 60.0)
+@dataclass(frozen=True)
+class Rung:
+    """One length of trials: how many of each method at most, and of how many updates."""
+
+    trials: int
+    updates: int
 
 
 METHODS = {
     "independent": Method("independent", ()),
-    "l2": _rival("L2 to the old embedding", "l2", "old", 3.1, 97.0),
-    "bct": _rival("BCT", "bct", "bank", 0.3, 10.0),
-    "unibct": _rival("UniBCT", "unibct", "old", 0.3, 10.0),
-    "advbct": _rival("AdvBCT", "advbct", "bank old", 3.0, 100.0, "weight boundary_weight"),
-    "mixbct": _rival("MixBCT", "mixbct", "bank old", 0.2, 0.9, "mix_share"),
-    "fct": _rival("FCT (no side information)", "fct", "old", 3.0, 100.0),
-    "lce": _lce("LCE, direct", "direct"),
-    "lce-backward": _lce("LCE, backward", "backward"),
-    "lce-forward": _lce("LCE, forward", "forward"),
+    "l2": _method("L2 to the old embedding", "l2", "old"),
+    "bct": _method("BCT", "bct", "bank"),
+    "unibct": _method("UniBCT", "unibct", "old"),
+    "ndpp": _method("NDPP, ours after it", "ndpp", "bank"),
+    "advbct": _method("AdvBCT", "advbct", "bank old"),
+    "mixbct": _method("MixBCT", "mixbct", "bank old"),
+    "fct": _method("FCT (no side information)", "fct", "old"),
+    "lce": _method("LCE, direct", "lce", "bank", "compat.mode=direct"),
+    "lce-backward": _method("LCE, backward", "lce", "bank", "compat.mode=backward"),
+    "lce-forward": _method("LCE, forward", "lce", "bank", "compat.mode=forward"),
 }
 
 
@@ -93,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default="all", help=f"all, or some of {','.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (3)")
     parser.add_argument("--trials", type=int, default=4, help="training runs to choose each method's weights (4)")
+    parser.add_argument("--trial-steps", type=int, help="updates of a first trial; then halving (all trials: --steps)")
     parser.add_argument("--parallel", type=int, default=2, help="training runs at a time, one thread each (2)")
     parser.add_argument("--weights", type=Path, metavar="JSON", help="no trials: weights out of an earlier run's JSON")
     parser.add_argument("--steps", type=int, default=800, help="updates of a new model (800)")
@@ -125,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     comparison, weights = make_comparison(args), _weights_of(args.weights, names)
     with interruptible():
-        figures = compare(comparison, names, args.seeds, args.trials, weights)
+        figures = compare(comparison, names, args.seeds, rungs_of(args), weights)
         if args.time:
             time_updates(comparison, figures["methods"])
     figures = {"bench": "compat", **settings_of(args, comparison), "trials": args.trials, **figures}
@@ -165,6 +173,14 @@ def settings_of(args: argparse.Namespace, comparison: "Comparison") -> dict[str,
     return {"data": data, **sizes, "seeds": args.seeds, "overrides": args.overrides}
 
 
+def rungs_of(args: argparse.Namespace) -> list[Rung]:
+    """All trials of ``--steps`` updates, or from ``--trial-steps`` on, halving until one is left."""
+    if args.trial_steps is None:
+        return [Rung(args.trials, args.steps)]
+    sizes = rung_sizes(args.trials, max(1, math.ceil(math.log2(args.trials))))
+    return [Rung(size, args.trial_steps * 2**number) for number, size in enumerate(sizes)]
+
+
 def _weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | None:
     """The weights that an earlier run chose. Raises :class:`ConfigError`: unreadable, or not there for a method."""
     import json
@@ -198,6 +214,8 @@ def _names(text: str) -> list[str]:
 def _check(args: argparse.Namespace) -> None:
     from trainer.errors import ConfigError
 
+    if args.trial_steps is not None and not 1 <= args.trial_steps <= args.steps:
+        raise ConfigError(f"--trial-steps {args.trial_steps}: from 1 to --steps, {args.steps}")
     if min(args.seeds, args.trials) < 1:
         raise ConfigError(f"--seeds {args.seeds} --trials {args.trials}: both at least 1")
     for option, place in (("--json", args.json), ("--markdown", args.markdown)):
@@ -209,7 +227,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def compare(
-    comparison: "Comparison", names: Sequence[str], seeds: int, trials: int, weights: Mapping[str, float] | None = None
+    comparison: "Comparison",
+    names: Sequence[str],
+    seeds: int,
+    rungs: Sequence[Rung],
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Choose every method's weights, train it with every seed and measure it: the figures as the JSON holds them.
 
@@ -221,24 +243,20 @@ def compare(
     from tools.measuring import origin
 
     trained = [name for name in names if METHODS[name].settings]
-    tried = {name: [] if weights else METHODS[name].weights(trials) for name in trained}
-    everyone = [(name, weight) for name in trained for weight in tried[name]]
-    total = seeds * 4 + len(everyone) + len(trained) * (seeds if weights else seeds - 1)
+    tried = {name: [] if weights else METHODS[name].weights(rungs[0].trials) for name in trained}
+    sizes = [rung_sizes(len(one), len(rungs)) for one in tried.values() if one]
+    reused = bool(sizes) and rungs[-1].updates == comparison.steps  # then seed 0's last trial is its measured run
+    total = seeds * 4 + sum(map(sum, sizes)) + len(trained) * (seeds - reused)
     with counting(total) as count:
         prepare(comparison, seeds, count)
 
-        def trial(one: tuple[str, float]) -> None:
-            _trial(comparison, *one)
-            count()
-
         def measure(one: tuple[str, int, float]) -> None:
             _final(comparison, *one)
-            if one[0] in trained and (weights or one[1] > 0):  # the others were trained before
+            if one[0] in trained and not (reused and one[1] == 0):  # the others were trained before
                 count()
 
-        validation = comparison.each(trial, everyone)
-        problems = {one: problem for one, problem in validation.items() if problem is not None}
-        methods = {name: _choose(comparison, name, tried.get(name, []), problems) for name in names}
+        trials = _halve(comparison, tried, rungs, count)
+        methods = {name: _choose(name, trials.get(name, [])) for name in names}
         for name, weight in (weights or {}).items():
             methods[name]["weight"] = weight
         chosen = {name: one["weight"] for name, one in methods.items() if one["weight"] is not None}
@@ -310,14 +328,57 @@ def raise_first(problems: "Mapping[Any, LceError | None]") -> None:
             raise problem
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A short run of a method with seed 0 and what it found on the validation identities, or its problem."""
+
+    weight: float
+    updates: int
+    cells: dict[str, Any] | None
+    problem: str = ""
+
+    @property
+    def score(self) -> tuple[float, ...] | None:
+        """Compared by this, the higher the better."""
+        return None if self.cells is None else (self.cells["new->old"][CRITERION],)
+
+
+def _halve(
+    comparison: "Comparison", tried: Mapping[str, Sequence[float]], rungs: Sequence[Rung], count: Callable[[], None]
+) -> dict[str, list[Trial]]:
+    """All trials of each method, rung by rung; all methods get as many runs and updates."""
+
+    def trial(one: tuple[str, float, int]) -> None:
+        _trial(comparison, *one)
+        count()
+
+    out: dict[str, list[Trial]] = {name: [] for name in tried}
+    alive = {name: list(weights) for name, weights in tried.items()}
+    for rung in rungs:
+        jobs = [(name, weight, rung.updates) for name, weights in alive.items() for weight in weights]
+        problems = comparison.each(trial, jobs)
+        for name, weights in alive.items():
+            found: dict[float, Trial] = {}
+            for weight in weights:
+                problem = problems[name, weight, rung.updates]
+                cells = None if problem else _trial(comparison, name, weight, rung.updates)["cells"]
+                found[weight] = Trial(weight, rung.updates, cells, str(problem or ""))
+            out[name] += found.values()
+            alive[name] = survivors({weight: one.score for weight, one in found.items()})
+    return out
+
+
 def _name(name: str, weight: float) -> str:
     return f"{name}-{weight:g}" if METHODS[name].settings else PARAGON
 
 
-def _train(comparison: "Comparison", name: str, seed: int, weight: float) -> str:
+def _train(comparison: "Comparison", name: str, seed: int, weight: float, updates: int | None = None) -> str:
+    called, words = _name(name, weight), _overrides(comparison, name, seed, weight)
+    if updates not in (None, comparison.steps):
+        called, words = f"{called}-{updates}", [*words, f"train.steps={updates}"]
     if METHODS[name].settings:
-        comparison.train(seed, _name(name, weight), PARAGON, _overrides(comparison, name, seed, weight), OLD)
-    return _name(name, weight)
+        comparison.train(seed, called, PARAGON, words, OLD)
+    return called
 
 
 def _overrides(comparison: "Comparison", name: str, seed: int, weight: float) -> list[str]:
@@ -326,27 +387,25 @@ def _overrides(comparison: "Comparison", name: str, seed: int, weight: float) ->
     return [word.format(**known) for word in METHODS[name].settings]
 
 
-def _trial(comparison: "Comparison", name: str, weight: float) -> dict[str, Any]:
-    return comparison.measure(0, "validation", OLD, _train(comparison, name, 0, weight))
+def _trial(comparison: "Comparison", name: str, weight: float, updates: int) -> dict[str, Any]:
+    return comparison.measure(0, "validation", OLD, _train(comparison, name, 0, weight, updates))
 
 
 def _final(comparison: "Comparison", name: str, seed: int, weight: float) -> dict[str, Any]:
     return comparison.measure(seed, "unseen", OLD, _train(comparison, name, seed, weight), PARAGON)
 
 
-def _choose(
-    comparison: "Comparison", name: str, tried: Sequence[float], problems: "dict[tuple[str, float], LceError]"
-) -> dict[str, Any]:
-    """The trial with the best validation figure; weight None when every trial failed."""
+def _choose(name: str, trials: Sequence[Trial]) -> dict[str, Any]:
+    """The trial of the last rung with the best validation figure; weight None when every trial failed."""
     method = METHODS[name]
-    good = [weight for weight in tried if (name, weight) not in problems]
-    figures = {weight: _trial(comparison, name, weight)["cells"] for weight in good}
-    best = max(good, key=lambda weight: figures[weight]["new->old"][CRITERION], default=None)
+    good = [one for one in trials if one.cells is not None]
+    last = [one for one in good if one.updates == trials[-1].updates]
+    best = max(last, key=lambda one: one.score or (), default=None)
     return {
         "title": method.title,
-        "weight": best if method.settings else method.low,
-        "trials": [{"weight": weight, "validation": figures[weight]} for weight in good],
-        "problems": [str(problems[name, weight]) for weight in tried if weight not in good],
+        "weight": (None if best is None else best.weight) if method.settings else method.low,
+        "trials": [{"weight": one.weight, "updates": one.updates, "validation": one.cells} for one in good],
+        "problems": [one.problem for one in trials if one.cells is None],
     }
 
 
@@ -367,10 +426,6 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
         return None
     deviation = statistics.stdev(known) if len(known) > 1 else None
     return {"mean": statistics.fmean(known), "deviation": deviation, "seeds": len(known)}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.2g}")
 
 
 @contextmanager
@@ -420,10 +475,15 @@ def _rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, one in figures["methods"].items():
         weight = f"{one['weight']:g}" if METHODS[name].settings and one["weight"] else ""
         spread = one["spread"]
-        cells = [_text(spread[part][metric]) if spread else "failed" for part, metric in columns]
+        cells = [_shown(part, spread[part][metric]) if spread else "failed" for part, metric in columns]
         time = [f"{one['update_time']:.2f}" if "update_time" in one else "–"] if timed else []
         lines.append([one["title"], weight, *cells, *time])
     return head, lines
+
+
+def _shown(part: str, value: dict[str, Any] | None) -> str:
+    """A gain below 0 is no share of a way."""
+    return _text(None if part == "update_gain" and value is not None and value["mean"] < 0 else value)
 
 
 def _text(value: dict[str, Any] | None) -> str:
@@ -452,7 +512,8 @@ def markdown(figures: dict[str, Any]) -> str:
         "",
         *_markdown_rows(head, lines),
         "",
-        "Old centre → old: queries at the mean of an identity's other old embeddings, where LCE pulls the new ones.",
+        "Old centre → old: queries at the mean of an identity's other old embeddings, where LCE pulls the new ones. "
+        "An update gain of –: new → old is below old → old, or the paragon is no better than the old model.",
         *(f"\n{one['title']}: {problem}" for one in figures["methods"].values() for problem in one["problems"]),
     ]
     if figures["chosen_by"] == "an earlier run":
@@ -463,21 +524,23 @@ def markdown(figures: dict[str, Any]) -> str:
         f"{CRITERION.replace('=', ' ')} of new → old ({METRICS[1]} next to it):",
         "",
     ]
+    columns = max(figures["trials"], *(len(one["trials"]) for one in figures["methods"].values()))
     trials = [
         [
             one["title"],
-            *(_trial_text(trial) for trial in one["trials"]),
-            *["failed"] * (figures["trials"] - len(one["trials"])),
+            *(_trial_text(trial, figures["steps"]) for trial in one["trials"]),
+            *["failed"] * (columns - len(one["trials"])),
         ]
         for one in figures["methods"].values()
         if one["trials"] or one["problems"]
     ]
-    return "\n".join([*text, *_markdown_rows(["method", *["weight: result"] * figures["trials"]], trials)]) + "\n"
+    return "\n".join([*text, *_markdown_rows(["method", *["weight: result"] * columns], trials)]) + "\n"
 
 
-def _trial_text(trial: dict[str, Any]) -> str:
-    found = trial["validation"]["new->old"]
-    return f"{trial['weight']:g}: {found[CRITERION]:.3f} / {found['rank-1']:.3f}"
+def _trial_text(trial: dict[str, Any], steps: int) -> str:
+    found, updates = trial["validation"]["new->old"], trial.get("updates", steps)  # older figures do not say
+    short = "" if updates == steps else f" ({updates:,} updates)"
+    return f"{trial['weight']:g}{short}: {found[CRITERION]:.3f} / {found['rank-1']:.3f}"
 
 
 def _markdown_rows(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.compat.bank.center_bank import CenterBank
-from trainer.compat.methods.config import BctConfig, UniBctConfig
+from trainer.compat.methods.config import BctConfig, NdppConfig, UniBctConfig
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
 from trainer.distributed import Labels, Ranks, scale_gradient
@@ -26,7 +26,9 @@ class Bct(CompatMethod):
     :func:`trainer.compat.methods.losses.bct`.
     """
 
-    def __init__(self, config: BctConfig | UniBctConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
+    def __init__(
+        self, config: BctConfig | UniBctConfig | NdppConfig, run: Sections, inputs: Inputs, ranks: Ranks
+    ) -> None:
         self.weight, self.ranks = config.weight, ranks
         head = run.head
         known = self.rows(run, inputs, class_range(inputs.num_classes, ranks.rank, ranks.world_size))

@@ -158,6 +158,17 @@ class UniBctConfig(MethodConfig):
     old_margin: float = Field(0.0, ge=0, description="cosine margin before the old classifier")
 
 
+class NdppConfig(MethodConfig):
+    """NDPP: BCT with old centres that are moved away from their near neighbours."""
+
+    method: Literal["ndpp"] = Field("ndpp", description=_METHOD)
+    bank: Path = Field(description=_BANK)
+    weight: float = Field(1.0, ge=0, description="the weight of the method's loss")
+    old_margin: float = Field(0.0, ge=0, description="cosine margin before the old classifier")
+    neighbours: int = Field(10, ge=1, description="nearest centres that an old centre is moved away from")
+    push: float = Field(0.5, ge=0, description="how far an old centre is moved, in units of its mean offset")
+
+
 class L2Config(WithOldConfig):
     """L2: regression to the old embedding of the same image."""
 
@@ -204,6 +215,7 @@ AnyMethod: TypeAlias = Annotated[
     | LceCrossConfig
     | BctConfig
     | UniBctConfig
+    | NdppConfig
     | L2Config
     | AdvBctConfig
     | MixBctConfig

@@ -119,6 +119,30 @@ def bct(
     return _mean(cross_entropy(scale * logits, y, reduction="none"))
 
 
+def ndpp_prototypes(centers: Tensor, mask: Tensor, neighbours: int, push: float) -> Tensor:
+    """Old centres moved away from their near neighbours, after NDPP (Zhou, Sun, Pei, Li, Wang, "Prototype Perturbation
+    for Relaxing Alignment Constraints in Backward-Compatible Learning", arXiv:2503.14824).
+
+    ``n(o_j + push · (1/K) Σ_k max(0, cos(o_j, o_k)) (o_j − o_k))`` over the K nearest other centres: a class that
+    stands alone stays where it is. The form is ours. Left out: the paper also heeds the new model's features and moves
+    the prototypes again while it trains; here it is done once, before.
+
+    Args:
+        centers: (C, D). mask: (C,) bool, which of them there are.
+
+    Returns:
+        (C, D), unit; rows that are masked are as they were given.
+    """
+    known = mask.nonzero()[:, 0]
+    o = normalize(centers[known])
+    cosines = (o @ o.T).fill_diagonal_(-torch.inf)
+    near = cosines.topk(min(neighbours, len(o) - 1))
+    offsets = near.values.clamp_min(0)[:, :, None] * (o[:, None] - o[near.indices])
+    out = centers.clone()
+    out[known] = normalize(o + push * offsets.mean(1)) if near.values.shape[1] else o
+    return out
+
+
 def l2(embeddings: Tensor, old_embeddings: Tensor) -> Tensor:
     """Regression to the old embedding of the same image, ``mean_i ½ ‖n(x_i) − n(e_i)‖²`` = ``mean_i [1 − cos(x_i,
     e_i)]``.

@@ -19,6 +19,7 @@ from trainer.compat.methods.config import (
     LceTransformedConfig,
     MethodConfig,
     MixBctConfig,
+    NdppConfig,
     UniBctConfig,
 )
 from trainer.compat.methods.fct import Fct
@@ -27,6 +28,7 @@ from trainer.compat.methods.l2 import L2
 from trainer.compat.methods.lce import DirectLce, TransformedLce
 from trainer.compat.methods.method import CompatMethod
 from trainer.compat.methods.mixbct import MixBct
+from trainer.compat.methods.ndpp import Ndpp
 from trainer.compat.methods.together import Together
 from trainer.compat.methods.unibct import UniBct
 from trainer.distributed import Ranks
@@ -37,6 +39,7 @@ METHODS: dict[type[MethodConfig], type[CompatMethod]] = {
     L2Config: L2,
     BctConfig: Bct,
     UniBctConfig: UniBct,
+    NdppConfig: Ndpp,
     AdvBctConfig: AdvBct,
     MixBctConfig: MixBct,
     FctConfig: Fct,

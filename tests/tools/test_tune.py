@@ -1,0 +1,185 @@
+"""The search for weights: what is tried, who is kept, what is chosen and written, and that nothing is trained twice."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.tools.test_bench_compat import patterns
+from tools import cli, tune
+from tools.steps import StepFailed
+from tools.tuning import RANGES, Range, best_first, points, rung_sizes, survivors
+from trainer.compat.bank.from_model import bank_from_model
+from trainer.compat.methods.registry import METHODS
+from trainer.data import open_dataset
+from trainer.data.listing import list_source
+from trainer.data.packing import PackOptions, pack
+from trainer.distributed import Ranks
+from trainer.models.open import load_model
+from trainer.run.config import load_config, parse_config
+from trainer.run.engine import train
+
+Made = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data sets, an old model, its bank and embeddings, and configurations of new models."""
+    root = tmp_path_factory.mktemp("tune")
+    patterns(root / "pictures", 0, 12, 12)
+    for name in ("train", "validation"):
+        pack(list_source(root / "pictures" / name), root / name, PackOptions())
+    base: dict[str, Any] = {
+        "run": {"dir": str(root / "old"), "device": "cpu", "threads": 1},
+        "data": {"path": str(root / "train"), "loader": "torch", "workers": 0, "batch_size": 16},
+        "backbone": {"name": "small", "width": 4, "dim": 8},
+        "checkpoint": {"every_steps": 0},
+        "train": {"steps": 4},
+        "log": {"tensorboard": False, "progress": False},
+    }
+    train(parse_config(base, "old"), Ranks())
+    bank_from_model(
+        load_model(root / "old"), open_dataset(root / "train"), root / "bank", keep_embeddings=root / "o.npy"
+    )
+    lce = {"method": "lce", "bank": str(root / "bank")}
+    l2 = {"method": "l2", "old_embeddings": str(root / "o.npy")}
+    for name, compat in (("one", lce), ("two", [lce, l2]), ("none", {"method": "none"})):
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(base | {"compat": compat, "run": {"dir": str(root / name)}}))
+    return root
+
+
+class Trainer:
+    """Trains in this process, which is quick, and remembers what; ``fails`` and ``stops`` name candidates."""
+
+    def __init__(self, fails: Sequence[str] = (), stops: Sequence[str] = ()) -> None:
+        self.fails, self.stops, self.trained = fails, stops, list[str]()
+
+    def __call__(self, words: Sequence[str], log: Path) -> None:
+        log.write_text("the last line of its output\n")
+        config = load_config(Path(words[0]), words[1 : words.index("--nproc")])
+        name = config.run.dir.name
+        for names, status in ((self.fails, 70), (self.stops, 130)):
+            if any(name.startswith(one) for one in names):
+                raise StepFailed("lce launch", status)
+        self.trained.append(name)
+        train(config, Ranks())
+
+
+def search(made: Path, out: Path, config: str = "one", *more: str) -> tuple[int, dict[str, Any]]:
+    words = ["tune", str(made / f"{config}.yaml"), "run.device=cpu", "run.threads=1", "--old", str(made / "old")]
+    words += ["--validation", str(made / "validation"), "--out", str(out), "--far", "0.1"]
+    status = cli.main([*words, "--candidates", "3", "--updates", "3", *more])
+    file = out / "tune.json"
+    return status, json.loads(file.read_text()) if file.exists() else {}
+
+
+def test_half_is_kept_chosen_written_and_nothing_trained_twice(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Trainer(stops=["lce11-"])
+    monkeypatch.setattr(tune, "train", first)
+    assert search(made, tmp_path / "out")[0] == 130
+    assert first.trained == ["lce2-3"]
+    assert not (tmp_path / "out" / "chosen.yaml").exists()
+    then = Trainer()
+    monkeypatch.setattr(tune, "train", then)
+    status, figures = search(made, tmp_path / "out")
+    assert status == 0
+    assert then.trained[:2] == ["lce11-3", "lce60-3"]  # what was finished is not trained again
+    assert len(then.trained) == 4
+    short, long = ([(one["weights"]["lce"], tune.score(one)) for one in r["runs"]] for r in figures["rungs"])
+    assert [rung["updates"] for rung in figures["rungs"]] == [3, 6]
+    assert figures["budget_updates"] == 3 * 3 + 2 * 6
+    assert [weight for weight, _ in long] == survivors(dict(short))
+    assert figures["chosen"] == {"lce": best_first(dict(long))[0]}
+    printed = capsys.readouterr().out
+    assert f"chosen: lce {figures['chosen']['lce']:g}, after 21 updates in all" in printed
+    assert (tmp_path / "out" / "tune.png").stat().st_size > 10_000
+
+    again = Trainer()
+    monkeypatch.setattr(tune, "train", again)
+    assert search(made, tmp_path / "out")[1] == figures
+    assert again.trained == []
+    chosen = load_config(made / "one.yaml", [str(tmp_path / "out" / "chosen.yaml")])
+    assert chosen.methods[0].model_dump()["alignment_weight"] == figures["chosen"]["lce"]
+    assert chosen.methods[0].bank == made / "bank"
+
+
+def test_a_list_is_tuned_together_and_failures_are_left_out(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = points([RANGES["lce"], Range(("weight",), 1.0, 4.0)], 3)
+    broken = f"lce{tried[0][0]:g}-l2{tried[0][1]:g}"
+    monkeypatch.setattr(tune, "train", Trainer(fails=[broken]))
+    status, figures = search(made, tmp_path / "out", "two", "--range", "l2=1:4", "--rungs", "2")
+    assert status == 0
+    assert "the last line of its output (exit status 70" in figures["rungs"][0]["runs"][0]["problem"]
+    assert len(figures["rungs"][1]["runs"]) == 2
+    chosen = load_config(made / "two.yaml", [str(tmp_path / "out" / "chosen.yaml")]).methods
+    assert [one.method for one in chosen] == ["lce", "l2"]
+    assert chosen[1].model_dump()["weight"] == figures["chosen"]["l2"]
+
+
+def test_no_candidate_that_trains_is_a_no(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "train", Trainer(fails=["lce"]))
+    assert search(made, tmp_path / "out")[0] == 1
+    assert "lce tune: lce2-3: the last line of its output" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "chosen.yaml").exists()
+
+
+def test_runs_are_those_of_lce_launch(made: Path, tmp_path: Path) -> None:
+    status, figures = search(made, tmp_path / "out", "one", "--candidates", "1", "--rungs", "1")
+    assert status == 0, figures
+    assert (tmp_path / "out" / "runs" / "lce11-3" / "model").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "reason"),
+    [
+        ("none", (), "there are no weights to choose"),
+        ("one", ("--range", "bct=1:2"), "the configuration's methods are lce"),
+        ("one", ("--range", "lce=2"), "expected METHOD=LOW:HIGH"),
+        ("one", ("--range", "lce=3:2"), "expected 0 < LOW"),
+        ("one", ("--far", "1e-6"), "cannot resolve it"),
+        ("one", ("--validation", "nowhere"), "nowhere"),
+        ("one", ("backbone.dim=9",), "dimension"),
+    ],
+)
+def test_wrong_use_is_refused_before_anything_is_made(
+    config: str, words: Sequence[str], reason: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search(made, tmp_path / "out", config, *words)[0] == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_points_fill_the_ranges_evenly() -> None:
+    assert points([Range(("w",), 1.0, 1000.0)], 4) == [(1.0,), (10.0,), (100.0,), (1000.0,)]
+    assert points([Range(("w",), 1.0, 1000.0)], 1) == [(32.0,)]
+    both = points([Range(("w",), 1.0, 100.0), Range(("w",), 1.0, 100.0)], 16)
+    assert len(both) == 16
+    for side in (0, 1):
+        quarters = [sum(low <= one[side] < 10 * low for one in both) for low in (1, 10)]
+        assert max(quarters) - min(quarters) <= 2
+    cells = {(one[0] >= 10, one[1] >= 10) for one in both}
+    assert len(cells) == 4
+
+
+def test_the_better_half_survives() -> None:
+    scores = {"a": (0.1, 0.9), "b": (0.3, 0.1), "c": None, "d": (0.3, 0.2), "e": (0.2, 0.0)}
+    assert survivors(scores) == ["d", "b", "e"]
+    assert survivors({"a": None, "b": None}) == []
+    assert survivors({"a": (0.0,)}) == ["a"]
+    assert rung_sizes(8, 4) == [8, 4, 2, 1]
+
+
+def test_every_method_has_a_range() -> None:
+    assert {kind.model_fields["method"].default for kind in METHODS} == set(RANGES)
+    for kind in METHODS:
+        area = RANGES[kind.model_fields["method"].default]
+        assert set(area.keys) <= set(kind.model_fields)
