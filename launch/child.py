@@ -21,6 +21,7 @@ from types import FrameType
 from trainer.distributed import LAUNCHER, end_with_parent
 from trainer.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ConfigError
 from trainer.owner import started
+from trainer.run.folder import is_finished
 from trainer.run.watch import (
     Silence,
     ask_to_stop,
@@ -96,8 +97,8 @@ def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: P
         run_dir: the run folder; None: the launcher is ended at the first signal.
 
     Returns:
-        The launcher's exit status, 70 where that tells of a rank that was killed; after a signal that of
-        :func:`stopped_status`.
+        The launcher's exit status, 70 where that tells of a rank that was killed; after a signal, and where the run has
+        not come to its end in spite of a status of 0, that of :func:`stopped_status`.
     """
     began, asked = time.time(), 0
     me = f"{socket.gethostname()}:{os.getpid()}:{started(os.getpid())}"
@@ -129,7 +130,12 @@ def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: P
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-    return stopped_status(asked, run_dir, began) if asked else _launchers_status(status)
+    if asked:
+        return stopped_status(asked, run_dir, began)
+    if status == 0 and run_dir is not None and not is_finished(run_dir, began):  # of DeepSpeed a part was killed
+        print(f"lce launch: {Path(argv[0]).name} ended before the run had; the same command continues", flush=True)
+        return stopped_status(signal.SIGTERM, run_dir, began)
+    return _launchers_status(status)
 
 
 def _launchers_status(status: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.attack import amounts, tallied, tally
-from tests.attack.commands import alive, ended, launched, rank_pids, start, wait_for_step
+from tests.attack.commands import alive, ended, launched, parent, rank_pids, start, wait_for_step
 from tests.data.samples import identity_folders
 from tests.runs import log_of, tree
 from trainer.checkpoint_folder import list_checkpoints
@@ -50,13 +50,8 @@ def test_ranks_end_with_their_launcher_and_the_same_command_continues_at_once(tm
     first.kill()
     first.wait()
     again = launched(tmp_path, train__steps=100000)  # waits for the ranks that are saving
-    end = time.monotonic() + 60
-    while any(map(alive, pids)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(map(alive, pids))
-    saved = list_checkpoints(tmp_path / "run/checkpoints")
-    assert saved, "the orphans saved before they ended"
-    before = int(saved[-1].name.removeprefix("step-"))
+    wait_for_end(pids)
+    before = last_saved(tmp_path)
     wait_for_step(tmp_path, before + 2)
     again.send_signal(signal.SIGTERM)
     status, output = ended(again)
@@ -177,7 +172,8 @@ def test_two_banks_of_one_name(tmp_path: Path, amount: int) -> None:
 @pytest.mark.parametrize("launcher", [pytest.param("mpirun", marks=pytest.mark.attack), "deepspeed"])
 @tallied("killed: lce launch before another launcher", "handled")
 def test_ranks_of_other_launchers_end_with_lce_launch(tmp_path: Path, launcher: str) -> None:
-    """``lce launch`` is killed; another launcher stands between it and the ranks: DeepSpeed's own outlives it."""
+    """``lce launch`` is killed, though another launcher stands between it and the ranks (DeepSpeed's own outlives it),
+    and the same command is started at once; then that other launcher is killed."""
     for module in {"mpirun": ["mpi4py"], "deepspeed": ["deepspeed"]}[launcher]:
         pytest.importorskip(module)
     if shutil.which(launcher, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None:
@@ -189,16 +185,42 @@ def test_ranks_of_other_launchers_end_with_lce_launch(tmp_path: Path, launcher: 
         "train__precision": "float32",
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tmp_path / "run", **changes)))
-    run = start(["-m", "tools.cli", "launch", tmp_path / "run.yaml", "--nproc", 2, "--with", launcher])
+    words = ["-m", "tools.cli", "launch", tmp_path / "run.yaml", "--nproc", 2, "--with", launcher]
+    run = start(words)
     wait_for_step(tmp_path, 3)
     pids = rank_pids(tmp_path)
     assert len(pids) == 2
     run.kill()
     run.wait()
+    again = start(words)  # waits for the ranks that are saving
+    try:
+        wait_for_end(pids)
+        before = last_saved(tmp_path)
+        wait_for_step(tmp_path, before + 2)
+        pids = rank_pids(tmp_path)
+        os.kill(parent(pids[0]), signal.SIGKILL)
+        wait_for_end(pids)
+        status, output = ended(again)
+    finally:
+        again.kill()
+    assert status == 75, output
+    assert "continuing from" in output
+    assert last_saved(tmp_path) > before, "the orphans saved before they ended"
+    steps = [line["step"] for line in log_of(tmp_path / "run")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def wait_for_end(pids: list[int]) -> None:
+    """Until these processes have ended; what still runs after 90 s is killed, and the test fails."""
     end = time.monotonic() + 90
     while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.1)
     left = [pid for pid in pids if alive(pid)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    assert not left
+    assert not left, "ranks outlived their launcher"
+
+
+def last_saved(folder: Path) -> int:
+    """The step of the run's newest checkpoint."""
+    return int(list_checkpoints(folder / "run/checkpoints")[-1].name.removeprefix("step-"))

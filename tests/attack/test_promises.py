@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.attack import tally
 from tests.data.samples import encoded
@@ -21,6 +22,7 @@ from tests.data.test_damage import overwrite, spoil
 from tests.ranks import run_ranks
 from tests.run.test_norms import pictures
 from tests.runs import config, log_of, train_rank
+from trainer.__main__ import _choose_arithmetic
 from trainer.checkpoint import read_index
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.compat.bank.center_bank import BankInfo
@@ -332,6 +334,62 @@ def balances(scene: Scene) -> None:
     learns(data__sampling="class_balanced")(scene)
 
 
+class RoundedProducts(TorchDispatchMode):
+    """CUDA's rule on the CPU: where the flag says tf32, matrix products take float32 matrices rounded to 11 bits.
+
+    ``rounded``, ``whole``: whose products of either kind there were: those of the head have a side of C.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: set[str] = set()
+        self.whole: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+            whose = "head" if CLASSES in (*args[-2].shape, *args[-1].shape) else "backbone"
+            (self.rounded if tf32 else self.whole).add(whose)
+            if tf32:
+                args = [*args[:-2], *map(self.round, args[-2:])]
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def round(matrix: torch.Tensor) -> torch.Tensor:
+        """To the nearest float32 of 10 bits behind the leading one."""
+        return ((matrix.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def rounded(**changes: Any) -> Check:
+    """With the products of CUDA imitated: the head's take rounded matrices where head.compute says so, the backbone's
+    where train.matmul does, neither the other's; the losses are near float32's and not the same. Without a GPU nothing
+    is rounded: the run is that of float32."""
+
+    def check(scene: Scene) -> None:
+        same(0, STEPS, changes, {})(scene)
+        outside = torch.backends.cuda.matmul.fp32_precision
+        short = scene.settings(train__steps=20, **changes)
+        settings = config(scene.folder / f"rounded-{len(list(scene.folder.glob('rounded-*')))}", **short)
+        try:
+            _choose_arithmetic(settings)
+            before = torch.backends.cuda.matmul.fp32_precision
+            assert before == ("tf32" if "train__matmul" in changes else "ieee")
+            with RoundedProducts() as products:
+                train(settings, Ranks())
+            assert torch.backends.cuda.matmul.fp32_precision == before
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = outside
+            torch.backends.cudnn.benchmark = False
+        mine, others = ("head", "backbone") if "head__compute" in changes else ("backbone", "head")
+        assert (products.rounded, products.whole) == ({mine}, {others})
+        losses = np.array([line["loss"] for line in log_of(settings.run.dir)])
+        exact = scene.run(train__steps=20).series("loss")
+        assert (losses != exact).any()
+        np.testing.assert_allclose(losses[:3], exact[:3], rtol=2e-2)
+
+    return check
+
+
 ADAMW = {"optimizer__name": "adamw", "optimizer__lr": 3e-3}
 LCE: dict[str, Any] = {"compat__method": "lce", "compat__alignment_weight": 10.0}
 ARC = margin("arcface", m=0.3)
@@ -359,7 +417,7 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("head.optimizer.name", "adamw"): keeps("task.", head__optimizer={"name": "adamw", "lr_factor": 0.1}),
     ("head.compute", "float32"): learns(head__compute="float32"),
     ("head.compute", "bfloat16"): same(0.05, 2, {"head__compute": "bfloat16"}, {}),
-    ("head.compute", "tf32"): same(0, STEPS, {"head__compute": "tf32"}, {}),  # on the CPU: float32
+    ("head.compute", "tf32"): rounded(head__compute="tf32"),
     ("head.rows", "float32"): learns(head__rows="float32"),
     ("head.rows", "bfloat16"): same(0.05, 2, {"head__rows": "bfloat16"}, {}),
     ("head.rows", "float8"): same(0.1, 2, FLOAT8, {}),
@@ -399,7 +457,7 @@ PROMISES: dict[tuple[str, str], Check] = {
     ),
     ("schedule.name", "constant"): schedule(lambda t: 1.0, schedule__name="constant"),
     ("train.matmul", "float32"): learns(train__matmul="float32"),
-    ("train.matmul", "tf32"): same(0, STEPS, {"train__matmul": "tf32"}, {}),  # on the CPU: float32
+    ("train.matmul", "tf32"): rounded(train__matmul="tf32"),
     ("train.precision", "float32"): learns(train__precision="float32"),
     ("train.precision", "float64"): same(1e-3, 2, {"train__precision": "float64"}, {}),
     ("train.precision", "bfloat16"): same(0.05, 2, {"train__precision": "bfloat16"}, {}),

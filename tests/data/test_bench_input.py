@@ -2,13 +2,17 @@
 
 import argparse
 import json
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.data.samples import identity_folders, packed
+from tests.data.samples import identity_folders, packed, unsealed
 from tools.benchmarks import input as bench
-from trainer.errors import ConfigError
+from trainer.data import open_dataset
+from trainer.data.checksums import change_sum
+from trainer.errors import ConfigError, DataError
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -23,9 +27,38 @@ def test_figures(augment: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.run(arguments(*words)) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["bench"], figures["images"], figures["augment"]) == ("input", 40, augment)
-    for side in ("reference", "ours"):
+    for side in ("reference", "ours", "without checksums"):
         assert figures[side]["images_per_second"] == pytest.approx(16 / figures[side]["seconds"])
     assert figures["ratio"] > 0
+    cost = figures["ours"]["seconds"] / figures["without checksums"]["seconds"] - 1
+    assert figures["checksums_cost"] == pytest.approx(cost)  # of the one round
+
+
+def test_only_one_side_compares_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The synthetic images have checksums, and a damaged one is noticed by ours alone."""
+    folder = bench._make_images(tmp_path, 8, 32)
+    crcs = np.load(folder / "train.crc.npy")
+    np.save(folder / "train.crc.npy", crcs ^ 1)
+    change_sum(folder, "train.crc.npy")
+    compared: list[str] = []
+    find = zlib.crc32
+    sound = open_dataset(folder)
+    monkeypatch.setattr("trainer.data.store.zlib.crc32", lambda *a: compared.append("crc") or find(*a))
+    bare = open_dataset(folder, verify=False)
+    assert not bare.checksummed
+    assert bare.read(3)
+    assert compared == []
+    assert sound.checksummed
+    with pytest.raises(DataError, match="its bytes changed"):
+        sound.read(3)
+
+
+def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = packed(tmp_path)
+    assert bench.run(arguments("--data", str(folder), "--no-torch")) == 0
+    assert "checksums of the records cost" in capsys.readouterr().out
+    assert bench.run(arguments("--data", str(unsealed(folder)), "--no-torch")) == 0
+    assert "checksums" not in capsys.readouterr().out
 
 
 def test_a_data_set_of_ones_own(tmp_path: Path) -> None:

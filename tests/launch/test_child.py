@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from launch.child import run_launcher
 from launch.deepspeed import _users_file
+from trainer.run.folder import RunSummary
 from trainer.run.watch import ranks_lost
+from trainer.seals import sealed
 
 
 def _note(run: Path, rank: int, pid: int, host: str = "") -> Path:
@@ -73,11 +76,37 @@ def test_a_rank_that_was_killed_is_70_under_every_launcher(
     assert capsys.readouterr().out == ("lce launch: killed: a rank by SIGKILL\n" if status == 70 else "")
 
 
+def test_a_status_of_0_is_believed_where_the_run_has_come_to_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DeepSpeed's own says 0 when the process that started the ranks was killed."""
+
+    def status() -> int:
+        return run_launcher(["bash", "-c", "exit 0"], {}, tmp_path)
+
+    assert status() == 75
+    assert "bash ended before the run had; the same command continues" in capsys.readouterr().out
+    summary = RunSummary("finished", 0, str(tmp_path), 8, 8, 0, 1.0, {})
+    (tmp_path / "summary.json").write_text(json.dumps(sealed(asdict(summary))))
+    assert status() == 0
+    assert capsys.readouterr().out == ""
+    (tmp_path / "checkpoints/step-00000008").mkdir(parents=True)
+    assert status() == 0
+    later = tmp_path / "checkpoints/step-00000009"  # continued for more updates, and saved
+    later.mkdir()
+    assert status() == 75
+    later.rmdir()
+    note = _note(tmp_path, 0, _dead())
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"time": time.time() + 60}))
+    assert status() == 70
+    assert "rank 0 ended before the checkpoint was complete" in capsys.readouterr().out
+
+
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         _soon(signal.SIGHUP)
-        assert run_launcher(["sleep", "1"], {}, tmp_path) == 0
+        assert run_launcher(["sleep", "1"], {}, None) == 0
     finally:
         signal.signal(signal.SIGHUP, kept)
 

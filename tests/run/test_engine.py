@@ -212,6 +212,21 @@ def test_a_trace_and_changed_settings(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "optimizer" not in said
 
 
+def test_settings_are_compared_with_the_checkpoint_whatever_config_yaml_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """config.yaml has no seal: who starts a run from a damaged or edited one is told what it changes."""
+    train(config(tmp_path / "run", checkpoint__every_steps=8), Ranks())
+    file = tmp_path / "run/config.yaml"
+    text = file.read_text()
+    assert "  lr: 0.1\n" in text
+    file.write_text(text.replace("  lr: 0.1\n", "  lr: 0.3\n"))
+    train(config(tmp_path / "run", train__steps=9, optimizer__lr=0.3), Ranks())
+    said = capsys.readouterr().err
+    assert "continuing from" in said
+    assert "optimizer.lr: 0.1 → 0.3" in said
+
+
 @pytest.mark.parametrize("updates", [(1, 2), (7, 20)])
 def test_a_trace_from_the_first_and_beyond_the_last_update(tmp_path: Path, updates: tuple[int, int]) -> None:
     train(config(tmp_path / "run", log__profile=updates), Ranks())

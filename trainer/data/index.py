@@ -211,6 +211,13 @@ class Dataset:
                     f"allowed are 0…{self.num_classes - 1} and −1 (not used)"
                 )
 
+    @property
+    def checksummed(self) -> bool:
+        """Whether every record that is read is compared with its checksum."""
+        if isinstance(self.store, store.RecordStore):
+            return all(part.crcs is not None for part in self.store.parts)
+        return isinstance(self.store, store.FileStore) and self.store.crcs is not None
+
     def __len__(self) -> int:
         """N, with the records that are not used."""
         return len(self.labels)

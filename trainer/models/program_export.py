@@ -48,7 +48,8 @@ def export_program(
 ) -> Parity:
     """Write a ``torch.export`` program (.pt2): (b, 3, H, W) float32 RGB in, unit embeddings out, b free.
 
-    Users open it with ``torch.export.load(path).module()``. Arguments as for
+    Users open it with ``torch.export.load(path).module()``, which compares no checksums; those of the archive's entries
+    are compared by ``python -m zipfile -t``. Arguments as for
     :func:`trainer.models.onnx_export.export_onnx`.
 
     Raises:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,6 +170,7 @@ class Engine:
                 "and this run trains no map between them; remove it, or use compat.mode backward, forward or both"
             )
         self._saved_step = -1
+        self.continued: dict[str, Any] | None = None  # the configuration of the checkpoint that it continues from
         self._shown = False  # whether the first batch's images were handed to the monitor
         self._figures: dict[str, float] = {}
 
@@ -321,6 +323,7 @@ class Engine:
         self._check_updates(checkpoint)
         self.state.load(checkpoint)
         self._saved_step = self.state.step
+        self.continued = checkpoint.seal.get("config")
         return f"continuing from {checkpoint.folder} (written by {ranks_text(checkpoint.seal['world_size'])})"
 
     def check_origin(self, checkpoint: Checkpoint) -> None:
@@ -398,7 +401,7 @@ def _train(engine: Engine, began: float) -> RunSummary:
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, ranks, warnings.append)
     checkpoints.clean()
     started = engine.resume(checkpoints)
-    changes = on_main(lambda: open_folder(config), ranks)
+    changes = on_main(lambda: open_folder(config, engine.continued), ranks)
     warnings += [f"{folder}: changed since the last start: {change}" for change in changes]
     opened = together(lambda: Monitor(folder, config.log, ranks, engine.steps, engine.state.step))
     with Watch(folder / "ranks", ranks, config.run.timeout_seconds) as watch, opened as monitor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import Section
 from trainer.distributed import Ranks, launched_by, on_main
 from trainer.errors import ConfigError
@@ -16,6 +17,7 @@ from trainer.owner import owned
 from trainer.reading import read_json, read_yaml
 from trainer.run.config import Config, dump_config
 from trainer.run.idle import without_idle
+from trainer.run.watch import ranks_left
 from trainer.seals import unsealed
 
 SUMMARY = "summary.json"
@@ -65,15 +67,19 @@ def owned_run(folder: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def open_folder(config: Config) -> list[str]:
+def open_folder(config: Config, sealed: dict[str, Any] | None = None) -> list[str]:
     """Make the run folder, keep the resolved configuration, and forget the notes of an earlier attempt's ranks.
+
+    Args:
+        sealed: the configuration in the checkpoint that the run continues from; None: it starts. config.yaml is for
+            people, who may have edited it.
 
     Returns:
         What has changed in the configuration since the last start, for people.
     """
     try:
         folder = config.run.dir
-        changes = changes_since(folder / "config.yaml", config)
+        changes = changes_since(folder / "config.yaml" if sealed is None else sealed, config)
         (folder / "ranks").mkdir(parents=True, exist_ok=True)
         for note in (folder / "ranks").iterdir():
             note.unlink()
@@ -83,13 +89,15 @@ def open_folder(config: Config) -> list[str]:
         raise ConfigError(f"run.dir = {config.run.dir}: cannot be written: {error.strerror}") from None
 
 
-def changes_since(before: Path, config: Config, common: bool = False) -> list[str]:
-    """The settings that differ from those the folder was last run with, as ``key: old → new``; ``common``: only those
-    that both have (another version may know other keys). A key that the folder lacks, and that has its default now, is
-    no difference: a later version added it."""
-    if not before.exists():
-        return []
-    tree, _ = without_idle(read_yaml(before, ConfigError) or {}, every=True)
+def changes_since(before: Path | dict[str, Any], config: Config, common: bool = False) -> list[str]:
+    """The settings that differ from those ``before`` (a config.yaml, or what one holds), as ``key: old → new``;
+    ``common``: only those that both have (another version may know other keys). A key that is missing there, and that
+    has its default now, is no difference: a later version added it."""
+    if isinstance(before, Path):
+        if not before.exists():
+            return []
+        before = read_yaml(before, ConfigError) or {}
+    tree, _ = without_idle(before, every=True)
     old = flat(tree)
     new = flat(yaml.safe_load(dump_config(config)))
     added = {key for key in new.keys() - old.keys() if _is_default(config, key)}
@@ -113,6 +121,19 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
+
+
+def is_finished(folder: Path, since: float) -> bool:
+    """Whether a run has come to its end: it has a summary, none of its ranks is in the loop since ``since`` (seconds of
+    the epoch), and no checkpoint is of a later step (of a run that was continued for more updates)."""
+    try:
+        summary = read_summary(folder, 0)
+    except ConfigError:
+        return False
+    if summary is None or ranks_left(folder, since):
+        return False
+    saved = list_checkpoints(folder / "checkpoints")
+    return not saved or int(saved[-1].name.removeprefix("step-")) <= summary.step
 
 
 def read_summary(folder: Path, steps: int) -> RunSummary | None:
