@@ -429,6 +429,7 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("compat.method", "bct"): compatible(compat__method="bct"),
     ("compat.method", "l2"): compatible(compat__method="l2", compat__weight=10.0),
     ("compat.method", "unibct"): compatible(compat__method="unibct"),
+    ("compat.method", "frozen"): compatible(compat__method="frozen"),
     ("compat.method", "ndpp"): compatible(compat__method="ndpp"),
     ("compat.method", "advbct"): compatible(compat__method="advbct", compat__boundary_weight=10.0),
     ("compat.method", "mixbct"): compatible(compat__method="mixbct", compat__mix_share=0.6, train__steps=300),
