@@ -19,13 +19,10 @@ from pathlib import Path
 from types import FrameType
 
 from trainer.distributed import LAUNCHER, end_with_parent
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ConfigError
 from trainer.owner import started
 from trainer.run.folder import is_finished
 from trainer.run.watch import (
-    EXIT_CRASH,
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
     Silence,
     ask_to_stop,
     ranks_left,

@@ -7,22 +7,15 @@ import socket
 import sys
 import time
 
-import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-
-from launch.child import stopped_status, stuck_ranks_ended
 from launch.job import Job
-from trainer.errors import ConfigError
-from trainer.run.watch import (
+from trainer.errors import (
     EXIT_CRASH,
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_PEER,
     EXIT_TERMINATED,
     EXIT_USAGE,
-    ranks_left,
+    ConfigError,
 )
 
 _OWN_CODES = (EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_CRASH)
@@ -81,8 +74,15 @@ def run(job: Job) -> int:
     Raises:
         ConfigError: the machines did not find each other in time.
     """
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as run_torchrun
+
+    from launch.child import stopped_status, stuck_ranks_ended
+    from trainer.run.watch import ranks_left
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):

@@ -15,15 +15,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from tests.attack import tallied
 from tests.ranks import run_ranks
-from trainer.checkpoint import (
-    CheckpointConfig,
-    Checkpoints,
-    find_damage,
-    list_checkpoints,
-    load_tensors,
-    read_index,
-    read_seal,
-)
+from trainer.checkpoint import Checkpoints, load_tensors, read_index
+from trainer.checkpoint_folder import CheckpointConfig, find_damage, list_checkpoints, read_seal
 from trainer.distributed import Ranks, as_sharded, class_mesh
 from trainer.errors import CheckpointError
 from trainer.head.partition import class_range

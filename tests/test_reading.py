@@ -13,7 +13,7 @@ import pytest
 from tests.attack import tallied
 from tests.data.samples import packed
 from tests.models.test_export import saved
-from trainer.checkpoint import read_seal
+from trainer.checkpoint_folder import read_seal
 from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.bank.class_map import ClassMap
 from trainer.compat.bank.matrices import open_arrays

@@ -16,7 +16,8 @@ from tests.compat.test_center_bank import written
 from tests.models.test_export import images, saved
 from tools import cli
 from trainer import seals
-from trainer.checkpoint import CheckpointConfig, Checkpoints, read_seal
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_folder import CheckpointConfig, read_seal
 from trainer.compat.bank.center_bank import CenterBank, _read_manifest
 from trainer.data import Dataset, open_dataset
 from trainer.distributed import Ranks

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; 1 when there is damage."""
-    from trainer.checkpoint import SEAL, list_checkpoints
+    from trainer.checkpoint_folder import SEAL, list_checkpoints
     from trainer.errors import CheckpointError
 
     if (args.path / SEAL).is_file() or args.path.name.startswith("step-"):
@@ -68,12 +68,14 @@ def _report(results: list[dict[str, Any]], path: Path | None) -> None:
 def _info(folder: Path) -> dict[str, Any]:
     import datetime
 
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from trainer.checkpoint_folder import INDEX, find_damage, read_seal
+    from trainer.errors import CheckpointError
 
-    from trainer.checkpoint import read_index, read_seal
-
-    seal, index = read_seal(folder), read_index(folder)
-    tensors = [v for v in index.state_dict_metadata.values() if isinstance(v, TensorStorageMetadata)]
+    seal = read_seal(folder)
+    damage = find_damage(folder, {INDEX: seal["files"].get(INDEX, [0, 0])})
+    if damage is not None:
+        raise CheckpointError(damage)
+    tensors, numbers = seal.get("tensors") or _count(folder)
     return {
         "folder": str(folder),
         "step": seal["step"],
@@ -85,15 +87,27 @@ def _info(folder: Path) -> dict[str, Any]:
         "classes": seal["num_classes"],
         "backbone": seal["config"]["backbone"]["name"],
         "dim": seal["config"]["backbone"]["dim"],
-        "tensors": len(tensors),
-        "numbers": sum(t.size.numel() for t in tensors),
+        "tensors": tensors,
+        "numbers": numbers,
         "bytes": sum(size for size, _ in seal["files"].values()),
         **seal["identity"],
     }
 
 
+def _count(folder: Path) -> tuple[int, int]:
+    """The tensors of a checkpoint and the numbers in them, by its index: older seals do not say."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from trainer.checkpoint import read_index
+
+    entries = read_index(folder).state_dict_metadata.values()
+    sizes = [entry.size.numel() for entry in entries if isinstance(entry, TensorStorageMetadata)]
+    return len(sizes), sum(sizes)
+
+
 def _verify(folder: Path) -> dict[str, Any]:
-    from trainer.checkpoint import find_damage, read_index, read_seal
+    from trainer.checkpoint import read_index
+    from trainer.checkpoint_folder import find_damage, read_seal
     from trainer.errors import CheckpointError
 
     damage: str | None = None
@@ -116,9 +130,11 @@ def _extract(folder: Path, out: Path | None, average: bool) -> int:
     import torch
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from trainer.checkpoint import Checkpoint, find_damage, load_tensors, read_index, read_seal
+    from trainer.checkpoint import load_tensors, read_index
+    from trainer.checkpoint_folder import Checkpoint, find_damage, read_seal
     from trainer.errors import CheckpointError, ConfigError
-    from trainer.files import replaced, save_tensors
+    from trainer.files import replaced
+    from trainer.tensor_files import save_tensors
 
     if out is None or out.suffix != ".safetensors":
         raise ConfigError("lce checkpoint extract: name the .safetensors file to write behind the run folder")

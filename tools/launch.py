@@ -13,9 +13,13 @@ The same command continues an interrupted run, on any number of ranks. Exit stat
 import argparse
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tools.arguments import whole_number
+
+if TYPE_CHECKING:
+    from launch.job import Job
+    from trainer.run.config import Config
 
 QUEUES = ("slurm", "kubernetes")
 HELP = "train as a configuration says, on one or many processes and machines"
@@ -38,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print exactly what would run")
     parser.add_argument(
         "--check", action="store_true", help="open all that the run needs, print what would be trained, start nothing"
+    )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not open data and models here before anything starts: they lie on the computing machines alone",
     )
     parser.add_argument("--max-restarts", type=int, default=0, help="start the ranks again after a failure, this often")
     parser.add_argument("--interface", default="", help="network interface for gloo and NCCL, such as eth0")
@@ -87,18 +96,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the configuration, then start (or show) the job; returns its exit status."""
-    import torch
-
+    """Check the configuration and what it names, then start (or show) the job; returns its exit status."""
     from launch.job import Job
-    from trainer.distributed import choose_device
     from trainer.errors import ConfigError
     from trainer.run.config import load_config
 
-    config = load_config(args.config, args.overrides)
-    cuda = config.run.device != "cpu" and torch.cuda.is_available()
-    present = torch.cuda.device_count() if cuda else 1
     _check_nodes(args)
+    config = load_config(args.config, args.overrides)
+    device, present = _devices(config, args)
     job = Job(
         config=args.config,
         overrides=tuple(args.overrides),
@@ -115,37 +120,70 @@ def run(args: argparse.Namespace) -> int:
         join_seconds=config.run.timeout_seconds,
     )
     _check_classes(config, job)
-    if args.launcher not in QUEUES:
-        choose_device(config.run.device, job.nproc - 1)  # refuses cuda without CUDA, and more ranks than GPUs
+    if args.launcher not in QUEUES and device == "cuda":
+        from trainer.distributed import choose_device
+
+        choose_device(config.run.device, job.nproc - 1)  # refuses more ranks than GPUs
     if job.many_nodes and args.launcher == "torchrun" and ":" not in job.master:
         raise ConfigError(f"--nnodes {job.nnodes}: needs --master HOST:PORT, the first machine as all others reach it")
-    if job.many_nodes and args.launcher not in QUEUES and job.master and not args.dry_run:
-        _check_master(job.master)
+    if not args.dry_run:
+        _check_hosts(args, job)
     if args.check:
-        return _check(config, job)
+        return _check(config, job, device)
+    if not args.dry_run and not args.no_check and args.launcher != "kubernetes":  # its paths are the pods'
+        _check_inputs(config, job)
     if args.launcher in QUEUES:
         cpus = args.cpus or (0 if args.exclusive else job.nproc * cpus_of_a_rank(config))
         return (_slurm if args.launcher == "slurm" else _kubernetes)(args, job, cpus)
     return _start(args.launcher, job, args.dry_run)
 
 
-def _check(config: "Config", job: "Job") -> int:  # type: ignore[name-defined]  # noqa: F821
+def _devices(config: "Config", args: argparse.Namespace) -> tuple[Literal["cpu", "cuda"], int]:
+    """What the ranks compute on, and how many of them a machine has devices for. torch is asked only where there may be
+    a GPU: its import takes longer than all else that comes before the ranks."""
+    from trainer.errors import ConfigError
+    from trainer.machine import has_gpu_driver
+
+    wanted = config.run.device
+    if args.launcher in QUEUES:  # this machine is not the one that computes
+        return ("cuda" if args.gpus and wanted != "cpu" else "cpu"), args.gpus
+    if wanted == "cpu" or not has_gpu_driver():
+        there = 0
+    else:
+        import torch
+
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and not there:
+        raise ConfigError("run.device = cuda: this machine has no usable CUDA device; use run.device=cpu or auto")
+    return ("cuda", there) if there else ("cpu", 1)
+
+
+def _check_inputs(config: "Config", job: "Job") -> None:
+    """Open what the ranks will open, so that what is wrong is printed once and at once, not by each of them."""
+    from trainer.run.startup import check
+
+    check(config, _world(job), shown=False)
+
+
+def _world(job: "Job") -> int:
+    """The ranks of a job; where machines may come and go, the fewest."""
+    return job.nproc * int(job.nnodes.partition(":")[0])
+
+
+def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> int:
     """Open everything in this process and print the plan; returns 0 (what is wrong raises)."""
-    import math
     import shutil
 
     from tools.output import size_text
-    from trainer.distributed import choose_device
     from trainer.errors import ConfigError
     from trainer.planning.plan import make_plan
     from trainer.planning.setting import Setting
     from trainer.run.startup import check
 
-    world = job.nproc * int(job.nnodes.partition(":")[0])
+    world = _world(job)
     inputs = check(config, world)
     records = None if inputs.dataset is None else len(inputs.dataset.kept)
     bank_dim = None if inputs.bank is None else inputs.bank.dim
-    device: Literal["cpu", "cuda"] = "cuda" if choose_device(config.run.device, 0).type == "cuda" else "cpu"
     plan = make_plan(Setting(config, inputs.num_classes, inputs.image_size, world, device, bank_dim, records))
     print(f"run folder: {config.run.dir}")
     if inputs.dataset is not None:
@@ -155,19 +193,27 @@ def _check(config: "Config", job: "Job") -> int:  # type: ignore[name-defined]  
     for key, path in {"backbone.weights": config.backbone.weights, "head.weights": config.head.weights}.items():
         if path is not None:
             print(f"{key}: {path}")
-    steps = config.train.steps
-    if steps is None and records is not None:
-        steps = math.ceil(config.train.epochs * math.ceil(records / config.data.batch_size) / config.train.accumulate)
-    if beyond := config.beyond_end(steps) if steps is not None else "":
+    if beyond := "" if plan.updates is None else config.beyond_end(plan.updates):
         raise ConfigError(beyond)
-    print(f"ranks: {world}, updates: {steps:,}" if steps is not None else f"ranks: {world}")
+    print(f"ranks: {world}" + ("" if plan.updates is None else f", updates: {plan.updates:,}"))
     print(f"memory of a rank: {size_text(plan.device_bytes)} on {device}, by `lce plan`'s arithmetic")
     folder = next(path for path in (config.run.dir.absolute(), *config.run.dir.absolute().parents) if path.is_dir())
-    needed, free = plan.checkpoint_bytes * (config.checkpoint.keep + 1), shutil.disk_usage(folder).free
-    print(f"disk: {size_text(needed)} of checkpoints at most, {size_text(free)} free")
+    there = sum(file.stat().st_size for file in folder.glob("checkpoints/step-*/*"))  # a continued run replaces them
+    needed, free = plan.kept_bytes + plan.checkpoint_bytes - there, shutil.disk_usage(folder).free
+    print(f"disk: {size_text(max(0, needed))} of checkpoints at most, {size_text(free)} free")
     if needed > free:
         raise ConfigError(f"run.dir = {config.run.dir}: {size_text(needed)} of checkpoints, {size_text(free)} free")
     return 0
+
+
+def _check_hosts(args: argparse.Namespace, job: "Job") -> None:
+    """Refuse hosts that cannot be reached by what was given for them."""
+    from trainer.errors import ConfigError
+
+    if job.many_nodes and args.launcher not in QUEUES and job.master:
+        _check_master(job.master)
+    if job.hostfile is not None and not job.hostfile.is_file():
+        raise ConfigError(f"--hostfile {job.hostfile}: no such file; it has a line `host slots=N` for each machine")
 
 
 def _check_master(master: str) -> None:
@@ -187,7 +233,7 @@ def _check_master(master: str) -> None:
         ) from None
 
 
-def _check_classes(config: "Config", job: "Job") -> None:  # type: ignore[name-defined]  # noqa: F821
+def _check_classes(config: "Config", job: "Job") -> None:
     """Refuse more ranks than classes before they start, where the class count is written down."""
     from trainer.data.index import DESCRIPTION, load_description, table_info
     from trainer.distributed import ranks_text
@@ -204,7 +250,7 @@ def _check_classes(config: "Config", job: "Job") -> None:  # type: ignore[name-d
             classes = load_description(Path(data.path)).num_classes
     except LceError:
         return  # rank 0 tells
-    ranks = job.nproc * int(job.nnodes.partition(":")[0])
+    ranks = _world(job)
     if classes is not None and ranks > classes:
         raise ConfigError(f"{ranks_text(ranks)} for {classes} classes: a rank would own none; start at most {classes}")
 
@@ -219,28 +265,26 @@ def _check_nodes(args: argparse.Namespace) -> None:
         raise ConfigError(f"--nnodes {args.nnodes}: machines come and go with torchrun and --rendezvous c10d alone")
 
 
-def _start(launcher: str, job: "Job", dry_run: bool) -> int:  # type: ignore[name-defined]  # noqa: F821
-    from launch import deepspeed, mpirun, torchrun
+def _start(launcher: str, job: "Job", dry_run: bool) -> int:
+    from importlib import import_module
 
-    if dry_run:
-        argv = {
-            "torchrun": lambda: ["torchrun", *torchrun.arguments(job)],
-            "mpirun": lambda: mpirun.command(job),
-            "deepspeed": lambda: deepspeed.command(job),
-        }[launcher]()
-        settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in job.environment.items())
-        print(f"{settings} {shlex.join(argv)}".strip())
-        return 0
-    return {"torchrun": torchrun.run, "mpirun": mpirun.run, "deepspeed": deepspeed.run}[launcher](job)
+    module = import_module(f"launch.{launcher}")
+    if not dry_run:
+        status: int = module.run(job)
+        return status
+    argv = ["torchrun", *module.arguments(job)] if launcher == "torchrun" else module.command(job)
+    settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in job.environment.items())
+    print(f"{settings} {shlex.join(argv)}".strip())
+    return 0
 
 
-def cpus_of_a_rank(config: "Config") -> int:  # type: ignore[name-defined]  # noqa: F821
+def cpus_of_a_rank(config: "Config") -> int:
     """What a rank is given where nothing else is said: its own threads (2 at least: one trains, one saves and sends)
     and those that decode."""
     return max(config.run.threads, 2) + getattr(config.data, "workers", 0)
 
 
-def _slurm(args: argparse.Namespace, job: "Job", cpus: int) -> int:  # type: ignore[name-defined]  # noqa: F821
+def _slurm(args: argparse.Namespace, job: "Job", cpus: int) -> int:
     from launch import slurm
     from trainer.errors import ConfigError
 
@@ -267,7 +311,7 @@ def _slurm(args: argparse.Namespace, job: "Job", cpus: int) -> int:  # type: ign
     return _hand_over(slurm.script(job, allocation), args.script or Path("lce.sbatch"), ["sbatch"], args.dry_run)
 
 
-def _kubernetes(args: argparse.Namespace, job: "Job", cpus: int) -> int:  # type: ignore[name-defined]  # noqa: F821
+def _kubernetes(args: argparse.Namespace, job: "Job", cpus: int) -> int:
     from launch import kubernetes
 
     pods = kubernetes.Pods(

@@ -129,6 +129,9 @@ class Search:
             raise ConfigError(f"{args.config}: compat.method is none: there are no weights to choose")
         if isinstance(config.methods[0], LceCrossConfig):
             raise ConfigError(f"{args.config}: compat.mode is cross-model: nothing is weighed against a classification")
+        without = [one.method for one in config.methods if one.method not in RANGES]
+        if without:
+            raise ConfigError(f"{args.config}: compat.method {', '.join(without)} has no weight to choose")
         ranges = _ranges([one.method for one in config.methods], args.range)
         validation = open_named(args.validation)
         _check_far(validation, args.far)

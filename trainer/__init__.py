@@ -3,8 +3,9 @@
 What most users call from Python stands here; each name is imported when it is first used (docs/python.md).
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trainer.lazy import importer
 
 __version__ = "0.1.0"
 
@@ -32,11 +33,7 @@ if TYPE_CHECKING:
     from trainer.run.config import load_config as load_config
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        globals()[name] = value = getattr(import_module(_MODULES[name]), name)
-        return value
-    raise AttributeError(f"module 'trainer' has no attribute {name!r}")
+__getattr__ = importer(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

@@ -17,9 +17,18 @@ if __name__ == "__main__":  # until the loop watches for signals there is nothin
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from trainer.distributed import end_with_parent, launched_by, process_group
-from trainer.errors import BrokenRunError, LceError
+from trainer.errors import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_PEER,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    BrokenRunError,
+    LceError,
+)
 from trainer.run.config import Config, load_config
-from trainer.run.watch import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, EXIT_PEER, EXIT_TERMINATED, EXIT_USAGE, is_echo
+from trainer.run.watch import is_echo
 
 TIMEOUT_SLACK_SECONDS = 30.0  # collectives give up this long after the watch, which can say who is missing
 

@@ -10,18 +10,16 @@ unpickler that knows torch's own index classes alone.
 import json
 import os
 import pickle
-import re
 import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -30,42 +28,26 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_now
 
-from trainer.config import Section, unit
+from trainer.checkpoint_folder import (
+    FORMAT,
+    INDEX,
+    SEAL,
+    Checkpoint,
+    CheckpointConfig,
+    best_checkpoint,
+    find_damage,
+    list_checkpoints,
+    read_seal,
+)
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects
 from trainer.errors import CheckpointError
 from trainer.files import checksum
-from trainer.reading import open_regular, read_json
-from trainer.seals import SEAL_KEY, find_change, sealed, unsealed
-
-
-class CheckpointConfig(Section):
-    """The section ``checkpoint``: checkpoints under <run>/checkpoints."""
-
-    every_steps: int = Field(
-        1000,
-        ge=0,
-        description="updates between two checkpoints; 0: only at the end and when asked to stop",
-        json_schema_extra=unit("updates"),
-    )
-    keep: int = Field(2, ge=1, description="how many of the newest are kept")
-    keep_every: int = Field(0, ge=0, description="checkpoints of steps divisible by this are kept for good; 0 is off")
-    best: str | None = Field(
-        None, description="also keep the one with the highest figure of this name, such as lfw.accuracy (see evaluate)"
-    )
-    asynchronous: bool = Field(True, description="write from a copy in memory while training goes on")
-    resume: Literal["auto", "exact", "never"] = Field(
-        "auto",
-        description="auto: newest complete one; exact: exit 2 if the newest is damaged; never: refuse a used folder",
-    )
-
+from trainer.reading import open_regular
+from trainer.seals import sealed
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is fine
 
-SEAL = "state.json"
-FORMAT = 2
-"""Of the seal; 1 had no checksum of itself."""
 _SAVE_ERRORS = (Exception, CheckpointException)  # torch derives its own from BaseException
-_INDEX = ".metadata"
 _INDEX_CLASSES = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -86,19 +68,6 @@ _INDEX_CLASSES = {
         )
     ),
 }
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk: its folder and what its seal says."""
-
-    folder: Path
-    seal: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """The number of updates made when it was taken."""
-        return int(self.seal["step"])
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -128,70 +97,16 @@ def read_index(folder: Path) -> Metadata:
         CheckpointError: missing, damaged, or holding anything but an index.
     """
     try:
-        with open_regular(folder / _INDEX, CheckpointError) as file:
+        with open_regular(folder / INDEX, CheckpointError) as file:
             metadata = _IndexUnpickler(file).load()
     except Exception as error:
-        raise CheckpointError(f"{folder / _INDEX}: not the index of a checkpoint: {error}") from None
+        raise CheckpointError(f"{folder / INDEX}: not the index of a checkpoint: {error}") from None
     if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{folder / _INDEX}: not the index of a checkpoint: it holds a {type(metadata).__name__}")
+        raise CheckpointError(f"{folder / INDEX}: not the index of a checkpoint: it holds a {type(metadata).__name__}")
     for info in metadata.storage_data.values():
         if Path(info.relative_path).name != info.relative_path:
-            raise CheckpointError(f"{folder / _INDEX}: points outside its folder: {info.relative_path}")
+            raise CheckpointError(f"{folder / INDEX}: points outside its folder: {info.relative_path}")
     return metadata
-
-
-def read_seal(folder: Path) -> dict[str, Any]:
-    """What ``state.json`` of a checkpoint says.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, of another format, or of another step than its folder's name.
-    """
-    path = folder / SEAL
-    if not path.exists():
-        raise CheckpointError(f"{folder}: no complete checkpoint ({SEAL} is missing)")
-    try:
-        tree = read_json(path, CheckpointError)
-        if tree["format"] not in (1, FORMAT):
-            raise CheckpointError(f"{path}: format {tree['format']}, this version reads {FORMAT}")
-        if tree["format"] == FORMAT and SEAL_KEY not in tree:
-            raise ValueError("its own checksum is missing")
-        seal = unsealed(tree, path, CheckpointError, "checkpoint")
-        if not isinstance(seal["files"], dict) or not isinstance(seal["step"], int):
-            raise ValueError("files or step missing")
-        numbers = [*seal["files"].values(), list(seal.get("loader", {}).values())]
-        if not all(isinstance(known, list) and all(type(n) is int and n >= 0 for n in known) for known in numbers):
-            raise ValueError("files or loader hold something else than numbers")
-        named = re.fullmatch(r"step-(\d+)", folder.name)
-        if named is not None and int(named[1]) != seal["step"]:
-            raise ValueError(f"it says step {seal['step']}, its folder {folder.name}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from None
-    return dict(seal)
-
-
-def find_damage(folder: Path, files: dict[str, list[int]]) -> str | None:
-    """The first of ``files`` (name → [bytes, CRC-32]) that is missing or changed, in words; None when all are whole."""
-    return next((change for name, known in files.items() if (change := find_change(folder / name, *known))), None)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders in a run's ``checkpoints`` folder, oldest first, whole or not; others (a user's copy,
-    say) are not looked at."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def best_checkpoint(folders: list[Path], figure: str) -> Path | None:
-    """The checkpoint whose seal has the highest ``figure``, the earliest of equal ones; None when none has it."""
-    best: tuple[float, Path] | None = None
-    for folder in folders:
-        try:
-            value = read_seal(folder).get("figures", {}).get(figure)
-        except CheckpointError:
-            continue
-        if value is not None and (best is None or value > best[0]):
-            best = value, folder
-    return None if best is None else best[1]
 
 
 def load_tensors(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
@@ -316,9 +231,15 @@ class Checkpoints:
     def _seal(self, saving: _Saving, files: dict[str, list[int]]) -> str | None:
         target = self.folder / saving.partial.name.removeprefix(".").removesuffix(".partial")
         try:
-            files[_INDEX] = list(checksum(saving.partial / _INDEX))
+            files[INDEX] = list(checksum(saving.partial / INDEX))
+            saved = read_index(saving.partial).state_dict_metadata.values()
+            sizes = [entry.size.numel() for entry in saved if isinstance(entry, TensorStorageMetadata)]
             with (saving.partial / SEAL).open("w") as file:
-                json.dump(sealed({"format": FORMAT, **saving.seal, "files": files}), file, indent=1)
+                json.dump(
+                    sealed({"format": FORMAT, **saving.seal, "tensors": [len(sizes), sum(sizes)], "files": files}),
+                    file,
+                    indent=1,
+                )
                 file.flush()
                 os.fsync(file.fileno())
             shutil.rmtree(target, ignore_errors=True)

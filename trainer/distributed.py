@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from trainer.errors import ConfigError
 from trainer.machine import threads_of_a_rank
 from trainer.owner import Launcher
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -342,11 +344,13 @@ def class_mesh(ranks: Ranks) -> DeviceMesh:
     return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("class",))
 
 
-def as_sharded(local: Tensor, total: int, mesh: DeviceMesh) -> DTensor:
+def as_sharded(local: Tensor, total: int, mesh: DeviceMesh) -> "DTensor":
     """View a rank's rows (c, …) as its part of a global (C, …) DTensor ``Shard(0)``, without a copy.
 
     The rows must follow :func:`trainer.head.partition.class_range`, which is DTensor's own rule.
     """
+    from torch.distributed.tensor import DTensor, Shard  # a second, which commands without ranks need not wait
+
     shape = torch.Size((total, *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

@@ -4,6 +4,9 @@ Command lines turn an :class:`LceError` into one line on standard error and exit
 ours and shows its traceback.
 """
 
+EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED = 0, 2, 70, 71, 75, 130
+"""The exit statuses of a rank; :mod:`trainer.run.watch` says when it ends with which."""
+
 
 class LceError(Exception):
     """Base of all errors that a user can correct: wrong input, wrong configuration, damaged files."""

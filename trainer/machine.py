@@ -1,6 +1,7 @@
 """The machine: the processor's name and features and the commit of the code, which a result was made on; the cores
 that a process may use, and how many threads of them are its own."""
 
+import ctypes
 import math
 import os
 import platform
@@ -25,6 +26,15 @@ def _cpuinfo(*keys: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
+
+
+def has_gpu_driver() -> bool:
+    """Whether the driver of a GPU is installed. Without one torch need not be asked, whose import takes a second."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()  # AMD's
+    return True
 
 
 def usable_cores() -> int:

@@ -24,7 +24,8 @@ from tests.data.samples import identity_folders, packed
 from tests.models.test_export import images, saved
 from tests.runs import tree
 from tests.test_seals import checkpoint
-from trainer.checkpoint import Checkpoint, find_damage, load_tensors, read_seal
+from trainer.checkpoint import load_tensors
+from trainer.checkpoint_folder import Checkpoint, find_damage, read_seal
 from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.methods.old_embeddings import StoredEmbeddings
 from trainer.data import open_dataset

@@ -16,7 +16,7 @@ from tests.attack import amounts, tallied, tally
 from tests.attack.commands import alive, ended, launched, parent, rank_pids, start, wait_for_step
 from tests.data.samples import identity_folders
 from tests.runs import log_of, tree
-from trainer.checkpoint import list_checkpoints
+from trainer.checkpoint_folder import list_checkpoints
 from trainer.data.index import open_dataset
 
 pytestmark = pytest.mark.slow

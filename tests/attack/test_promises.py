@@ -23,7 +23,8 @@ from tests.ranks import run_ranks
 from tests.run.test_norms import pictures
 from tests.runs import config, log_of, train_rank
 from trainer.__main__ import _choose_arithmetic
-from trainer.checkpoint import list_checkpoints, read_index
+from trainer.checkpoint import read_index
+from trainer.checkpoint_folder import list_checkpoints
 from trainer.compat.bank.center_bank import BankInfo
 from trainer.compat.bank.convert import bank_from_embeddings
 from trainer.compat.bank.matrices import open_rows
@@ -437,6 +438,7 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("compat.method", "bct"): compatible(compat__method="bct"),
     ("compat.method", "l2"): compatible(compat__method="l2", compat__weight=10.0),
     ("compat.method", "unibct"): compatible(compat__method="unibct"),
+    ("compat.method", "frozen"): compatible(compat__method="frozen"),
     ("compat.method", "ndpp"): compatible(compat__method="ndpp"),
     ("compat.method", "advbct"): compatible(compat__method="advbct", compat__boundary_weight=10.0),
     ("compat.method", "mixbct"): compatible(compat__method="mixbct", compat__mix_share=0.6, train__steps=300),
@@ -534,7 +536,8 @@ def test_momentum_of_another_run_continues_it(scene: Scene) -> None:
     whole = {"data__batch_size": CLASSES * EACH, "data__augment": {"flip": 0.0}, "checkpoint__every_steps": 12}
     fixed = {"schedule__name": "constant", "schedule__warmup": 0.0, "optimizer__lr": 0.05, **whole}
     through = scene.run(**fixed, train__steps=24)
-    from trainer.checkpoint import Checkpoint, load_tensors, read_seal
+    from trainer.checkpoint import load_tensors
+    from trainer.checkpoint_folder import Checkpoint, read_seal
 
     place = through.folder / "checkpoints" / "step-00000012"
     index = read_index(place).state_dict_metadata

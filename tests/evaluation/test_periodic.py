@@ -10,7 +10,7 @@ import pytest
 from tests.data.samples import encoded, packed
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, train_all, train_rank
-from trainer.checkpoint import list_checkpoints, read_seal
+from trainer.checkpoint_folder import list_checkpoints, read_seal
 from trainer.data import open_dataset
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError, DataError, LceError

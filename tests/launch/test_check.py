@@ -1,4 +1,4 @@
-"""`lce launch --check`: opens what a run needs in one process, says what would be trained, and starts nothing."""
+"""What is opened in one process before ranks start: by `lce launch --check`, which starts none, and by every launch."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.job import Job
 from tests.data.samples import packed
 from tools.cli import main
 
@@ -66,3 +67,57 @@ def test_a_bank_is_named(configured: Path, capsys: pytest.CaptureFixture[str]) -
     bank = f"compat.bank={configured.parent / 'bank'}"
     assert main(["launch", str(configured), "--check", "compat.method=lce", bank]) == 0
     assert "centre bank: of the model" in capsys.readouterr().out
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs whose ranks would have been started."""
+    jobs: list[Job] = []
+
+    def start(job: Job) -> int:
+        jobs.append(job)
+        return 0
+
+    for launcher in ("torchrun", "mpirun", "deepspeed"):
+        monkeypatch.setattr(f"launch.{launcher}.run", start)
+    return jobs
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "deepspeed", "slurm"])
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("data.path=nowhere", "nowhere: no such data set folder"),
+        ("compat.method=lce compat.bank=nowhere", "nowhere"),
+        ("backbone.weights=nowhere.pt", "nowhere.pt: no such file"),
+        ("--nproc 64", "64 ranks for 4 classes: a rank would own none; start at most 4"),
+    ],
+)
+def test_what_is_wrong_costs_one_line_and_no_rank(
+    configured: Path, launcher: str, words: str, reason: str, started: list[Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = ["--nproc", "1", "--script", str(configured.parent / "job.sh")] if launcher == "slurm" else []
+    assert main(["launch", str(configured), "--with", launcher, *script, *words.split()]) == 2
+    err = capsys.readouterr().err
+    assert reason in err
+    assert len(err.splitlines()) == 1
+    assert not started
+    assert not (configured.parent / "run").exists()
+
+
+def test_a_right_configuration_starts(configured: Path, started: list[Job]) -> None:
+    assert main(["launch", str(configured), "--nproc", "2"]) == 0
+    assert [job.nproc for job in started] == [2]
+
+
+def test_data_that_only_the_computing_machines_have(configured: Path, started: list[Job]) -> None:
+    assert main(["launch", str(configured), "data.path=nowhere", "--no-check"]) == 0
+    assert len(started) == 1
+
+
+def test_no_rank_is_none_to_start(configured: Path, started: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["launch", str(configured), "--nproc", "0"])
+    assert ended.value.code == 2
+    assert "--nproc" in capsys.readouterr().err.splitlines()[-1]
+    assert not started

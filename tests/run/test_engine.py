@@ -21,7 +21,8 @@ import trainer.run.task
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, losses_of, train_rank, tree
 from trainer.__main__ import main
-from trainer.checkpoint import Checkpoint, Checkpoints, list_checkpoints, load_tensors, read_index, read_seal
+from trainer.checkpoint import Checkpoints, load_tensors, read_index
+from trainer.checkpoint_folder import Checkpoint, list_checkpoints, read_seal
 from trainer.data import Batch
 from trainer.distributed import Ranks
 from trainer.errors import CheckpointError, ConfigError, TrainingError

@@ -16,7 +16,7 @@ import yaml
 
 from tests.ranks import _child, _context
 from tests.runs import config, log_of, losses_of, train_rank, tree
-from trainer.checkpoint import list_checkpoints
+from trainer.checkpoint_folder import list_checkpoints
 from trainer.distributed import Ranks
 from trainer.run.engine import train
 from trainer.run.watch import Watch

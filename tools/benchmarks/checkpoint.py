@@ -66,7 +66,8 @@ def _measure(folder: Path, size: int, repeats: int) -> dict[str, list[float]]:
     import torch.distributed as dist
 
     from tools.progress import progress_bars
-    from trainer.checkpoint import CheckpointConfig, Checkpoints, find_damage, load_tensors
+    from trainer.checkpoint import Checkpoints, load_tensors
+    from trainer.checkpoint_folder import CheckpointConfig, find_damage
     from trainer.distributed import Ranks
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

@@ -85,6 +85,7 @@ METHODS = {
     "bct": _method("BCT", "bct", "bank"),
     "unibct": _method("UniBCT", "unibct", "old"),
     "ndpp": _method("NDPP, ours after it", "ndpp", "bank"),
+    "frozen": Method("old rows stay", ("compat.method=frozen", "compat.bank={bank}")),
     "advbct": _method("AdvBCT", "advbct", "bank old"),
     "mixbct": _method("MixBCT", "mixbct", "bank old"),
     "fct": _method("FCT (no side information)", "fct", "old"),
@@ -529,7 +530,7 @@ def markdown(figures: dict[str, Any]) -> str:
         [
             one["title"],
             *(_trial_text(trial, figures["steps"]) for trial in one["trials"]),
-            *["failed"] * (columns - len(one["trials"])),
+            *["failed" if one["problems"] else ""] * (columns - len(one["trials"])),
         ]
         for one in figures["methods"].values()
         if one["trials"] or one["problems"]

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data import choose_loader, recordio
+from trainer.data import recordio
+from trainer.data.config import choose_loader
 from trainer.data.index import Dataset
 from trainer.data.pixels import decode_image, image_size
 from trainer.data.processes import worker_context

@@ -1,11 +1,13 @@
 """The section ``data``: which images are trained on, in what order, and how they are changed."""
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from trainer.config import Section, Variants, unit
+from trainer.errors import ConfigError
 
 
 class AugmentConfig(Section):
@@ -107,3 +109,18 @@ class SyntheticConfig(DataConfig):
 
 
 AnyData: TypeAlias = Annotated[RecordsConfig | BlocksConfig | SyntheticConfig, Variants(loader="auto", order="global")]
+
+
+def choose_loader(wanted: str) -> tuple[str, str]:
+    """``auto``, ``dali`` or ``torch`` → the loader, and why. Raises :class:`ConfigError`: DALI wanted, not there."""
+    try:
+        installed = importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        installed = False
+    if wanted == "dali" and not installed:
+        raise ConfigError(
+            "data.loader = dali: DALI is not installed; pip install nvidia-dali-cuda130, or use data.loader=torch"
+        )
+    if wanted != "auto":
+        return wanted, "data.loader asks for it"
+    return ("dali", "it is installed") if installed else ("torch", "DALI is not installed")

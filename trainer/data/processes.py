@@ -6,8 +6,6 @@ import sys
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
-import torch
-
 _SAFE = "PYTHONSAFEPATH"
 
 
@@ -17,7 +15,8 @@ def worker_context() -> BaseContext:
     A process that has run DALI or CUDA must not be forked: the child inherits pipelines without their threads, and
     hangs when it throws them away.
     """
-    if "nvidia.dali" not in sys.modules and not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if "nvidia.dali" not in sys.modules and not (torch and torch.cuda.is_initialized()):
         return mp.get_context("fork")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["trainer.data.torch_loader", "trainer.data.packing", "trainer.data.checking"])

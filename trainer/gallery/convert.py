@@ -1,14 +1,16 @@
 """What a gallery's vectors become: T₁₂ of the old vector (no image needed), or the image's new embedding."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from trainer.data.index import Dataset
 from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import FloatArray, IntArray, check_unit
-from trainer.models.model import EmbeddingModel, embed_dataset
+
+if TYPE_CHECKING:
+    from trainer.models.model import EmbeddingModel
 
 
 class Converter(Protocol):
@@ -38,7 +40,7 @@ class Forward:
         ModelError: the model has no T₁₂ (it was not trained with compat.mode forward, both or cross-model).
     """
 
-    def __init__(self, model: EmbeddingModel) -> None:
+    def __init__(self, model: "EmbeddingModel") -> None:
         if "t12" not in model.card.transforms:
             raise ModelError(
                 f"{model.path}: has no T₁₂ to convert stored vectors with; train with compat.mode forward, both or "
@@ -56,7 +58,7 @@ class Forward:
 class Reencode:
     """The new model's embedding of each image; a gallery id is the record's number in ``dataset``."""
 
-    def __init__(self, model: EmbeddingModel, dataset: Dataset, dim_in: int) -> None:
+    def __init__(self, model: "EmbeddingModel", dataset: Dataset, dim_in: int) -> None:
         self._model, self._dataset = model, dataset
         self.dim_in, self.dim_out, self.version = dim_in, model.dim, f"images-{model.hash}"
         self.source: str | None = None
@@ -69,6 +71,8 @@ class Reencode:
             raise DataError(
                 f"{self._dataset.path}: gallery id {ids[wrong[0]]} is no record of it ({len(self._dataset):,})"
             )
+        from trainer.models.model import embed_dataset
+
         return checked(embed_dataset(self._model, self._dataset, ids), self.version)
 
 

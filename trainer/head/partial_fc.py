@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from trainer.distributed import Labels, Ranks, as_sharded, class_mesh, gather_batch, gather_rows, scale_gradient
+from trainer.distributed import Labels, Ranks, as_sharded, class_mesh, gather_batch, gather_rows, scale_gradient, send
 from trainer.errors import ConfigError, DataError
 from trainer.head import native, triton_pass
 from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.head.float8 import Float8Rows, Float8Table
+from trainer.head.frozen import FrozenRows
 from trainer.head.fused import FusedSoftmax, OldCenters
 from trainer.head.kernels import Kernels, chunk_rows
 from trainer.head.margin import Margin, build_margin
@@ -35,6 +36,9 @@ from trainer.head.step import PassSettings, Softmax, Verdict
 from trainer.randomness import block_seed
 
 log = logging.getLogger(__name__)
+
+MOMENTS = {"momentum", "first_moment", "second_moment"}
+"""The tables of row optimizers that carry gradients on."""
 
 COMPILE_FROM_ROWS = 32768
 """Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""
@@ -143,6 +147,16 @@ class PartialFC(nn.Module):
         :meth:`load_shard_state` at the end.
         """
         self.softmax.put(first, rows)
+
+    def hold(self, known: FrozenRows) -> None:
+        """Put these classes' rows (one row a class) where they are to stay, and forget what their optimizer remembers
+        of gradients. Call it before the first update and after each. With ``mask`` on the host nothing waits.
+        """
+        tables = self.softmax.tables()
+        index = send(known.mask.nonzero()[:, 0], tables["rows"].device)
+        tables["rows"][index] = known.rows.to(tables["rows"].dtype)
+        for name in MOMENTS & tables.keys():
+            tables[name][index] = 0
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the coming updates."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from trainer.checkpoint import SEAL, Checkpoint, find_damage, list_checkpoints, load_tensors, read_index, read_seal
+from trainer.checkpoint import load_tensors, read_index
+from trainer.checkpoint_folder import SEAL, Checkpoint, find_damage, list_checkpoints, read_seal
 from trainer.config import parse_section
 from trainer.data.identities import identities_of
 from trainer.data.index import DatasetInfo, open_dataset

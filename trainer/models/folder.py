@@ -8,8 +8,9 @@ from torch import nn
 
 from trainer.data.identities import Identities, save_identities
 from trainer.errors import ModelError
-from trainer.files import checksum, replaced, save_tensors
+from trainer.files import checksum, replaced
 from trainer.models.card import CARD_FILE, IDENTITIES, Direction, ModelCard, card_text
+from trainer.tensor_files import save_tensors
 
 
 def save_model(

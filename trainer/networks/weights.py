@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn, zeros
 
 from trainer.errors import ModelError
-from trainer.files import load_torch
 from trainer.networks.scale import add_scale, embedding_norm, fit_scale
 from trainer.reading import regular, why_unreadable
+from trainer.tensor_files import load_torch
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".safetensors")
 _COUNTER = "num_batches_tracked"  # files of old trainers lack it; nothing is computed from it

@@ -40,6 +40,26 @@ class Plan:
     updates: int | None
 
     @property
+    def kept_checkpoints(self) -> int:
+        """How many checkpoints lie on the disk at the end: the newest, those kept for good, the best; without a known
+        number of updates those kept for good are left out."""
+        kept = self.setting.config.checkpoint
+        newest, steps = kept.keep, self.updates or 0
+        if kept.every_steps:
+            newest = min(newest, 1 + max(0, steps - 1) // kept.every_steps) if steps else newest
+            ours = range(kept.every_steps, steps, kept.every_steps)
+            old = ours[: max(0, len(ours) + 1 - kept.keep)]
+            for_good = sum(step % kept.keep_every == 0 for step in old) if kept.keep_every else 0
+            best = int(kept.best is not None and len(old) > for_good)
+            return newest + for_good + best
+        return 1
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of all checkpoints that are kept (:attr:`kept_checkpoints`)."""
+        return self.kept_checkpoints * self.checkpoint_bytes
+
+    @property
     def device_bytes(self) -> int:
         """Peak memory of a rank's device; on the CPU of its process."""
         return peak_bytes(self.memory)

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainer.checkpoint import CheckpointConfig
+from trainer.checkpoint_folder import CheckpointConfig
 from trainer.compat.methods.config import (
     AnyMethod,
     LceConfig,

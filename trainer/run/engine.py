@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint import Checkpoint, Checkpoints, list_checkpoints, load_tensors, read_seal
+from trainer.checkpoint import Checkpoints, load_tensors
+from trainer.checkpoint_folder import Checkpoint, list_checkpoints, read_seal
 from trainer.compat.methods.config import FctConfig, LceMapsConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.data import Batch, Loader, build_loader

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.checkpoint import list_checkpoints
+from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import Section
 from trainer.distributed import Ranks, launched_by, on_main
 from trainer.errors import ConfigError

@@ -36,6 +36,7 @@ METHODS = {
     "new_embeddings new_model new_bank maps",
     "bct": "bank weight old_margin",
     "unibct": "bank old_embeddings weight old_margin",
+    "frozen": "bank",
     "ndpp": "bank weight old_margin neighbours push",
     "l2": "bank old_embeddings old_model weight",
     "advbct": "bank old_embeddings old_model weight boundary_weight",

@@ -48,7 +48,7 @@ def prepare(config: Config, ranks: Ranks) -> Inputs:
             range), :class:`CenterBankError` (another dimension or class count), :class:`ConfigError` (more ranks than
             classes, unknown backbone, run folder not writable or not shared, ranks that do not agree).
     """
-    inputs = together(lambda: _open(config, ranks))
+    inputs = together(lambda: _open(config, ranks, ranks.is_main))
     check_agreement(identity(config, inputs))
     check_shared(config.run.dir, ranks)
     return inputs
@@ -59,18 +59,19 @@ def allowing_outside(config: Config) -> AbstractContextManager[None]:
     return outside_allowed(isinstance(config.data, ImagesConfig) and config.data.allow_outside)
 
 
-def check(config: Config, world_size: int) -> Inputs:
-    """Open and check what :func:`prepare` does, and the evaluation sets, in this process alone; nothing is written.
+def check(config: Config, world_size: int, shown: bool = True) -> Inputs:
+    """Open and check what :func:`prepare` does, and the evaluation sets, in this process alone, in host memory; nothing
+    is written.
 
     Args:
         world_size: of the run that is to be.
+        shown: log how foreign models are read.
 
     Raises:
         LceError: as :func:`prepare`.
     """
     with allowing_outside(config):
-        inputs = _open(config, Ranks())
-        _check_share(world_size, inputs.num_classes)
+        inputs = _open(config, Ranks(world_size=world_size), shown)
         open_periodic(config.evaluate, inputs.image_size, Ranks())
         return inputs
 
@@ -96,7 +97,7 @@ def together(action: Callable[[], T]) -> T:
     return result[0]
 
 
-def _open(config: Config, ranks: Ranks) -> Inputs:
+def _open(config: Config, ranks: Ranks, shown: bool) -> Inputs:
     check_writers(config.log)
     data = config.data
     dataset: Dataset | None = None
@@ -112,20 +113,20 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
     crossed = config.of(LceCrossConfig)
     if crossed is not None:
         cross = open_cross(crossed, dataset, ranks.device)
-        _introduce((cross.new, cross.old), dataset, ranks)
+        _introduce((cross.new, cross.old), dataset, shown)
         if ranks.is_main:
             check_writable(config.run.dir)
         return Inputs(dataset, classes, size, None, None, cross)
     bank = open_bank(config.methods, classes, dataset)
     old = open_old(config.methods, data, dataset, ranks.device)
-    _introduce((old,), dataset, ranks)
+    _introduce((old,), dataset, shown)
     check_old(bank, old, config.methods)
     inputs = Inputs(dataset, classes, size, bank, old)
     check_methods(config.methods, config, inputs)
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, size)
     zero.check(config)
-    _check_sync(config, ranks)
+    _check_sync(config, ranks.world_size)
     if config.head.weights is not None:
         head_rows(config.head.weights, classes, config.backbone.dim)
     weights = None if config.backbone.weights is None else matching_weights(backbone, config.backbone.weights)
@@ -135,11 +136,11 @@ def _open(config: Config, ranks: Ranks) -> Inputs:
     return inputs
 
 
-def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, ranks: Ranks) -> None:
+def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, shown: bool) -> None:
     """Say once how foreign models that run along are read, and refuse one that is fed wrongly."""
     for source in sources:
         if isinstance(source, ModelEmbeddings):
-            introduce(source.old, dataset, ranks.is_main)
+            introduce(source.old, dataset, shown)
 
 
 def _check_norms(config: Config, norm: float | None) -> None:
@@ -155,13 +156,13 @@ def _check_norms(config: Config, norm: float | None) -> None:
     )
 
 
-def _check_sync(config: Config, ranks: Ranks) -> None:
+def _check_sync(config: Config, world_size: int) -> None:
     if not config.train.sync_batchnorm:
         return
-    if not config.data.drop_last or config.data.batch_size < 2 * ranks.world_size:
+    if not config.data.drop_last or config.data.batch_size < 2 * world_size:
         raise ConfigError(
             "train.sync_batchnorm: every rank must have two samples in every batch; set data.drop_last=true and "
-            f"data.batch_size to at least {2 * ranks.world_size}"
+            f"data.batch_size to at least {2 * world_size}"
         )
 
 

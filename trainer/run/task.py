@@ -145,6 +145,7 @@ class TrainTask:
         )
         if config.head.weights is not None:
             self._start_head(config.head.weights)
+        self._hold()
         # Rows are updated within the backward pass, unless only the whole update tells whether and how far they may
         # move. So a gradient that overflows inside the backbone, behind a finite loss, finds them moved already: the
         # backbone skips the step, the rows have made it. head.update=deferred rules that out.
@@ -169,6 +170,11 @@ class TrainTask:
         if momentum is not None and mine.size:
             local_part(state["momentum"]).copy_(momentum.read(mine.start, mine.stop))
         self.head.load_shard_state()
+
+    def _hold(self) -> None:
+        """Put rows back that a method keeps where they are."""
+        if self.method is not None and self.method.held is not None:
+            self.head.hold(self.method.held)
 
     def modules(self) -> dict[str, nn.Module]:
         """The backbone and what the methods train besides it."""
@@ -205,6 +211,8 @@ class TrainTask:
             with self.head.deferred() if self._deferred else nullcontext():
                 out = self.head(embeddings, labels, step, self._companion(factor, step, pulls))
             out.loss.backward(torch.full_like(out.loss, weight))
+        if not self._deferred:
+            self._hold()
         report = {"loss": out.loss.detach(), **out.report} | ({} if pulls is None else pulls.report(weight))
         if "alignment" in report:  # in the paper's unit too: mean_d (u − v)² = (2 − 2 cos) / D on unit vectors
             report["alignment_mse"] = report["alignment"] * (2 / self.config.backbone.dim)
@@ -233,6 +241,7 @@ class TrainTask:
             return
         if bool(finite):  # waits for the device
             self.head.apply_update(1 / self.config.train.accumulate)
+            self._hold()
         else:
             self.head.discard_update()
 

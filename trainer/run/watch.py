@@ -28,10 +28,9 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed import Ranks, launched_by
-from trainer.errors import LceError
+from trainer.errors import EXIT_INTERRUPTED, EXIT_PEER, EXIT_TERMINATED, LceError
 from trainer.reading import read_json
 
-EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED = 0, 2, 70, 71, 75, 130
 PHASES = ("data", "forward", "update", "evaluate", "log", "save")
 BEAT_SECONDS = 2.0
 GRACE_SECONDS = 8.0  # after Ctrl-C: a rank whose step takes longer (and thrice as long as any before) is ended

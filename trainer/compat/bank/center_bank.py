@@ -29,10 +29,11 @@ from torch import Tensor
 from trainer import __version__
 from trainer.data.index import Dataset, renumbered
 from trainer.errors import CenterBankError
-from trainer.files import TensorStream, checksum, partial_of, remove, replace_folder, save_tensors
+from trainer.files import checksum, partial_of, remove, replace_folder
 from trainer.owner import owned
 from trainer.reading import read_json
 from trainer.seals import sealed, unsealed
+from trainer.tensor_files import TensorStream, save_tensors
 
 SHARD_BYTES = 64 * 2**20
 NORM_TOLERANCE = 1e-3

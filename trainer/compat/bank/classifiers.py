@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from trainer.checkpoint import SEAL, find_damage, list_checkpoints, read_index, read_seal
+from trainer.checkpoint import read_index
+from trainer.checkpoint_folder import SEAL, find_damage, list_checkpoints, read_seal
 from trainer.compat.bank.matrices import Rows, open_arrays
 from trainer.errors import CenterBankError, CheckpointError
 from trainer.head.float8 import CODES, SCALE

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer import files
+from trainer import tensor_files
 from trainer.data.store import load_array
 from trainer.errors import CenterBankError, DataError
 from trainer.head.float8 import decode
@@ -139,8 +139,8 @@ def open_arrays(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_torch(path: Path) -> Any:
-    """See :func:`trainer.files.load_torch`. Raises :class:`CenterBankError`."""
-    return files.load_torch(path, CenterBankError)
+    """See :func:`trainer.tensor_files.load_torch`. Raises :class:`CenterBankError`."""
+    return tensor_files.load_torch(path, CenterBankError)
 
 
 def read_labels(path: str | Path, what: str = "labels") -> np.ndarray:

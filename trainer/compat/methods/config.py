@@ -169,6 +169,13 @@ class NdppConfig(MethodConfig):
     push: float = Field(0.5, ge=0, description="how far an old centre is moved, in units of its mean offset")
 
 
+class FrozenConfig(MethodConfig):
+    """The classifier's rows of classes with an old centre stay there."""
+
+    method: Literal["frozen"] = Field("frozen", description=_METHOD)
+    bank: Path = Field(description=_BANK)
+
+
 class L2Config(WithOldConfig):
     """L2: regression to the old embedding of the same image."""
 
@@ -216,6 +223,7 @@ AnyMethod: TypeAlias = Annotated[
     | BctConfig
     | UniBctConfig
     | NdppConfig
+    | FrozenConfig
     | L2Config
     | AdvBctConfig
     | MixBctConfig

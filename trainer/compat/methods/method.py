@@ -8,6 +8,7 @@ from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.data import Batch
 from trainer.distributed import Labels, Ranks
 from trainer.errors import ConfigError
+from trainer.head.frozen import FrozenRows
 from trainer.head.old_centers import DirectCompat
 from trainer.models.card import Direction
 
@@ -22,10 +23,12 @@ class CompatMethod:
 
     Attributes:
         direct: what of the method the head computes in its own pass over the rows (LCE's direct mode).
+        held: rows of the head that stay where they are put, after every update.
         adds_loss: whether :meth:`loss` has anything to add; else it is not called.
     """
 
     direct: DirectCompat | None = None
+    held: FrozenRows | None = None
     adds_loss: bool = True
     mapped: ClassVar[bool] = False
     """Whether the old model may have another dimension than the new one."""

@@ -14,6 +14,7 @@ from trainer.compat.methods.config import (
     AdvBctConfig,
     BctConfig,
     FctConfig,
+    FrozenConfig,
     L2Config,
     LceDirectConfig,
     LceTransformedConfig,
@@ -29,6 +30,7 @@ from trainer.compat.methods.lce import DirectLce, TransformedLce
 from trainer.compat.methods.method import CompatMethod
 from trainer.compat.methods.mixbct import MixBct
 from trainer.compat.methods.ndpp import Ndpp
+from trainer.compat.methods.old_rows import OldRows
 from trainer.compat.methods.together import Together
 from trainer.compat.methods.unibct import UniBct
 from trainer.distributed import Ranks
@@ -40,6 +42,7 @@ METHODS: dict[type[MethodConfig], type[CompatMethod]] = {
     BctConfig: Bct,
     UniBctConfig: UniBct,
     NdppConfig: Ndpp,
+    FrozenConfig: OldRows,
     AdvBctConfig: AdvBct,
     MixBctConfig: MixBct,
     FctConfig: Fct,

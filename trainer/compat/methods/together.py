@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainer.compat.methods.method import CompatMethod
 from trainer.data import Batch
 from trainer.distributed import Labels, Ranks, all_reduce_sum
+from trainer.head.frozen import FrozenRows
 from trainer.head.old_centers import DirectCompat
 from trainer.models.card import Direction
 
@@ -34,6 +35,11 @@ class Together:
     def direct(self) -> DirectCompat | None:
         """See :class:`CompatMethod`; one of them at most has it."""
         return next((one.direct for one in self.methods.values() if one.direct is not None), None)
+
+    @property
+    def held(self) -> FrozenRows | None:
+        """See :class:`CompatMethod`; one of them at most has it."""
+        return next((one.held for one in self.methods.values() if one.held is not None), None)
 
     def modules(self) -> dict[str, nn.Module]:
         """See :class:`CompatMethod`."""
