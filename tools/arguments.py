@@ -12,7 +12,9 @@ def whole_number(least: int) -> Callable[[str], int]:
         try:
             value = int(text) if text.strip("+-").isdecimal() else float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text}: not a number") from None
+            power = {"K": 3, "M": 6, "G": 9}.get(text[-1:].upper())
+            hint = "" if power is None or not text[:-1].isdecimal() else f"; write {text[:-1]}e{power}"
+            raise argparse.ArgumentTypeError(f"{text}: not a number{hint}") from None
         if not least <= value < 2**63 or value != int(value):
             raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least {least}")
         return int(value)

@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     from trainer.run.config import load_config
 
     _check_nodes(args)
+    if (args.config / "config.yaml").is_file():
+        raise ConfigError(f"{args.config}: is a run folder; {args.config / 'config.yaml'} continues the run in it")
     config = load_config(args.config, args.overrides)
     device, present = _devices(config, args)
     job = Job(
@@ -236,7 +238,6 @@ def _check_master(master: str) -> None:
 def _check_classes(config: "Config", job: "Job") -> None:
     """Refuse more ranks than classes before they start, where the class count is written down."""
     from trainer.data.index import DESCRIPTION, load_description, table_info
-    from trainer.distributed import ranks_text
     from trainer.errors import ConfigError, LceError
 
     data, classes = config.data, None
@@ -252,6 +253,8 @@ def _check_classes(config: "Config", job: "Job") -> None:
         return  # rank 0 tells
     ranks = _world(job)
     if classes is not None and ranks > classes:
+        from trainer.distributed import ranks_text  # torch is imported with it
+
         raise ConfigError(f"{ranks_text(ranks)} for {classes} classes: a rank would own none; start at most {classes}")
 
 

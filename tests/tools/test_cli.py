@@ -43,6 +43,9 @@ def test_a_library_s_argument_gets_the_option_s_name() -> None:
     )
 
 
+RECIPE = "configs/network/r50.yaml"
+
+
 def imported(*words: str) -> set[str]:
     """The modules that a command has imported when it ends."""
     code = (
@@ -63,6 +66,8 @@ def imported(*words: str) -> set[str]:
         (("--help",), ("torch", "numpy", "pydantic", "yaml", "rich")),
         (("launch", "--help"), ("torch", "numpy", "pydantic")),
         (("runs", "nowhere"), ("torch", "numpy", "pydantic")),
+        (("launch", RECIPE, "run.dir=x", "run.device=cpu", "data.loader=synthetic", "--dry-run"), ("torch", "sympy")),
+        (("launch", RECIPE, "run.dirr=x"), ("torch", "sympy")),
     ],
 )
 def test_a_command_imports_what_it_needs(words: tuple[str, ...], without: tuple[str, ...]) -> None:
@@ -85,3 +90,15 @@ def test_a_missing_package_names_its_extra(
 def test_every_extra_that_is_named_is_one() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(f"\n{extra} = [" in text for extra in EXTRAS.values())
+
+
+def test_sizes_with_a_letter_get_their_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--classes", "10M"])
+    assert "10M: not a number; write 10e6" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_not_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("run: {dir: x}")
+    assert main(["launch", str(tmp_path)]) == 2
+    assert f"{tmp_path}: is a run folder; {tmp_path}/config.yaml continues the run" in capsys.readouterr().err
