@@ -122,7 +122,9 @@ def one_step(ranks: Ranks, folder: Path, method: str, more: dict[str, Any]) -> d
         assert x.grad is not None
         out["loss"] = result.loss.detach() - out.get("loss", 0)
         out["x"] = x.grad - out.get("x", 0)
-    out |= {f"report {k}": result.report[k] for k in result.report if k not in ("classification", "target_cosine")}
+    out |= {
+        f"report {k}": result.report[k] for k in result.report if not k.startswith(("classification", "target_cosine"))
+    }
     return out | {f"{n} {k}": p.grad for n, m in made.modules().items() for k, p in m.named_parameters()}
 
 

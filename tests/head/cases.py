@@ -94,7 +94,7 @@ def run_head(ranks: Ranks, config: HeadConfig, case: Case) -> dict[str, Any]:
                 (result.loss / case.accumulate).backward()
             assert local.grad is not None
             out["loss"].append(result.loss.item())
-            out["report"].append({k: v.item() for k, v in result.report.items()})
+            out["report"].append({k: v.item() for k, v in result.report.items() if v.dim() == 0})
             out["gradient"].append(local.grad)
         if case.accumulate > 1:
             head.apply_update()

@@ -4,10 +4,14 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from torch.nn import functional
 
+from tests.banks import write_bank
 from tests.data.samples import packed
-from tests.runs import config
+from tests.runs import config, log_of
+from trainer.compat.bank.center_bank import BankInfo
 from trainer.distributed import Ranks
 from trainer.errors import DataError
 from trainer.run.display import Display, duration
@@ -105,6 +109,40 @@ def test_tensorboard_holds_settings_pictures_and_embeddings(tmp_path: Path) -> N
     events = EventAccumulator(str(tmp_path / "off/tensorboard"), {"images": 0})
     events.Reload()
     assert not events.Tags()["images"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tensorboard_has_distributions_of_cosines_and_of_the_slack(tmp_path: Path, accumulate: int) -> None:
+    """The figures of the log are their means; the class without an old centre is in the first one alone."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = packed(tmp_path / "faces", classes=4, images=4, size=(8, 8))
+    settings = config(tmp_path / "run", data__path=str(data), data__loader="torch")
+    centers = functional.normalize(torch.randn(4, settings.backbone.dim, generator=torch.Generator().manual_seed(1)))
+    write_bank(
+        tmp_path / "bank",
+        centers=centers,
+        boundaries=torch.full((4,), 0.5),
+        counts=torch.full((4,), 4),
+        mask=torch.tensor([True, True, True, False]),
+        info=BankInfo(model="old"),
+    )
+    compat = {"compat__method": "lce", "compat__mode": "direct", "compat__bank": str(tmp_path / "bank")}
+    changes = {"data__path": str(data), "data__loader": "torch", "log__tensorboard": True, "data__batch_size": 16}
+    train(config(tmp_path / "run", **changes, **compat, train__accumulate=accumulate), Ranks())
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"), {"histograms": 0})
+    events.Reload()
+    figures = log_of(tmp_path / "run")[-1]
+    target, cosine, slack = (
+        events.Histograms(name)[-1].histogram_value
+        for name in ("train/target_cosines", "compat/center_cosines", "compat/boundary_slack")
+    )
+    assert (target.num, cosine.num, slack.num) == (16 * accumulate, 12 * accumulate, 12 * accumulate)
+    assert target.sum / target.num == pytest.approx(figures["target_cosine"], abs=1e-5)
+    assert slack.sum == pytest.approx(cosine.sum - 0.5 * cosine.num, abs=1e-4)
+    assert max(0.0, -slack.sum / slack.num) - 1e-5 <= figures["boundary"] <= max(0.0, -slack.min) + 1e-5
+    assert not {"target_cosines", "boundary_slack"} & set(figures)
 
 
 @pytest.mark.slow

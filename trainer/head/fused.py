@@ -102,7 +102,10 @@ class FusedSoftmax:
             step = self.forward(x.detach(), labels, drawn, training, deferred)
         loss, own = _StepFunction.apply(x, self, step, verdict, deferred)
         finite = torch.isfinite(step.loss.value)
-        return StepOutput(loss, own, step.loss.report, finite)
+        report = dict(step.loss.report)
+        if step.boundary is not None:  # distributions, of this rank's classes
+            report |= {"center_cosines": step.boundary.cosine, "boundary_slack": step.boundary.slack}
+        return StepOutput(loss, own, report, finite)
 
     def put(self, first: int, rows: Tensor) -> None:
         """See :class:`trainer.head.step.Softmax`."""
@@ -216,8 +219,10 @@ class FusedSoftmax:
             inputs.centers.rows(0, inputs.rows.count)  # all have arrived: it comes after the first pass
             centers = inputs.centers.out[index.places].to(x.dtype)
         mask, limit = bank.mask[local].to(x), bank.boundaries[local].to(x)
-        hinge = (limit - torch.linalg.vecdot(x[index.samples], centers)).clamp_min(0) * mask
-        return Boundary(centers, hinge, hinge.sum().double(), mask.sum().double())
+        cosine = torch.linalg.vecdot(x[index.samples], centers)
+        hinge = (limit - cosine).clamp_min(0) * mask
+        cosine = torch.where(mask > 0, cosine, torch.nan)
+        return Boundary(centers, hinge, cosine, cosine - limit, hinge.sum().double(), mask.sum().double())
 
     def _loss(self, inputs: PassInput, packed: Tensor, training: bool) -> Loss:
         """From what the ranks have added up: Σ exp and target cosines (B,) each, alignment, hinge and its count."""
@@ -235,6 +240,7 @@ class FusedSoftmax:
         per_sample = torch.where(valid, log_sum - scale * psi, 0.0)
         loss = per_sample.sum() / batch.count
         report = {"classification": loss, "target_cosine": torch.where(valid, cosine, 0.0).sum() / batch.count}
+        report["target_cosines"] = torch.where(valid, cosine, torch.nan)
         if target.penalty is not None:
             report["norm_penalty"] = torch.where(valid, target.penalty, 0.0).sum() / batch.count
             loss = loss + report["norm_penalty"]

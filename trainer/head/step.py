@@ -177,11 +177,14 @@ class FirstPass:
 @dataclass(frozen=True)
 class Boundary:
     """LCE's boundary loss of the samples whose class is here: their old centres (P, D), max(0, b − cos) (P,), its sum
-    and how many samples have a centre (0-dim float64).
+    and how many samples have a centre (0-dim float64). ``cosine`` (P,) with the centre and ``slack`` (P,), cos − b,
+    are NaN where there is none.
     """
 
     centers: Tensor
     hinge: Tensor
+    cosine: Tensor
+    slack: Tensor
     total: Tensor
     count: Tensor
 

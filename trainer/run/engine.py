@@ -78,12 +78,15 @@ def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def weighted_mean(reports: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The mean of each figure over the batches that have it, by the batches' weights."""
+    """The mean of each figure over the batches that have it, by the batches' weights; distributions (n,) are joined."""
     if len(reports) == 1:
         return reports[0]
     out = dict[str, Tensor]()
     for name in dict.fromkeys(name for report in reports for name in report):
         given = [(report[name], weight) for report, weight in zip(reports, weights, strict=True) if name in report]
+        if given[0][0].dim():
+            out[name] = torch.cat([value for value, _ in given])
+            continue
         out[name] = torch.stack([value * weight for value, weight in given]).sum() / sum(weight for _, weight in given)
     return out
 

@@ -56,6 +56,8 @@ GROUPS = {
     "alignment": "compat",
     "alignment_mse": "compat",
     "boundary": "compat",
+    "center_cosines": "compat",
+    "boundary_slack": "compat",
     "epoch": "data",
     "samples_per_second": "data",
     "data_share": "data",
@@ -219,8 +221,10 @@ class Monitor:
         figures = {grouped(key): value for key, value in line.items() if key not in ("step", "seconds")}
         for name in list(self._writers):
             self._try(name, lambda writer: writer.write(step, figures))
-        for key, distribution in many.items():
-            self._give("histogram", grouped(key), step, distribution.detach().float().cpu().numpy())
+        for key, distribution in many.items() if self.takes("histogram") else ():
+            found = distribution.detach().float().cpu().numpy()
+            if len(found := found[np.isfinite(found)]):  # NaN: a sample without a class, or without an old centre
+                self._give("histogram", grouped(key), step, found)
         if self._display is not None:
             self._display.figures(line, evaluated=any("." in key for key in line))
         return line
