@@ -255,6 +255,7 @@ def as_figures(plan: "Plan", args: argparse.Namespace) -> dict[str, Any]:
         "link_seconds": seconds,
         "link_share": None if seconds is None or speed is None else seconds / plan.step_seconds(speed),
         "checkpoint_bytes": plan.checkpoint_bytes,
+        "kept_bytes": plan.kept_bytes,
         "updates": plan.updates,
         "epochs": _epochs(plan),
         "hours": None if speed is None else plan.hours(speed),
@@ -295,10 +296,12 @@ def _describe(plan: "Plan", args: argparse.Namespace) -> list[str]:
             times, most = f"{c.count} × " if c.count > 1 else "", "" if c.exact else "at most "
             lines.append(f"  {c.purpose:46} {c.operation:15} {most}{times}{size_text(c.tensor_bytes)}")
         lines.append(f"  {'sent by a rank (ring)':46} {'':15} {size_text(plan.sent_bytes)}")
-    lines += ["", f"checkpoint on disk: {size_text(plan.checkpoint_bytes)} (kept: {config.checkpoint.keep})"]
+    kept = f"{plan.kept_checkpoints} kept at the end: {size_text(plan.kept_bytes)}"
+    lines += ["", f"checkpoint on disk: {size_text(plan.checkpoint_bytes)}, {kept}"]
     if plan.updates is not None:
         epochs = _epochs(plan)
-        lines.append(f"updates: {plan.updates:,}" + ("" if epochs is None else f" in {epochs:.3g} epochs"))
+        assumed = f" (assumed: {setting.records:,} records)" if args.config is None and not args.records else ""
+        lines.append(f"updates: {plan.updates:,}" + ("" if epochs is None else f" in {epochs:.3g} epochs{assumed}"))
     return lines + _times(plan, args)
 
 

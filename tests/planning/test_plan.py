@@ -334,3 +334,16 @@ def test_a_recipe_without_its_data(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--classes" in capsys.readouterr().err
     assert main(["plan", str(path), "--classes", "1000", "--image-size", "32", "train.steps=7", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["updates"] == 7
+
+
+def test_what_is_assumed_is_marked_and_all_kept_checkpoints_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--classes", "1000", "--backbone", "small", "--dim", "8", "checkpoint.keep=3", "train.steps=5000"]
+    assert main([*words, "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["kept_bytes"] == 3 * figures["checkpoint_bytes"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "3 kept at the end: " in out
+    assert "(assumed: 100,000 records)" in out
+    assert main([*words, "--records", "5000"]) == 0
+    assert "assumed: " not in capsys.readouterr().out.split("updates:")[1]
