@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import trainer.run.engine
 import trainer.run.task
+from tests.data.samples import packed
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, losses_of, train_rank, tree
 from trainer.__main__ import main
@@ -174,6 +175,21 @@ def test_continued_on_another_number_of_ranks(begun: Path, tmp_path: Path, world
     else:
         run_ranks(train_rank, world, run, RESUMED)
     np.testing.assert_allclose(losses_of(run), losses_of(begun / "whole"), rtol=1e-9)
+
+
+def test_blocks_of_records_are_continued_on_another_number_of_ranks(tmp_path: Path) -> None:
+    """``data.order: blocks``, begun on two ranks and continued on three, twice over an epoch's end: the losses of one
+    process, and others than in the global order."""
+    files = {"data__loader": "torch", "data__path": str(packed(tmp_path, 11, 3)), "data__workers": 0}
+    blocks = {"data__order": "blocks", "data__block_bytes": 3000, "data__buffer_bytes": 9000}
+    train(config(tmp_path / "global", **RESUMED, **files), Ranks())
+    changes = RESUMED | files | blocks
+    train(config(tmp_path / "whole", **changes), Ranks())
+    run_ranks(_train_until, 2, tmp_path / "run", changes, 5)
+    run_ranks(train_rank, 3, tmp_path / "run", changes)
+    expected = losses_of(tmp_path / "whole")
+    np.testing.assert_allclose(losses_of(tmp_path / "run"), expected, rtol=1e-9)
+    assert not np.allclose(losses_of(tmp_path / "global"), expected, rtol=1e-3)
 
 
 def test_batch_norm_over_all_ranks_continues_on_another_number_of_them(tmp_path: Path) -> None:

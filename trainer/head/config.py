@@ -79,8 +79,10 @@ class MagFaceConfig(MarginConfig):
     """A margin that grows with the embedding's norm, and a term that draws the norms up."""
 
     name: Literal["magface"] = Field("magface", description=_MARGIN)
-    lower_norm: float = Field(10.0, gt=0, description="l_a, from where the margin grows; below √D, where norms begin")
-    upper_norm: float = Field(110.0, gt=0, description="u_a, up to where the margin grows; above √D")
+    lower_norm: float = Field(
+        10.0, gt=0, description="l_a, from which on the margin grows; below √D, where norms begin"
+    )
+    upper_norm: float = Field(110.0, gt=0, description="u_a, up to which the margin grows; above √D")
     lower_margin: float = Field(0.45, ge=0, lt=math.pi, description="l_m, the margin at l_a")
     upper_margin: float = Field(0.8, ge=0, lt=math.pi, description="u_m, the margin at u_a")
     norm_weight: float = Field(35.0, ge=0, description="λ_g, the weight of the norm term")
