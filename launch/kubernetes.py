@@ -21,7 +21,9 @@ GROUP = 1000
 """Of the image's user, who is not root: volumes are mounted for it to write."""
 WAIT_SECONDS = 600
 """How long a pod waits for the first one to have an address."""
-_NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+_JOB = re.compile(r"[a-z]([-a-z0-9]{0,43}[a-z0-9])?")
+"""Short: the controllers append to it, and the pods' names may have 63 letters."""
+_OBJECT = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ def train_job(job: Job, pods: Pods) -> dict[str, Any]:
     for option, value in (("--image", pods.image), ("--claim", pods.claim)):
         if not value:
             raise ConfigError(f"{option} is missing: a TrainJob needs an image (launch/Dockerfile) and a volume claim")
-    for option, value in (("--job-id", job.job_id), ("--claim", pods.claim), ("--runtime", pods.runtime)):
-        if not _NAME.fullmatch(value):
-            raise ConfigError(
-                f"{option} {value}: Kubernetes takes up to 63 small letters, digits and hyphens, a letter first"
-            )
+    if not _JOB.fullmatch(job.job_id):
+        raise ConfigError(
+            f"--job-id {job.job_id}: Kubernetes takes up to 45 small letters, digits and hyphens, a letter first"
+        )
+    for option, value in (("--claim", pods.claim), ("--runtime", pods.runtime)):
+        if not _OBJECT.fullmatch(value):
+            raise ConfigError(f"{option} {value}: Kubernetes takes small letters, digits, hyphens and dots")
     files = [str(job.config), *(word for word in job.overrides if is_layer(word))]
     outside = [file for file in files if file.startswith("/") and not file.startswith(f"{pods.mount.rstrip('/')}/")]
     if outside or any(".." in file.split("/") for file in files):

@@ -17,7 +17,8 @@ _FIXED = {
     "array": "a run is one job; submit one file for each",
     "signal": "SIGTERM to the script is how a run saves before its time ends",
 }
-"""What ``--sbatch`` cannot change, and why."""
+"""What ``--sbatch`` and ``--header`` cannot change, and why."""
+_SHORT = {"-N": "nodes", "-n": "ntasks", "-a": "array"}
 LAST_SECONDS = 60
 """How long the other nodes may go on once the ranks of one have ended."""
 
@@ -135,6 +136,11 @@ def _header(job: Job, allocation: Allocation) -> tuple[list[str], list[str]]:
         settings[key] = f"--{key}{equals}{shlex.quote(value) if value else ''}"
     own = allocation.header.splitlines()
     directives = [line for line in own if line.startswith("#SBATCH")]
+    for line in directives:
+        for word in shlex.split(line.removeprefix("#SBATCH"), comments=True):
+            key = _SHORT.get(word[:2]) or word.removeprefix("--").partition("=")[0]
+            if word.startswith("-") and key in _FIXED:
+                raise ConfigError(f"--header: {line}: {_FIXED[key]}")
     preamble = [line for line in own if not line.startswith(("#SBATCH", "#!"))]
     return [*(f"#SBATCH {setting}" for setting in settings.values()), *directives], preamble
 

@@ -22,11 +22,22 @@ if TYPE_CHECKING:
     from trainer.run.config import Config
 
 QUEUES = ("slurm", "kubernetes")
+_OF: dict[tuple[str, ...], str] = {
+    QUEUES: "gpus cpus mem script",
+    ("slurm",): "time partition account qos constraint exclusive sbatch header module container bind",
+    ("kubernetes",): "image claim mount shared_memory runtime namespace",
+    ("mpirun", "deepspeed"): "hostfile",
+    ("torchrun",): "node_rank rendezvous",
+    ("torchrun", "deepspeed"): "master",
+    ("torchrun", *QUEUES): "max_restarts",
+}
+"""Launchers → the options that only they heed."""
 HELP = "train as a configuration says, on one or many processes and machines"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce launch``."""
+    parser.usage = "%(prog)s [options] config [key=value …]"
     parser.add_argument("config", type=Path, help="YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=0.05; or a further YAML file"
@@ -65,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cpus", type=whole_number(0), default=0, help="CPUs per node (default: 2 and the decoders, for each rank)"
     )
     queue.add_argument("--mem", default="", help="memory per node, such as 64G (SLURM) or 64Gi (Kubernetes)")
-    queue.add_argument("--script", type=Path, help="the file to write (default: lce.sbatch, lce.yaml)")
+    queue.add_argument("--script", type=Path, help="the file to write (default: lce.sbatch, lce.trainjob.yaml)")
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument("--time", default="", help="time limit, such as 2-00:00:00")
     for name in ("partition", "account", "qos", "constraint"):
@@ -89,9 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pods = parser.add_argument_group("Kubernetes")
     pods.add_argument("--image", default="", help="container image with lce (launch/Dockerfile makes one)")
     pods.add_argument("--claim", default="", help="PersistentVolumeClaim with data, configuration and run folder")
-    pods.add_argument("--mount", default="/work", help="where the claim lies in the container (default: /work)")
-    pods.add_argument("--shared-memory", default="16Gi", help="the most of the memory that processes share (16Gi)")
-    pods.add_argument("--runtime", default="torch-distributed", help="ClusterTrainingRuntime (torch-distributed)")
+    pods.add_argument("--mount", default="", help="where the claim lies in the container (default: /work)")
+    pods.add_argument("--shared-memory", default="", help="the most of the memory that processes share (16Gi)")
+    pods.add_argument("--runtime", default="", help="ClusterTrainingRuntime (torch-distributed)")
     pods.add_argument("--namespace", default="")
 
 
@@ -102,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     from trainer.run.config import load_config
 
     _check_nodes(args)
+    _check_idle(args)
     if (args.config / "config.yaml").is_file():
         raise ConfigError(f"{args.config}: is a run folder; {args.config / 'config.yaml'} continues the run in it")
     config = load_config(args.config, args.overrides)
@@ -268,6 +280,19 @@ def _check_nodes(args: argparse.Namespace) -> None:
         raise ConfigError(f"--nnodes {args.nnodes}: machines come and go with torchrun and --rendezvous c10d alone")
 
 
+def _check_idle(args: argparse.Namespace) -> None:
+    """Refuse options that the chosen launcher does not heed."""
+    from trainer.errors import ConfigError
+
+    for launchers, names in _OF.items():
+        for name in names.split():
+            if getattr(args, name) not in (None, "", [], 0, "static") and args.launcher not in launchers:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: has no effect with {args.launcher}; it belongs to --with "
+                    + " and --with ".join(launchers)
+                )
+
+
 def _start(launcher: str, job: "Job", dry_run: bool) -> int:
     from importlib import import_module
 
@@ -320,16 +345,14 @@ def _kubernetes(args: argparse.Namespace, job: "Job", cpus: int) -> int:
     pods = kubernetes.Pods(
         image=args.image,
         claim=args.claim,
-        mount=args.mount,
         gpus=args.gpus,
         cpus=cpus,
         mem=args.mem,
-        shared_memory=args.shared_memory,
-        runtime=args.runtime,
         namespace=args.namespace,
+        **{name: getattr(args, name) for name in ("mount", "shared_memory", "runtime") if getattr(args, name)},
     )
     text = kubernetes.text(job, pods)
-    return _hand_over(text, args.script or Path("lce.yaml"), ["kubectl", "create", "-f"], args.dry_run)
+    return _hand_over(text, args.script or Path("lce.trainjob.yaml"), ["kubectl", "create", "-f"], args.dry_run)
 
 
 def _hand_over(text: str, path: Path, command: list[str], dry_run: bool) -> int:

@@ -365,7 +365,7 @@ def test_a_raw_folder_says_what_it_leaves_out(
 
 
 def test_heic_is_read_where_pillow_heif_is_installed(tmp_path: Path) -> None:
-    heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif (extra `dev`)")
+    heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif")
     assert ".heic" in pixels.image_suffixes()
     picture = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint16).astype(np.uint8).reshape(64, 64, 3))
     (tmp_path / "people" / "anna").mkdir(parents=True)

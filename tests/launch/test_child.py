@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.child import run_launcher
+from launch.child import run_launcher, submit
 from launch.deepspeed import _users_file
+from trainer.errors import ConfigError
 from trainer.run.folder import RunSummary
 from trainer.run.watch import ranks_lost
 from trainer.seals import sealed
@@ -81,10 +82,10 @@ def test_a_status_of_0_is_believed_where_the_run_has_come_to_its_end(
 ) -> None:
     """DeepSpeed's own says 0 when the process that started the ranks was killed."""
 
-    def status() -> int:
-        return run_launcher(["bash", "-c", "exit 0"], {}, tmp_path)
+    def status(script: str = "exit 0") -> int:
+        return run_launcher(["bash", "-c", script], {}, tmp_path)
 
-    assert status() == 75
+    assert status() == 70  # nothing was saved
     assert "bash ended before the run had; the same command continues" in capsys.readouterr().out
     summary = RunSummary("finished", 0, str(tmp_path), 8, 8, 0, 1.0, {})
     (tmp_path / "summary.json").write_text(json.dumps(sealed(asdict(summary))))
@@ -93,8 +94,9 @@ def test_a_status_of_0_is_believed_where_the_run_has_come_to_its_end(
     (tmp_path / "checkpoints/step-00000008").mkdir(parents=True)
     assert status() == 0
     later = tmp_path / "checkpoints/step-00000009"  # continued for more updates, and saved
-    later.mkdir()
-    assert status() == 75
+    assert status(f"mkdir {later}") == 75
+    os.utime(later, (time.time() - 60, time.time() - 60))  # of an earlier start
+    assert status() == 70
     later.rmdir()
     note = _note(tmp_path, 0, _dead())
     note.write_text(json.dumps(json.loads(note.read_text()) | {"time": time.time() + 60}))
@@ -118,3 +120,20 @@ def test_the_users_environment_for_deepspeed_is_kept(tmp_path: Path, monkeypatch
     assert _users_file() == ""
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO")
     assert "NCCL_DEBUG=INFO\n" in _users_file()
+
+
+def test_a_job_file_replaces_no_other_file(tmp_path: Path) -> None:
+    mine = tmp_path / "lce.yaml"
+    mine.write_text("run: { dir: runs/x }\n")
+    with pytest.raises(ConfigError, match=r"lce\.yaml: exists and is no job file of lce launch; name another with"):
+        submit("kind: TrainJob\n", mine, ["true"])
+    assert mine.read_text() == "run: { dir: runs/x }\n"
+    for text in ("kind: TrainJob\n", "#!/bin/bash\n#SBATCH --requeue\n"):
+        path = tmp_path / f"job-{len(text)}"
+        for _ in range(2):  # its own file is replaced
+            submit(text, path, ["true"])
+        lines = path.read_text().splitlines()
+        assert [line for line in lines if line != "# written by lce launch"] == text.splitlines()
+        assert lines[0].startswith("#!") == text.startswith("#!")
+    with pytest.raises(ConfigError, match=r"--script .*nowhere/x: cannot be written: No such file"):
+        submit("text", tmp_path / "nowhere" / "x", ["true"])

@@ -100,6 +100,8 @@ def test_the_command_of_a_pod_runs(folder: Path, capsys: pytest.CaptureFixture[s
         (Job(Path("run.yaml")), Pods("", "faces"), "--image is missing"),
         (Job(Path("run.yaml")), Pods("lce", ""), "--claim is missing"),
         (Job(Path("run.yaml"), job_id="Night_1"), Pods("lce", "faces"), "--job-id Night_1: Kubernetes takes"),
+        (Job(Path("run.yaml"), job_id="n" * 46), Pods("lce", "faces"), "takes up to 45 small letters"),
+        (Job(Path("run.yaml")), Pods("lce", "Faces"), "--claim Faces: Kubernetes takes small letters"),
         (Job(Path("/home/me/run.yaml")), Pods("lce", "faces"), "/home/me/run.yaml: the pods see /work alone"),
         (Job(Path("../run.yaml")), Pods("lce", "faces"), "../run.yaml: the pods see /work alone"),
     ],
@@ -119,8 +121,8 @@ def test_a_job_is_handed_to_kubectl(
     (folder / "kubectl").write_text('#!/bin/sh\necho "$@"\n')
     (folder / "kubectl").chmod(0o755)
     assert main(words) == 0
-    assert capsys.readouterr().out == "create -f lce.yaml\n"
-    assert yaml.safe_load((folder / "lce.yaml").read_text())["kind"] == "TrainJob"
+    assert capsys.readouterr().out == "create -f lce.trainjob.yaml\n"
+    assert yaml.safe_load((folder / "lce.trainjob.yaml").read_text())["kind"] == "TrainJob"
 
 
 def test_the_image_holds_what_it_copies_and_is_not_root_s() -> None:

@@ -18,6 +18,7 @@ from launch.job import Job
 from launch.torchrun import _status
 from tests.runs import tree
 from tools.cli import main
+from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -97,6 +98,32 @@ def test_sbatch_file(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "partition" not in text
     (tmp_path / "job.sh").write_text(text)
     assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("line", ["--nodes=2", "-N 2", "-n4", "--array 1-3", "--mem=1G --signal=INT@5"])
+def test_a_header_cannot_change_what_the_script_depends_on(line: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--header: #SBATCH {line}: "):
+        slurm.script(Job(Path("run.yaml")), slurm.Allocation(header=f"#SBATCH {line}\n"))
+    allowed = "#SBATCH --comment=-N -p night # --nodes=2"
+    assert allowed in slurm.script(Job(Path("run.yaml")), slurm.Allocation(header=f"{allowed}\n"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "8"], "--gpus: has no effect with torchrun; it belongs to --with slurm and --with kubernetes"),
+        (["--time", "1:00"], "--time: has no effect with torchrun; it belongs to --with slurm"),
+        (["--with", "slurm", "--image", "i"], "--image: has no effect with slurm; it belongs to --with kubernetes"),
+        (["--with", "slurm", "--node-rank", "1"], "--node-rank: has no effect with slurm"),
+        (["--with", "mpirun", "--max-restarts", "1"], "--max-restarts: has no effect with mpirun"),
+        (["--hostfile", "hosts"], "--hostfile: has no effect with torchrun"),
+    ],
+)
+def test_options_of_another_launcher_are_refused(
+    path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", str(path), *words, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_sbatch_file_passes_the_linter(path: Path, tmp_path: Path) -> None:

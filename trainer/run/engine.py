@@ -405,6 +405,7 @@ def _train(engine: Engine, began: float) -> RunSummary:
     checkpoints.clean()
     started = engine.resume(checkpoints)
     changes = on_main(lambda: open_folder(config, engine.continued), ranks)
+    on_main(lambda: (folder / SUMMARY).unlink(missing_ok=True), ranks)  # of fewer updates; no launcher may believe it
     warnings += [f"{folder}: changed since the last start: {change}" for change in changes]
     opened = together(lambda: Monitor(folder, config.log, ranks, engine.steps, engine.state.step))
     with Watch(folder / "ranks", ranks, config.run.timeout_seconds) as watch, opened as monitor:

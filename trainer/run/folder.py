@@ -136,6 +136,11 @@ def is_finished(folder: Path, since: float) -> bool:
     return not saved or int(saved[-1].name.removeprefix("step-")) <= summary.step
 
 
+def has_saved(folder: Path, since: float) -> bool:
+    """Whether a run has a checkpoint that was completed after ``since`` (seconds of the epoch)."""
+    return any(path.stat().st_mtime >= since for path in list_checkpoints(folder / "checkpoints"))
+
+
 def read_summary(folder: Path, steps: int) -> RunSummary | None:
     file = folder / SUMMARY
     if not file.exists():
