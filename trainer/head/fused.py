@@ -111,6 +111,10 @@ class FusedSoftmax:
         """See :class:`trainer.head.step.Softmax`."""
         self.optimizer.put(first, rows)
 
+    def put_at(self, index: Tensor, rows: Tensor) -> None:
+        """See :class:`trainer.head.step.Softmax`."""
+        self.optimizer.put_at(index, rows)
+
     def set_lr(self, lr: float) -> None:
         """See :class:`trainer.head.step.Softmax`."""
         self.optimizer.set_lr(lr)

@@ -37,9 +37,6 @@ from trainer.randomness import block_seed
 
 log = logging.getLogger(__name__)
 
-MOMENTS = {"momentum", "first_moment", "second_moment"}
-"""The tables of row optimizers that carry gradients on."""
-
 COMPILE_FROM_ROWS = 32768
 """Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""
 INIT_BLOCK = 1024
@@ -52,9 +49,13 @@ world size.
 class HeadOutput:
     """What a step of the head gives.
 
-    ``loss`` is the mean over the global batch, 0-dim, with gradient; ``report`` holds detached 0-dim tensors, equal
-    on all ranks; ``finite`` is a 0-dim bool tensor, equal on all ranks: where it is False no row changes and the
-    embeddings' gradient is zero.
+    ``loss`` is the mean over the global batch, 0-dim, with gradient; ``finite`` is a 0-dim bool tensor, equal on all
+    ranks: where it is False no row changes and the embeddings' gradient is zero. ``report`` holds detached tensors,
+    0-dim and equal on all ranks, but for three distributions (``impl: reference`` has none of them):
+
+    * ``target_cosines`` (B,): the global batch's cosines with their classes' rows, equal on all ranks; NaN: no class.
+    * ``center_cosines`` and ``boundary_slack`` (P,), with LCE's direct mode: the cosines with the old centre, and how
+      far above the boundary they lie, of the P samples whose class is this rank's; NaN: the class has no centre.
     """
 
     loss: Tensor
@@ -152,11 +153,7 @@ class PartialFC(nn.Module):
         """Put these classes' rows (one row a class) where they are to stay, and forget what their optimizer remembers
         of gradients. Call it before the first update and after each. With ``mask`` on the host nothing waits.
         """
-        tables = self.softmax.tables()
-        index = send(known.mask.nonzero()[:, 0], tables["rows"].device)
-        tables["rows"][index] = known.rows.to(tables["rows"].dtype)
-        for name in MOMENTS & tables.keys():
-            tables[name][index] = 0
+        self.softmax.put_at(send(known.mask.nonzero()[:, 0], self.rows.device), known.rows)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the coming updates."""

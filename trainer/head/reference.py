@@ -176,6 +176,13 @@ class ReferenceSoftmax:
         """Start with these rows (n, D) from ``first`` on."""
         self.rows[first : first + len(rows)] = rows
 
+    def put_at(self, index: Tensor, rows: Tensor) -> None:
+        """See :class:`trainer.head.step.Softmax`."""
+        tables = self.tables()
+        for table in tables.values():
+            table[index] = 0
+        tables["rows"][index] = rows.to(self.rows.dtype)
+
     def flush(self) -> None:
         """Every row is up to date after each step."""
 

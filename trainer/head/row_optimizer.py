@@ -232,6 +232,12 @@ class RowOptimizer(ABC):
         """Start with these rows (n, D) from ``first`` on."""
         self.rows[first : first + len(rows)] = rows
 
+    def put_at(self, index: Tensor, rows: Tensor) -> None:
+        """Put rows (n, D) at ``index`` (n,), up to date, with the state of rows that no gradient has moved."""
+        for table in self.tables[1:]:
+            table[index] = 0
+        self.rows[index] = rows.to(self.rows.dtype)
+
     def read(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Copy the rows [start, stop), which are up to date, to ``out`` (n, D)."""
         return out.copy_(self.rows[start:stop])
@@ -343,6 +349,12 @@ class SgdRows(RowOptimizer):
     def momentum(self) -> Tensor | None:
         """The table of it (R, D); None at momentum 0."""
         return self.tables[self.state_names.index("momentum") + 1] if self.state_names else None
+
+    def put_at(self, index: Tensor, rows: Tensor) -> None:
+        """See :meth:`RowOptimizer.put_at`."""
+        super().put_at(index, rows)
+        if self.sampled:
+            self._mark(index)  # else they would owe the decay of the steps in which they were not drawn
 
     def missed_by(self, index: Tensor) -> Tensor:
         """What the rows at ``index`` missed, (n, 4)."""

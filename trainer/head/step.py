@@ -278,6 +278,9 @@ class Softmax(Protocol):
     def put(self, first: int, rows: Tensor) -> None:
         """Start with these rows (n, D) from ``first`` on."""
 
+    def put_at(self, index: Tensor, rows: Tensor) -> None:
+        """Put rows (n, D) at ``index`` (n,) as of now, and forget what their optimizer remembers of gradients."""
+
     def set_lr(self, lr: float) -> None:
         """The learning rate of the coming updates."""
 
