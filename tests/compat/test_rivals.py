@@ -432,3 +432,12 @@ def test_from_images_to_compatible_models(tmp_path: Path) -> None:
         train(config(tmp_path / method, train__steps=3, compat__method=method, **given, **look), Ranks())
         card = load_model(tmp_path / method).card
         assert (card.mode, card.compatible_with_hash) == (method, None if method == "unibct" else old.hash)
+    both = {"compat__method": "advbct", "compat__bank": str(tmp_path / "bank")}
+    for key, other in (("old_model", tmp_path / "bct"), ("old_embeddings", tmp_path / "other.npy")):
+        if key == "old_embeddings":
+            bank_from_model(load_model(tmp_path / "bct"), dataset, tmp_path / "other", keep_embeddings=other)
+        with pytest.raises(
+            ConfigError, match=rf"hash {old.hash}.*with the hash (?!{old.hash}).*make both from one model"
+        ):
+            train(config(tmp_path / "two", **both, **{f"compat__{key}": str(other)}, **look), Ranks())
+    assert not (tmp_path / "two").exists()

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.runs import losses_of
 from tools import cli
 from trainer.__main__ import main
 from trainer.models.open import load_model
+from trainer.run.idle import without_idle
 
 FOLDER = Path(__file__).with_name("version01")
 
@@ -61,3 +63,15 @@ def test_it_is_evaluated(old: Path, tmp_path: Path, capfd: pytest.CaptureFixture
     words = ["evaluate", "--old", str(old), "--new", str(middle), "--data", f"all={tmp_path / 'old-data'}"]
     assert cli.main([*words, "--json", str(tmp_path / "out.json"), "--device", "cpu"]) in (0, 1), capfd.readouterr().err
     assert json.loads((tmp_path / "out.json").read_text())
+
+
+def test_only_fused_is_called_otherwise_now() -> None:
+    """``reference`` is a choice of the old run, and so is a continuation with another implementation a change."""
+    tree = yaml.safe_load((FOLDER / "run" / "config.yaml").read_text())
+    for every in (False, True):
+        assert "head.impl" in without_idle(tree, every)[1]
+    tree["head"] |= {"impl": "reference", "chunk_rows": 64}
+    kept, dropped = without_idle(tree, every=True)
+    assert kept["head"]["impl"] == "reference"
+    assert "head.impl" not in dropped
+    assert "head.chunk_rows" in dropped  # the reference ignored it

@@ -120,7 +120,8 @@ def without_idle(tree: dict[str, Any], every: bool = False) -> tuple[dict[str, A
                 drop(section, keys.split())
     if _section(out, "train").get("steps") is not None:
         drop("train", ["epochs"])
-    drop("head", ["impl"])  # what it called fused is called auto now
+    if _section(out, "head").get("impl") == "fused":
+        drop("head", ["impl"])  # is called auto now
     if every:
         _drop_what_it_ignored(out, drop)
     if label == "cross-model":

@@ -100,7 +100,16 @@ def open_old(
 
 
 def check_old(bank: CenterBank | None, old: OldEmbeddings | None, methods: Sequence[MethodConfig]) -> None:
-    """Raise :class:`ConfigError` for centres and embeddings of different dimensions: they are of two old models."""
-    if bank is not None and old is not None and bank.dim != old.dim:
-        path = next(one.bank for one in methods if one.bank is not None)
+    """Raise :class:`ConfigError` for centres and embeddings of two old models: the dimensions differ, or the models'
+    hashes where both are known.
+    """
+    if bank is None or old is None:
+        return
+    path = next(one.bank for one in methods if one.bank is not None)
+    if bank.dim != old.dim:
         raise ConfigError(f"{path}: dimension {bank.dim}, the old embeddings have {old.dim}")
+    if None not in (bank.info.model_hash, old.model_hash) and bank.info.model_hash != old.model_hash:
+        raise ConfigError(
+            f"compat.bank = {path} is of the model {bank.info.model} (hash {bank.info.model_hash}), the old embeddings "
+            f"are of one with the hash {old.model_hash}; make both from one model (`lce centers from-model`)"
+        )

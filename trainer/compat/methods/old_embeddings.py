@@ -27,13 +27,14 @@ class OldEmbeddings(Protocol):
     """Where old embeddings come from.
 
     Attributes:
-        dim: D1. fingerprint: the same on all ranks when they read the same. model: the old model's path and hash,
-            where it is known.
+        dim: D1. fingerprint: the same on all ranks when they read the same. model: the path and the hash of an old
+            model that runs along. model_hash: of the model that made them, where it is known.
     """
 
     dim: int
     fingerprint: str
     model: tuple[str, str] | None
+    model_hash: str | None
 
     def of(self, batch: Batch) -> Tensor:
         """(b, D1) float32 on the device of the batch, not necessarily unit; zero rows: not known."""
@@ -65,8 +66,10 @@ class StoredEmbeddings:
                 f"{key} = {path}: {len(self.rows)} rows, the data set has {records} records; make it "
                 "from this data set (`lce centers from-model … --embeddings FILE`)"
             )
+        self.model_hash: str | None = None
         if dataset is not None:
             described = rows_info(path)
+            self.model_hash = None if described is None else described.model_hash
             known = (None, None) if described is None else (described.fingerprint, described.dataset)
             dataset.check_numbering(f"{key} = {path}", *known)
         numbers = np.unique(np.linspace(0, records - 1, min(records, SAMPLED_ROWS)).astype(np.int64))
@@ -103,6 +106,7 @@ class ModelEmbeddings:
         self.card, self.dim, self.info = self.old.card, self.old.dim, info
         self.model: tuple[str, str] | None = (str(path), self.old.hash)
         self.fingerprint = self.old.hash
+        self.model_hash: str | None = self.old.hash
 
     @torch.no_grad()
     def of(self, batch: Batch) -> Tensor:
