@@ -134,5 +134,12 @@ def test_the_headline_says_where_lce_stands_and_where_it_loses(monkeypatch: pyte
     assert "ahead in TAR with 4,000 identities (0.630 against BCT's 0.500)," in text
     assert "level in rank-1 with 4,000 identities (0.950 against BCT's 0.940), TAR with 37,321" in text
     assert "and loses in rank-1 with 37,321 identities (0.900 against BCT's 0.960)." in text
+    lce = known["compat-hangul-long.json"]["methods"]["lce"]["spread"]
+    lce["update_gain"] = {results.METRIC: None}  # the paragon is no better than the old model
+    for one in ("lce", "bct"):
+        known["compat.json"]["methods"][one]["spread"]["new->old"][results.METRIC]["deviation"] = None  # of one seed
+    text = results.headline(known)
+    assert "to 0.600 / 0.970, at no cost" in text
+    assert "ahead in none, about level in TAR with 4,000 identities (0.630 against BCT's 0.500)" in text
     monkeypatch.setattr(results, "headline", lambda known: "the sentence")
     assert "\nthe sentence\n" in results.page(dict.fromkeys(known), [])

@@ -302,10 +302,11 @@ def headline(known: dict[str, Any]) -> str:
     price += f" and with {times[0]:.2f} times the paragon's time for an update" if times else ""
     found = [_standing(run, metric) for run in runs for metric in (METRIC, "rank-1")]
     ahead, level, behind = ([text for place, text in found if place == which] for which in (1, 0, -1))
-    gain = lce["update_gain"][METRIC]["mean"]
+    gain = _gain(long["methods"]["lce"])
+    share = "" if gain is None else f"{gain['mean']:.0%} of the way to the paragon by TAR, "
     out = (
         f"**LCE** takes the search of old galleries from {pair(base['old->old'])} (TAR at FAR 1e-4 / rank-1) to "
-        f"{pair(lce['new->old'])}, {gain:.0%} of the way to the paragon by TAR, {price} "
+        f"{pair(lce['new->old'])}, {share}{price} "
         f"({long['classes']:,} identities, {long['steps']:,} updates, {long['seeds']} seed(s)); of all methods it is "
         f"clearly ahead in {_joined(ahead)}"
     )
@@ -323,7 +324,8 @@ def _standing(run: dict[str, Any], metric: str) -> tuple[int, str]:
     mine = run["methods"]["lce"]["spread"]["new->old"][metric]
     best = max(cells, key=lambda name: float(cells[name]["mean"]))
     apart = mine["mean"] - cells[best]["mean"]
-    noise = max(mine["deviation"] or 0, cells[best]["deviation"] or 0)
+    deviations = (mine["deviation"], cells[best]["deviation"])  # None: one seed, which shows no lead
+    noise = math.inf if None in deviations else max(deviations)
     title = run["methods"][best]["title"]
     name = "TAR" if metric == METRIC else metric
     text = f"{name} with {run['classes']:,} identities ({mine['mean']:.3f} against {title}'s {cells[best]['mean']:.3f})"

@@ -131,7 +131,8 @@ def second(
 ):
     """The second pass over a chunk; a program for each block of rows."""
     r = tl.program_id(0) * BM + tl.arange(0, BM)
-    ok = r < n  # and n·D and n·B are below 2³¹: a chunk's
+    ok = r < n
+    at = r.to(tl.int64)  # n·D and n·B may pass 2³¹
     inverse = tl.load(INVERSE + r, mask=ok, other=0.0)
     coefficient = tl.load(COEFFICIENT)
     radial = tl.zeros((BM,), dtype=tl.float32)
@@ -141,7 +142,7 @@ def second(
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for k0 in range(0, D, BK):
             k = k0 + tl.arange(0, BK)
-            w = tl.load(W + r[:, None] * D + k[None, :], mask=ok[:, None] & (k[None, :] < D), other=0.0)
+            w = tl.load(W + at[:, None] * D + k[None, :], mask=ok[:, None] & (k[None, :] < D), other=0.0)
             x = tl.load(X + c[None, :] * D + k[:, None], mask=here[None, :] & (k[:, None] < D), other=0.0)
             acc = tl.dot(w, x, acc, input_precision=PRECISION)
         z = acc * inverse[:, None]
@@ -161,5 +162,5 @@ def second(
         radial += tl.sum(tl.where(target, (pull * cosine * scale)[None, :], p * z), 1)
         p = tl.where(target, pull[None, :], p)
         q = p * inverse[:, None]
-        tl.store(Q + r[:, None] * BATCH + c[None, :], q.to(Q.dtype.element_ty), mask=ok[:, None] & here[None, :])
+        tl.store(Q + at[:, None] * BATCH + c[None, :], q.to(Q.dtype.element_ty), mask=ok[:, None] & here[None, :])
     tl.store(RADIAL + r, -radial / scale * inverse * inverse, mask=ok)
