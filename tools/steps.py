@@ -1,4 +1,5 @@
-"""The demo's steps: done once, continued when interrupted, done anew when what they are made from changed.
+"""Steps of ``lce demo`` and ``lce tune``: done once, continued when interrupted, done anew when what they are made from
+changed.
 
 Every step has a stamp ``folder/steps/NAME.json`` with a key, the hash of all that went into it and into the steps
 before it. A finished step with the same key is skipped. An unfinished one is run again: on what it left where it can
@@ -27,10 +28,10 @@ STOP_SECONDS = (8.5, 0.7)  # how long children may take to end after SIGINT, and
 
 
 class StepFailed(Exception):
-    """A command of the story ended with an error, which it has printed itself; ``status`` is its exit status."""
+    """A command that a step runs ended with an error, which it has printed itself; ``status`` is its exit status."""
 
     def __init__(self, command: str, status: int) -> None:
-        super().__init__(f"`{command}` ended with exit status {status}; the same demo command continues from here")
+        super().__init__(f"`{command}` ended with exit status {status}; the same command continues from here")
         self.status = status
 
 

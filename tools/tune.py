@@ -10,14 +10,16 @@ identities, then the higher rank-1. These must be identities that nobody trains 
 reported later (lce split --tune sets some aside). All weights of one method get the same value.
 
 --out holds everything: chosen.yaml (a layer for lce launch), tune.json, tune.png, and the runs. The same command
-continues where it was interrupted and repeats no finished run. Exit status: 0 chosen; 1 no candidate could be trained;
-2 wrong use; 75 and 130 stopped, to be continued.
+continues where it was interrupted and repeats no finished run. A run that diverged is left out; anything else that ends
+a run ends the search. Exit status: 0 chosen; 1 all runs of one length diverged; 2 wrong use; 70 a run crashed; 75 and
+130 stopped, to be continued.
 """
 
 import argparse
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +29,20 @@ from tools.arguments import above_zero, whole_number
 from tools.tuning import RANGES, Range, best_first, points, rung_sizes, survivors
 
 if TYPE_CHECKING:
+    from trainer.compat.methods.inputs import Inputs
     from trainer.data import Dataset
+    from trainer.evaluation.embeddings import EmbeddingCache
     from trainer.models.model import EmbeddingModel
     from trainer.run.config import Config
 
 HELP = "choose the weights of compatible training by validation identities"
 
-STOPPED = (75, 130)
+OWN_STATUSES = (2, 75, 130)
 Weights = tuple[float, ...]
+
+
+class Diverged(Exception):
+    """A candidate whose training run cannot usefully go on, or whose model gives no embeddings."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,28 +74,24 @@ def run(args: argparse.Namespace) -> int:
     from tools.output import table_console, write_json
     from tools.steps import StepFailed, interruptible
     from trainer.errors import ConfigError
-    from trainer.files import write_text
+    from trainer.owner import owned
 
-    search = Search.opened(args)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with interruptible():
-            rungs = search.halve()
-    except OSError as error:
-        raise ConfigError(f"--out {args.out}: cannot be written: {error.strerror}") from None
-    except StepFailed as stopped:
-        print(f"lce tune: {stopped}", file=sys.stderr)
-        return stopped.status
-    figures = search.figures(rungs)
-    write_json(figures, args.out / "tune.json")
+    with owned(args.out, ConfigError, lock=args.out / ".owner"):
+        search = Search.opened(args)
+        try:
+            with interruptible():
+                figures = search.made()
+        except OSError as error:
+            raise ConfigError(f"--out {args.out}: cannot be written: {error.strerror or error}") from None
+        except StepFailed as stopped:
+            for line in (stopped, *getattr(stopped, "__notes__", ())):
+                print(f"lce tune: {line}", file=sys.stderr)
+            return stopped.status if stopped.status in OWN_STATUSES else 70
     write_json(figures, args.json)
     if figures["chosen"] is None:
-        for run_ in figures["rungs"][0]["runs"]:
+        for run_ in figures["rungs"][-1]["runs"]:
             print(f"lce tune: {run_['name']}: {run_['problem']}", file=sys.stderr)
         return 1
-    layer = search.layer(tuple(figures["chosen"].values()))
-    write_text(args.out / "chosen.yaml", layer)
-    plot(figures, args.out / "tune.png")
     console = table_console(args.json, 120)
     for line in summary(figures, args.out):
         console.print(line, soft_wrap=True, markup=False)
@@ -114,7 +118,12 @@ class Search:
 
     @classmethod
     def opened(cls, args: argparse.Namespace) -> "Search":
-        """Open and check everything that the runs need. Raises :class:`LceError`."""
+        """Open and check everything that the runs need.
+
+        Raises:
+            LceError: one of them is wrong. ModuleNotFoundError: the plot's package is not installed.
+        """
+        import matplotlib  # noqa: F401
         import numpy as np
 
         from trainer.compat.methods.config import LceCrossConfig
@@ -124,6 +133,8 @@ class Search:
         from trainer.run.config import load_config
         from trainer.run.startup import check
 
+        if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+            raise ConfigError(f"--json {args.json}: the folder {Path(args.json).absolute().parent} does not exist")
         config = load_config(args.config, _settings(args, args.out / "runs" / "check", args.updates))
         if not config.methods:
             raise ConfigError(f"{args.config}: compat.method is none: there are no weights to choose")
@@ -137,16 +148,35 @@ class Search:
         _check_far(validation, args.far)
         inputs = check(config, args.nproc)
         old = load_model(args.old)
-        named = (inputs.bank.info.model_hash if inputs.bank is not None else None) or old.hash
-        if named != old.hash:
-            raise ConfigError(
-                f"--old {args.old}: the centre bank is of another model ({named[:12]}, not {old.hash[:12]})"
-            )
+        _check_old(args.old, old.hash, inputs)
         kept = hashlib.sha256(np.ascontiguousarray(validation.labels).tobytes()).hexdigest()
         origin = [old.hash, validation.fingerprint, kept, f"{args.far:g}"]
         origin += [inputs.bank.fingerprint] if inputs.bank is not None else []
+        origin += [inputs.old.fingerprint] if inputs.old is not None else []
         origin += [inputs.dataset.fingerprint] if inputs.dataset is not None else []
-        return cls(args, config, ranges, old, validation, _shared(inputs.dataset, validation), origin)
+        origin += [_content(path) for path in (config.backbone.weights, config.head.weights) if path is not None]
+        search = cls(args, config, ranges, old, validation, _shared(inputs.dataset, validation), origin)
+        search.check_candidates(inputs)
+        return search
+
+    def check_candidates(self, inputs: "Inputs") -> None:
+        """Resolve every run that may be. Raises :class:`ConfigError`: one cannot be; its candidate is named."""
+        from trainer.compat.methods.registry import check_methods
+        from trainer.errors import ConfigError, LceError
+        from trainer.run.config import load_config
+
+        with tempfile.TemporaryDirectory() as folder:
+            for weights in points(self.ranges, self.args.candidates):
+                layer = Path(folder) / f"{self.name(weights)}.yaml"
+                layer.write_text(self.layer(weights), encoding="utf-8")
+                for updates in self.lengths:
+                    words = _settings(self.args, self.args.out / "runs" / "check", updates, layer)
+                    try:
+                        config = load_config(self.args.config, words)
+                        check_methods(config.methods, config, inputs)
+                    except LceError as error:
+                        reason = str(error).replace(f"{folder}/", "")
+                        raise ConfigError(f"candidate {self.name(weights)}, {updates:,} updates: {reason}") from None
 
     @property
     def names(self) -> list[str]:
@@ -168,15 +198,42 @@ class Search:
         """What a candidate's files are called."""
         return "-".join(f"{method}{value:g}" for method, value in zip(self.names, weights, strict=True))
 
+    @property
+    def lengths(self) -> list[int]:
+        """The updates of each rung's runs."""
+        return [self.args.updates * 2**rung for rung in range(self.args.rungs)]
+
+    def made(self) -> dict[str, Any]:
+        """Search, and write what was found to --out, ``chosen.yaml`` last.
+
+        Returns:
+            What the JSON holds.
+
+        Raises:
+            StepFailed: a run was stopped or failed. OSError: --out cannot be written. LceError: as :meth:`measured`.
+        """
+        from tools.output import write_json
+        from trainer.files import write_text
+
+        chosen = self.args.out / "chosen.yaml"
+        chosen.unlink(missing_ok=True)  # of a search before
+        figures = self.figures(self.halve())
+        write_json(figures, self.args.out / "tune.json")
+        if figures["chosen"] is not None:
+            plot(figures, self.args.out / "tune.png")
+            write_text(chosen, self.layer(tuple(figures["chosen"].values())))
+        return figures
+
     def halve(self) -> list[dict[str, Any]]:
-        """All rungs. Raises :class:`StepFailed`: a run was stopped; the same command continues."""
+        """All rungs. Raises :class:`StepFailed`: a run was stopped or failed; the same command continues."""
         from tools.progress import progress_bar
 
+        self.embed("old", self.old)
         alive: Sequence[Weights] = points(self.ranges, self.args.candidates)
         total, done, rungs = sum(rung_sizes(len(alive), self.args.rungs)), 0, []
         with progress_bar("training runs", sys.stderr.isatty()) as update:
-            for rung in range(self.args.rungs):
-                updates, runs = self.args.updates * 2**rung, {}
+            for updates in self.lengths:
+                runs = {}
                 for weights in alive:
                     runs[weights] = self.measured(weights, updates)
                     done += 1
@@ -191,9 +248,12 @@ class Search:
         return rungs
 
     def measured(self, weights: Weights, updates: int) -> dict[str, Any]:
-        """One candidate's figures after a training run of so many updates, or its problem."""
+        """One candidate's figures after a training run of so many updates, or its problem, where it diverged.
+
+        Raises:
+            StepFailed: the run ended otherwise. LceError: its model cannot be opened or compared.
+        """
         from tools.steps import StepFailed, Steps
-        from trainer.errors import LceError
         from trainer.files import write_text
         from trainer.run.config import dump_config, load_config
 
@@ -208,31 +268,54 @@ class Search:
         one = {"name": name, "weights": dict(zip(self.names, weights, strict=True)), "updates": updates}
 
         def action() -> None:
-            train([str(self.args.config), *words, "--nproc", str(self.args.nproc)], log)
+            try:
+                train([str(self.args.config), *words, "--nproc", str(self.args.nproc)], log)
+            except StepFailed as failed:
+                reason = _divergence(log) if failed.status == 2 else None
+                if reason is not None:
+                    raise Diverged(reason) from None
+                failed.add_note(f"{name}: {_last_line(log)} (all of it: {log})")
+                raise
             write_text(figures, json.dumps(self.measure(folder)))
 
         try:
             Steps(self.args.out / "stamps" / name, lambda line: None).run(
                 "run", "", key, [folder, figures], action, continues=True
             )
-        except StepFailed as failed:
-            if failed.status in STOPPED:
-                raise
-            return {**one, "problem": f"{_last_line(log)} (exit status {failed.status}; all of it: {log})"}
-        except LceError as error:
-            return {**one, "problem": str(error)}
+        except Diverged as diverged:
+            return {**one, "problem": str(diverged)}
         return {**one, "cells": json.loads(figures.read_text())}
 
-    def measure(self, run_folder: Path) -> dict[str, dict[str, float]]:
-        """What queries find in galleries: "query->gallery" → metric → value."""
+    @property
+    def cache(self) -> "EmbeddingCache":
+        """The validation set's embeddings by model."""
+        from trainer.evaluation.embeddings import EmbeddingCache
+
+        return EmbeddingCache(self.args.out / "embeddings")
+
+    def embed(self, role: str, model: "EmbeddingModel") -> None:
+        """Embed the validation set, to be found in the cache. Raises :class:`LceError`: the model gives no embeddings,
+        or an image cannot be read."""
         from trainer.distributed import Ranks
-        from trainer.evaluation.embeddings import EmbeddingCache, embed_set
+        from trainer.evaluation.embeddings import embed_spaces
+
+        embed_spaces("validation", {role: model}, self.validation, self.validation.kept, self.cache, Ranks())
+
+    def measure(self, run_folder: Path) -> dict[str, dict[str, float]]:
+        """What queries find in galleries: "query->gallery" → metric → value. Raises :class:`Diverged`: the new model
+        gives no unit embeddings. LceError: no model, or the two cannot be compared."""
+        from trainer.distributed import Ranks
+        from trainer.errors import ModelError
+        from trainer.evaluation.embeddings import embed_set
         from trainer.evaluation.results import Options, measure_cells
         from trainer.models.open import load_model
 
-        models = {"old": self.old, "new": load_model(run_folder)}
-        cache = EmbeddingCache(self.args.out / "embeddings")
-        one = embed_set("validation", models, self.validation, cache, Ranks())
+        new = load_model(run_folder)
+        try:
+            self.embed("new", new)
+        except ModelError as error:
+            raise Diverged(str(error)) from None
+        one = embed_set("validation", {"old": self.old, "new": new}, self.validation, self.cache, Ranks())
         cells = measure_cells(one, Options(fars=(self.args.far,), replicates=2), lambda stage: None)
         return {f"{query}->{gallery}": dict(cell.value) for (query, gallery), cell in cells.items()}
 
@@ -345,6 +428,36 @@ def _ranges(methods: Sequence[str], texts: Sequence[str]) -> list[Range]:
     return [known[name] for name in methods]
 
 
+def _check_old(name: str, hash_: str, inputs: "Inputs") -> None:
+    """Refuse a --old that is another model than the one that the runs are made compatible with, as far as it is known.
+    Raises :class:`ConfigError`."""
+    from trainer.compat.methods.old_embeddings import StoredEmbeddings
+    from trainer.data.index import rows_info
+    from trainer.errors import ConfigError
+
+    known: dict[str, str | None] = {}
+    if inputs.bank is not None:
+        known["the centre bank is of"] = inputs.bank.info.model_hash
+    if isinstance(inputs.old, StoredEmbeddings):
+        described = rows_info(inputs.old.path)
+        known[f"{inputs.old.path} holds embeddings of"] = None if described is None else described.model_hash
+    elif inputs.old is not None and inputs.old.model is not None:
+        known[f"compat.old_model = {inputs.old.model[0]} is"] = inputs.old.model[1]
+    for what, other in known.items():
+        if other is None:
+            print(f"lce tune: nothing tells whether {what} the model --old {name}: make sure of it", file=sys.stderr)
+        elif other != hash_:
+            raise ConfigError(f"--old {name}: {what} another model ({other[:12]}, not {hash_[:12]})")
+
+
+def _content(path: Path) -> str:
+    """A checksum of a file, or of all files in a folder."""
+    from trainer.files import checksum
+
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    return json.dumps([[str(one.relative_to(path)), *checksum(one)] for one in files])
+
+
 def _check_far(validation: "Dataset", far: float) -> None:
     """Refuse a rate that the set has too few pairs for."""
     import numpy as np
@@ -377,6 +490,14 @@ def _line(one: dict[str, Any]) -> str:
         return f"{one['name']}: {one['problem']}"
     values = ", ".join(f"{metric} {value:.3f}" for metric, value in one["cells"]["new->old"].items())
     return f"{one['name']}: new→old {values}"
+
+
+def _divergence(log: Path) -> str | None:
+    """Why a run says that it cannot usefully go on; None: it does not say so."""
+    from trainer.errors import DIVERGED
+
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return next((line.partition(DIVERGED)[2] for line in lines if DIVERGED in line), None)
 
 
 def _last_line(log: Path) -> str:

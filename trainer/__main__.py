@@ -18,6 +18,7 @@ if __name__ == "__main__":  # until the loop watches for signals there is nothin
 
 from trainer.distributed import end_with_parent, launched_by, process_group
 from trainer.errors import (
+    DIVERGED,
     EXIT_CRASH,
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -26,6 +27,7 @@ from trainer.errors import (
     EXIT_USAGE,
     BrokenRunError,
     LceError,
+    TrainingError,
 )
 from trainer.run.config import Config, load_config
 from trainer.run.watch import is_echo
@@ -86,7 +88,8 @@ def _refuse(error: LceError, everywhere: bool, status: int = EXIT_USAGE) -> int:
     """One line for wrong input; a problem that all ranks have found together is told by rank 0 alone."""
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 or everywhere:
-        print(f"trainer: {error}" if rank == 0 else f"trainer, rank {rank}: {error}", file=sys.stderr, flush=True)
+        what = f"{DIVERGED}{error}" if isinstance(error, TrainingError) else str(error)
+        print(f"trainer: {what}" if rank == 0 else f"trainer, rank {rank}: {what}", file=sys.stderr, flush=True)
     return status
 
 

@@ -51,3 +51,7 @@ class BrokenRunError(LceError):
 
 class TrainingError(LceError):
     """Training that cannot usefully go on: the loss is not finite for too many updates in a row."""
+
+
+DIVERGED = "training cannot go on: "
+"""Stands before a :class:`TrainingError` in a run's output: its status is that of wrong use too."""

@@ -1,10 +1,15 @@
 """The search for weights: what is tried, who is kept, what is chosen and written, and that nothing is trained twice."""
 
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -18,7 +23,10 @@ from trainer.data import open_dataset
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.distributed import Ranks
+from trainer.errors import DIVERGED, ConfigError, ModelError
+from trainer.models.model import EmbeddingModel
 from trainer.models.open import load_model
+from trainer.owner import owned
 from trainer.run.config import load_config, parse_config
 from trainer.run.engine import train
 
@@ -41,28 +49,42 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "log": {"tensorboard": False, "progress": False},
     }
     train(parse_config(base, "old"), Ranks())
+    train(parse_config(base, "other", [f"run.dir={root / 'other'}", "run.seed=5"]), Ranks())
     bank_from_model(
         load_model(root / "old"), open_dataset(root / "train"), root / "bank", keep_embeddings=root / "o.npy"
     )
     lce = {"method": "lce", "bank": str(root / "bank")}
     l2 = {"method": "l2", "old_embeddings": str(root / "o.npy")}
-    for name, compat in (("one", lce), ("two", [lce, l2]), ("none", {"method": "none"})):
+    along = {"method": "l2", "old_model": str(root / "other")}
+    mix = {"method": "mixbct", "bank": str(root / "bank"), "old_embeddings": str(root / "o.npy")}
+    (root / "rows.npy").write_bytes((root / "o.npy").read_bytes())
+    unnamed = {"method": "l2", "old_embeddings": str(root / "rows.npy")}
+    configs = {"one": lce, "two": [lce, l2], "none": {"method": "none"}, "l2": l2, "along": along, "mix": mix}
+    for name, compat in (configs | {"unnamed": unnamed}).items():
         (root / f"{name}.yaml").write_text(yaml.safe_dump(base | {"compat": compat, "run": {"dir": str(root / name)}}))
     return root
 
 
 class Trainer:
-    """Trains in this process, which is quick, and remembers what; ``fails`` and ``stops`` name candidates."""
+    """Trains in this process, which is quick, and remembers what.
 
-    def __init__(self, fails: Sequence[str] = (), stops: Sequence[str] = ()) -> None:
-        self.fails, self.stops, self.trained = fails, stops, list[str]()
+    Args:
+        diverges: begins of the names of runs that do. ends: others → their exit status.
+        line: the last one that these print.
+    """
+
+    def __init__(self, diverges: Sequence[str] = (), ends: Mapping[str, int] | None = None, line: str = "no") -> None:
+        self.diverges, self.ends, self.line, self.trained = diverges, ends or {}, line, list[str]()
 
     def __call__(self, words: Sequence[str], log: Path) -> None:
-        log.write_text("the last line of its output\n")
         config = load_config(Path(words[0]), words[1 : words.index("--nproc")])
         name = config.run.dir.name
-        for names, status in ((self.fails, 70), (self.stops, 130)):
-            if any(name.startswith(one) for one in names):
+        if any(name.startswith(one) for one in self.diverges):
+            log.write_text(f"trainer: {DIVERGED}4 updates in a row\nlce launch: more\n")
+            raise StepFailed("lce launch", 2)
+        for one, status in self.ends.items():
+            if name.startswith(one):
+                log.write_text(f"first\n{self.line}\n")
                 raise StepFailed("lce launch", status)
         self.trained.append(name)
         train(config, Ranks())
@@ -79,7 +101,7 @@ def search(made: Path, out: Path, config: str = "one", *more: str) -> tuple[int,
 def test_half_is_kept_chosen_written_and_nothing_trained_twice(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = Trainer(stops=["lce11-"])
+    first = Trainer(ends={"lce11-": 130})
     monkeypatch.setattr(tune, "train", first)
     assert search(made, tmp_path / "out")[0] == 130
     assert first.trained == ["lce2-3"]
@@ -113,10 +135,10 @@ def test_a_list_is_tuned_together_and_failures_are_left_out(
 ) -> None:
     tried = points([RANGES["lce"], Range(("weight",), 1.0, 4.0)], 3)
     broken = f"lce{tried[0][0]:g}-l2{tried[0][1]:g}"
-    monkeypatch.setattr(tune, "train", Trainer(fails=[broken]))
+    monkeypatch.setattr(tune, "train", Trainer(diverges=[broken]))
     status, figures = search(made, tmp_path / "out", "two", "--range", "l2=1:4", "--rungs", "2")
     assert status == 0
-    assert "the last line of its output (exit status 70" in figures["rungs"][0]["runs"][0]["problem"]
+    assert figures["rungs"][0]["runs"][0]["problem"] == "4 updates in a row"
     assert len(figures["rungs"][1]["runs"]) == 2
     chosen = load_config(made / "two.yaml", [str(tmp_path / "out" / "chosen.yaml")]).methods
     assert [one.method for one in chosen] == ["lce", "l2"]
@@ -126,10 +148,129 @@ def test_a_list_is_tuned_together_and_failures_are_left_out(
 def test_no_candidate_that_trains_is_a_no(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tune, "train", Trainer(fails=["lce"]))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "chosen.yaml").write_text("of a search before")
+    monkeypatch.setattr(tune, "train", Trainer(diverges=["lce"]))
     assert search(made, tmp_path / "out")[0] == 1
-    assert "lce tune: lce2-3: the last line of its output" in capsys.readouterr().err
+    assert "lce tune: lce2-3: 4 updates in a row" in capsys.readouterr().err
     assert not (tmp_path / "out" / "chosen.yaml").exists()
+
+
+def test_a_second_rung_that_diverges_is_a_no(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "train", Trainer(diverges=["lce2-6", "lce11-6", "lce60-6"]))
+    status, figures = search(made, tmp_path / "out")
+    assert status == 1
+    assert figures["chosen"] is None
+    printed = capsys.readouterr().err
+    assert [f"lce tune: {one['name']}: 4 updates" in printed for one in figures["rungs"][1]["runs"]] == [True, True]
+    assert not (tmp_path / "out" / "chosen.yaml").exists()
+
+
+@pytest.mark.parametrize("status", [2, 70, -9])
+def test_a_run_that_ends_otherwise_ends_the_search(
+    status: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Trainer(ends={"lce11-": status}, line="trainer: run: in use by another")
+    monkeypatch.setattr(tune, "train", first)
+    assert search(made, tmp_path / "out")[0] == (2 if status == 2 else 70)
+    assert first.trained == ["lce2-3"]
+    printed = capsys.readouterr().err
+    assert f"exit status {status}; the same command continues from here" in printed
+    assert "lce tune: lce11-3: trainer: run: in use by another (all of it: " in printed
+    assert not (tmp_path / "out" / "tune.json").exists()
+
+
+def test_a_model_without_embeddings_is_left_out(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = tune.Search.embed
+
+    def overflowing(self: tune.Search, role: str, model: EmbeddingModel) -> None:
+        embed(self, role, model)
+        if "lce11-3" in str(model.path):
+            raise ModelError("not finite")
+
+    monkeypatch.setattr(tune, "train", Trainer())
+    monkeypatch.setattr(tune.Search, "embed", overflowing)
+    status, figures = search(made, tmp_path / "out")
+    assert status == 0
+    assert [one.get("problem") for one in figures["rungs"][0]["runs"]] == [None, "not finite", None]
+
+
+def test_a_model_that_cannot_be_opened_ends_the_search(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer()
+
+    def damaging(words: Sequence[str], log: Path) -> None:
+        trainer(words, log)
+        (tmp_path / "out" / "runs" / trainer.trained[-1] / "model" / "model.json").write_text("{")
+
+    monkeypatch.setattr(tune, "train", damaging)
+    assert search(made, tmp_path / "out")[0] == 2
+    assert trainer.trained == ["lce2-3"]
+    assert "model.json" in capsys.readouterr().err
+
+
+def test_one_search_owns_its_folder(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = Trainer()
+    monkeypatch.setattr(tune, "train", second)
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(1) as elsewhere, ExitStack() as stack:
+        first = owned(out, ConfigError, lock=out / ".owner")
+        elsewhere.submit(stack.enter_context, first).result(30)
+        assert search(made, out)[0] == 2
+    assert re.search(r"lce tune: .*out: in use by .* \(process \d+ of ", capsys.readouterr().err)
+    assert second.trained == []
+
+
+def test_figures_are_made_anew_when_what_they_are_from_was_replaced(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--candidates", "1", "--rungs", "1", f"backbone.weights={tmp_path / 'start'}")
+    start, trainer = tmp_path / "start", Trainer()
+    monkeypatch.setattr(tune, "train", trainer)
+    for model, runs in (("old", 1), ("old", 1), ("other", 2)):
+        start.mkdir(exist_ok=True)
+        for file in (made / model / "model").iterdir():
+            (start / file.name).write_bytes(file.read_bytes())
+        assert search(made, tmp_path / "out", "l2", *words)[0] == 0
+        assert len(trainer.trained) == runs
+    rows = np.load(made / "o.npy")
+    for factor, runs in ((1, 3), (2, 4)):
+        np.save(tmp_path / "rows.npy", rows * np.float32(factor))
+        more = (*words, f"compat.old_embeddings={tmp_path / 'rows.npy'}")
+        assert search(made, tmp_path / "out", "l2", *more)[0] == 0
+        assert len(trainer.trained) == runs
+
+
+def test_embeddings_that_do_not_say_whose_they_are_get_a_warning(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "train", Trainer())
+    for config, warned in (("unnamed", True), ("l2", False)):
+        assert search(made, tmp_path / config, config, "--candidates", "1", "--rungs", "1")[0] == 0
+        assert ("rows.npy holds embeddings of the model --old" in capsys.readouterr().err) == warned
+
+
+def test_a_missing_package_is_named_before_any_run(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert search(made, tmp_path / "out")[0] == 2
+    assert "needs matplotlib, which is not installed: pip install 'lce-trainer[evaluate]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_real_run_that_diverges_is_left_out(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["optimizer.lr=1e30", "optimizer.weight_decay=0", "head.optimizer.weight_decay=0"]
+    words += ["train.max_nonfinite_steps=0", "log.every_steps=1"]
+    words += ["--candidates", "1", "--rungs", "1"]
+    status, figures = search(made, tmp_path / "out", "one", *words)
+    assert status == 1, capsys.readouterr().err
+    assert "not finite" in figures["rungs"][0]["runs"][0]["problem"]
 
 
 def test_runs_are_those_of_lce_launch(made: Path, tmp_path: Path) -> None:
@@ -148,11 +289,17 @@ def test_runs_are_those_of_lce_launch(made: Path, tmp_path: Path) -> None:
         ("one", ("--far", "1e-6"), "cannot resolve it"),
         ("one", ("--validation", "nowhere"), "nowhere"),
         ("one", ("backbone.dim=9",), "dimension"),
+        ("one", ("--json", "nowhere/x.json"), "nowhere does not exist"),
+        ("mix", ("--range", "mixbct=0.2:2"), "candidate mixbct2, 3 updates"),
+        ("along", (), "other is another model"),
+        ("l2", ("--old", "OTHER"), "o.npy holds embeddings of another model"),
+        ("one", ("--old", "OTHER"), "the centre bank is of another model"),
     ],
 )
 def test_wrong_use_is_refused_before_anything_is_made(
     config: str, words: Sequence[str], reason: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = [str(made / "other") if word == "OTHER" else word for word in words]
     assert search(made, tmp_path / "out", config, *words)[0] == 2
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
