@@ -46,6 +46,13 @@ class Job:
         return ["-m", "trainer", str(self.config), *self.overrides]
 
     @property
+    def node_options(self) -> list[str]:
+        """The options of ``lce launch`` on each node of a queue's job, but for its number and the master's address."""
+        options = ["--nproc", str(self.nproc), "--nnodes", self.nnodes]
+        options += ["--max-restarts", str(self.max_restarts)] if self.max_restarts else []
+        return options + (["--interface", self.interface] if self.interface else [])
+
+    @property
     def many_nodes(self) -> bool:
         """Whether more than this machine takes part."""
         return self.nnodes not in ("1", "1:1")

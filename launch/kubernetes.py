@@ -118,11 +118,7 @@ def text(job: Job, pods: Pods) -> str:
 
 
 def _command(job: Job) -> str:
-    words = ["lce", "launch", str(job.config), *job.overrides, "--nproc", str(job.nproc), "--nnodes", job.nnodes]
-    if job.max_restarts:
-        words += ["--max-restarts", str(job.max_restarts)]
-    if job.interface:
-        words += ["--interface", job.interface]
+    words = ["lce", "launch", str(job.config), *job.overrides, *job.node_options]
     if not job.many_nodes:
         return f"exec {shlex.join(words)}"
     # Pods start in any order, and the first one has no address before it does.

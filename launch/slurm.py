@@ -158,10 +158,7 @@ def _command(job: Job, allocation: Allocation) -> list[str]:
     """What each node runs, but for its number and the master's address; the configuration's files by absolute paths."""
     words = ["lce"] if allocation.container else [python(), "-m", "tools.cli"]
     layers = [str(Path(word).absolute()) if is_layer(word) else word for word in job.overrides]
-    words += ["launch", str(job.config.absolute()), *layers, "--nproc", str(job.nproc), "--nnodes", job.nnodes]
-    if job.max_restarts:
-        words += ["--max-restarts", str(job.max_restarts)]
-    return [*words, "--interface", job.interface] if job.interface else words
+    return [*words, "launch", str(job.config.absolute()), *layers, *job.node_options]
 
 
 def _lines(lines: Sequence[str]) -> str:

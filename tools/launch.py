@@ -250,7 +250,7 @@ def _check_master(master: str) -> None:
 def _check_classes(config: "Config", job: "Job") -> None:
     """Refuse more ranks than classes before they start, where the class count is written down."""
     from trainer.data.index import DESCRIPTION, load_description, table_info
-    from trainer.errors import ConfigError, LceError
+    from trainer.errors import LceError, check_ranks
 
     data, classes = config.data, None
     try:
@@ -263,11 +263,8 @@ def _check_classes(config: "Config", job: "Job") -> None:
             classes = load_description(Path(data.path)).num_classes
     except LceError:
         return  # rank 0 tells
-    ranks = _world(job)
-    if classes is not None and ranks > classes:
-        from trainer.distributed import ranks_text  # torch is imported with it
-
-        raise ConfigError(f"{ranks_text(ranks)} for {classes} classes: a rank would own none; start at most {classes}")
+    if classes is not None:
+        check_ranks(_world(job), classes)
 
 
 def _check_nodes(args: argparse.Namespace) -> None:

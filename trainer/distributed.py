@@ -51,15 +51,6 @@ def largest_share(total: int, world_size: int) -> int:
     return -(-total // world_size)
 
 
-def ranks_text(count: int) -> str:
-    """A number of ranks.
-
-    >>> ranks_text(1), ranks_text(1024)
-    ('1 rank', '1,024 ranks')
-    """
-    return "1 rank" if count == 1 else f"{count:,} ranks"
-
-
 class CommunicationTime:
     """The time that this process's collectives on tensors take, waiting for other ranks included.
 

@@ -55,3 +55,18 @@ class TrainingError(LceError):
 
 DIVERGED = "training cannot go on: "
 """Stands before a :class:`TrainingError` in a run's output: its status is that of wrong use too."""
+
+
+def ranks_text(count: int) -> str:
+    """A number of ranks.
+
+    >>> ranks_text(1), ranks_text(1024)
+    ('1 rank', '1,024 ranks')
+    """
+    return "1 rank" if count == 1 else f"{count:,} ranks"
+
+
+def check_ranks(ranks: int, classes: int) -> None:
+    """Refuse more ranks than classes. Raises :class:`ConfigError`."""
+    if ranks > classes:
+        raise ConfigError(f"{ranks_text(ranks)} for {classes} classes: a rank would own none; start at most {classes}")

@@ -22,3 +22,17 @@ class Rotation:
         time.sleep(self._seconds)
         new = np.asarray(vectors, np.float32) @ self.matrix
         return new / np.linalg.norm(new, axis=1, keepdims=True)
+
+
+class Cut(Rotation):
+    """Interrupted at its third batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._calls = 0
+
+    def __call__(self, ids, vectors):
+        self._calls += 1
+        if self._calls == 3:
+            raise KeyboardInterrupt
+        return super().__call__(ids, vectors)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.samples import identities
-from tests.gallery.rotation import Rotation
+from tests.gallery.rotation import Cut, Rotation
 from trainer.errors import DataError
 
 qdrant_client = pytest.importorskip("qdrant_client", reason="needs qdrant-client (extra `gallery`)")
@@ -87,15 +87,6 @@ def test_a_collection_is_upgraded_verified_rolled_back_and_finished(store):
 
 def test_an_interrupted_upgrade_goes_on_and_takes_what_changed_meanwhile(store, tmp_path):
     log = tmp_path / "log"
-
-    class Cut(Rotation):
-        calls = 0
-
-        def __call__(self, ids, vectors):
-            Cut.calls += 1
-            if Cut.calls == 3:
-                raise KeyboardInterrupt
-            return super().__call__(ids, vectors)
 
     with pytest.raises(KeyboardInterrupt):
         opened(store, lambda g: g.upgrade(Cut(log=log), batch=16))

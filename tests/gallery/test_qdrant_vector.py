@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.gallery.rotation import Rotation
+from tests.gallery.rotation import Cut, Rotation
 from tests.gallery.test_qdrant import IDS, NEW, VECTORS, models, opened, qdrant_client, store
 from trainer.errors import DataError
 from trainer.gallery.qdrant import QdrantGallery
@@ -82,15 +82,6 @@ def test_a_second_vector_is_filled_verified_rolled_back_and_finished(place):
 
 def test_a_rerun_fills_only_points_that_lack_the_new_vector(place, tmp_path):
     log = tmp_path / "log"
-
-    class Cut(Rotation):
-        calls = 0
-
-        def __call__(self, ids, vectors):
-            Cut.calls += 1
-            if Cut.calls == 3:
-                raise KeyboardInterrupt
-            return super().__call__(ids, vectors)
 
     with pytest.raises(KeyboardInterrupt):
         act(place, lambda g: g.upgrade(Cut(log=log), batch=16))

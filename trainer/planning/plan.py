@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.compat.methods.config import LceDirectConfig
-from trainer.distributed import ranks_text
+from trainer.errors import ranks_text
 from trainer.head.config import SgdRowsConfig
 from trainer.planning.activations import BackboneSizes, backbone_sizes
 from trainer.planning.memory import Part, class_bytes, peak_bytes, rank_memory

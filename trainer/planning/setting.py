@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trainer.distributed import largest_share, ranks_text
-from trainer.errors import ConfigError
+from trainer.distributed import largest_share
+from trainer.errors import ConfigError, check_ranks
 from trainer.head.partition import class_range
 from trainer.head.sampling import stratum_count
 from trainer.run.config import Config
@@ -91,11 +91,7 @@ class Setting:
 
 def check_sizes(setting: Setting) -> None:
     """Refuse sizes that training would refuse. Raises :class:`trainer.errors.ConfigError`."""
-    if setting.world_size > setting.num_classes:
-        raise ConfigError(
-            f"{ranks_text(setting.world_size)} for {setting.num_classes} classes: a rank would own none; start at most "
-            f"{setting.num_classes}"
-        )
+    check_ranks(setting.world_size, setting.num_classes)
     dim, old = setting.config.backbone.dim, setting.bank_dim
     method = next((one for one in setting.config.methods if not any(one.directions)), None)
     if method is not None and old is not None and old != dim:

@@ -24,8 +24,8 @@ from trainer.compat.methods.inputs import Inputs
 from trainer.data import Batch, build_loader
 from trainer.data.config import SyntheticConfig
 from trainer.data.index import Dataset
-from trainer.distributed import Ranks, ranks_text
-from trainer.errors import ConfigError
+from trainer.distributed import Ranks
+from trainer.errors import ConfigError, ranks_text
 from trainer.head.partition import class_range
 from trainer.planning.activations import backbone_sizes
 from trainer.planning.setting import Setting

@@ -26,8 +26,8 @@ from trainer.checkpoint_folder import Checkpoint, list_checkpoints, read_seal
 from trainer.compat.methods.config import FctConfig, LceMapsConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.data import Batch, Loader, build_loader
-from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main, ranks_text
-from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError
+from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects, on_main
+from trainer.errors import CheckpointError, ConfigError, LceError, TrainingError, ranks_text
 from trainer.evaluation.periodic import PeriodicEvaluation, open_periodic
 from trainer.files import write_text
 from trainer.head.kernels import why_eager
@@ -405,7 +405,6 @@ def _train(engine: Engine, began: float) -> RunSummary:
     checkpoints.clean()
     started = engine.resume(checkpoints)
     changes = on_main(lambda: open_folder(config, engine.continued), ranks)
-    on_main(lambda: (folder / SUMMARY).unlink(missing_ok=True), ranks)  # of fewer updates; no launcher may believe it
     warnings += [f"{folder}: changed since the last start: {change}" for change in changes]
     opened = together(lambda: Monitor(folder, config.log, ranks, engine.steps, engine.state.step))
     with Watch(folder / "ranks", ranks, config.run.timeout_seconds) as watch, opened as monitor:

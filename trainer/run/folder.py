@@ -68,7 +68,8 @@ def owned_run(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def open_folder(config: Config, sealed: dict[str, Any] | None = None) -> list[str]:
-    """Make the run folder, keep the resolved configuration, and forget the notes of an earlier attempt's ranks.
+    """Make the run folder, keep the resolved configuration, and forget what an earlier attempt left: the notes of its
+    ranks, and the summary of fewer updates, which a launcher would believe.
 
     Args:
         sealed: the configuration in the checkpoint that the run continues from; None: it starts. config.yaml is for
@@ -83,6 +84,7 @@ def open_folder(config: Config, sealed: dict[str, Any] | None = None) -> list[st
         (folder / "ranks").mkdir(parents=True, exist_ok=True)
         for note in (folder / "ranks").iterdir():
             note.unlink()
+        (folder / SUMMARY).unlink(missing_ok=True)
         write_text(folder / "config.yaml", dump_config(config))
         return changes
     except OSError as error:

@@ -21,8 +21,8 @@ from trainer.compat.methods.registry import check_methods
 from trainer.data import Dataset, open_dataset
 from trainer.data.config import ImagesConfig, SyntheticConfig
 from trainer.data.index import outside_allowed
-from trainer.distributed import Ranks, agree, gather_objects, on_main, ranks_text
-from trainer.errors import ConfigError, DataError, LceError
+from trainer.distributed import Ranks, agree, gather_objects, on_main
+from trainer.errors import ConfigError, DataError, LceError, check_ranks
 from trainer.evaluation.periodic import open_periodic
 from trainer.files import why_unwritable
 from trainer.models.model import introduce
@@ -79,10 +79,7 @@ def check(config: Config, world_size: int, shown: bool = True) -> Inputs:
 def _check_share(world_size: int, classes: int) -> None:
     if classes < 2:
         raise DataError(f"{classes} class: there is nothing to tell apart; train on two classes or more")
-    if world_size > classes:
-        raise ConfigError(
-            f"{ranks_text(world_size)} for {classes} classes: a rank would own none; start at most {classes}"
-        )
+    check_ranks(world_size, classes)
 
 
 def together(action: Callable[[], T]) -> T:
