@@ -1,11 +1,13 @@
-"""Say how a model file is read, and keep what is stated of a foreign one.
+"""Say how a model file is read, and keep what is stated of a foreign one; convert TensorFlow.js graph models to ONNX.
 
   lce model describe old.onnx                                            # what is read from the file, what is assumed
   lce model describe old.onnx --data data/train                          # and whether its embeddings tell images apart
   lce model describe old.onnx --pixels 0..255 --color BGR --write old.model.json
+  lce model convert faceres.json --output global_pooling/Mean --write faceres.onnx --pixels 0..255
 
 A description next to the file it describes (old.model.json next to old.onnx) is found by every command and by training
 runs; one elsewhere is given in the file's stead. Models of this trainer carry a card, which needs no description.
+A converted graph is described too, where something is stated of it.
 """
 
 import argparse
@@ -18,22 +20,55 @@ from tools.output import write_json
 if TYPE_CHECKING:
     from trainer.models.model import EmbeddingModel
 
-HELP = "how a model file is read; describe a foreign one"
+HELP = "how a model file is read; describe or convert a foreign one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("action", choices=("describe",))
-    parser.add_argument("model", type=Path, help="run folder, checkpoint, model folder, .onnx or weights file")
+    parser.add_argument("action", choices=("describe", "convert"))
+    parser.add_argument(
+        "model",
+        type=Path,
+        help="run folder, checkpoint, model folder, .onnx or weights file; for convert a graph model's model.json",
+    )
     parser.add_argument("--data", metavar="DATASET", help="refuse a model whose embeddings of its images coincide")
-    parser.add_argument("--write", type=Path, metavar="NAME.model.json", help="keep what is stated of a foreign model")
-    parser.add_argument("--force", action="store_true", help="replace a description that exists")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="NAME.model.json: keep what is stated of a foreign model; for convert NAME.onnx",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
     add_reading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Describe; returns the exit status."""
+    """Describe or convert; returns the exit status."""
+    return _convert(args) if args.action == "convert" else _describe(args)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from trainer.errors import ModelError
+    from trainer.models.description import description_of
+    from trainer.models.tensorflow_js import convert_graph_model
+
+    target: Path | None = args.write
+    if target is None or target.suffix != ".onnx":
+        raise ModelError(f"{args.model}: say where it is written: --write NAME.onnx")
+    kept = description_of(target)
+    if exists := next((path for path in (target, kept) if path.exists() and not args.force), None):
+        raise ModelError(f"{exists}: exists already; --force replaces it")
+    reading_of(args)  # refuses options that do not agree before anything is written
+    convert_graph_model(args.model, target, args.output)
+    kept.unlink(missing_ok=True)  # it was of the file that is replaced
+    args.model, args.output = target, None
+    stated = reading_of(args).model_dump(exclude_none=True, exclude_defaults=True)
+    args.write = kept if stated else None
+    return _describe(args)
+
+
+def _describe(args: argparse.Namespace) -> int:
     from tools.cli import translated
     from trainer.data import open_named
     from trainer.errors import ModelError
