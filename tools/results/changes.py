@@ -345,8 +345,8 @@ def markdown(figures: dict[str, Any]) -> str:
         f"New → old on unseen identities, TAR at FAR 1e-4 / rank-1; met: above old → old by both, in "
         f"{figures['seeds']} seed(s). {figures['data']}: {figures['classes']:,} training identities, "
         f"{figures['steps']} updates of the new and {figures['old_steps']} of the old model, which are alike but for "
-        f"the change; some: {figures['old_classes']:,} identities. Weights: {weights}. Not possible: the method needs equal dimensions. "
-        f"{figures['machine']}, commit {figures['commit']}.",
+        f"the change; some: {figures['old_classes']:,} identities. Weights: {weights}. "
+        f"Not possible: the method needs equal dimensions. {figures['machine']}, commit {figures['commit']}.",
         "",
         *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)),
         *(f"\n{problem}" for problem in problems),
