@@ -86,6 +86,7 @@ METHODS = {
     "bct": _method("BCT", "bct", "bank"),
     "unibct": _method("UniBCT", "unibct", "old"),
     "ndpp": _method("NDPP, ours after it", "ndpp", "bank"),
+    "bt2": _method("BT², 32 dimensions more, ours after it", "bt2", "bank old", "backbone.dim=96"),
     "frozen": Method("old rows stay", ("compat.method=frozen", "compat.bank={bank}")),
     "advbct": _method("AdvBCT", "advbct", "bank old"),
     "mixbct": _method("MixBCT", "mixbct", "bank old"),

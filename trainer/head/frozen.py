@@ -75,7 +75,7 @@ class FrozenClassifier:
         self.compute = self.work if self.work == torch.float64 else compute
         self.scale, self.margin, self.kernels, self.tf32 = scale, margin, kernels, tf32
         self.sample_rate, self.seed = sample_rate, seed
-        self.shift = constant_shift(scale, self.work, "use a lower scale: compat.method bct, unibct and ndpp need it")
+        self.shift = constant_shift(scale, self.work, "use a lower scale: bct, unibct, ndpp and bt2 need it")
         self.place = torch.cumsum(self.mask, 0) - 1  # where a class's row stands, for those that have one
 
     def loss(self, embeddings: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:

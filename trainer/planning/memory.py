@@ -13,6 +13,7 @@ from typing import Literal
 from trainer.compat.methods.config import (
     AdvBctConfig,
     BctConfig,
+    Bt2Config,
     FrozenConfig,
     LceConfig,
     LceDirectConfig,
@@ -147,7 +148,7 @@ def _tables(setting: Setting) -> list[Part]:
     counters = 4 * setting.rows if setting.sampled or head.optimizer.name == "adamw" else 0
     parts = [Part("rows", table), Part("rows' optimizer state", states + counters)]
     for method in setting.config.methods:
-        if isinstance(method, BctConfig | UniBctConfig | NdppConfig | FrozenConfig):
+        if isinstance(method, BctConfig | UniBctConfig | NdppConfig | Bt2Config | FrozenConfig):
             frozen = setting.classes * (setting.bank_dim or dim) * BYTES[head.frozen_rows]
             parts.append(Part("old classifier's rows", frozen))
         elif setting.bank_dim is not None and isinstance(method, LceConfig | AdvBctConfig | MixBctConfig):

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.compat.bank.center_bank import CenterBank
-from trainer.compat.methods.config import BctConfig, NdppConfig, UniBctConfig
+from trainer.compat.methods.config import BctConfig, Bt2Config, NdppConfig, UniBctConfig
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
 from trainer.distributed import Labels, Ranks, scale_gradient
@@ -27,7 +27,7 @@ class Bct(CompatMethod):
     """
 
     def __init__(
-        self, config: BctConfig | UniBctConfig | NdppConfig, run: Sections, inputs: Inputs, ranks: Ranks
+        self, config: BctConfig | UniBctConfig | NdppConfig | Bt2Config, run: Sections, inputs: Inputs, ranks: Ranks
     ) -> None:
         self.weight, self.ranks = config.weight, ranks
         head = run.head

@@ -169,6 +169,20 @@ class NdppConfig(MethodConfig):
     push: float = Field(0.5, ge=0, description="how far an old centre is moved, in units of its mean offset")
 
 
+class Bt2Config(WithOldConfig):
+    """BT²: dimensions that the old gallery ignores, and a learned change of basis."""
+
+    method: Literal["bt2"] = Field("bt2", description=_METHOD)
+    bank: Path = Field(description=_BANK)
+    weight: float = Field(1.0, ge=0, description="the weight of the method's loss")
+    old_margin: float = Field(0.0, ge=0, description="cosine margin before the old classifier")
+
+    @property
+    def directions(self) -> tuple[bool, bool]:
+        """See :attr:`MethodConfig.directions`."""
+        return True, False
+
+
 class FrozenConfig(MethodConfig):
     """The classifier's rows of classes with an old centre stay there."""
 
@@ -223,6 +237,7 @@ AnyMethod: TypeAlias = Annotated[
     | BctConfig
     | UniBctConfig
     | NdppConfig
+    | Bt2Config
     | FrozenConfig
     | L2Config
     | AdvBctConfig
