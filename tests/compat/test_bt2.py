@@ -77,7 +77,7 @@ def test_a_whole_run_exports_the_old_part(tmp_path: Path) -> None:
     model = load_model(tmp_path / "1")
     assert (model.card.mode, set(model.card.transforms), model.dim) == ("bt2", {"t21"}, DIM)
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
-    whole, axes = model.embed(images), np.eye(DIM, dtype=np.float32)
+    whole, axes = model.embed(images), np.eye(DIM)
     part = model.transform("t21", whole)
     assert part.shape == (5, OLD_DIM)
     np.testing.assert_allclose(np.linalg.norm(part, axis=1), 1, atol=1e-6)

@@ -12,10 +12,14 @@ from PIL import Image
 
 from tools import cli
 from tools.results import comparison, compat
+from tools.steps import CONFIGS
+from trainer.compat.methods.config import BctConfig, LceDirectConfig
 from trainer.data import open_dataset
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.data.splitting import SplitOptions, save_tables, split
+from trainer.errors import ConfigError
+from trainer.run.config import load_config
 
 SMALL = [
     "backbone.width=4",
@@ -198,6 +202,20 @@ class Found:
             except comparison.TrainingFailed as failed:
                 problems[item] = failed
         return problems
+
+
+def test_methods_together_have_weights_at_the_same_place_of_their_ranges() -> None:
+    both = compat.METHODS["lce+bct"]
+    assert (both.title, both.weights(4)) == ("LCE + BCT", compat.METHODS["lce"].weights(4))
+    words = both.overrides(Path("of: all, banks"), Path("e.npy"), 20.0)
+    made = load_config(CONFIGS / "demo-characters-paragon.yaml", words).methods
+    assert isinstance(made[0], LceDirectConfig)
+    assert isinstance(made[1], BctConfig)
+    assert (made[0].alignment_weight, made[0].boundary_weight, made[1].weight) == (20.0, 20.0, 3.0)
+    assert made[0].bank == made[1].bank == Path("of: all, banks")
+    assert "lce+bct" not in compat.METHODS
+    with pytest.raises(ConfigError, match="unknown magic"):
+        compat.names_of("lce+magic")
 
 
 def test_short_trials_are_halved_until_one_is_left() -> None:

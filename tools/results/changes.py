@@ -274,8 +274,7 @@ def _measured(
     method, folder, weight = fitting(name, change), comparison.folder(seed), weights[name]
     assert method is not None
     old, run = change.old.name, f"{change.name}-{method}-{weight:g}"
-    known = {"bank": folder / f"{old}-bank", "embeddings": folder / f"{old}.npy", "weight": weight}
-    words = [word.format(**known) for word in METHODS[method].settings]
+    words = METHODS[method].overrides(folder / f"{old}-bank", folder / f"{old}.npy", weight)
     comparison.train(seed, run, "paragon", [*change.new.settings(folder), *words], old)
     cells: dict[str, Any] = comparison.measure(seed, "unseen", old, run)["cells"]
     return cells

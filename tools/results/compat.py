@@ -2,6 +2,7 @@
 
   lce bench compat --data characters --methods all --seeds 3 --json - --markdown compat.md
   lce bench compat --methods bct,lce --trials 6 --steps 600 --out tried      # fewer methods, more weights, shorter
+  lce bench compat --methods lce,lce+bct                   # one method, and two together
   lce bench compat --data FOLDER --weights compat.json     # a folder of lce characters, weights as chosen before
 
 Each method's weights are chosen by --trials training runs with seed 0, on validation identities that are not reported:
@@ -51,12 +52,20 @@ class Method:
     Attributes:
         settings: overrides of the recipe; ``{bank}``, ``{embeddings}`` and ``{weight}`` are filled in.
         low, high: the ends of the weights that the trials span, evenly in their logarithm.
+        ratios: of methods together, by the others' names: their weight in units of the first one's.
     """
 
     title: str
     settings: tuple[str, ...]
     low: float = 1.0
     high: float = 1.0
+    ratios: tuple[tuple[str, float], ...] = ()
+
+    def overrides(self, bank: Path, embeddings: Path, weight: float) -> list[str]:
+        """The settings with the old model's bank and embeddings, and this weight."""
+        others = {f"{name}_weight": f"{weight * ratio:.3g}" for name, ratio in self.ratios}
+        known = {"bank": bank, "embeddings": embeddings, "weight": weight, **others}
+        return [word.format(**known) for word in self.settings]
 
     def weights(self, trials: int) -> list[float]:
         """So many weights from ``low`` to ``high``; the middle one for a single trial or where there is nothing to
@@ -80,7 +89,28 @@ class Rung:
     updates: int
 
 
-METHODS = {
+class _Methods(dict[str, Method]):
+    """Methods by name; ``lce+bct`` is both together, their weights at the same place of their ranges."""
+
+    def __missing__(self, name: str) -> Method:
+        first, *others = name.split("+")
+        if not others or any(part not in self for part in (first, *others)):
+            raise KeyError(name)
+        words, sections = list[str](), list[str]()
+        for part in (first, *others):
+            weight = "{weight}" if part == first else f"{{{part}_weight}}"
+            own = [word.replace("{weight}", weight) for word in self[part].settings]
+            words += [word for word in own if not word.startswith("compat.")]
+            pairs = [word.removeprefix("compat.").split("=") for word in own if word.startswith("compat.")]
+            sections.append(f"{{{{{', '.join(f'{key}: {chr(34)}{value}{chr(34)}' for key, value in pairs)}}}}}")
+        title = " + ".join(self[part].title.removesuffix(", direct") for part in (first, *others))
+        ratios = tuple((part, self[part].low / self[first].low) for part in others)
+        settings = (*words, f"compat=[{', '.join(sections)}]")
+        return Method(title, settings, self[first].low, self[first].high, ratios)
+
+
+METHODS = _Methods()
+METHODS |= {
     "independent": Method("independent", ()),
     "l2": _method("L2 to the old embedding", "l2", "old"),
     "bct": _method("BCT", "bct", "bank"),
@@ -102,7 +132,7 @@ MAPPED = ("fct", "lce-backward", "lce-forward")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lce bench compat``."""
     add_data_arguments(parser)
-    parser.add_argument("--methods", default="all", help=f"all, or some of {','.join(METHODS)}")
+    parser.add_argument("--methods", default="all", help=f"all, or some of {','.join(METHODS)}; lce+bct: both")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (3)")
     parser.add_argument("--trials", type=int, default=4, help="training runs to choose each method's weights (4)")
     parser.add_argument("--trial-steps", type=int, help="updates of a first trial; then halving (all trials: --steps)")
@@ -213,7 +243,8 @@ def names_of(text: str) -> list[str]:
     from trainer.errors import ConfigError
 
     names = list(METHODS) if text == "all" else text.split(",")
-    unknown = [name for name in names if name not in METHODS]
+    parts = [part for name in names for part in name.split("+")]
+    unknown = [part for part in parts if part not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {text}: unknown {', '.join(unknown)}; known: all, {', '.join(METHODS)}")
     return names
@@ -391,8 +422,7 @@ def _train(comparison: "Comparison", name: str, seed: int, weight: float, update
 
 def _overrides(comparison: "Comparison", name: str, seed: int, weight: float) -> list[str]:
     folder = comparison.folder(seed)
-    known = {"bank": folder / f"{OLD}-bank", "embeddings": folder / f"{OLD}.npy", "weight": weight}
-    return [word.format(**known) for word in METHODS[name].settings]
+    return METHODS[name].overrides(folder / f"{OLD}-bank", folder / f"{OLD}.npy", weight)
 
 
 def _trial(comparison: "Comparison", name: str, weight: float, updates: int) -> dict[str, Any]:

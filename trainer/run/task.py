@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.compat.methods.config import FctConfig, LceTransformedConfig
+from trainer.compat.methods.config import Bt2Config, FctConfig, LceTransformedConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.registry import build_methods
 from trainer.compat.methods.together import Pulls
@@ -305,5 +305,5 @@ class TrainTask:
         assert source is not None
         place = 0 if direction == "t21" else 1
         method = next(one for one in self.config.methods if one.directions[place])
-        assert isinstance(method, LceTransformedConfig | FctConfig)
+        assert isinstance(method, LceTransformedConfig | FctConfig | Bt2Config)
         return transform_card(method.transform, direction, self.config.backbone.dim, source.dim)

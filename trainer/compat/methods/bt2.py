@@ -13,7 +13,6 @@ from trainer.compat.methods.with_old import WithOld
 from trainer.distributed import Labels, Ranks, all_reduce_sum
 from trainer.errors import ConfigError
 from trainer.models.card import Direction
-from trainer.networks.config import OrthogonalConfig
 from trainer.networks.transform import build_transform, transform_vectors
 
 
@@ -45,7 +44,7 @@ class Bt2(WithOld):
         super().__init__(config, run, inputs, ranks)
         self.weight = config.weight
         self.classifier = Bct(config, run, inputs, ranks).classifier
-        self.t21 = build_transform(OrthogonalConfig(name="orthogonal"), run.backbone.dim, self.source.dim)
+        self.t21 = build_transform(config.transform, run.backbone.dim, self.source.dim)
 
     @classmethod
     def check(cls, config: Bt2Config, run: Sections, inputs: Inputs) -> None:

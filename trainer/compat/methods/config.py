@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from trainer.config import Section, Variants
-from trainer.networks.config import AnyTransform, RbtConfig
+from trainer.networks.config import AnyTransform, OrthogonalConfig, RbtConfig
 
 _METHOD = "how the new model is made compatible with a deployed one; none: it is not"
 _MODE = "where the two models are compared: in one space (direct), or through maps between their spaces"
@@ -181,6 +181,11 @@ class Bt2Config(WithOldConfig):
     def directions(self) -> tuple[bool, bool]:
         """See :attr:`MethodConfig.directions`."""
         return True, False
+
+    @property
+    def transform(self) -> AnyTransform:
+        """The kind of map that T₂₁ is."""
+        return OrthogonalConfig(name="orthogonal")
 
 
 class FrozenConfig(MethodConfig):
