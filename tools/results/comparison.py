@@ -69,9 +69,10 @@ class Source:
 
 
 def _characters(folder: Path, seed: int, classes: int, old_classes: int) -> None:
-    from tools.pictures.sources import Split, cache_folder, write_characters
+    from tools.pictures.sources import Split, write_characters
+    from trainer import files
 
-    write_characters(folder, seed, cache_folder(), Split(train=classes, old=old_classes, seen=min(classes, 5)))
+    write_characters(folder, seed, files.cache_folder(), Split(train=classes, old=old_classes, seen=min(classes, 5)))
 
 
 SOURCES = {"characters": Source(_characters, "demo-characters")}
