@@ -42,15 +42,6 @@ _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 _scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def largest_share(total: int, world_size: int) -> int:
-    """The most that one rank has of ``total`` things shared out evenly, ⌈total/W⌉.
-
-    >>> largest_share(10, 4), largest_share(8, 4), largest_share(0, 4)
-    (3, 2, 0)
-    """
-    return -(-total // world_size)
-
-
 class CommunicationTime:
     """The time that this process's collectives on tensors take, waiting for other ranks included.
 

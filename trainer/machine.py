@@ -47,6 +47,15 @@ def usable_cores() -> int:
         return cores
 
 
+def largest_share(total: int, world_size: int) -> int:
+    """The most that one rank has of ``total`` things shared out evenly, ⌈total/W⌉.
+
+    >>> largest_share(10, 4), largest_share(8, 4), largest_share(0, 4)
+    (3, 2, 0)
+    """
+    return -(-total // world_size)
+
+
 def other_ranks(on_node: int) -> int:
     """The ranks (``python -m trainer``) on this machine besides the ``on_node`` that one launcher starts here."""
     launcher, siblings, others = os.getppid(), 0, 0

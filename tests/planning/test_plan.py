@@ -13,7 +13,7 @@ from tools.plan import _within_gpus
 from tools.plan_verify import CASES, case_setting, verify
 from trainer.compat.methods.config import LceDirectConfig
 from trainer.errors import ConfigError
-from trainer.planning.activations import backbone_sizes
+from trainer.planning.backbones import backbone_sizes
 from trainer.planning.memory import Part, peak_bytes
 from trainer.planning.plan import _on_host, changes_to_fit, holds, make_plan, ranks_to_fit
 from trainer.planning.setting import Setting

@@ -465,7 +465,7 @@ def bound_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
     """Seconds of four products of (rows × D) with (D × B), at the speed of one on a chunk that stays in cache."""
     import torch
 
-    from trainer.head.kernels import chunk_rows
+    from trainer.head.sizes import chunk_rows
 
     chunk = chunk_rows(0, device.type, args.batch)
     dtype = torch.bfloat16 if args.compute == "bfloat16" else torch.float32

@@ -29,8 +29,8 @@ from trainer.head.old_centers import DirectCompat
 from trainer.head.products import matmul_precision, product
 from trainer.head.row_optimizer import CollectedGradients, RowGradient, RowOptimizer, Selection
 from trainer.head.sampling import Drawn
+from trainer.head.sizes import KEEP_SHARE
 from trainer.head.step import (
-    KEEP_SHARE,
     MASKED,
     Batch,
     Boundary,

@@ -13,20 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_NUMBERS = 1 << 26
-"""Logits of a chunk on CUDA: 268 MB in float32, whatever the batch."""
-
-
-def chunk_rows(given: int, device_type: str, batch: int) -> int:
-    """Rows of a chunk: ``head.chunk_rows`` where it is given, else what fits the CPU's caches or keeps a GPU busy.
-
-    Args:
-        batch: B, the global batch.
-    """
-    if given:
-        return given
-    return 4096 if device_type == "cpu" else max(1, CHUNK_NUMBERS // max(1, batch) // 4096) * 4096
-
 
 @dataclass
 class Kernels:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.files import cache_folder, is_own
-from trainer.head.config import HeadConfig, SgdRowsConfig
+from trainer.head.config import SgdRowsConfig
 from trainer.head.fused import FusedSoftmax, OldCenters
 from trainer.head.products import address, bfloat16_gemm, torch_library
 from trainer.head.row_optimizer import SgdRows
@@ -189,20 +189,6 @@ def _filled(fields: StepFields, values: dict[str, Tensor | float | None]) -> tup
         else:
             setattr(fields, name, value)
     return fields, alive
-
-
-def covers(config: HeadConfig) -> bool:
-    """Whether native.cpp knows this kind of head."""
-    margin = config.margin
-    return (
-        config.impl in ("auto", "native")
-        and config.optimizer.name == "sgd"
-        and config.rows in ("float32", "bfloat16")
-        and (config.compute != "bfloat16" or bfloat16_gemm() is not None)
-        and config.sub_centers == 1
-        and margin.name != "curricular"
-        and not margin.inter_class_filter
-    )
 
 
 def holds(old: OldCenters | None) -> bool:

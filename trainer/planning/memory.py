@@ -7,6 +7,7 @@ counted, and workspace of its kernels, which is a guess. On the CPU a part is me
 GPU's, unless it says that it is the host's.
 """
 
+import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -21,12 +22,9 @@ from trainer.compat.methods.config import (
     NdppConfig,
     UniBctConfig,
 )
-from trainer.head import native
 from trainer.head.config import SgdRowsConfig
-from trainer.head.kernels import chunk_rows
-from trainer.head.partial_fc import COMPILE_FROM_ROWS
-from trainer.head.step import KEEP_SHARE
-from trainer.planning.activations import BackboneSizes
+from trainer.head.sizes import COMPILE_FROM_ROWS, KEEP_SHARE, chunk_rows, native_covers
+from trainer.planning.backbones import BackboneSizes
 from trainer.planning.setting import BYTES, Setting
 
 Moment = Literal["always", "step", "load"]
@@ -143,7 +141,7 @@ def _native(setting: Setting) -> bool:
     """Whether the head's passes run in C++, in the cache: a step then allocates next to nothing."""
     head, train = setting.config.head, setting.config.train
     deferred = train.accumulate > 1 or train.precision == "float16" or head.update == "deferred"
-    return setting.device == "cpu" and setting.rows >= COMPILE_FROM_ROWS and native.covers(head) and not deferred
+    return setting.device == "cpu" and setting.rows >= COMPILE_FROM_ROWS and native_covers(head) and not deferred
 
 
 def _tables(setting: Setting) -> list[Part]:
@@ -220,7 +218,7 @@ def _network(setting: Setting, backbone: BackboneSizes) -> list[Part]:
     weights = (backbone.parameters + backbone.fixed) * number
     gathered = 0
     if shared & 1:  # the largest units of the network, whole while they are computed
-        units = sorted(sum(shape.numel() for shape, _ in unit) for unit in backbone.unit_parameters)
+        units = sorted(sum(math.prod(shape) for shape, _ in unit) for unit in backbone.unit_parameters)
         gathered = 2 * sum(units[-2:]) * number
     activations = backbone.saved_bytes + backbone.unit_bytes + LIVE_TENSORS * backbone.largest_bytes
     cpu = setting.device == "cpu"

@@ -27,7 +27,7 @@ from trainer.data.index import Dataset
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError, ranks_text
 from trainer.head.partition import class_range
-from trainer.planning.activations import backbone_sizes
+from trainer.planning.backbones import backbone_sizes
 from trainer.planning.setting import Setting
 from trainer.planning.traffic import update_traffic
 from trainer.run.config import Config

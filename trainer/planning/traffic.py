@@ -6,11 +6,8 @@ A test counts the collectives of real updates on 2 and 3 ranks and compares them
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from trainer.compat.methods.config import LceConfig, LceMapsConfig
-from trainer.compat.methods.lce import TransformedCompat
-from trainer.planning.activations import BackboneSizes
+from trainer.planning.backbones import BackboneSizes
 from trainer.planning.setting import Setting
 
 Operation = Literal["all-gather", "all-reduce", "reduce-scatter"]
@@ -98,6 +95,10 @@ def _map_buffers(setting: Setting) -> int:
     method = setting.config.of(LceMapsConfig)
     if setting.bank_dim is None or method is None:
         return 0
+    import torch
+
+    from trainer.compat.methods.lce import TransformedCompat
+
     with torch.device("meta"):
         maps = TransformedCompat(method, setting.bank_dim, setting.config.backbone.dim)
     return sum(value.numel() for value in maps.buffers() if value.is_floating_point())

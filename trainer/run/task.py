@@ -20,8 +20,9 @@ from trainer.compat.methods.registry import build_methods
 from trainer.compat.methods.together import Pulls
 from trainer.data import Batch, DatasetInfo
 from trainer.data.identities import identities
-from trainer.distributed import Labels, Ranks, largest_share, on_main, scale_gradient
+from trainer.distributed import Labels, Ranks, on_main, scale_gradient
 from trainer.head.partial_fc import Companion, PartialFC
+from trainer.machine import largest_share
 from trainer.models.card import Direction, ModelCard, TransformCard, trained_card, transform_card
 from trainer.models.folder import save_model
 from trainer.models.model import EmbeddingModel, TorchModel

@@ -187,8 +187,10 @@ class TransformedCompat(nn.Module):
 
         Returns:
             The loss with gradient to T, ``pairs.rows`` and ``embeddings``; ``alignment`` (1 − cos), ``boundary`` and
-            the smallest norm that each map gave (``t21_norm``, ``t12_norm``), detached. With fewer than two classes or
-            samples that have a centre (batch statistics need two) everything is 0, and no norm is given.
+            the smallest norm that each map gave (``t21_norm``, ``t12_norm``), detached; of the samples that have a
+            centre ``center_cosines`` (n,), what the boundary is compared with, and ``boundary_slack`` (n,), that minus
+            the boundary. With fewer than two classes or samples that have a centre (batch statistics need two) the
+            losses are 0, and nothing else is given.
         """
         known = Known.of(pairs)
         if len(known.classes) < 2 or len(known.samples) < 2:
@@ -213,7 +215,8 @@ class TransformedCompat(nn.Module):
                 cosines = boundary_cosines(x, mapped_o[among], ours)
         align, bound = torch.stack(terms).mean(), (b - cosines).clamp_min(0).mean()
         loss = self.config.alignment_weight * align + self.config.boundary_weight * bound
-        return loss, {"alignment": align.detach(), "boundary": bound.detach(), **norms}
+        parts = {"alignment": align.detach(), "boundary": bound.detach(), **norms}
+        return loss, parts | {"center_cosines": cosines.detach(), "boundary_slack": (cosines - b).detach()}
 
 
 def smallest_norm(mapped: Tensor) -> Tensor:
