@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Metric:
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder on the path with an installed package that registers the writer ``notes``, and a stand-in for wandb."""
     site = tmp_path / "site"
     (site / "notes-1.0.dist-info").mkdir(parents=True)
@@ -95,9 +96,12 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (site / "mlflow/__init__.py").write_text(MLFLOW)
     (site / "mlflow/entities.py").write_text(MLFLOW_ENTITIES)
     monkeypatch.syspath_prepend(str(site))
-    for name in ("wandb", "lce_test_notes", "mlflow", "mlflow.entities"):
+    stands_in = ("wandb", "lce_test_notes", "mlflow", "mlflow.entities")
+    for name in stands_in:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    return site
+    yield site
+    for name in stands_in:
+        sys.modules.pop(name, None)
 
 
 def test_a_writer_of_another_package(installed: Path, tmp_path: Path) -> None:
