@@ -131,12 +131,15 @@ def _within_gpus(cases: Sequence[Case]) -> tuple[Case, ...]:
 def _plan(args: argparse.Namespace) -> int:
     from tools.output import write_json
     from trainer.planning.plan import changes_to_fit, make_plan
-    from trainer.planning.simulation import simulate
 
     setting = make_setting(args)
     plan = make_plan(setting)
     changes = changes_to_fit(plan, args.memory) if args.memory and plan.device_bytes > args.memory else []
-    simulated = simulate(setting, args.simulate) if args.simulate else None
+    simulated = None
+    if args.simulate:
+        from trainer.planning.simulation import simulate
+
+        simulated = simulate(setting, args.simulate)
     figures = as_figures(plan, args)
     held = _held(plan, args)
     figures["holds"] = None if held is None else asdict(held)
