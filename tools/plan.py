@@ -166,7 +166,6 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     Raises:
         ConfigError: a wrong configuration, sizes that nothing says, or that training would refuse.
     """
-    from trainer.compat.bank.center_bank import CenterBank
     from trainer.compat.methods.config import LceCrossConfig
     from trainer.data.config import ImagesConfig, SyntheticConfig
     from trainer.data.index import open_dataset, outside_allowed
@@ -195,8 +194,11 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     bank_dim = args.lce
     if bank_dim is None and config.methods:
         bank = next((one.bank for one in config.methods if one.bank is not None), None)
-        there = bank is not None and bank.exists()
-        bank_dim = CenterBank.open(str(bank)).dim if there else config.backbone.dim
+        bank_dim = config.backbone.dim
+        if bank is not None and bank.exists():
+            from trainer.compat.bank.center_bank import CenterBank
+
+            bank_dim = CenterBank.open(str(bank)).dim
     device: Literal["cpu", "cuda"] = args.device or ("cpu" if config.run.device == "cpu" else "cuda")
     setting = Setting(config, classes, size or (112, 112), args.ranks, device, bank_dim, records)
     check_sizes(setting)
