@@ -92,8 +92,8 @@ def summarise(data: str, outcomes: Sequence["Outcome"]) -> dict[str, Any]:
 
     Returns:
         ``seeds``: per seed its verdict, the pairwise criterion per set and metric, the matrix on the unseen identities,
-        update gain, the ONNX figures, seconds and report. ``spread``: mean and standard deviation (over seeds, 0 for
-        one) of the matrix and the gain. ``criterion_met`` and ``safe``: in how many seeds new→old is above old→old in
+        update gain (None where it says nothing) and why it does (``no_gain``), the ONNX
+        figures, seconds and report. ``spread``: mean and standard deviation (over seeds, 0 for one) of the matrix and the gain. ``criterion_met`` and ``safe``: in how many seeds new→old is above old→old in
         every judged metric of the unseen identities, and the verdict over all sets is SAFE.
     """
     seeds = [_summarise_one(one) for one in outcomes]
@@ -113,6 +113,8 @@ def summarise(data: str, outcomes: Sequence["Outcome"]) -> dict[str, Any]:
 
 
 def _summarise_one(outcome: "Outcome") -> dict[str, Any]:
+    from trainer.evaluation.report_sections import no_gain
+
     verdict, unseen = outcome.evaluation["verdict"], outcome.evaluation["sets"]["unseen"]
     criterion = {
         one["name"]: {
@@ -127,6 +129,8 @@ def _summarise_one(outcome: "Outcome") -> dict[str, Any]:
         for one in verdict["sets"]
     }
     judged = criterion["unseen"]
+    gains = {metric: value for metric, value in unseen["gain"].items() if metric in judged and value is not None}
+    reasons = {metric: why for metric, value in gains.items() if (why := no_gain(value))}
     matrix = {f"{cell} {metric}": _figure(unseen["cells"][cell], metric) for cell in SHOWN_CELLS for metric in judged}
     return {
         "seed": outcome.seed,
@@ -136,8 +140,9 @@ def _summarise_one(outcome: "Outcome") -> dict[str, Any]:
         "criterion_met": all(figure["new"] > figure["old"] for figure in judged.values()),
         "matrix": matrix,
         "update_gain": {
-            metric: value["update_gain"]["value"] for metric, value in unseen["gain"].items() if metric in judged
+            metric: None if metric in reasons else value["update_gain"]["value"] for metric, value in gains.items()
         },
+        "no_gain": reasons,
         "onnx": {
             "largest_difference": outcome.export["largest_difference"],
             "images_compared": outcome.export["images"],
@@ -188,6 +193,8 @@ def _print(console: "Console", outcome: dict[str, Any]) -> None:
             f"{onnx['images_compared']} images and finds {onnx['new->old']['rank-1']:.1%} in the old gallery at "
             f"rank 1; {sum(one['seconds'].values()):.0f} s in all"
         )
+        for metric, why in one["no_gain"].items():
+            console.print(f"  no gain by {metric}: {why}", soft_wrap=True, markup=False)
         console.print(f"  report: {one['report']}", soft_wrap=True, markup=False)
         console.print(f"  [bold]{one['answer']}[/bold]{one['paragraph'].removeprefix(one['answer'])}")
         if one["answer"] != "SAFE" and one["trained_on"] < one["dim"]:

@@ -274,14 +274,15 @@ class Comparison:
         )
 
     def measure(self, seed: int, part: str, old: str, new: str, paragon: str | None = None) -> dict[str, Any]:
-        """What a new model finds in the old gallery; kept as ``figures/NEW-PART-….json``.
+        """What a new model finds in the old gallery; kept as ``figures/PART/NEW.json``.
 
         Args:
             part: ``validation`` or ``unseen``. old, new, paragon: names of training runs.
 
         Returns:
             ``cells``: "query->gallery" → {metric: value}; with a paragon also ``update_gain`` and ``cost`` (metric →
-            value, None where not defined).
+            value, None where not defined), and ``replicates`` of the cells that these are made of (see
+            :mod:`tools.results.paired`).
         """
         folder = self.folder(seed)
         names = {"old": old, "new": new} | ({"paragon": paragon} if paragon else {})
@@ -289,7 +290,8 @@ class Comparison:
         place = folder / "figures" / part / f"{new}.json"
         if place.is_file():
             known = json.loads(place.read_text())
-            if known["models"] == hashes:
+            whole = paragon is None or "replicates" in known["figures"]  # older ones have none
+            if known["models"] == hashes and whole:
                 return dict(known["figures"])
         figures = self._figures(seed, part, names)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -299,17 +301,23 @@ class Comparison:
         return figures
 
     def _figures(self, seed: int, part: str, names: dict[str, str]) -> dict[str, Any]:
+        from tools.results.paired import REPLICATES
         from trainer.evaluation.compatibility import gain
         from trainer.evaluation.results import Options, measure_cells, plain
 
-        one = self._embedded(seed, part, names)
-        cells = measure_cells(one, Options(fars=(FAR,), replicates=2), lambda stage: None)
+        one, full = self._embedded(seed, part, names), "paragon" in names
+        cells = measure_cells(one, Options(fars=(FAR,), replicates=REPLICATES if full else 2), lambda stage: None)
         figures: dict[str, Any] = {"cells": {f"{q}->{g}": cell.value for (q, g), cell in cells.items()}}
         for metric in cells["old", "old"].value:
             found = gain(cells, metric)
             if found is not None:
                 figures.setdefault("update_gain", {})[metric] = found.update_gain.value
                 figures.setdefault("cost", {})[metric] = found.cost.value
+        if full:
+            figures["replicates"] = {
+                f"{q}->{g}": {metric: values.round(4) for metric, values in cells[q, g].replicates.items()}
+                for q, g in (("old", "old"), ("new", "old"), ("paragon", "paragon"))
+            }
         return dict(plain(figures))
 
     def _embedded(self, seed: int, part: str, names: dict[str, str]) -> "NamedSet":
