@@ -91,10 +91,11 @@ def summarise(data: str, outcomes: Sequence["Outcome"]) -> dict[str, Any]:
     """The outcome of all seeds as plain values.
 
     Returns:
-        ``seeds``: per seed its verdict, the pairwise criterion per set and metric, the matrix on the unseen identities,
-        update gain (None where it says nothing) and why it does (``no_gain``), the ONNX
-        figures, seconds and report. ``spread``: mean and standard deviation (over seeds, 0 for one) of the matrix and the gain. ``criterion_met`` and ``safe``: in how many seeds new→old is above old→old in
-        every judged metric of the unseen identities, and the verdict over all sets is SAFE.
+        ``seeds``: per seed its verdict, the pairwise criterion per set and metric, the matrix on the unseen
+        identities, update gain (None where it says nothing) and why it does (``no_gain``), the ONNX figures, seconds
+        and report. ``spread``: mean and standard deviation (over seeds, 0 for one) of the matrix and the gain.
+        ``criterion_met`` and ``safe``: in how many seeds new→old is above old→old in every judged metric of the
+        unseen identities, and the verdict over all sets is SAFE.
     """
     seeds = [_summarise_one(one) for one in outcomes]
     return {
