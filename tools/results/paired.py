@@ -37,7 +37,8 @@ def difference(ours: Seeds, theirs: Seeds, metric: str, cell: str = "new->old") 
     pairs = [(one, other[one["seed"]]) for one in ours if one["seed"] in other]
     if not pairs or not all(_replicates(one, cell, metric) for pair in pairs for one in pair):
         return None
-    apart = np.array([np.subtract(*(_replicates(one, cell, metric) for one in pair)) for pair in pairs])  # (seeds, r)
+    first, second = (np.array([_replicates(pair[at], cell, metric) for pair in pairs]) for at in (0, 1))
+    apart = first - second  # (seeds, r)
     drawn = np.random.default_rng(0).integers(len(pairs), size=apart.shape)
     value = statistics.fmean(a["cells"][cell][metric] - b["cells"][cell][metric] for a, b in pairs)
     return interval(value, np.take_along_axis(apart, drawn, 0).mean(0))

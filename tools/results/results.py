@@ -346,7 +346,7 @@ def _standing(run: dict[str, Any], metric: str) -> tuple[int, str]:
     name = "TAR" if metric == METRIC else metric
     text = f"{name} with {run['classes']:,} identities after {run['steps']:,} updates ({mine['mean']:.3f} against "
     text += f"{title}'s {cells[best]['mean']:.3f}"
-    paired = difference(*(run["methods"][which].get("seeds", ()) for which in ("lce", best)), metric)
+    paired = difference(run["methods"]["lce"]["seeds"], run["methods"][best]["seeds"], metric)
     if paired is not None:
         return (1 if paired.low > 0 else -1 if paired.high < 0 else 0), f"{text}: {interval_text(paired)})"
     apart = mine["mean"] - cells[best]["mean"]
