@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -256,22 +257,26 @@ class Comparison:
             where = f"exit status {status}; all of it: {log.relative_to(self.out)} in --out"
             raise TrainingFailed(f"{name}, seed {seed}: {_last_line(log)} ({where})")
 
-    def bank(self, seed: int, old: str) -> None:
-        """The old model's centre bank ``OLD-bank`` and embeddings ``OLD.npy`` by record of the training set."""
-        folder = self.folder(seed)
-        bank, embeddings = folder / f"{old}-bank", folder / f"{old}.npy"
+    def bank(self, seed: int, old: str, labels: Path | None = None, called: str | None = None) -> tuple[Path, Path]:
+        """The old model's centre bank ``OLD-bank`` and embeddings ``OLD.npy`` by record of the training set.
+
+        Args:
+            labels: a table of other labels than the set's own. called: instead of ``OLD``.
+        """
+        folder, called = self.folder(seed), called or old
+        bank, embeddings = folder / f"{called}-bank", folder / f"{called}.npy"
 
         def action() -> None:
             from trainer.compat.bank.from_model import bank_from_model
             from trainer.data import open_dataset
             from trainer.models.open import load_model
 
-            dataset = open_dataset(self.dataset(seed, "train"))
+            dataset = open_dataset(self.dataset(seed, "train"), labels)
             bank_from_model(load_model(folder / old), dataset, bank, keep_embeddings=embeddings)
 
-        Steps(folder / "stamps" / f"{old}-bank", _silent).run(
-            "bank", "", [self._hash(folder / old)], [bank, embeddings], action
-        )
+        key = [self._hash(folder / old), *([] if labels is None else [str(zlib.crc32(labels.read_bytes()))])]
+        Steps(folder / "stamps" / f"{called}-bank", _silent).run("bank", "", key, [bank, embeddings], action)
+        return bank, embeddings
 
     def measure(self, seed: int, part: str, old: str, new: str, paragon: str | None = None) -> dict[str, Any]:
         """What a new model finds in the old gallery; kept as ``figures/PART/NEW.json``.
@@ -305,7 +310,7 @@ class Comparison:
         from trainer.evaluation.compatibility import gain
         from trainer.evaluation.results import Options, measure_cells, plain
 
-        one, full = self._embedded(seed, part, names), "paragon" in names
+        one, full = self.embedded(seed, part, names), "paragon" in names
         cells = measure_cells(one, Options(fars=(FAR,), replicates=REPLICATES if full else 2), lambda stage: None)
         figures: dict[str, Any] = {"cells": {f"{q}->{g}": cell.value for (q, g), cell in cells.items()}}
         for metric in cells["old", "old"].value:
@@ -320,7 +325,7 @@ class Comparison:
             }
         return dict(plain(figures))
 
-    def _embedded(self, seed: int, part: str, names: dict[str, str]) -> "NamedSet":
+    def embedded(self, seed: int, part: str, names: dict[str, str]) -> "NamedSet":
         """A seed's set under the models that ``names`` gives for each role."""
         from trainer.data import open_dataset
         from trainer.distributed import Ranks
@@ -339,7 +344,7 @@ class Comparison:
         :func:`trainer.evaluation.compatibility.centre_queries`): metric → value."""
         from trainer.evaluation.compatibility import centre_queries
 
-        one = self._embedded(seed, part, {"old": old})
+        one = self.embedded(seed, part, {"old": old})
         return centre_queries(one.spaces.native["old"], one.labels, (FAR,))
 
     def update_seconds(

@@ -132,9 +132,9 @@ def run(args: argparse.Namespace) -> int:
     from tools.output import table_console
     from tools.steps import interruptible
 
-    names = _names(args.methods)
+    names = method_names(args.methods)
     _check(args)
-    comparison, weights = make_comparison(args), _weights_of(args.weights, names)
+    comparison, weights = make_comparison(args), weights_of(args.weights, names)
     with interruptible():
         figures = compare(comparison, names, args.seeds, rungs_of(args), weights)
         if args.time:
@@ -184,7 +184,7 @@ def rungs_of(args: argparse.Namespace) -> list[Rung]:
     return [Rung(size, args.trial_steps * 2**number) for number, size in enumerate(sizes)]
 
 
-def _weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | None:
+def weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | None:
     """The weights that an earlier run chose. Raises :class:`ConfigError`: unreadable, or not there for a method."""
     import json
 
@@ -204,7 +204,7 @@ def _weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | N
         raise ConfigError(f"--weights {path}: not the JSON of lce bench compat, or a method without a weight") from None
 
 
-def _names(text: str) -> list[str]:
+def method_names(text: str) -> list[str]:
     from trainer.errors import ConfigError
 
     names = list(METHODS) if text == "all" else text.split(",")

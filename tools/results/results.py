@@ -75,6 +75,12 @@ def _criterion(figures: dict[str, Any]) -> str:
     )
 
 
+def _chain(figures: dict[str, Any]) -> str:
+    from tools.results.chain import markdown
+
+    return markdown(figures)
+
+
 def _head(rows: list[dict[str, Any]]) -> str:
     from tools.results.table import as_markdown
 
@@ -192,6 +198,12 @@ SECTIONS = (
         "criterion.json",
         ("bench criterion --out {work}/criterion --json {json}",),
         _criterion,
+    ),
+    Section(
+        "A chain of five models",
+        "chain.json",
+        (f"bench chain {CHOSEN} --out {{work}}/chain --json {{json}}",),
+        _chain,
     ),
     Section("The class-sharded head", "head.json", ("bench table --out {figures}",), _head),
     Section(
