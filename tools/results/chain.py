@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
     from tools.measuring import origin, write_json
     from tools.output import table_console
     from tools.results.compat import METHODS as KNOWN
-    from tools.results.compat import make_comparison, method_names, settings_of, weights_of
+    from tools.results.compat import make_comparison, names_of, settings_of, weights_of
     from tools.steps import interruptible
     from trainer.errors import ConfigError
 
-    names = method_names(args.methods)
+    names = names_of(args.methods)
     if not all(KNOWN[name].settings for name in names):
         raise ConfigError(f"--methods {args.methods}: independent models are no chain")
     if args.models < 3:

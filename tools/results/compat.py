@@ -43,6 +43,7 @@ CRITERION = "TAR@FAR=1e-4"
 METRICS = (CRITERION, "rank-1")
 SHOWN = ("new->old", "new->new")
 ALONE = ("old->old", "paragon->paragon")
+CLASSES = 4000
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ METHODS = {
     "lce-backward": _method("LCE, backward", "lce", "bank", "compat.mode=backward"),
     "lce-forward": _method("LCE, forward", "lce", "bank", "compat.mode=forward"),
 }
+MAPPED = ("fct", "lce-backward", "lce-forward")
+"""Those that compare two models of different dimensions, through maps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,13 +120,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all training runs: backbone.width=4")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the benchmarks with a comparison train on."""
+def add_data_arguments(
+    parser: argparse.ArgumentParser, old: str = "of them, the old model's (500; not of a folder)"
+) -> None:
+    """What the benchmarks with a comparison train on; ``old`` says what ``--old-classes`` is."""
     parser.add_argument(
         "--data", metavar="NAME", default="characters", help="characters, or a folder made by lce characters"
     )
     parser.add_argument("--classes", type=int, help="training identities of the new models (4,000; not of a folder)")
-    parser.add_argument("--old-classes", type=int, help="of them, the old model's (500; not of a folder)")
+    parser.add_argument("--old-classes", type=int, help=old)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -132,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     from tools.output import table_console
     from tools.steps import interruptible
 
-    names = method_names(args.methods)
+    names = names_of(args.methods)
     _check(args)
     comparison, weights = make_comparison(args), weights_of(args.weights, names)
     with interruptible():
@@ -162,7 +167,7 @@ def make_comparison(args: argparse.Namespace) -> "Comparison":
     source, asked = source_of(args.data), (args.classes, args.old_classes)
     if source.folder and asked != (None, None):
         raise ConfigError(f"--classes and --old-classes do not go with a folder: {args.data} says how many there are")
-    classes, old = source.counts() if source.folder else (asked[0] or 4000, asked[1] or 500)
+    classes, old = source.counts() if source.folder else (asked[0] or CLASSES, asked[1] or 500)
     sizes = (classes, old, args.steps, args.old_steps)
     comparison = Comparison(args.out.absolute(), source, *sizes, tuple(args.overrides), args.parallel)
     comparison.check()
@@ -204,7 +209,8 @@ def weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | No
         raise ConfigError(f"--weights {path}: not the JSON of lce bench compat, or a method without a weight") from None
 
 
-def method_names(text: str) -> list[str]:
+def names_of(text: str) -> list[str]:
+    """The methods that an option names. Raises :class:`ConfigError`: an unknown one."""
     from trainer.errors import ConfigError
 
     names = list(METHODS) if text == "all" else text.split(",")
