@@ -106,8 +106,8 @@ def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, mon
     assert [w[1] for w in ran if w[0] == "bench"] == [
         *["compat"] * 9,
         "criterion",
-        "changes",
         "chain",
+        "changes",
         "table",
         "head",
         "million",
