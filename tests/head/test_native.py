@@ -236,7 +236,7 @@ def test_a_library_whose_struct_differs_is_refused(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("cpp", [True, False])
 def test_what_is_small_runs_on_one_thread(cpp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a busy process threads that share a little work wait for each other; the passes over the rows have all."""
+    """Next to a busy process threads that share a little work wait for each other; the passes take all of them."""
     small, large = [], []
 
     class Spy(native.Native):
