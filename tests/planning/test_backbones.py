@@ -8,14 +8,14 @@ import torch
 from trainer.networks import BACKBONES, build_backbone
 from trainer.networks.config import BackboneConfig
 from trainer.planning.activations import count_network, saved_sizes, unit_shapes
-from trainer.planning.backbones import (
+from trainer.planning.backbones import network_sizes
+from trainer.planning.stored import (
     STORED_DIM,
     STORED_PRECISIONS,
     STORED_SIZE,
     TABLE,
     as_json,
     from_json,
-    network_sizes,
 )
 
 STORED = json.loads(TABLE.read_text(encoding="utf-8"))

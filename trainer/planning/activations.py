@@ -18,7 +18,7 @@ from trainer.files import write_text
 from trainer.networks import BACKBONES, build_backbone
 from trainer.networks.config import BackboneConfig
 from trainer.networks.recompute import Recompute
-from trainer.planning.backbones import (
+from trainer.planning.stored import (
     STORED_DIM,
     STORED_PRECISIONS,
     STORED_SIZE,
@@ -110,7 +110,7 @@ def saved_sizes(
 
 
 def write_table(names: Sequence[str]) -> None:
-    """Count networks and put them into the table of :mod:`trainer.planning.backbones`: JSON, a network a line."""
+    """Count networks and put them into the table of :mod:`trainer.planning.stored`: JSON, a network a line."""
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
     for name in names:
         sizes = count_network(BackboneConfig(name=name, dim=STORED_DIM), STORED_PRECISIONS, STORED_SIZE)
