@@ -63,8 +63,8 @@ def stages(device: str, small: bool, out: Path) -> list[Stage]:
         *dim,
     )
 
-    def head(name: str, seconds: int, classes: str, *words: str) -> Stage:
-        return Stage(name, (*common, "--classes", classes, *words, "--json", str(out / f"{name}.json")), seconds)
+    def head(name: str, seconds: int, classes: str, *options: str) -> Stage:
+        return Stage(name, (*common, "--classes", classes, *options, "--json", str(out / f"{name}.json")), seconds)
 
     tests = ("pytest", str(ROOT / "tests/cuda"), "-q", "-p", "no:cacheprovider")
     quick = ("-k", "cosface-1.0 or resumed") if small else ()

