@@ -241,6 +241,16 @@ def test_verify_measures_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned > 1.1 * row["measured_bytes"]
 
 
+def test_triton_takes_memory_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.planning import memory
+
+    planned = []
+    for found in (None, object()):
+        monkeypatch.setattr(memory, "find_spec", lambda name, found=found: found)
+        planned.append(make_plan(case_setting(20_000, 0.1, 2, "cpu", [])).device_bytes)
+    assert planned[1] - planned[0] == memory.TRITON_BYTES
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--classes", "2e6", "--gpus", "4", "--backbone", "r18", "--batch", "16", "--image-size", "32"]
     assert main([*words, "--memory", "80GiB", "--json", "-"]) == 0

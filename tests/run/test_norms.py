@@ -133,7 +133,7 @@ def test_every_backbone_can_learn_its_scale(name: str) -> None:
 
 def test_the_test_above_knows_every_backbone() -> None:
     kinds = {name.rstrip("0123456789").replace("vit_", "") for name in BACKBONES if not name.startswith("test_")}
-    assert kinds == {"small", "small_resnet", "iresnet", "ir_", "mobilefacenet", "t", "s", "b", "l"}
+    assert kinds == {"small", "small_resnet", "iresnet", "ir_", "mobilefacenet", "xs", "t", "s", "b", "l"}
 
 
 @pytest.mark.parametrize("learned", [False, True])

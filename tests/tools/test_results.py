@@ -35,6 +35,16 @@ def compat_figures(classes: int) -> dict[str, object]:
     return {"data": "characters", **sizes, **origin, "base": base, "methods": {"lce": lce}}
 
 
+def changes_figures() -> dict[str, object]:
+    cells = {cell: dict.fromkeys(("TAR@FAR=1e-4", "rank-1"), 0.5) for cell in ("old->old", "new->old")}
+    lce = {"met": False, "by": {"TAR@FAR=1e-4": False, "rank-1": True}, "method": "lce-backward", "seeds": [cells]}
+    bct = {"met": False, "reason": "not possible"}
+    line = {"kind": "dimension", "change": "64 → 128", "dims": [64, 128], "cells": {"lce": lce, "bct": bct}}
+    sizes = {"data": "characters", "classes": 4000, "old_classes": 2000, "steps": 800, "old_steps": 800, "seeds": 1}
+    methods = {"methods": {"lce": "LCE", "bct": "BCT"}, "weights": {"lce": 19.0, "bct": 3.1}}
+    return {**sizes, **methods, "lines": [line], "machine": "a machine", "commit": "abc"}
+
+
 def test_the_page_has_tables_plots_and_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, page = tmp_path / "figures", tmp_path / "docs" / "results.md"
     figures.mkdir()
@@ -42,12 +52,14 @@ def test_the_page_has_tables_plots_and_what_is_missing(tmp_path: Path, capsys: p
     given |= {f"compat-{classes}.json": classes for classes in results.FEWER_OR_MORE}
     for name, classes in given.items():
         (figures / name).write_text(json.dumps(compat_figures(classes)))
+    (figures / "changes.json").write_text(json.dumps(changes_figures()))
     assert cli.main(["bench", "results", "--figures", str(figures), "--out", str(page)]) == 0
     assert "compat-both.json" in capsys.readouterr().out
     text = page.read_text()
     assert "| LCE, direct | 20 | 0.500 ± 0.100 |" in text
     assert "0.500 ± 0.100 | 1.06 |" in text
-    assert text.count("Not measured yet.") == len(results.SECTIONS) - len(given)
+    assert text.count("Not measured yet.") == len(results.SECTIONS) - len(given) - 1
+    assert "| dimension | 64 → 128 | 0.500 / 0.500 | 0.500 / 0.500 not by TAR, backward | not possible |" in text
     assert "`lce bench compat --methods" in text
     for plot in results.PLOTS:
         assert f"pictures/{plot}" in text
@@ -94,6 +106,7 @@ def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, mon
     assert [w[1] for w in ran if w[0] == "bench"] == [
         *["compat"] * 8,
         "criterion",
+        "changes",
         "table",
         "head",
         "million",

@@ -5,16 +5,11 @@ looks like another design is in). A font file is found by its name in a folder, 
 wheels (.whl) that lie there, which need not be installed.
 """
 
-import bz2
-import gzip
-import io
-import lzma
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from tools.pictures.archives import read_members
 from trainer.errors import DataError
 
 SYSTEM_FONTS = Path("/usr/share/fonts")
@@ -165,40 +160,5 @@ def _files(source: Path) -> Iterator[Path]:
 
 def _members(archive: Path, names: set[str]) -> dict[str, bytes]:
     """The files of these base names in a .deb or .whl: path in the archive → content."""
-    try:
-        if archive.suffix == ".whl":
-            with zipfile.ZipFile(archive) as wheel:
-                return {name: wheel.read(name) for name in wheel.namelist() if PurePosixPath(name).name in names}
-        with tarfile.open(fileobj=io.BytesIO(_debian_data(archive.read_bytes()))) as tar:
-            return {
-                member.name: content.read()
-                for member in tar
-                if member.isfile() and PurePosixPath(member.name).name in names and (content := tar.extractfile(member))
-            }
-    except (OSError, ValueError, EOFError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{archive}: cannot be read: {error}; unpack it yourself (dpkg-deb -x PACKAGE FOLDER) and give the folder"
-        ) from None
-
-
-def _debian_data(package: bytes) -> bytes:
-    """The tar file data.tar of a Debian package, which is an ar archive (deb(5), ar(5)). Raises ValueError."""
-    unpackers: dict[str, Callable[[bytes], bytes]] = {
-        "xz": lzma.decompress,
-        "gz": gzip.decompress,
-        "bz2": bz2.decompress,
-        "tar": bytes,
-    }
-    if not package.startswith(b"!<arch>\n"):
-        raise ValueError("is no Debian package")
-    start = 8
-    while start + 60 <= len(package):
-        name = package[start : start + 16].decode("ascii", "replace").strip().rstrip("/")
-        size = int(package[start + 48 : start + 58])
-        if name.startswith("data.tar"):
-            kind = name.rpartition(".")[2]
-            if kind not in unpackers:
-                raise ValueError(f"holds {name}, a compression that Python lacks")
-            return unpackers[kind](package[start + 60 : start + 60 + size])
-        start += 60 + size + size % 2
-    raise ValueError("holds no data.tar")
+    remedy = "unpack it yourself (dpkg-deb -x PACKAGE FOLDER) and give the folder"
+    return read_members(archive, lambda path: PurePosixPath(path).name in names, remedy)

@@ -69,9 +69,10 @@ class Source:
 
 
 def _characters(folder: Path, seed: int, classes: int, old_classes: int) -> None:
-    from tools.pictures.sources import Split, cache_folder, write_characters
+    from tools.pictures.sources import Split, write_characters
+    from trainer import files
 
-    write_characters(folder, seed, cache_folder(), Split(train=classes, old=old_classes, seen=min(classes, 5)))
+    write_characters(folder, seed, files.cache_folder(), Split(train=classes, old=old_classes, seen=min(classes, 5)))
 
 
 SOURCES = {"characters": Source(_characters, "demo-characters")}
@@ -190,6 +191,14 @@ class Comparison:
         """Where one of a seed's data sets is."""
         return (self.source.folder or self.folder(seed) / "data") / part
 
+    def typefaces(self, seed: int) -> Path:
+        """Where it stands in which typeface each record of a seed's training set is drawn, (N,) int64."""
+        return (
+            self.source.folder / "train" / "typefaces.npy"
+            if self.source.folder
+            else self.folder(seed) / "typefaces.npy"
+        )
+
     def pictures(self, seed: int) -> None:
         """Make the data sets of a seed, unless they are there for all."""
         folder, write = self.folder(seed), self.source.write
@@ -198,15 +207,22 @@ class Comparison:
             return
 
         def action() -> None:
+            import numpy as np
+
             from trainer.data.listing import list_source
-            from trainer.data.packing import PackOptions, pack
+            from trainer.data.packing import PackOptions, pack, packed_order
+            from trainer.files import write_array
 
             with tempfile.TemporaryDirectory(prefix="pictures-", dir=folder) as temporary:
                 write(Path(temporary), seed, self.classes, self.old_classes)
                 for name in SETS:
-                    pack(list_source(Path(temporary) / name), self.dataset(seed, name), PackOptions())
+                    listing = list_source(Path(temporary) / name)
+                    pack(listing, self.dataset(seed, name), PackOptions())
+                    if name == "train":
+                        order = packed_order(listing, PackOptions())
+                        write_array(self.typefaces(seed), np.array([int(Path(listing.files[k]).stem) for k in order]))
 
-        sets = [self.dataset(seed, name) for name in SETS]
+        sets = [*(self.dataset(seed, name) for name in SETS), self.typefaces(seed)]
         Steps(folder / "stamps" / "pictures", _silent).run("pictures", "", self._pictures_key(seed), sets, action)
 
     def _pictures_key(self, seed: int) -> list[str]:

@@ -41,6 +41,7 @@ OLD, PARAGON = "old", "paragon"
 CRITERION = "TAR@FAR=1e-4"
 METRICS = (CRITERION, "rank-1")
 SHOWN = ("new->old", "new->new")
+CLASSES = 4000
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ METHODS = {
     "lce-backward": _method("LCE, backward", "lce", "bank", "compat.mode=backward"),
     "lce-forward": _method("LCE, forward", "lce", "bank", "compat.mode=forward"),
 }
+MAPPED = ("fct", "lce-backward", "lce-forward")
+"""Those that compare two models of different dimensions, through maps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,13 +118,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all training runs: backbone.width=4")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the benchmarks with a comparison train on."""
+def add_data_arguments(
+    parser: argparse.ArgumentParser, old: str = "of them, the old model's (500; not of a folder)"
+) -> None:
+    """What the benchmarks with a comparison train on; ``old`` says what ``--old-classes`` is."""
     parser.add_argument(
         "--data", metavar="NAME", default="characters", help="characters, or a folder made by lce characters"
     )
     parser.add_argument("--classes", type=int, help="training identities of the new models (4,000; not of a folder)")
-    parser.add_argument("--old-classes", type=int, help="of them, the old model's (500; not of a folder)")
+    parser.add_argument("--old-classes", type=int, help=old)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -130,9 +135,9 @@ def run(args: argparse.Namespace) -> int:
     from tools.output import table_console
     from tools.steps import interruptible
 
-    names = _names(args.methods)
+    names = names_of(args.methods)
     _check(args)
-    comparison, weights = make_comparison(args), _weights_of(args.weights, names)
+    comparison, weights = make_comparison(args), weights_of(args.weights, names)
     with interruptible():
         figures = compare(comparison, names, args.seeds, rungs_of(args), weights)
         if args.time:
@@ -160,7 +165,7 @@ def make_comparison(args: argparse.Namespace) -> "Comparison":
     source, asked = source_of(args.data), (args.classes, args.old_classes)
     if source.folder and asked != (None, None):
         raise ConfigError(f"--classes and --old-classes do not go with a folder: {args.data} says how many there are")
-    classes, old = source.counts() if source.folder else (asked[0] or 4000, asked[1] or 500)
+    classes, old = source.counts() if source.folder else (asked[0] or CLASSES, asked[1] or 500)
     sizes = (classes, old, args.steps, args.old_steps)
     comparison = Comparison(args.out.absolute(), source, *sizes, tuple(args.overrides), args.parallel)
     comparison.check()
@@ -182,7 +187,7 @@ def rungs_of(args: argparse.Namespace) -> list[Rung]:
     return [Rung(size, args.trial_steps * 2**number) for number, size in enumerate(sizes)]
 
 
-def _weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | None:
+def weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | None:
     """The weights that an earlier run chose. Raises :class:`ConfigError`: unreadable, or not there for a method."""
     import json
 
@@ -202,7 +207,8 @@ def _weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | N
         raise ConfigError(f"--weights {path}: not the JSON of lce bench compat, or a method without a weight") from None
 
 
-def _names(text: str) -> list[str]:
+def names_of(text: str) -> list[str]:
+    """The methods that an option names. Raises :class:`ConfigError`: an unknown one."""
     from trainer.errors import ConfigError
 
     names = list(METHODS) if text == "all" else text.split(",")

@@ -58,6 +58,12 @@ def _compat(figures: dict[str, Any]) -> str:
     return markdown(figures)
 
 
+def _changes(figures: dict[str, Any]) -> str:
+    from tools.results.changes import markdown
+
+    return markdown(figures)
+
+
 def _criterion(figures: dict[str, Any]) -> str:
     lines = ["| mode | D1 | D2 | seed | old → old | new → old | met |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for line in figures["lines"]:
@@ -178,6 +184,12 @@ SECTIONS = (
         "criterion.json",
         ("bench criterion --out {work}/criterion --json {json}",),
         _criterion,
+    ),
+    Section(
+        "Every kind of change",
+        "changes.json",
+        ("bench changes --weights {figures}/compat.json --out {work}/changes --json {json}",),
+        _changes,
     ),
     Section("The class-sharded head", "head.json", ("bench table --out {figures}",), _head),
     Section(
@@ -409,6 +421,33 @@ def _plot_classes(known: dict[str, Any], path: Path) -> bool:
     return True
 
 
+def _plot_changes(known: dict[str, Any], path: Path) -> bool:
+    """new→old of each method and old→old, a line for every change."""
+    from tools.results.changes import means
+
+    figures = known["changes.json"]
+    if figures is None:
+        return False
+    axes, save = _axes("TAR at FAR 1e-4, unseen identities", "")
+    lines = figures["lines"][::-1]
+    for sign, (colour, name) in enumerate(zip(COLOURS[1:], figures["methods"], strict=False)):
+        found = {
+            row: values[METRIC] for row, one in enumerate(lines) if (values := means(one["cells"][name], "new->old"))
+        }
+        rows = [row + 0.15 * (len(figures["methods"]) / 2 - sign) for row in found]
+        axes.plot(list(found.values()), rows, "o", color=colour, label=f"{figures['methods'][name]}: new → old")
+    old = {
+        row: values[METRIC]
+        for row, one in enumerate(lines)
+        for cell in one["cells"].values()
+        if (values := means(cell, "old->old"))
+    }
+    axes.plot(list(old.values()), list(old), "k|", ms=18, label="old → old")
+    axes.set_yticks(range(len(lines)), [one["change"] for one in lines])
+    save(path)
+    return True
+
+
 def _gain(method: dict[str, Any]) -> dict[str, Any] | None:
     """A method's update gain over the seeds; None where the paragon is no better than the old model."""
     gain: dict[str, Any] | None = method["spread"].get("update_gain", {}).get(METRIC)
@@ -425,6 +464,7 @@ PLOTS = {
     "results-weights.png": _plot_weights,
     "results-growth.png": _plot_growth,
     "results-classes.png": _plot_classes,
+    "results-changes.png": _plot_changes,
 }
 CAPTIONS = {
     "results-growth.png": "More training identities, the same old models: a run's identities are among those of the "
@@ -433,6 +473,8 @@ CAPTIONS = {
     "results-weights.png": "What each method's weight does (4,000 syllables, seed 0, validation identities).",
     "results-classes.png": "Update gain over the number of training identities, where the paragon has learned, and "
     "that of queries at the old centres. The old model and the characters differ between the points.",
+    "results-changes.png": "The search of the old gallery when one thing or two change between the models. No point: "
+    "the method needs equal dimensions.",
 }
 
 

@@ -252,14 +252,20 @@ def _is_whole(part: _Part, known: PartInfo, sums: Sums) -> bool:
     return not any(find_change(path, *sums[path.name]) for path in tables if path.name in sums)
 
 
-def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
-    n = len(listing)
+def packed_order(listing: Listing, options: PackOptions) -> NDArray[np.int64]:
+    """Which image of the listing each record is, (N,)."""
     if options.layout == "insightface":
-        order, width = np.argsort(listing.labels, kind="stable"), n
-    else:
-        random = np.random.Generator(np.random.Philox(key=options.seed or 0))
-        order = np.arange(n) if options.seed is None else random.permutation(n)
-        width = options.part_records or max(_SMALLEST_PART, -(-n // _MOST_PARTS))
+        return np.argsort(listing.labels, kind="stable")
+    if options.seed is None:
+        return np.arange(len(listing))
+    return np.random.Generator(np.random.Philox(key=options.seed)).permutation(len(listing))
+
+
+def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
+    n, order = len(listing), packed_order(listing, options)
+    width = options.part_records or max(_SMALLEST_PART, -(-n // _MOST_PARTS))
+    if options.layout == "insightface":
+        width = n
     # Data sets that were packed before there was a limit are still the same packing.
     chosen = {key: value for key, value in asdict(options).items() if (key, value) != ("max_pixels", _MOST_PIXELS)}
     plan = hashlib.blake2b((listing.digest() + json.dumps(chosen)).encode(), digest_size=16).hexdigest()

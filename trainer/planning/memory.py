@@ -8,6 +8,7 @@ GPU's, unless it says that it is the host's.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from trainer.compat.methods.config import (
@@ -34,6 +35,8 @@ Moment = Literal["always", "step", "load"]
 PROCESS_BYTES = 370 * 2**20
 COMPILER_BYTES = 110 * 2**20
 """What torch.compile leaves in the process that used it."""
+TRITON_BYTES = 80 * 2**20
+"""What triton takes, which torch imports with the first update where it is installed."""
 # Not measured here: no such device was at hand.
 CUDA_CONTEXT_BYTES = 600 * 2**20
 NCCL_BYTES = 400 * 2**20
@@ -123,7 +126,11 @@ def _process(setting: Setting) -> list[Part]:
     large = setting.rows >= COMPILE_FROM_ROWS and setting.config.head.impl != "reference"
     compiled = large and not _native(setting)
     if setting.device == "cpu":
-        return [Part("process", PROCESS_BYTES), Part("torch.compile", COMPILER_BYTES if compiled else 0)]
+        return [
+            Part("process", PROCESS_BYTES),
+            Part("torch.compile", COMPILER_BYTES if compiled else 0),
+            Part("triton, as installed here", TRITON_BYTES if find_spec("triton") else 0),
+        ]
     nccl = NCCL_BYTES if setting.world_size > 1 else 0
     return [
         Part("CUDA context", CUDA_CONTEXT_BYTES, measured=False),
