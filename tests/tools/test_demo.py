@@ -156,9 +156,11 @@ def outcome_of(seed: int, tar: dict[str, float], rank1: dict[str, float], answer
         }
         for metric, value in metrics.items()
     ]
+    clear = {"value": 0.5, "low": 0.4, "high": 0.6}
+    gain = {"update_gain": clear, "headroom": clear if answer == "SAFE" else {"value": 0.1, "low": -0.1, "high": 0.3}}
     unseen = {
         "cells": {name: cell(name) for name in tar},
-        "gain": {metric: {"update_gain": {"value": 0.5}} for metric in [*metrics, "TAR@FAR=0.1"]},
+        "gain": dict.fromkeys([*metrics, "TAR@FAR=0.1"], gain),
     }
     return Outcome(
         seed,
@@ -187,7 +189,10 @@ def test_the_outcome_is_computed_from_the_figures() -> None:
     rank = outcome["spread"]["matrix"]["new->old rank-1"]
     assert rank["mean"] == pytest.approx(0.7)
     assert rank["deviation"] == pytest.approx(0.2 / 2**0.5)
-    assert set(outcome["seeds"][0]["update_gain"]) == {"TAR@FAR=1e-2", "rank-1"}
+    assert outcome["seeds"][0]["update_gain"] == {"TAR@FAR=1e-2": 0.5, "rank-1": 0.5}
+    assert outcome["seeds"][1]["update_gain"] == {"TAR@FAR=1e-2": None, "rank-1": None}  # the paragon is hardly better
+    assert "not clearly better" in outcome["seeds"][1]["no_gain"]["rank-1"]
+    assert outcome["spread"]["update_gain"]["rank-1"]["mean"] == 0.5
     assert "pretrained" not in outcome["spread"]
 
 

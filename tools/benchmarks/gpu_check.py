@@ -92,7 +92,7 @@ def stages(device: str, small: bool, out: Path) -> list[Stage]:
             "--against",
             "fused",
         )
-        found.append(replace(head(f"triton-{million}-{rate}", 40, million, *words), skipped=skipped))
+        found.append(replace(head(f"triton-{million}-{rate}", 40, million, *options), skipped=skipped))
     for compute in ("float32", "tf32", "bfloat16"):
         for rate in ("1.0", "0.1"):
             side = () if compute == "float32" else ("--only", "ours")

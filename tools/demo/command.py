@@ -107,12 +107,12 @@ def summarise(data: str, outcomes: Sequence["Outcome"]) -> dict[str, Any]:
     """The outcome of all seeds as plain values.
 
     Returns:
-        ``seeds``: per seed its verdict, the pairwise criterion per set and metric, the matrix on the unseen identities,
-        update gain, the ONNX figures, seconds and report, and, where there is a pretrained old model, ``pretrained``:
-        the verdict on the maps to it and the figures of both sets. ``spread``: mean and standard deviation (over seeds,
-        0 for one) of the matrix, the gain and the figures of the pretrained model. ``criterion_met`` and ``safe``: in
-        how many seeds new→old is above old→old in every judged metric of the unseen identities, and the verdict over
-        all sets is SAFE.
+        ``seeds``: per seed its verdict, the pairwise criterion per set and metric, the matrix on the unseen
+        identities, update gain (None where it says nothing) and why (``no_gain``), the ONNX figures, seconds and
+        report, and, where there is a pretrained old model, ``pretrained``: the verdict on the maps to it and the
+        figures of both sets. ``spread``: mean and standard deviation (over seeds, 0 for one) of the matrix, the gain
+        and the figures of the pretrained model. ``criterion_met`` and ``safe``: in how many seeds new→old is above
+        old→old in every judged metric of the unseen identities, and the verdict over all sets is SAFE.
     """
     seeds = [_summarise_one(one) for one in outcomes]
     figures = {key: [one[key] for one in seeds] for key in ("matrix", "update_gain")}
@@ -155,17 +155,22 @@ def _judgement(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summarise_one(outcome: "Outcome") -> dict[str, Any]:
+    from trainer.evaluation.report_sections import no_gain
+
     unseen = outcome.evaluation["sets"]["unseen"]
     judgement = _judgement(outcome.evaluation)
     judged = list(judgement["criterion"]["unseen"])
+    gains = {metric: value for metric, value in unseen["gain"].items() if metric in judged and value is not None}
+    reasons = {metric: why for metric, value in gains.items() if (why := no_gain(value))}
     matrix = {f"{cell} {metric}": _figure(unseen["cells"][cell], metric) for cell in SHOWN_CELLS for metric in judged}
     summary = {
         "seed": outcome.seed,
         **judgement,
         "matrix": matrix,
         "update_gain": {
-            metric: value["update_gain"]["value"] for metric, value in unseen["gain"].items() if metric in judged
+            metric: None if metric in reasons else value["update_gain"]["value"] for metric, value in gains.items()
         },
+        "no_gain": reasons,
         "onnx": {
             "largest_difference": outcome.export["largest_difference"],
             "images_compared": outcome.export["images"],
@@ -225,6 +230,8 @@ def _print(console: "Console", outcome: dict[str, Any]) -> None:
             f"{onnx['images_compared']} images and finds {onnx['new->old']['rank-1']:.1%} in the old gallery at "
             f"rank 1; {sum(one['seconds'].values()):.0f} s in all"
         )
+        for metric, why in one["no_gain"].items():
+            console.print(f"  no gain by {metric}: {why}", soft_wrap=True, markup=False)
         _print_verdict(console, one)
         if one["answer"] != "SAFE" and one["trained_on"] < one["dim"]:
             console.print(

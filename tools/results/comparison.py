@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -245,14 +246,14 @@ class Comparison:
         from trainer.run.config import dump_config, load_config
 
         run = self.folder(seed) / name
-        config, common = self._recipe(seed, recipe, run)
-        overrides = [*common, *overrides]
-        key = [dump_config(load_config(config, overrides)).replace(str(self.out), "lab"), *self._pictures_key(seed)]
+        config, words = self._recipe(seed, recipe, run)
+        words += overrides
+        key = [dump_config(load_config(config, words)).replace(str(self.out), "lab"), *self._pictures_key(seed)]
         if old_model is not None:
             key.append(self._hash(self.folder(seed) / old_model))
 
         def action() -> None:
-            self._run(seed, name, config, overrides)
+            self._run(seed, name, config, words)
 
         Steps(self.folder(seed) / "stamps" / name, _silent).run("train", "", key, [run], action, continues=True)
         return run
@@ -260,75 +261,87 @@ class Comparison:
     def _recipe(self, seed: int, recipe: str, run: Path) -> tuple[Path, list[str]]:
         """The configuration of a training run in the run folder ``run``, and its overrides."""
         old, known = recipe == "old", self.source.folder
-        overrides = [f"data.path={self.dataset(seed, 'old' if old and not known else 'train')}"]
-        overrides += [f"data.labels={known / OLD_LABELS}"] if old and known else []
-        overrides += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
-        return CONFIGS / f"{self.source.config}-{recipe}.yaml", [*overrides, *QUIET, *self.settings]
+        words = [f"data.path={self.dataset(seed, 'old' if old and not known else 'train')}"]
+        words += [f"data.labels={known / OLD_LABELS}"] if old and known else []
+        words += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
+        return CONFIGS / f"{self.source.config}-{recipe}.yaml", [*words, *QUIET, *self.settings]
 
-    def _run(self, seed: int, name: str, config: Path, overrides: Sequence[str]) -> None:
+    def _run(self, seed: int, name: str, config: Path, words: Sequence[str]) -> None:
         log = self.folder(seed) / "output" / f"{name}.txt"
-        status = self.children.run([sys.executable, "-m", "trainer", str(config), *overrides], log)
+        status = self.children.run([sys.executable, "-m", "trainer", str(config), *words], log)
         if status:
             where = f"exit status {status}; all of it: {log.relative_to(self.out)} in --out"
             raise TrainingFailed(f"{name}, seed {seed}: {_last_line(log)} ({where})")
 
-    def bank(self, seed: int, old: str) -> None:
-        """The old model's centre bank ``OLD-bank`` and embeddings ``OLD.npy`` by record of the training set."""
-        folder = self.folder(seed)
-        bank, embeddings = folder / f"{old}-bank", folder / f"{old}.npy"
+    def bank(self, seed: int, old: str, labels: Path | None = None, called: str | None = None) -> tuple[Path, Path]:
+        """The old model's centre bank ``OLD-bank`` and embeddings ``OLD.npy`` by record of the training set.
+
+        Args:
+            labels: a table of other labels than the set's own. called: instead of ``OLD``.
+        """
+        folder, called = self.folder(seed), called or old
+        bank, embeddings = folder / f"{called}-bank", folder / f"{called}.npy"
 
         def action() -> None:
             from trainer.compat.bank.from_model import bank_from_model
             from trainer.data import open_dataset
             from trainer.models.open import load_model
 
-            dataset = open_dataset(self.dataset(seed, "train"))
+            dataset = open_dataset(self.dataset(seed, "train"), labels)
             bank_from_model(load_model(folder / old), dataset, bank, keep_embeddings=embeddings)
 
-        Steps(folder / "stamps" / f"{old}-bank", _silent).run(
-            "bank", "", [self._hash(folder / old)], [bank, embeddings], action
-        )
+        key = [self._hash(folder / old), *([] if labels is None else [str(zlib.crc32(labels.read_bytes()))])]
+        Steps(folder / "stamps" / f"{called}-bank", _silent).run("bank", "", key, [bank, embeddings], action)
+        return bank, embeddings
 
     def measure(self, seed: int, part: str, old: str, new: str, paragon: str | None = None) -> dict[str, Any]:
-        """What a new model finds in the old gallery; kept as ``figures/NEW-PART-….json``.
+        """What a new model finds in the old gallery; kept as ``figures/PART/NEW.json``.
 
         Args:
             part: ``validation`` or ``unseen``. old, new, paragon: names of training runs.
 
         Returns:
             ``cells``: "query->gallery" → {metric: value}; with a paragon also ``update_gain`` and ``cost`` (metric →
-            value, None where not defined).
+            value, None where not defined), and ``replicates`` of the cells that these are made of (see
+            :mod:`tools.results.paired`).
         """
         folder = self.folder(seed)
         names = {"old": old, "new": new} | ({"paragon": paragon} if paragon else {})
         hashes = [self._hash(folder / name) for name in names.values()]
-        kept = folder / "figures" / part / f"{new}.json"
-        if kept.is_file():
-            known = json.loads(kept.read_text())
-            if known["models"] == hashes:
+        place = folder / "figures" / part / f"{new}.json"
+        if place.is_file():
+            known = json.loads(place.read_text())
+            whole = paragon is None or "replicates" in known["figures"]  # older ones have none
+            if known["models"] == hashes and whole:
                 return dict(known["figures"])
         figures = self._figures(seed, part, names)
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         from trainer.files import write_text
 
-        write_text(kept, json.dumps({"models": hashes, "figures": figures}, indent=1))
+        write_text(place, json.dumps({"models": hashes, "figures": figures}, indent=1))
         return figures
 
     def _figures(self, seed: int, part: str, names: dict[str, str]) -> dict[str, Any]:
+        from tools.results.paired import REPLICATES
         from trainer.evaluation.compatibility import gain
         from trainer.evaluation.results import Options, measure_cells, plain
 
-        one = self._embedded(seed, part, names)
-        cells = measure_cells(one, Options(fars=(FAR,), replicates=2), lambda stage: None)
+        one, full = self.embedded(seed, part, names), "paragon" in names
+        cells = measure_cells(one, Options(fars=(FAR,), replicates=REPLICATES if full else 2), lambda stage: None)
         figures: dict[str, Any] = {"cells": {f"{q}->{g}": cell.value for (q, g), cell in cells.items()}}
         for metric in cells["old", "old"].value:
             found = gain(cells, metric)
             if found is not None:
                 figures.setdefault("update_gain", {})[metric] = found.update_gain.value
                 figures.setdefault("cost", {})[metric] = found.cost.value
+        if full:
+            figures["replicates"] = {
+                f"{q}->{g}": {metric: values.round(4) for metric, values in cells[q, g].replicates.items()}
+                for q, g in (("old", "old"), ("new", "old"), ("paragon", "paragon"))
+            }
         return dict(plain(figures))
 
-    def _embedded(self, seed: int, part: str, names: dict[str, str]) -> "NamedSet":
+    def embedded(self, seed: int, part: str, names: dict[str, str]) -> "NamedSet":
         """A seed's set under the models that ``names`` gives for each role."""
         from trainer.data import open_dataset
         from trainer.distributed import Ranks
@@ -347,7 +360,7 @@ class Comparison:
         :func:`trainer.evaluation.compatibility.centre_queries`): metric → value."""
         from trainer.evaluation.compatibility import centre_queries
 
-        one = self._embedded(seed, part, {"old": old})
+        one = self.embedded(seed, part, {"old": old})
         return centre_queries(one.spaces.native["old"], one.labels, (FAR,))
 
     def update_seconds(
@@ -365,10 +378,10 @@ class Comparison:
         """
         found: dict[str, list[float]] = {name: [] for name in overrides}
         for _ in range(TIMED_ROUNDS):
-            for name, own in overrides.items():
+            for name, words in overrides.items():
                 with tempfile.TemporaryDirectory(prefix="timed-", dir=self.folder(0)) as folder:
                     config, common = self._recipe(0, "paragon", Path(folder, name))
-                    self._run(0, f"timed-{name}", config, [*common, *own, f"train.steps={TIMED_STEPS}"])
+                    self._run(0, f"timed-{name}", config, [*common, *words, f"train.steps={TIMED_STEPS}"])
                     lines = Path(folder, name, "log.jsonl").read_text().splitlines()
                 later = [json.loads(line)["step_seconds"] for line in lines[2:]]  # without the first 20 updates
                 found[name].append(statistics.median(later))

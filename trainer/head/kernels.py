@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.distributed import all_threads
+
 CHUNK_NUMBERS = 1 << 26
 """Logits of a chunk on CUDA: 268 MB in float32, whatever the batch."""
 
@@ -71,12 +73,14 @@ def _with_fallback(function: Callable[..., Any], kernels: Kernels) -> Callable[.
         if not kernels.compiled:
             return function(*arguments)
         try:
-            return fast(*arguments)
+            with all_threads():  # the number of threads is compiled in
+                return fast(*arguments)
         except Exception as error:  # whatever the compiler of this machine raises: none, broken, unsupported
             problem = error
         try:  # a run that was killed while it compiled leaves a library without content in the cache, for good
             fast = _compiled_anew(function)
-            return fast(*arguments)
+            with all_threads():
+                return fast(*arguments)
         except Exception:
             kernels.compiled = False
             _problems.append(f"{' '.join(str(problem).split()):.200}")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.distributed import thread_count
 from trainer.files import cache_folder, is_own
 from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.head.fused import FusedSoftmax, OldCenters
@@ -108,7 +109,7 @@ class NativeSoftmax(FusedSoftmax):
         rows, drawn, batch, x = inputs.rows, inputs.drawn, len(inputs.batch.x), inputs.batch.x
         if deferred or self.gated or not batch or not rows.count:
             return super().first_pass(inputs, deferred)
-        optimizer, index, threads = self.optimizer, inputs.targets.index, torch.get_num_threads()
+        optimizer, index, threads = self.optimizer, inputs.targets.index, thread_count()
         assert isinstance(optimizer, SgdRows), "covers() chose it"
         sums, alignment = torch.zeros(threads, batch, dtype=torch.float64), torch.zeros(threads, dtype=torch.float64)
         inverse = torch.empty(rows.count, 1)

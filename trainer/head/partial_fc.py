@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from trainer.distributed import Labels, Ranks, as_sharded, class_mesh, gather_batch, gather_rows, scale_gradient, send
+from trainer.distributed import (
+    Labels,
+    Ranks,
+    as_sharded,
+    class_mesh,
+    gather_batch,
+    gather_rows,
+    one_thread,
+    scale_gradient,
+    send,
+)
 from trainer.errors import ConfigError, DataError
 from trainer.head import native, triton_pass
 from trainer.head.config import HeadConfig, SgdRowsConfig
@@ -189,7 +199,7 @@ class PartialFC(nn.Module):
             raise DataError(f"label {largest} in a batch, but the head has {self.classes.total} classes")
         verdict = Verdict()  # settled below, read in backward
         x = _FiniteGradient.apply(x, verdict)
-        with torch.no_grad():
+        with torch.no_grad(), one_thread():
             rate = self._rate(step)
             draw = Draw.of(self.seed, step, self.classes.total, rate) if rate < 1 else None
             drawn = draw_rows(every.host, self.classes, draw, x.device)
@@ -290,7 +300,8 @@ class _FiniteGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return torch.where(ctx.verdict.finite, grads[0], 0.0), None
+        with one_thread():
+            return torch.where(ctx.verdict.finite, grads[0], 0.0), None
 
 
 def initial_rows(
