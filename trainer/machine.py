@@ -61,11 +61,11 @@ def other_ranks(on_node: int) -> int:
     launcher, siblings, others = os.getppid(), 0, 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
+            argv = (folder / "cmdline").read_bytes().split(b"\0")
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             continue  # it has ended, or is not ours to read
-        if (b"-m", b"trainer") in pairwise(words[:8]) and int(folder.name) not in (os.getpid(), launcher):
+        if (b"-m", b"trainer") in pairwise(argv[:8]) and int(folder.name) not in (os.getpid(), launcher):
             siblings, others = siblings + (parent == launcher), others + (parent != launcher)
     return others + max(0, siblings - (on_node - 1))
 

@@ -80,6 +80,9 @@ def test_older_figures_have_no_interval() -> None:
     old = [{key: value for key, value in one.items() if key != "replicates"} for one in seeds(0.6)]
     assert difference(old, seeds(0.5), METRIC) is None
     assert difference([], seeds(0.5), METRIC) is None
+    fewer = copy.deepcopy(seeds(0.6))
+    fewer[1]["replicates"]["new->old"][METRIC].pop()  # other draws
+    assert difference(fewer, seeds(0.5), METRIC) is None
     text = compat.markdown(figures({"lce": old, "bct": seeds(0.5)}))
     assert "LCE less each other method" not in text
 

@@ -70,8 +70,8 @@ def stages(device: str, small: bool, out: Path) -> list[Stage]:
         *dim,
     )
 
-    def head(name: str, seconds: int, classes: str, *words: str) -> Stage:
-        return Stage(name, (*common, "--classes", classes, *words, "--json", str(out / f"{name}.json")), seconds)
+    def head(name: str, seconds: int, classes: str, *options: str) -> Stage:
+        return Stage(name, (*common, "--classes", classes, *options, "--json", str(out / f"{name}.json")), seconds)
 
     tests = ("pytest", str(ROOT / "tests/cuda"), "-q", "-p", "no:cacheprovider")
     quick = ("-k", "cosface-1.0 or resumed") if small else ()
@@ -80,7 +80,7 @@ def stages(device: str, small: bool, out: Path) -> list[Stage]:
     skipped = _no_triton(device)
     found.append(Stage("triton-equality", kernels, 40, skipped))
     for rate in ("1.0", "0.1"):
-        words = (
+        options = (
             "--rate",
             rate,
             "--rows",
@@ -92,7 +92,7 @@ def stages(device: str, small: bool, out: Path) -> list[Stage]:
             "--against",
             "fused",
         )
-        found.append(replace(head(f"triton-{million}-{rate}", 40, million, *words), skipped=skipped))
+        found.append(replace(head(f"triton-{million}-{rate}", 40, million, *options), skipped=skipped))
     for compute in ("float32", "tf32", "bfloat16"):
         for rate in ("1.0", "0.1"):
             side = () if compute == "float32" else ("--only", "ours")

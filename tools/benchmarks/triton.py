@@ -99,12 +99,12 @@ def compiled(sm: int, which: str, rows: str, products: str, drawn: bool, filtere
     constants = _constants(which, drawn, filtered) | {"PRECISION": "tf32" if products == "tf32" else "ieee"}
     constants |= {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
     types = {name: _type(name, which, rows, products) for name in kernel.arg_names if name not in constants}
-    pointers = [place for place, kind in enumerate(types.values()) if kind.startswith("*")]
+    pointers = [number for number, kind in enumerate(types.values()) if kind.startswith("*")]
     source = ASTSource(
         fn=kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
-        attrs={(place,): [["tt.divisibility", 16]] for place in pointers},
+        attrs={(number,): [["tt.divisibility", 16]] for number in pointers},
     )
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)

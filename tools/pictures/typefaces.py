@@ -121,7 +121,7 @@ class Found:
         return _members(self.path, {PurePosixPath(self.member).name})[self.member]
 
 
-def find(places: Sequence[Path], script: str) -> list[Found]:
+def find(sources: Sequence[Path], script: str) -> list[Found]:
     """The typefaces of :data:`CATALOGUE` for a script, in its order, that are found in the places.
 
     Args:
@@ -133,7 +133,7 @@ def find(places: Sequence[Path], script: str) -> list[Found]:
     """
     wanted = {file for typeface in CATALOGUE for file, _ in typeface.files}
     files: dict[str, tuple[Path, str]] = {}
-    for path in (path for place in places for path in _files(place)):
+    for path in (path for source in sources for path in _files(source)):
         if path.suffix in _FONT_SUFFIXES:
             files.setdefault(path.name, (path, ""))
         else:
@@ -148,14 +148,14 @@ def find(places: Sequence[Path], script: str) -> list[Found]:
     return found
 
 
-def _files(place: Path) -> Iterator[Path]:
+def _files(source: Path) -> Iterator[Path]:
     kinds = (*_FONT_SUFFIXES, *_ARCHIVES)
-    if place.is_file() and place.suffix in kinds:
-        yield place
-    elif place.is_dir():
-        yield from (path for path in sorted(place.rglob("*")) if path.suffix in kinds and path.is_file())
+    if source.is_file() and source.suffix in kinds:
+        yield source
+    elif source.is_dir():
+        yield from (path for path in sorted(source.rglob("*")) if path.suffix in kinds and path.is_file())
     else:
-        raise DataError(f"--fonts {place}: no such folder, font file, .deb or .whl")
+        raise DataError(f"--fonts {source}: no such folder, font file, .deb or .whl")
 
 
 def _members(archive: Path, names: set[str]) -> dict[str, bytes]:

@@ -70,8 +70,8 @@ def _method(title: str, method: str, needs: str, *more: str) -> Method:
     """The weights are those that ``lce tune`` tries."""
     area = RANGES[method]
     files = {"bank": "compat.bank={bank}", "old": "compat.old_embeddings={embeddings}"}
-    words = [f"compat.method={method}", *more, *(files[name] for name in needs.split())]
-    return Method(title, (*words, *(f"compat.{key}={{weight}}" for key in area.keys)), area.low, area.high)
+    overrides = [f"compat.method={method}", *more, *(files[name] for name in needs.split())]
+    return Method(title, (*overrides, *(f"compat.{key}={{weight}}" for key in area.keys)), area.low, area.high)
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--trial-steps {args.trial_steps}: from 1 to --steps, {args.steps}")
     if min(args.seeds, args.trials) < 1:
         raise ConfigError(f"--seeds {args.seeds} --trials {args.trials}: both at least 1")
-    for option, place in (("--json", args.json), ("--markdown", args.markdown)):
-        if place not in (None, "-") and not Path(place).absolute().parent.is_dir():
-            raise ConfigError(f"{option} {place}: the folder {Path(place).absolute().parent} does not exist")
+    for option, file in (("--json", args.json), ("--markdown", args.markdown)):
+        if file not in (None, "-") and not Path(file).absolute().parent.is_dir():
+            raise ConfigError(f"{option} {file}: the folder {Path(file).absolute().parent} does not exist")
 
 
 # ---- training and measuring ----
@@ -391,11 +391,11 @@ def _name(name: str, weight: float) -> str:
 
 
 def _train(comparison: "Comparison", name: str, seed: int, weight: float, updates: int | None = None) -> str:
-    called, words = _name(name, weight), _overrides(comparison, name, seed, weight)
+    called, overrides = _name(name, weight), _overrides(comparison, name, seed, weight)
     if updates not in (None, comparison.steps):
-        called, words = f"{called}-{updates}", [*words, f"train.steps={updates}"]
+        called, overrides = f"{called}-{updates}", [*overrides, f"train.steps={updates}"]
     if METHODS[name].settings:
-        comparison.train(seed, called, PARAGON, words, OLD)
+        comparison.train(seed, called, PARAGON, overrides, OLD)
     return called
 
 
@@ -476,11 +476,11 @@ _COLUMNS = [
 
 def _rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and lines of the table: the old model's, its centres' and the paragon's own figures, then every method's."""
-    words = {"new->old": "new → old", "new->new": "new → new", "update_gain": "update gain", "cost": "cost"}
+    titles = {"new->old": "new → old", "new->new": "new → new", "update_gain": "update gain", "cost": "cost"}
     short = {CRITERION: "TAR", "rank-1": "rank-1"}
     spreads, why = [one["spread"] for one in figures["methods"].values()], no_gain(figures)
     columns = [column for column in _COLUMNS if any(column[0] in spread for spread in spreads)]
-    head = ["method", "weight", *(f"{words[part]} {short[metric]}" for part, metric in columns)]
+    head = ["method", "weight", *(f"{titles[part]} {short[metric]}" for part, metric in columns)]
     own = {cell: [_text(values[metric]) for metric in METRICS] for cell, values in figures["base"].items()}
     lines = [
         ["old → old", "", *own["old->old"], *[""] * (len(columns) - 2)],

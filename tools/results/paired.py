@@ -27,7 +27,8 @@ def difference(ours: Seeds, theirs: Seeds, metric: str, cell: str = "new->old") 
     """Ours less theirs in a cell's metric, the mean over the seeds that both have, with its 95 % interval.
 
     A replicate draws identities and, with replacement, seeds: with one seed the interval knows nothing of how another
-    training run would have ended. None where a seed is missing in all, or has no replicates.
+    training run would have ended. None where no seed is in both, or replicates are missing or of different numbers, so
+    that they are not the same draws.
     """
     import numpy as np
 
@@ -35,7 +36,8 @@ def difference(ours: Seeds, theirs: Seeds, metric: str, cell: str = "new->old") 
 
     other = {one["seed"]: one for one in theirs}
     pairs = [(one, other[one["seed"]]) for one in ours if one["seed"] in other]
-    if not pairs or not all(_replicates(one, cell, metric) for pair in pairs for one in pair):
+    counts = {len(_replicates(one, cell, metric)) for pair in pairs for one in pair}
+    if len(counts) != 1 or 0 in counts:
         return None
     first, second = (np.array([_replicates(pair[at], cell, metric) for pair in pairs]) for at in (0, 1))
     apart = first - second  # (seeds, r)

@@ -1,6 +1,6 @@
 """Make the committed table of the head's figures again: one `lce bench head` after the other, head.json and head.md.
 
-Takes about twenty minutes on two cores and 20 GiB; run it on a machine that does nothing else.
+Takes about forty minutes on two cores and 20 GiB; run it on a machine that does nothing else.
 
 Example:
   lce bench table --out benchmarks

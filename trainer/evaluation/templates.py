@@ -235,12 +235,12 @@ def pool(
     sizes = np.diff(np.append(starts, len(t)))
     share = np.empty(len(t), np.float32)  # what an image counts in the sum of its template
     share[order] = weights[order] / np.repeat(sizes, sizes)
-    numbers, place = np.unique(template, return_inverse=True)
+    numbers, group = np.unique(template, return_inverse=True)
     sums = torch.zeros(len(numbers), embeddings.shape[1])
-    for a in range(0, len(place), 1 << 14):
+    for a in range(0, len(group), 1 << 14):
         part = slice(a, a + (1 << 14))
         weighed = np.asarray(embeddings[part] * share[part, None], np.float32)
-        sums.index_add_(0, torch.from_numpy(place[part]), torch.from_numpy(weighed))
+        sums.index_add_(0, torch.from_numpy(group[part]), torch.from_numpy(weighed))
     pooled = torch.nn.functional.normalize(sums).numpy()
     lost = ~(np.abs(np.linalg.norm(pooled, axis=1) - 1) < 1e-3)
     if lost.any():

@@ -98,8 +98,8 @@ def export_onnx(
     with ExitStack() as files:
         partial, seen = files.enter_context(replaced(path, ModelError)), None
         if model.identities is not None:
-            beside = files.enter_context(replaced(path.with_suffix(f".{IDENTITIES}"), ModelError))
-            seen = save_identities(model.identities, beside)
+            table = files.enter_context(replaced(path.with_suffix(f".{IDENTITIES}"), ModelError))
+            seen = save_identities(model.identities, table)
         card = card.model_copy(update={"identities": seen})
         write_graph(graph, example, partial, "data", {CARD_KEY: card.model_dump_json(), **metadata}, precision)
 

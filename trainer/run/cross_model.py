@@ -197,22 +197,22 @@ def image_pairs_loss(
     if int(known.sum()) < 2:
         return zero, {"alignment": zero, "boundary": zero}
     u, v, unit = normalize(x[known]), normalize(e[known]), not compat.config.authors_formula
-    centers, place, has = _of_images(classes, known, v)
+    centers, row, has = _of_images(classes, known, v)
     terms, bound, more = [], zero, dict[str, Tensor]()
     if compat.t21 is not None:
         mapped = compat.t21(u)
         more["t21_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, v, unit))
-        cosines = boundary_cosines(mapped[has], centers[place], unit)
+        cosines = boundary_cosines(mapped[has], centers[row], unit)
     if compat.t12 is not None:
         mapped, mapped_centers = compat.t12(torch.cat([v, centers])).split([len(v), len(centers)])
         more["t12_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, u, unit))
         if compat.t21 is None:
-            cosines = boundary_cosines(u[has], mapped_centers[place], unit)
+            cosines = boundary_cosines(u[has], mapped_centers[row], unit)
     align = torch.stack(terms).mean()
     if classes is not None and bool(has.any()):
-        slack = cosines - classes.boundaries[classes.place_on_device()[known][has]]
+        slack = cosines - classes.boundaries[classes.class_index_on_device()[known][has]]
         bound = (-slack).clamp_min(0).mean()
         more |= {"center_cosines": cosines.detach(), "boundary_slack": slack.detach()}
     loss = compat.config.alignment_weight * align + compat.config.boundary_weight * bound
@@ -225,7 +225,7 @@ def _of_images(classes: Pairs | None, known: Tensor, like: Tensor) -> tuple[Tens
     if classes is None:
         none = torch.zeros(len(like), dtype=torch.bool, device=like.device)
         return like.new_empty(0, like.shape[1]), torch.empty(0, dtype=torch.int64, device=like.device), none
-    place = classes.place_on_device()[known]
-    has = place >= 0
-    has[has.clone()] = classes.mask[place[has]]
-    return normalize(classes.centers[classes.mask]), torch.cumsum(classes.mask, 0)[place[has]] - 1, has
+    row = classes.class_index_on_device()[known]
+    has = row >= 0
+    has[has.clone()] = classes.mask[row[has]]
+    return normalize(classes.centers[classes.mask]), torch.cumsum(classes.mask, 0)[row[has]] - 1, has

@@ -187,12 +187,12 @@ class Monitor:
     def _export_trace(self, trace: profile) -> None:
         self._profile = None
         trace.stop()
-        place = self.folder / "profile" / f"rank-{self.ranks.rank:05d}.json"
+        file = self.folder / "profile" / f"rank-{self.ranks.rank:05d}.json"
         try:
-            place.parent.mkdir(exist_ok=True)
-            trace.export_chrome_trace(str(place))
+            file.parent.mkdir(exist_ok=True)
+            trace.export_chrome_trace(str(file))
         except (OSError, RuntimeError) as error:
-            self.say(f"log.profile: {place} cannot be written: {error}")
+            self.say(f"log.profile: {file} cannot be written: {error}")
 
     def log(self, step: int, values: dict[str, float | Tensor]) -> dict[str, Any]:
         """Write one line; the tensors among ``values`` are read here, which waits for the device. Those that hold many

@@ -304,7 +304,7 @@ class TrainTask:
     def _transform_card(self, direction: Direction) -> TransformCard:
         source = self.inputs.bank or self.inputs.old
         assert source is not None
-        place = 0 if direction == "t21" else 1
-        method = next(one for one in self.config.methods if one.directions[place])
+        number = 0 if direction == "t21" else 1
+        method = next(one for one in self.config.methods if one.directions[number])
         assert isinstance(method, LceTransformedConfig | FctConfig)
         return transform_card(method.transform, direction, self.config.backbone.dim, source.dim)
