@@ -113,7 +113,7 @@ def test_adafaces_statistics_follow_the_norms_of_iresnet() -> None:
     assert norm.mean().item() == pytest.approx(64**0.5, rel=0.1)
     margin = AdaFace(AdaFaceConfig())
     for _ in range(1500):
-        psi = margin.target(torch.full((32,), 0.3), norm, True).psi
+        psi = margin.target(torch.full((32,), 0.9), norm, True).psi
     state = margin.state()
     assert state["margin_norm_mean"].item() == pytest.approx(norm.mean().item(), rel=1e-3)
     assert state["margin_norm_deviation"].item() == pytest.approx(norm.std().item(), rel=1e-2)
