@@ -81,7 +81,8 @@ def struck(folder: Path, victim: str, slow: float, draw: random.Random, **change
 def test_killed_runs_end_as_the_uninterrupted_one(tmp_path: Path, amount: int) -> None:
     changes = settings(packed(tmp_path, 11, 6, (8, 8)))
     whole = tmp_path / "whole"
-    run_ranks(train_rank, 2, whole / "run", changes)
+    here = {**changes, "data__workers": 0}  # the ranks of run_ranks start no processes
+    run_ranks(train_rank, 2, whole / "run", here, timeout=400)
     draw, made, slow = random.Random(16), 0, 0.05
     for number in itertools.count():
         if made == amount:
@@ -97,7 +98,7 @@ def test_killed_runs_end_as_the_uninterrupted_one(tmp_path: Path, amount: int) -
             kills.append(victim)
         assert slow < 10, "no kill comes in time"
         if amount == 1:  # the share is in a hurry: without a launcher of its own
-            run_ranks(train_rank, 2, folder / "run", changes)
+            run_ranks(train_rank, 2, folder / "run", here, timeout=400)
         else:
             status, output = ended(launched(folder, slow=0, **changes))
             assert status == 0, output
