@@ -26,7 +26,7 @@ from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray
 from trainer.evaluation.compatibility import Spaces, cell_pairs
 from trainer.evaluation.identification import OpenSet, open_set
 from trainer.evaluation.pairs import pair_cosines, pair_figures
-from trainer.reading import read_text
+from trainer.reading import read_text, regular
 
 POINTS_112 = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
@@ -149,6 +149,7 @@ def _refuse(wrong: BoolArray, rows: Sequence[_Row], why: str) -> None:
 
 
 def _integers(path: Path) -> IntArray:
+    regular(path, DataError)
     try:
         table = np.loadtxt(path, dtype=np.int64, ndmin=2)
     except (OSError, ValueError) as error:
@@ -159,6 +160,7 @@ def _integers(path: Path) -> IntArray:
 
 
 def _gallery(path: Path) -> Gallery:
+    regular(path, DataError)
     try:
         table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
     except (OSError, ValueError, IndexError) as error:
