@@ -12,6 +12,7 @@ from PIL import Image
 
 from tools import cli
 from tools.results import comparison, compat
+from tools.results.paired import REPLICATES
 from tools.steps import CONFIGS
 from trainer.compat.methods.config import BctConfig, LceDirectConfig
 from trainer.data import open_dataset
@@ -79,6 +80,9 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
         assert found["cells"]["old->old"]["rank-1"] == cells["old->old"]
         expected = cells["paragon->paragon"] - found["cells"]["new->new"]["rank-1"]
         assert found["cost"]["rank-1"] == pytest.approx(expected)
+    replicates = methods["lce"]["seeds"][0]["replicates"]["new->old"]
+    assert {len(replicates[metric]) for metric in compat.METRICS} == {REPLICATES}
+    assert set(figures["alone"][0]["replicates"]) == {"old->old", "paragon->paragon"}
     assert methods["independent"]["seeds"][0]["cost"] == {"TAR@FAR=1e-4": 0.0, "rank-1": 0.0}
     assert figures["base"]["centre->old"]["rank-1"]["mean"] >= cells["old->old"]
     assert "| old centre → old |" in (tmp_path / "table.md").read_text()
@@ -91,6 +95,10 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
     def refuse(*_: object) -> int:
         raise AssertionError("trained again")
 
+    kept = next((tmp_path / "work" / "seed-0" / "figures" / "unseen").glob("lce-*.json"))
+    older = json.loads(kept.read_text())
+    del older["figures"]["replicates"]  # as earlier versions wrote it
+    kept.write_text(json.dumps(older))
     monkeypatch.setattr(comparison.Children, "run", refuse)
     status, again = bench(tmp_path, "--methods", "independent,lce", "--seeds", "1")
     assert status == 0

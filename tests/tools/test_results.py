@@ -104,8 +104,9 @@ def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, mon
     fonts.mkdir()
     assert cli.main(words) == 70
     assert [w[1] for w in ran if w[0] == "bench"] == [
-        *["compat"] * 8,
+        *["compat"] * 9,
         "criterion",
+        "chain",
         "changes",
         "table",
         "head",
@@ -127,7 +128,7 @@ def test_the_headline_says_where_lce_stands_and_where_it_loses(monkeypatch: pyte
         found = {results.METRIC: (tar, deviation), "rank-1": (rank, deviation)}
         cells = {key: {"mean": mean, "deviation": spread} for key, (mean, spread) in found.items()}
         gain = {results.METRIC: {"mean": 0.44, "deviation": None}}
-        return {"title": title, "spread": {"new->old": cells, "new->new": cells, "update_gain": gain}}
+        return {"title": title, "seeds": [], "spread": {"new->old": cells, "new->new": cells, "update_gain": gain}}
 
     def run(lce: tuple[float, float], bct: tuple[float, float], classes: int) -> dict[str, Any]:
         own = method("alone", 0.3, 0.8, 0.0)["spread"]["new->old"]
@@ -144,15 +145,20 @@ def test_the_headline_says_where_lce_stands_and_where_it_loses(monkeypatch: pyte
     text = results.headline(known)
     assert "from 0.300 / 0.800 (TAR at FAR 1e-4 / rank-1) to 0.600 / 0.970, 44% of the way" in text
     assert "at no cost to its own TAR (9,772 identities" in text
-    assert "ahead in TAR with 4,000 identities (0.630 against BCT's 0.500)," in text
-    assert "level in rank-1 with 4,000 identities (0.950 against BCT's 0.940), TAR with 37,321" in text
-    assert "and loses in rank-1 with 37,321 identities (0.900 against BCT's 0.960)." in text
+    assert "ahead in TAR with 4,000 identities after 9,000 updates (0.630 against BCT's 0.500)," in text
+    assert (
+        "level in rank-1 with 4,000 identities after 9,000 updates (0.950 against BCT's 0.940), TAR with 37,321" in text
+    )
+    assert "and loses in rank-1 with 37,321 identities after 9,000 updates (0.900 against BCT's 0.960)." in text
     lce = known["compat-hangul-long.json"]["methods"]["lce"]["spread"]
     lce["update_gain"] = {results.METRIC: None}  # the paragon is no better than the old model
     for one in ("lce", "bct"):
         known["compat.json"]["methods"][one]["spread"]["new->old"][results.METRIC]["deviation"] = None  # of one seed
     text = results.headline(known)
     assert "to 0.600 / 0.970, at no cost" in text
-    assert "ahead in none, about level in TAR with 4,000 identities (0.630 against BCT's 0.500)" in text
+    assert (
+        "ahead in none, about level in TAR with 4,000 identities after 9,000 updates (0.630 against BCT's 0.500)"
+        in text
+    )
     monkeypatch.setattr(results, "headline", lambda known: "the sentence")
     assert "\nthe sentence\n" in results.page(dict.fromkeys(known), [])

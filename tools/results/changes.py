@@ -64,8 +64,8 @@ class Model:
 
     def settings(self, seed_folder: Path) -> list[str]:
         """Overrides of the recipe."""
-        words = [*_NETWORKS[self.network], f"backbone.dim={self.dim}", f"head.margin={_MARGINS[self.margin]}"]
-        return words if self.data == "all" else [*words, f"data.labels={_table(seed_folder, self.data)}"]
+        overrides = [*_NETWORKS[self.network], f"backbone.dim={self.dim}", f"head.margin={_MARGINS[self.margin]}"]
+        return overrides if self.data == "all" else [*overrides, f"data.labels={_table(seed_folder, self.data)}"]
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,8 @@ def check(
 
         def old(one: tuple[int, Model]) -> None:
             seed, model = one
-            words = [*model.settings(comparison.folder(seed)), f"train.steps={comparison.old_steps}"]
-            comparison.train(seed, model.name, "paragon", words)
+            overrides = [*model.settings(comparison.folder(seed)), f"train.steps={comparison.old_steps}"]
+            comparison.train(seed, model.name, "paragon", overrides)
             comparison.bank(seed, model.name)
             count()
 
@@ -274,8 +274,8 @@ def _measured(
     method, folder, weight = fitting(name, change), comparison.folder(seed), weights[name]
     assert method is not None
     old, run = change.old.name, f"{change.name}-{method}-{weight:g}"
-    words = METHODS[method].overrides(folder / f"{old}-bank", folder / f"{old}.npy", weight)
-    comparison.train(seed, run, "paragon", [*change.new.settings(folder), *words], old)
+    overrides = METHODS[method].overrides(folder / f"{old}-bank", folder / f"{old}.npy", weight)
+    comparison.train(seed, run, "paragon", [*change.new.settings(folder), *overrides], old)
     cells: dict[str, Any] = comparison.measure(seed, "unseen", old, run)["cells"]
     return cells
 

@@ -10,9 +10,9 @@ from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
 from trainer.distributed import Labels, Ranks, scale_gradient
 from trainer.head.frozen import FrozenClassifier, FrozenRows
-from trainer.head.kernels import Kernels, chunk_rows
-from trainer.head.partial_fc import COMPILE_FROM_ROWS
+from trainer.head.kernels import Kernels
 from trainer.head.partition import ClassRange, class_range
+from trainer.head.sizes import COMPILE_FROM_ROWS, chunk_rows
 
 BANK_BLOCK = 65536
 

@@ -268,8 +268,8 @@ def check_together(methods: Sequence[MethodConfig]) -> None:
         if isinstance(one, LceCrossConfig):
             others = ", ".join(name for name in names if name != one.method)
             raise ValueError(f"compat: lce with mode cross-model trains no network, on which {others} could act")
-    for place, direction in enumerate(("T₂₁", "T₁₂")):
-        both = [one.method for one in methods if one.directions[place]]
+    for number, direction in enumerate(("T₂₁", "T₁₂")):
+        both = [one.method for one in methods if one.directions[number]]
         if len(both) > 1:
             raise ValueError(f"compat: {' and '.join(both)} train the same map {direction}; give one of them")
     direct = [one.label for one in methods if not any(one.directions)]

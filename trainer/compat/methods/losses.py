@@ -112,8 +112,8 @@ def bct(
         embeddings: (n, D1). labels: (n,) in [0, C). old_rows: (C, D1). mask: (C,) bool.
     """
     kept = mask[labels]
-    place = torch.cumsum(mask, 0) - 1
-    x, y = normalize(embeddings[kept]), place[labels[kept]]
+    row = torch.cumsum(mask, 0) - 1
+    x, y = normalize(embeddings[kept]), row[labels[kept]]
     logits = x @ normalize(old_rows[mask]).T
     logits = logits - margin * one_hot(y, logits.shape[1]).to(logits)
     return _mean(cross_entropy(scale * logits, y, reduction="none"))
