@@ -74,13 +74,13 @@ def _end_stuck(heard: int, run_dir: Path, began: float) -> None:
         if now - looked > STUCK_SECONDS / 3:  # the file system, or this process, stood still itself
             silence.forget()
         looked = now
-        for note in ranks_left(run_dir, began):
-            if note["host"] != here or silence.silent_seconds(note) < STUCK_SECONDS:
+        for status in ranks_left(run_dir, began):
+            if status["host"] != here or silence.silent_seconds(status) < STUCK_SECONDS:
                 continue
             with suppress(OSError):
-                os.kill(note["pid"], signal.SIGKILL)
+                os.kill(status["pid"], signal.SIGKILL)
                 print(
-                    f"lce launch: rank {note['rank']} (process {note['pid']}) gave no sign of life for "
+                    f"lce launch: rank {status['rank']} (process {status['pid']}) gave no sign of life for "
                     f"{STUCK_SECONDS:.0f} s and was ended",
                     flush=True,
                 )

@@ -118,11 +118,11 @@ def text(job: Job, pods: Pods) -> str:
 
 
 def _command(job: Job) -> str:
-    words = ["lce", "launch", str(job.config), *job.overrides, *job.node_options]
+    command = ["lce", "launch", str(job.config), *job.overrides, *job.node_options]
     if not job.many_nodes:
-        return f"exec {shlex.join(words)}"
+        return f"exec {shlex.join(command)}"
     # Pods start in any order, and the first one has no address before it does.
     known = f'for _ in $(seq {WAIT_SECONDS}); do getent hosts "$PET_MASTER_ADDR" && break; sleep 1; done'
     return (
-        f'{known}; exec {shlex.join(words)} --node-rank "$PET_NODE_RANK" --master "$PET_MASTER_ADDR:$PET_MASTER_PORT"'
+        f'{known}; exec {shlex.join(command)} --node-rank "$PET_NODE_RANK" --master "$PET_MASTER_ADDR:$PET_MASTER_PORT"'
     )

@@ -156,9 +156,9 @@ def _container(allocation: Allocation) -> list[str]:
 
 def _command(job: Job, allocation: Allocation) -> list[str]:
     """What each node runs, but for its number and the master's address; the configuration's files by absolute paths."""
-    words = ["lce"] if allocation.container else [python(), "-m", "tools.cli"]
+    program = ["lce"] if allocation.container else [python(), "-m", "tools.cli"]
     layers = [str(Path(word).absolute()) if is_layer(word) else word for word in job.overrides]
-    return [*words, "launch", str(job.config.absolute()), *layers, *job.node_options]
+    return [*program, "launch", str(job.config.absolute()), *layers, *job.node_options]
 
 
 def _lines(lines: Sequence[str]) -> str:

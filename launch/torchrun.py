@@ -55,13 +55,13 @@ def _rendezvous_address(master: str, settings: str) -> list[str]:
     master's address cannot be resolved."""
     host, _, port = master.rpartition(":")
     try:
-        family, _, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)  # sends nothing: only the route is looked up
+            probe.connect(address)  # sends nothing: only the route is looked up
             own = probe.getsockname()[0]
     except (OSError, ValueError):
         return [f"--rdzv-conf={settings}"]
-    return [f"--local-addr={own}", f"--rdzv-conf={settings}{',is_host=1' if own == place[0] else ''}"]
+    return [f"--local-addr={own}", f"--rdzv-conf={settings}{',is_host=1' if own == address[0] else ''}"]
 
 
 def run(job: Job) -> int:

@@ -5,7 +5,7 @@ import torch
 
 from trainer.distributed import choose_device
 from trainer.errors import ConfigError
-from trainer.head.kernels import chunk_rows
+from trainer.head.sizes import chunk_rows
 
 
 @pytest.fixture(autouse=True)

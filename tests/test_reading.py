@@ -22,6 +22,9 @@ from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.errors import DataError, LceError, ModelError
 from trainer.evaluation.pairs import read_bin
+from trainer.evaluation.templates import read_templates
+from trainer.gallery.open import open_gallery
+from trainer.gallery.orders import order_rows
 from trainer.models.open import load_model
 from trainer.networks.weights import read_weights
 from trainer.reading import open_regular, parse_json, read_array, read_json, read_text, read_yaml
@@ -156,6 +159,18 @@ def _one(name: str, read: Callable[[Path], Any]) -> Callable[[Path, Callable[[Pa
     return call
 
 
+def _ordered(folder: Path) -> Any:
+    np.save(folder / "g.npy", np.eye(3, dtype=np.float32))
+    return order_rows(f"highest:{folder / 'x.npy'}", folder / "g.npy")
+
+
+def _with_templates(folder: Path) -> Any:
+    (folder / "meta/x_face_tid_mid.txt").write_text("0.jpg 1 1\n")
+    (folder / "meta/x_name_5pts_score.txt").write_text(f"0.jpg {' 1' * 10} 0.9\n")
+    (folder / "meta/x_1N_probe_mixed.csv").write_text("template,subject\n1,1\n")
+    return read_templates(folder)
+
+
 READERS: dict[str, Callable[[Path, Callable[[Path], object]], Any]] = {
     "dataset.yaml": _dataset("dataset.yaml"),
     "labels.npy": _dataset("labels.npy"),
@@ -176,6 +191,15 @@ READERS: dict[str, Callable[[Path, Callable[[Path], object]], Any]] = {
     "seal": _one("state.json", read_seal),
     "summary": _one("summary.json", lambda folder: read_summary(folder, 1)),
     "pairs": _one("x.bin", lambda folder: read_bin(folder / "x.bin", (8, 8))),
+    **{
+        f"gallery.{kind}": _one(f"g.{kind}", lambda folder, kind=kind: open_gallery(folder / f"g.{kind}"))
+        for kind in ("npy", "npz", "safetensors", "parquet", "index")
+    },
+    "shard of a gallery": _one("g/0.safetensors", lambda folder: open_gallery(folder / "g")),
+    "order of a gallery": _one("x.npy", _ordered),
+    "templates": _one("meta/x_face_tid_mid.txt", read_templates),
+    "pairs of templates": _one("meta/x_template_pair_label.txt", _with_templates),
+    "gallery of templates": _one("meta/x_1N_gallery_1.csv", _with_templates),
     "map": _one("x.csv", lambda folder: ClassMap.from_file(folder / "x.csv", None, None)),
 }
 FINDS_ANOTHER = {("summary", "nothing"), ("offsets", "nothing"), ("dataset.yaml", "nothing"), ("idx", "nothing")}

@@ -5,7 +5,9 @@ Examples:
   lce bench head --classes 100000 --rate 1.0 --json -
   lce bench input                                      # the loaders against a bare DALI pipeline
   lce bench compat --methods bct,lce --seeds 1         # ways to stay compatible against each other
+  lce bench chain --methods lce,bct                    # five models after one another
   lce bench criterion                                  # new→old above old→old, all modes and dimensions
+  lce bench changes                                    # the same for other data, loss, architecture, dimension
 """
 
 import argparse
@@ -17,7 +19,7 @@ from trainer.errors import ConfigError
 
 HELP = "measure a part against its plain implementation"
 
-ONLY_IN_A_CLONE = ("compat", "criterion", "million", "results", "rows", "table")
+ONLY_IN_A_CLONE = ("chain", "changes", "compat", "criterion", "million", "results", "rows", "table")
 """The files of tools/results, which the wheel leaves out: they only make docs/results.md again."""
 
 

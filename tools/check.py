@@ -58,6 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check; returns 0, or 1 when damage was found."""
+    from trainer.owner import owned
+
+    if not (args.seal or args.write_bad) or not args.dataset.is_dir():
+        return _run(args)
+    table = args.labels if args.seal else None
+    with owned(args.dataset, DataError, lock=args.dataset / ".owner") if table is None else owned(table, DataError):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from trainer.data import open_dataset

@@ -263,11 +263,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
         chromium()
     files = [("--report", args.report), ("--pdf", args.pdf)]
-    for option, place in (*files, ("--json", None if args.json in (None, "-") else Path(args.json))):
-        if place is not None and not place.absolute().parent.is_dir():
-            raise LceError(f"{option} {place}: the folder {place.absolute().parent} does not exist; make it first")
-        if place is not None and place.is_dir():
-            raise LceError(f"{option} {place}: is a folder; name a file in it")
+    for option, file in (*files, ("--json", None if args.json in (None, "-") else Path(args.json))):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise LceError(f"{option} {file}: the folder {file.absolute().parent} does not exist; make it first")
+        if file is not None and file.is_dir():
+            raise LceError(f"{option} {file}: is a folder; name a file in it")
 
 
 class _Evaluation:
@@ -332,8 +332,8 @@ class _Evaluation:
         from trainer.evaluation.provenance import provenance
         from trainer.evaluation.results import measure_sets, plain, stages
 
-        place = self.args.cache
-        cache = EmbeddingCache(None if place == "none" else Path(place) if place else default_cache())
+        folder = self.args.cache
+        cache = EmbeddingCache(None if folder == "none" else Path(folder) if folder else default_cache())
         with _progress(self.ranks.is_main) as (counted, staged):
             sets = [
                 embed_set(

@@ -1,12 +1,16 @@
 """Figures of a command: as JSON, and as tables."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_NUMBERS = re.compile(r"\[\n\s*([-+.\deE]+(?:,\n\s*[-+.\deE]+)*)\n\s*\]")
 
 
 def table_console(target: str | Path | None, width: int) -> "Console":
@@ -21,7 +25,8 @@ def table_console(target: str | Path | None, width: int) -> "Console":
 
 
 def write_json(figures: Any, target: str | Path | None) -> None:
-    """Write figures as ``--json TARGET`` asks: to a file, to standard output (``-``), or (None) not at all.
+    """Write figures as ``--json TARGET`` asks: to a file, to standard output (``-``), or (None) not at all. A list of
+    numbers takes one line.
 
     Raises:
         LceError: the file cannot be written.
@@ -32,6 +37,7 @@ def write_json(figures: Any, target: str | Path | None) -> None:
     if target is None:
         return
     text = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
+    text = _NUMBERS.sub(lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text)
     if str(target) == "-":
         sys.stdout.write(text)
     else:

@@ -131,12 +131,15 @@ def _within_gpus(cases: Sequence[Case]) -> tuple[Case, ...]:
 def _plan(args: argparse.Namespace) -> int:
     from tools.output import write_json
     from trainer.planning.plan import changes_to_fit, make_plan
-    from trainer.planning.simulation import simulate
 
     setting = make_setting(args)
     plan = make_plan(setting)
     changes = changes_to_fit(plan, args.memory) if args.memory and plan.device_bytes > args.memory else []
-    simulated = simulate(setting, args.simulate) if args.simulate else None
+    simulated = None
+    if args.simulate:
+        from trainer.planning.simulation import simulate
+
+        simulated = simulate(setting, args.simulate)
     figures = as_figures(plan, args)
     held = _held(plan, args)
     figures["holds"] = None if held is None else asdict(held)
@@ -163,7 +166,6 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     Raises:
         ConfigError: a wrong configuration, sizes that nothing says, or that training would refuse.
     """
-    from trainer.compat.bank.center_bank import CenterBank
     from trainer.compat.methods.config import LceCrossConfig
     from trainer.data.config import ImagesConfig, SyntheticConfig
     from trainer.data.index import open_dataset, outside_allowed
@@ -192,8 +194,11 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     bank_dim = args.lce
     if bank_dim is None and config.methods:
         bank = next((one.bank for one in config.methods if one.bank is not None), None)
-        there = bank is not None and bank.exists()
-        bank_dim = CenterBank.open(str(bank)).dim if there else config.backbone.dim
+        bank_dim = config.backbone.dim
+        if bank is not None and bank.exists():
+            from trainer.compat.bank.center_bank import CenterBank
+
+            bank_dim = CenterBank.open(str(bank)).dim
     device: Literal["cpu", "cuda"] = args.device or ("cpu" if config.run.device == "cpu" else "cuda")
     setting = Setting(config, classes, size or (112, 112), args.ranks, device, bank_dim, records)
     check_sizes(setting)

@@ -112,7 +112,7 @@ def read_run(folder: Path) -> Run:
     with contextlib.suppress(OSError, ValueError):  # not finished
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     now = time.time()
-    alive = any(now - note.stat().st_mtime < ALIVE_SECONDS for note in folder.glob("ranks/rank-*.json"))
+    alive = any(now - status.stat().st_mtime < ALIVE_SECONDS for status in folder.glob("ranks/rank-*.json"))
     state = "finished" if summary.get("status") == "finished" else "running" if alive else "stopped"
     steps = summary.get("steps") or settings.get("train", {}).get("steps")
     step = int(summary.get("step") or last.get("step", 0))

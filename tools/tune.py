@@ -170,9 +170,9 @@ class Search:
                 layer = Path(folder) / f"{self.name(weights)}.yaml"
                 layer.write_text(self.layer(weights), encoding="utf-8")
                 for updates in self.lengths:
-                    words = _settings(self.args, self.args.out / "runs" / "check", updates, layer)
+                    overrides = _settings(self.args, self.args.out / "runs" / "check", updates, layer)
                     try:
-                        config = load_config(self.args.config, words)
+                        config = load_config(self.args.config, overrides)
                         check_methods(config.methods, config, inputs)
                     except LceError as error:
                         reason = str(error).replace(f"{folder}/", "")
@@ -260,16 +260,16 @@ class Search:
         name = f"{self.name(weights)}-{updates}"
         folder, layer = self.args.out / "runs" / name, self.args.out / "layers" / f"{self.name(weights)}.yaml"
         figures, log = self.args.out / "figures" / f"{name}.json", self.args.out / "output" / f"{name}.txt"
-        for place in (layer, figures, log):
-            place.parent.mkdir(parents=True, exist_ok=True)
+        for file in (layer, figures, log):
+            file.parent.mkdir(parents=True, exist_ok=True)
         write_text(layer, self.layer(weights))
-        words = _settings(self.args, folder, updates, layer)
-        key = [dump_config(load_config(self.args.config, words)), *self.origin]
+        overrides = _settings(self.args, folder, updates, layer)
+        key = [dump_config(load_config(self.args.config, overrides)), *self.origin]
         one = {"name": name, "weights": dict(zip(self.names, weights, strict=True)), "updates": updates}
 
         def action() -> None:
             try:
-                train([str(self.args.config), *words, "--nproc", str(self.args.nproc)], log)
+                train([str(self.args.config), *overrides, "--nproc", str(self.args.nproc)], log)
             except StepFailed as failed:
                 reason = _divergence(log) if failed.status == 2 else None
                 if reason is not None:
@@ -340,12 +340,12 @@ class Search:
         }
 
 
-def train(words: Sequence[str], log: Path) -> None:
+def train(arguments: Sequence[str], log: Path) -> None:
     """One training run as a process of its own, its output to ``log``. Raises :class:`StepFailed`."""
     from tools.steps import run_lce
 
     with log.open("wb") as stream:
-        run_lce(["launch", *words], stdout=stream.fileno(), stderr=stream.fileno())
+        run_lce(["launch", *arguments], stdout=stream.fileno(), stderr=stream.fileno())
 
 
 def score(one: dict[str, Any]) -> tuple[float, ...] | None:

@@ -34,6 +34,7 @@ RANGES = {
     "bct": Range(("weight",), 0.3, 10.0),
     "unibct": Range(("weight",), 0.3, 10.0),
     "ndpp": Range(("weight",), 0.3, 10.0),
+    "bt2": Range(("weight",), 0.3, 10.0),
     "advbct": Range(("weight", "boundary_weight"), 3.0, 100.0),
     "mixbct": Range(("mix_share",), 0.2, 0.9),
     "fct": Range(("weight",), 3.0, 100.0),

@@ -244,8 +244,10 @@ class Layers:
         """Where the last of the values was given that a message about a section is about: of the keys that it names,
         else of all keys of the section."""
         inside = [key for key in self._given if not section or f"{key}.".startswith(f"{section}.")]
-        words = set(re.findall(r"\w+(?:\.\w+)*", message))
-        named = [key for key in self._given if key in words or (key in inside and key.rpartition(".")[2] in words)]
+        in_message = set(re.findall(r"\w+(?:\.\w+)*", message))
+        named = [
+            key for key in self._given if key in in_message or (key in inside and key.rpartition(".")[2] in in_message)
+        ]
         return max((self._given[key] for key in named or inside), default=(0, default))[1]
 
     def _merge(self, node: Node, into: dict[str, Any], layer: Mapping[str, Any], prefix: str, source: str) -> None:

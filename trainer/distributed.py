@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,15 +41,6 @@ _LAUNCHED = ("TORCHELASTIC_RUN_ID", "LCE_LAUNCHED")  # of torchrun, and of lce l
 # Newer releases of torch renamed these two collectives.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def largest_share(total: int, world_size: int) -> int:
-    """The most that one rank has of ``total`` things shared out evenly, ⌈total/W⌉.
-
-    >>> largest_share(10, 4), largest_share(8, 4), largest_share(0, 4)
-    (3, 2, 0)
-    """
-    return -(-total // world_size)
 
 
 class CommunicationTime:
@@ -173,6 +165,43 @@ def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
     happens)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+_threads: ContextVar[int] = ContextVar("threads", default=0)
+"""Within :func:`one_thread`: how many there were before."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread of the CPU meanwhile, but for what is within :func:`all_threads`.
+
+    Threads that share a small piece of work wait for each other, for milliseconds where another process uses their
+    cores.
+    """
+    before = torch.get_num_threads()
+    token = _threads.set(thread_count())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _threads.reset(token)
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Within :func:`one_thread`: torch on as many threads as before it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(thread_count())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def thread_count() -> int:
+    """torch's threads, within :func:`one_thread` those before it."""
+    return _threads.get() or torch.get_num_threads()
 
 
 @contextmanager

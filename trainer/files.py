@@ -125,7 +125,7 @@ def why_unwritable(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def beside(target: Path) -> Iterator[Path]:
+def atomically(target: Path) -> Iterator[Path]:
     """A path next to ``target`` (a file or a folder to be) that takes its place when the block ends well, else is
     removed. A file is on the disk before it gets its name.
 
@@ -148,14 +148,14 @@ def beside(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
-    """:func:`beside` for what a user asked for: makes the folder around ``target`` too.
+    """:func:`atomically` for what a user asked for: makes the folder around ``target`` too.
 
     Raises:
         LceError: of ``error_type``, when something cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with beside(target) as partial:
+        with atomically(target) as partial:
             yield partial
     except OSError as error:
         raise error_type(f"{target}: cannot be written: {error.strerror or error}") from None
@@ -163,13 +163,13 @@ def replaced(target: Path, error_type: type[LceError]) -> Iterator[Path]:
 
 def write_text(target: Path, text: str) -> None:
     """Write a text file that appears whole: UTF-8, and the bytes of file names that are not. Raises OSError."""
-    with beside(target) as partial:
+    with atomically(target) as partial:
         partial.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_array(target: Path, array: NDArray[Any]) -> None:
     """Write a .npy file that appears whole. Raises OSError."""
-    with beside(target) as partial, partial.open("wb") as file:
+    with atomically(target) as partial, partial.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 
 

@@ -47,16 +47,25 @@ def usable_cores() -> int:
         return cores
 
 
+def largest_share(total: int, world_size: int) -> int:
+    """The most that one rank has of ``total`` things shared out evenly, ⌈total/W⌉.
+
+    >>> largest_share(10, 4), largest_share(8, 4), largest_share(0, 4)
+    (3, 2, 0)
+    """
+    return -(-total // world_size)
+
+
 def other_ranks(on_node: int) -> int:
     """The ranks (``python -m trainer``) on this machine besides the ``on_node`` that one launcher starts here."""
     launcher, siblings, others = os.getppid(), 0, 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
+            argv = (folder / "cmdline").read_bytes().split(b"\0")
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             continue  # it has ended, or is not ours to read
-        if (b"-m", b"trainer") in pairwise(words[:8]) and int(folder.name) not in (os.getpid(), launcher):
+        if (b"-m", b"trainer") in pairwise(argv[:8]) and int(folder.name) not in (os.getpid(), launcher):
             siblings, others = siblings + (parent == launcher), others + (parent != launcher)
     return others + max(0, siblings - (on_node - 1))
 

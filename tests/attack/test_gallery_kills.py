@@ -37,7 +37,7 @@ def _refusal(path: Path) -> str:
     return ""
 
 
-@amounts(3, 20, 70)
+@amounts(2, 20, 70)
 def test_a_gallery_file_is_killed_and_written_to(tmp_path: Path, amount: int) -> None:
     draw, context = random.Random(amount), multiprocessing.get_context("fork")
     for attempt in range(amount):
@@ -124,7 +124,7 @@ class Writer(threading.Thread):
                 del self.truth[number]
 
 
-@amounts(4, 10, 30)
+@amounts(2, 10, 30)
 def test_a_table_is_killed_while_rows_change(amount: int) -> None:
     psycopg = pytest.importorskip("psycopg", reason="needs the extra `gallery`")
     from trainer.gallery.postgres import PostgresGallery

@@ -23,40 +23,32 @@ pytestmark = pytest.mark.slow
 
 
 @tallied("concurrent lce launch", "refused")
-def test_a_second_run_in_the_folder_is_refused_and_a_closed_terminal_saves(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_and_ranks_end_with_their_launcher(tmp_path: Path) -> None:
+    """F1: a second run began next to the first one, and ranks whose launcher was killed trained on for ever. The same
+    command, started at once, waits for them and continues; a closed terminal saves."""
     first = launched(tmp_path, train__steps=100000)
     try:
         wait_for_step(tmp_path, 2)
+        pids = rank_pids(tmp_path)
         status, output = ended(launched(tmp_path, train__steps=100000, optimizer__lr=0.01))
         assert status == 2, output
-        assert re.search(rf"run: in use by .*process {rank_pids(tmp_path)[0]} of ", output)
+        assert re.search(rf"run: in use by .*process {pids[0]} of ", output)
         assert output.count("in use by") == 1
         assert "Traceback" not in output
         assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["optimizer"]["lr"] == 0.1
-        first.send_signal(signal.SIGHUP)
-        status, output = ended(first)
-        assert status == 75, output
-        assert len(list_checkpoints(tmp_path / "run/checkpoints")) == 1
     finally:
         first.kill()
-    assert not (tmp_path / "run/.owner").exists()
-
-
-def test_ranks_end_with_their_launcher_and_the_same_command_continues_at_once(tmp_path: Path) -> None:
-    """F1: they trained on forever, and a second run began next to them."""
-    first = launched(tmp_path, train__steps=100000)
-    wait_for_step(tmp_path, 3)
-    pids = rank_pids(tmp_path)
-    first.kill()
-    first.wait()
+        first.wait()
     again = launched(tmp_path, train__steps=100000)  # waits for the ranks that are saving
     wait_for_end(pids)
     before = last_saved(tmp_path)
     wait_for_step(tmp_path, before + 2)
-    again.send_signal(signal.SIGTERM)
+    again.send_signal(signal.SIGHUP)
     status, output = ended(again)
     assert status == 75, output
     assert "continuing from" in output
+    assert last_saved(tmp_path) > before
+    assert not (tmp_path / "run/.owner").exists()
     steps = [line["step"] for line in log_of(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -169,7 +161,8 @@ def test_two_banks_of_one_name(tmp_path: Path, amount: int) -> None:
         tally("concurrent lce centers", "refused")
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("mpirun", marks=pytest.mark.attack), "deepspeed"])
+@pytest.mark.attack
+@pytest.mark.parametrize("launcher", ["mpirun", "deepspeed"])
 @tallied("killed: lce launch before another launcher", "handled")
 def test_ranks_of_other_launchers_end_with_lce_launch(tmp_path: Path, launcher: str) -> None:
     """``lce launch`` is killed, though another launcher stands between it and the ranks (DeepSpeed's own outlives it),

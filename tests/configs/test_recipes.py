@@ -1,5 +1,6 @@
 """Every recipe and every upgrade in configs/ loads, and `lce launch --dry-run` shows what it would start."""
 
+import copy
 import itertools
 import json
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tools import cli
 from trainer.compat.methods.config import LceConfig
@@ -136,3 +138,58 @@ def find(tree: object, name: str) -> Iterator[dict[str, Any]]:
     elif isinstance(tree, list):
         for value in tree:
             yield from find(value, name)
+
+
+BEGINNINGS = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("data/*.yaml")]
+"""Files that a recipe begins with. Those of network/, gpus/ and upgrade/ are put over them, whatever these hold."""
+TAGS = ("name", "method", "mode", "loader")
+"""Which variant a section is may be said: the keys next to it are that variant's."""
+
+
+def leaves(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of a file's values, from the outermost section on."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*prefix, key))
+        elif key != "extends":
+            yield (*prefix, key)
+
+
+def repeated(path: Path, folder: Path) -> list[str]:
+    """The values of a file without which its configuration is the same."""
+    needed = {("run", "dir"): "runs/x", ("data", "path"): "data/x"}
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "extends" in tree:
+        tree["extends"] = str((path.parent / tree["extends"]).resolve())
+    found = []
+    whole = resolved(tree, needed, folder)
+    for keys in leaves(tree):
+        shorter = copy.deepcopy(tree)
+        section = shorter
+        for key in keys[:-1]:
+            section = section[key]
+        del section[keys[-1]]
+        if keys not in needed and keys[-1] not in TAGS and resolved(shorter, needed, folder) == whole:
+            found.append(".".join(keys))
+    return found
+
+
+def resolved(tree: dict[str, Any], needed: dict[tuple[str, ...], str], folder: Path) -> Config | None:
+    """The configuration of a file of this content; None where it is refused."""
+    (folder / "file.yaml").write_text(yaml.safe_dump(tree))
+    synthetic = tree.get("data", {}).get("loader") == "synthetic"
+    overrides = [f"{'.'.join(k)}={v}" for k, v in needed.items() if k[0] == "run" or not synthetic]
+    try:
+        return load_config(folder / "file.yaml", overrides)
+    except ConfigError:
+        return None
+
+
+@pytest.mark.parametrize("path", BEGINNINGS, ids=lambda path: path.stem)
+def test_no_recipe_repeats_a_default(path: Path, tmp_path: Path) -> None:
+    assert repeated(path, tmp_path) == []
+
+
+def test_a_repeated_default_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("optimizer: {lr: 0.1, momentum: 0.8}\nhead: {margin: {name: cosface, m: 0.3}}\n")
+    assert repeated(tmp_path / "own.yaml", tmp_path) == ["optimizer.lr"]

@@ -55,7 +55,10 @@ def file(tmp_path: Path) -> Path:
             "compat.method=lce compat.bank=b compat.mix_share=0.2",
             "compat.mix_share belongs to mixbct; compat",
         ),
-        ("compat.method=lce compat.bank=b compat.old_margin=1", "compat.old_margin belongs to bct, unibct and ndpp"),
+        (
+            "compat.method=lce compat.bank=b compat.old_margin=1",
+            "old_margin belongs to bct, unibct, ndpp and bt2",
+        ),
         ("compat.method=lce compat.bank=b compat.maps=t21", "compat.maps belongs to lce/cross-model; compat.mode is d"),
         (
             "compat.method=lce compat.bank=b compat.transform.name=mlp",

@@ -4,6 +4,7 @@ Skipped where there is no GPU. `LCE_TEST_DEVICE=cpu` runs what can run on a CPU 
 are tested.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -75,6 +76,25 @@ def test_direct_lce(rows: str) -> None:
     exact = steps("cpu", head | {"rows": "float64"}, compat=True)
     ours = steps(DEVICE, head | {"rows": rows}, compat=True)
     bound = 1e-4 if rows == "float32" else 3e-2
+    for (loss, gradient), (expected, reference) in zip(ours, exact, strict=True):
+        assert loss == pytest.approx(expected, rel=bound)
+        assert (gradient - reference).norm() <= bound * reference.norm()
+
+
+@pytest.mark.skipif(
+    DEVICE != "cuda" or importlib.util.find_spec("triton") is None, reason="only a GPU with triton runs its kernels"
+)
+@pytest.mark.parametrize("compute", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+@pytest.mark.parametrize(("margin", "rows"), [("cosface", "float32"), ("filter", "float32"), ("arcface", "bfloat16")])
+def test_triton_kernels_with_direct_lce_are_those_of_float64(margin: str, rows: str, rate: float, compute: str) -> None:
+    of_margin: dict[str, Any] = {"name": margin, "scale": 32.0}
+    if margin == "filter":
+        of_margin |= {"name": "cosface", "inter_class_filter": 0.3}
+    head = {"margin": of_margin, "sample_rate": rate, "init_std": 0.3}
+    exact = steps("cpu", head | {"rows": "float64"}, compat=True)
+    ours = steps(DEVICE, head | {"impl": "triton", "rows": rows, "compute": compute}, compat=True)
+    bound = max(BOUNDS[compute], 1e-4 if rows == "float32" else 3e-2)
     for (loss, gradient), (expected, reference) in zip(ours, exact, strict=True):
         assert loss == pytest.approx(expected, rel=bound)
         assert (gradient - reference).norm() <= bound * reference.norm()

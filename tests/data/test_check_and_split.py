@@ -1,6 +1,9 @@
 """lce check and lce split."""
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.data.splitting import KINDS, SplitOptions, identity_list, save_tables, split
 from trainer.errors import DataError
+from trainer.owner import owned
 
 
 def test_a_sound_set_is_counted(tmp_path: Path) -> None:
@@ -181,6 +185,41 @@ def test_splits_that_leave_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         save_tables(tables, tmp_path / "file" / "out", open_dataset(folder), "")
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Another owner."""
+    inside, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with owned(lock.parent, DataError, lock=lock):
+            inside.set()
+            end.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+    yield
+    end.set()
+    thread.join()
+
+
+def test_tables_and_seals_have_one_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The labels of one split next to the classes of another would be read as one table."""
+    data, out = packed(tmp_path, 8, 4), tmp_path / "splits"
+    np.save(tmp_path / "table.npy", np.array(open_dataset(data).labels))
+    seals = [([], data / ".owner"), (["--labels", str(tmp_path / "table.npy")], tmp_path / ".table.npy.owner")]
+    commands = [(["split", str(data), str(out), "--kind", "open-class"], out / ".owner")]
+    commands += [(["check", str(data), "--seal", *more], lock) for more, lock in seals]
+    for words, lock in commands:
+        with held(lock):
+            assert cli.main(words) == 2
+            assert "in use by" in capsys.readouterr().err
+        assert cli.main(words) == 0
+        assert not lock.exists()
+    assert cli.main(["check", str(tmp_path / "none"), "--seal"]) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_tools_agree_with_the_library() -> None:

@@ -30,12 +30,12 @@ def test_views_apply_the_transformation_where_it_belongs():
     assert Spaces(native).view("new", "old") is None  # other dimensions, no T
     assert Spaces(native).view("paragon", "old") is None
     query, gallery, how = Spaces(native, {("new", "old"): new_as_old}).view("new", "old")
-    assert (query is new_as_old, gallery is old, how) == (True, True, "backward")
+    assert (query is new_as_old, gallery is old, how) == (True, True, "t21")
     query, gallery, how = Spaces(native, {("old", "new"): old_as_new}).view("new", "old")
-    assert (query is new, gallery is old_as_new, how) == (True, True, "forward")
+    assert (query is new, gallery is old_as_new, how) == (True, True, "t12")
     both = Spaces(native, {("old", "new"): old_as_new, ("new", "old"): new_as_old})
     query, gallery, how = both.view("old", "new")
-    assert (query is old_as_new, gallery is new, how) == (True, True, "forward")  # by T₁₂, whoever asks
+    assert (query is old_as_new, gallery is new, how) == (True, True, "t12")  # by T₁₂, whoever asks
     assert both.title("old", "new") == "T₁₂(old) → new"
     assert both.title("new", "old") == "T₂₁(new) → old"
     assert Spaces(native, {("old", "new"): old_as_new}).title("new", "old") == "new → T₁₂(old)"

@@ -100,11 +100,48 @@ def test_a_paragon_is_compared_by_maps_that_saw_other_identities_only():
         assert rows[name]["rank-1"]["value"] == pytest.approx(today, abs=0.02)  # a turned copy, turned back
         assert rows[name]["answer"] is None
         assert rows[name]["rank-1"]["low"] is None
+    assert rows["new → new"]["tar"]["value"] == result["sets"]["unseen"]["cells"]["new->new"]["tar"][0]["value"]
     strange = unit(GENERATOR.normal(size=old.shape))  # nothing to learn: a map that saw these images would find them
     spaces = dataclasses.replace(case.spaces, native=case.spaces.native | {"paragon": strange})
     result = measure_sets([dataclasses.replace(case, spaces=spaces)], OPTIONS)
     rows = {row["way"]: row for row in result["sets"]["unseen"]["deployments"]}
     assert rows["affine(paragon) → old"]["rank-1"]["value"] < 0.1
+
+
+def test_queries_fused_with_the_old_model_and_expanded_ones_against_plain_loops():
+    case = upgrade(0.5)
+    old, new, labels = case.spaces.native["old"], case.spaces.native["new"], case.labels
+    free = unit(upgrade(0.8, noise=0.4).spaces.native["new"] @ TURN)
+    spaces = dataclasses.replace(case.spaces, native=case.spaces.native | {"paragon": free})
+    result = measure_sets(
+        [dataclasses.replace(case, spaces=spaces)], dataclasses.replace(OPTIONS, replicates=20, seed=3)
+    )
+    rows = {row["way"]: row for row in result["sets"]["unseen"]["deployments"]}
+    own, itself = labels[:, None] == labels[None], np.eye(len(labels), dtype=bool)
+
+    def figures(queries):
+        scores = queries @ old.T
+        limit = np.sort(scores[~own])[::-1][int(1e-3 * (~own).sum())]
+        return (scores[own & ~itself] > limit).mean(), (labels[np.where(itself, -9, scores).argmax(1)] == labels).mean()
+
+    names = np.unique(labels)
+    fold = dict(zip(names, np.random.default_rng(3).permutation(len(names)) % 5, strict=True))
+    part = np.array([fold[label] for label in labels])
+    mapped = np.zeros_like(old)
+    for one in range(5):
+        given = np.hstack([free, np.ones((len(free), 1), np.float32)])
+        weights = np.linalg.lstsq(given[part != one], old[part != one], rcond=None)[0]
+        mapped[part == one] = unit(given[part == one] @ weights)
+    angle = np.arccos(np.clip(np.einsum("nd,nd->n", old, mapped), -1, 1))[:, None]
+    fused = (np.sin(angle / 2) * (old + mapped)) / np.sin(angle)  # SLERP at one half
+    near = np.argsort(-np.where(itself, -9, new @ old.T), axis=1)[:, :2]
+    for name, queries in (
+        ("affine(paragon) → old", mapped),
+        ("old + affine(paragon) → old", fused),
+        ("new → old, expanded", unit(new + old[near].sum(1))),
+    ):
+        assert (rows[name]["tar"]["value"], rows[name]["rank-1"]["value"]) == pytest.approx(figures(queries), abs=0.004)
+    assert rows["new → old, expanded"]["answer"] is not None
 
 
 def test_a_pooled_gallery_against_plain_loops():

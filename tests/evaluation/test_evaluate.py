@@ -154,8 +154,8 @@ def test_the_cache_is_used_and_a_damaged_entry_is_replaced(place, monkeypatch, c
 def test_a_transformation_is_applied_where_it_belongs(place, capsys):
     assert evaluate(place, "--json", "-", new="mapped") == 0
     cells = json.loads(capsys.readouterr().out)["sets"]["unseen"]["cells"]
-    assert cells["new->old"]["how"] == "backward"
-    assert cells["old->new"]["how"] == "forward"  # T₁₂ carries old queries into the new space
+    assert cells["new->old"]["how"] == "t21"
+    assert cells["old->new"]["how"] == "t12"  # T₁₂ carries old queries into the new space
     assert cells["old->new"]["title"] == "T₁₂(old) → new"
 
 
@@ -202,7 +202,7 @@ def test_pair_lists_and_templates_stand_beside_the_labelled_sets(place, capsys, 
     lfw, listed = (found["pair_sets"][name]["cells"]["old->old"] for name in ("lfw", "listed"))
     assert lfw["accuracy"] == listed["accuracy"]
     assert lfw["accuracy"]["mean"] > 0.9
-    assert found["pair_sets"]["lfw"]["cells"]["new->old"]["how"] == "backward"
+    assert found["pair_sets"]["lfw"]["cells"]["new->old"]["how"] == "t21"
     cell = found["template_sets"]["ijb"]["cells"]["old->old"]
     assert cell["verification"]["tar"][-1]["value"] > 0.5
     assert cell["identification"]["enrolled"] == 20
@@ -258,7 +258,7 @@ def test_a_chain_of_models(place, capsys):
     found = json.loads(capsys.readouterr().out)
     cells = found["sets"]["unseen"]["cells"]
     assert len(cells) == 9
-    assert cells["new->old"]["how"] == "backward"  # by two maps, 20 → 24 → 16
+    assert cells["new->old"]["how"] == "t21"  # by two maps, 20 → 24 → 16
     assert [s["gallery"] for s in found["verdict"]["sets"]] == ["old", "v2"]
     assert {(c["query"], c["gallery"]) for c in found["sets"]["unseen"]["chain"]} == {
         ("v2", "old"), ("new", "old"), ("new", "v2"),

@@ -1,6 +1,7 @@
 """The report's contents: what to do now, the head, escaping, dashes in place of wild gains, the printed PDF."""
 
 import dataclasses
+import json
 import tomllib
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 from tests.evaluation.test_verdict import OPTIONS, upgrade
 from trainer.errors import DataError
 from trainer.evaluation import pdf
+from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.report import RunRecord, write_report
-from trainer.evaluation.report_sections import _gain, table
+from trainer.evaluation.report_sections import _gain, _matrix, table
 from trainer.evaluation.results import Options, measure_sets
 
 ROOT = Path(__file__).parents[2]
+FEW = dataclasses.replace(OPTIONS, replicates=50)
 
 
 def report(result, tmp_path, **more):
@@ -67,9 +70,10 @@ def test_every_entry_of_the_contents_leads_somewhere(tmp_path):
 
 
 def test_a_gain_that_says_nothing_is_a_dash_and_a_sentence():
-    def shown(value, low, high):
-        interval = {"value": value, "low": low, "high": high}
-        found, sentences = _gain({"gain": {"rank-1": {"update_gain": interval, "cost": interval}, "TAR": None}})
+    def shown(value, low, high, room=0.1):
+        interval, headroom = {"value": value, "low": low, "high": high}, {"value": 0.2, "low": room, "high": 0.3}
+        gain = {"update_gain": interval, "cost": interval, "headroom": headroom}
+        found, sentences = _gain({"gain": {"rank-1": gain, "TAR": None}})
         return found.rows[0][1].text, " ".join(sentences)
 
     assert shown(0.5, 0.4, 0.6) == ("0.500", "")
@@ -78,6 +82,38 @@ def test_a_gain_that_says_nothing_is_a_dash_and_a_sentence():
     )  # fmt: skip
     assert shown(0.5, -9.0, 30.0)[0] == shown(None, None, None)[0] == "–"
     assert "not clearly better" in shown(0.5, -9.0, 30.0)[1]
+    assert shown(1.6, 1.2, 2.0) == ("1.600", "")
+    wild = shown(
+        1.6, 1.2, 2.0, room=-0.01
+    )  # of the replicates with a paragon below the old model none is in the interval
+    assert wild == ("–", "No gain by rank-1: the paragon is not clearly better than the old model on these identities.")
+
+
+def test_a_paragon_like_the_old_model_gives_no_gain_but_a_sentence():
+    case = upgrade(1.0, classes=20)
+    native = case.spaces.native | {"paragon": upgrade(0.005, classes=20).spaces.native["new"]}
+    one = measure_sets([dataclasses.replace(case, spaces=dataclasses.replace(case.spaces, native=native))], FEW)
+    gain = one["sets"]["unseen"]["gain"]["TAR@FAR=1e-3"]
+    assert gain["headroom"]["low"] <= 0
+    assert gain["update_gain"]["value"] is None or gain["update_gain"]["value"] > 1  # positive, and wild
+    found, sentences = _gain(one["sets"]["unseen"])
+    assert [row[1].text for row in found.rows] == ["–"] * 3
+    assert len(sentences) == 3
+
+
+def test_old_queries_in_a_new_gallery_are_never_called_backward():
+    case = upgrade(1.0, classes=10, images=3)
+    old, new = case.spaces.native["old"], case.spaces.native["new"]
+    down, up = {("new", "old"): new.copy()}, {("old", "new"): old.copy()}
+    for maps in (down, down | up):
+        spaces = Spaces({"old": old, "new": new}, maps)
+        result = measure_sets([dataclasses.replace(case, spaces=spaces)], FEW)
+        assert "backward" not in json.dumps(result)
+        assert "backward" not in str(_matrix(result["sets"]["unseen"]))
+        how = {row[0].text: row[1].text for row in _matrix(result["sets"]["unseen"]).rows}
+        end = "t12" if ("old", "new") in maps else "t21"
+        title = {"t12": "T₁₂(old) → new", "t21": "old → T₂₁(new)"}[end]
+        assert how[title] == {"t12": "T₁₂", "t21": "T₂₁"}[end]
 
 
 def test_columns_of_numbers_are_set_to_the_right():

@@ -15,6 +15,7 @@ from tests.head.test_equality import config
 from tests.ranks import run_ranks
 from tests.sections import variant
 from trainer.distributed import Ranks
+from trainer.errors import DataError
 from trainer.head import fused, native, partial_fc
 from trainer.head.config import AnyRowOptimizer, HeadConfig
 from trainer.head.kernels import Kernels
@@ -231,3 +232,48 @@ def test_a_library_whose_struct_differs_is_refused(monkeypatch: pytest.MonkeyPat
             assert native.load() is None
     finally:
         native.library_of_this_machine.cache_clear()
+
+
+@pytest.mark.parametrize("cpp", [True, False])
+def test_what_is_small_runs_on_one_thread(cpp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Next to a busy process threads that share a little work wait for each other; the passes take all of them."""
+    small, large = [], []
+
+    class Spy(native.Native):
+        def first(self, fields: native.StepFields) -> None:
+            large.append(fields.threads)
+            super().first(fields)
+
+    def spy(owner: Any, name: str, found: list[int]) -> None:
+        inner = getattr(owner, name)
+
+        def counted(*arguments: Any, **words: Any) -> Any:
+            found.append(torch.get_num_threads())
+            return inner(*arguments, **words)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    as_if_large(monkeypatch)
+    library = native.load()
+    assert library is not None
+    here = Spy(library.library, library.gemm, library.bfloat16_gemm)
+    monkeypatch.setattr(native, "load", lambda: here if cpp else None)
+    head = PartialFC(config(rows="float32", sample_rate=0.3), 700, 24, Ranks(), seed=0)
+    head.set_lr(0.1)
+    before = torch.get_num_threads()
+    spy(partial_fc, "draw_rows", small)
+    spy(head.softmax.margin, "target", small)
+    spy(head.softmax.optimizer, "finish", small)
+    if not cpp:
+        spy(fused, "product", large)
+    torch.set_num_threads(3)
+    try:
+        head(torch.randn(8, 24).requires_grad_(), torch.arange(8), 0).loss.backward()
+        with pytest.raises(DataError, match="label 707"):
+            head(torch.randn(8, 24), torch.arange(8) + 700, 1)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(small) == {1}
+    assert len(small) == 3
+    assert set(large) == {3}

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tests.head.cases import draw_negatives
 from trainer.head.partition import class_range
-from trainer.head.sampling import Draw, draw_rows, stratum_count
+from trainer.head.sampling import Draw, draw_rows
+from trainer.head.sizes import stratum_count
 
 
 @settings(max_examples=100, deadline=None)

@@ -134,7 +134,7 @@ def test_kernels_compile_for_a_gpu_and_no_register_spills() -> None:
     """One of each pass; the whole table is benchmarks/triton.md."""
     from tools.benchmarks.triton import compiled
 
-    for which, drawn in (("first", True), ("second", True)):
-        found = compiled(90, which, "float32", "bfloat16", drawn)
+    for which, products, filtered in (("first", "float32", True), ("second", "bfloat16", False)):
+        found = compiled(90, which, "float32", products, drawn=True, filtered=filtered)
         assert found["fits"], found
         assert found["registers"] <= 255

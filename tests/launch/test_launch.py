@@ -307,7 +307,7 @@ def _train(path: Path, launcher: str, *options: str) -> None:
 
 def test_deepspeed(path: Path) -> None:
     """Two ranks under DeepSpeed's own launcher."""
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed (extra `deepspeed`)")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -315,7 +315,7 @@ def test_deepspeed(path: Path) -> None:
 
 
 def test_deepspeed_is_stopped(path: Path) -> None:
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed (extra `deepspeed`)")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -327,7 +327,7 @@ def test_deepspeed_is_stopped(path: Path) -> None:
 )
 def test_mpirun(path: Path) -> None:
     """Two ranks under a real mpirun: mpi4py tells them who they are, gloo joins them."""
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="needs mpi4py (extra `mpi`)")
     _train(path, "mpirun")
 
 
@@ -335,5 +335,5 @@ def test_mpirun(path: Path) -> None:
     not (Path(sys.executable).parent / "mpirun").exists() and not shutil.which("mpirun"), reason="no mpirun"
 )
 def test_mpirun_is_stopped(path: Path) -> None:
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="needs mpi4py (extra `mpi`)")
     _stop(path, "mpirun", signal.SIGINT, 130)

@@ -65,9 +65,9 @@ def training(folder: Path) -> str:
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "deepspeed"])
 def test_ranks_and_data_processes_take_nothing_from_the_working_folder(folder: Path, launcher: str) -> None:
     if launcher == "mpirun":
-        pytest.importorskip("mpi4py")
+        pytest.importorskip("mpi4py", reason="needs mpi4py (extra `mpi`)")
     if launcher == "deepspeed":
-        pytest.importorskip("deepspeed")
+        pytest.importorskip("deepspeed", reason="needs DeepSpeed (extra `deepspeed`)")
     done = lce("launch", training(folder), "--nproc", 2, "--with", launcher, folder=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (folder / "run/model/model.json").is_file()

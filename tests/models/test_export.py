@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from tests.data.test_check_and_split import held
 from tests.ranks import run_ranks
 from tests.run.test_modes import bank, changes_for
 from tests.runs import config
@@ -290,6 +291,14 @@ def test_a_graphs_card_says_what_comes_out_of_it(tmp_path: Path, direction: Dire
         assert (card.dim, card.left_out) == ((DIM, ("t21",)) if direction is None else (24, ()))
         assert (card.licence, card.mode, card.compatible_with_hash) == ("MIT", "backward", "abc")
     assert load_model(tmp_path / "model").card.left_out == ()
+
+
+def test_an_export_has_one_owner(tmp_path: Path) -> None:
+    """A model and its identities are two files: those of two exports at once would not belong together."""
+    model = saved(tmp_path / "model")
+    with held(tmp_path / ".m.onnx.owner"), pytest.raises(ModelError, match="in use by"):
+        export_onnx(model, tmp_path / "m.onnx", images())
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_failed_check_leaves_no_file_and_keeps_the_earlier_one(tmp_path: Path) -> None:

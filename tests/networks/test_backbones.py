@@ -60,7 +60,7 @@ NAMES = {
 COUNTS = {"iresnet50": 43_590_976}
 
 
-@pytest.mark.parametrize("name", ["small", "small_resnet", "iresnet18", "mobilefacenet", "vit_t"])
+@pytest.mark.parametrize("name", ["small", "small_resnet", "iresnet18", "mobilefacenet", "vit_xs", "vit_t"])
 @pytest.mark.parametrize("size", [32, 112])
 def test_embeds_both_sizes(name: str, size: int) -> None:
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from tools.plan import _within_gpus
 from tools.plan_verify import CASES, case_setting, verify
 from trainer.compat.methods.config import LceDirectConfig
 from trainer.errors import ConfigError
-from trainer.planning.activations import backbone_sizes
+from trainer.planning.backbones import backbone_sizes
 from trainer.planning.memory import Part, peak_bytes
 from trainer.planning.plan import _on_host, changes_to_fit, holds, make_plan, ranks_to_fit
 from trainer.planning.setting import Setting
@@ -239,6 +239,16 @@ def test_verify_measures_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "PROCESS_BYTES", 2 * memory.PROCESS_BYTES)
     planned = make_plan(case_setting(20_000, 0.1, 2, "cpu", ["backbone.dim=64"])).device_bytes
     assert planned > 1.1 * row["measured_bytes"]
+
+
+def test_triton_takes_memory_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.planning import memory
+
+    planned = []
+    for found in (None, object()):
+        monkeypatch.setattr(memory, "find_spec", lambda name, found=found: found)
+        planned.append(make_plan(case_setting(20_000, 0.1, 2, "cpu", [])).device_bytes)
+    assert planned[1] - planned[0] == memory.TRITON_BYTES
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

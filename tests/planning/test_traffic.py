@@ -10,7 +10,7 @@ import torch
 from tests.ranks import run_ranks
 from tests.runs import config
 from trainer.distributed import Ranks
-from trainer.planning.activations import backbone_sizes
+from trainer.planning.backbones import backbone_sizes
 from trainer.planning.setting import Setting
 from trainer.planning.simulation import CollectiveCounter, Updates, totals
 from trainer.planning.traffic import Collective, update_traffic

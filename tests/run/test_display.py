@@ -112,8 +112,8 @@ def test_tensorboard_holds_settings_pictures_and_embeddings(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_tensorboard_has_distributions_of_cosines_and_of_the_slack(tmp_path: Path, accumulate: int) -> None:
+@pytest.mark.parametrize(("mode", "accumulate"), [("direct", 1), ("backward", 2)])
+def test_tensorboard_has_distributions_of_cosines_and_of_the_slack(tmp_path: Path, mode: str, accumulate: int) -> None:
     """The figures of the log are their means; the class without an old centre is in the first one alone."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -128,7 +128,7 @@ def test_tensorboard_has_distributions_of_cosines_and_of_the_slack(tmp_path: Pat
         mask=torch.tensor([True, True, True, False]),
         info=BankInfo(model="old"),
     )
-    compat = {"compat__method": "lce", "compat__mode": "direct", "compat__bank": str(tmp_path / "bank")}
+    compat = {"compat__method": "lce", "compat__mode": mode, "compat__bank": str(tmp_path / "bank")}
     changes = {"data__path": str(data), "data__loader": "torch", "log__tensorboard": True, "data__batch_size": 16}
     train(config(tmp_path / "run", **changes, **compat, train__accumulate=accumulate), Ranks())
     events = EventAccumulator(str(tmp_path / "run/tensorboard"), {"histograms": 0})

@@ -4,8 +4,11 @@ import errno
 import json
 import os
 import shutil
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +21,20 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import trainer.run.engine
 import trainer.run.task
+from tests.banks import write_bank
 from tests.data.samples import packed
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, losses_of, train_rank, tree
+from trainer import owner
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoints, load_tensors, read_index
 from trainer.checkpoint_folder import Checkpoint, list_checkpoints, read_seal
+from trainer.compat.bank.center_bank import BankInfo
 from trainer.data import Batch
 from trainer.distributed import Ranks
 from trainer.errors import CheckpointError, ConfigError, TrainingError
 from trainer.models.open import load_model
+from trainer.owner import OwnerInfo
 from trainer.run.engine import train
 from trainer.run.monitor import Monitor
 
@@ -228,6 +235,92 @@ def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
     assert train(config(tmp_path / "run", train__steps=10), Ranks()).step == 10
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_a_finished_run_is_compared_with_all_that_it_was_made_from(tmp_path: Path) -> None:
+    """Under the same names stand another bank, other old embeddings, other data: that is not "nothing to do"."""
+
+    def write(seed: int) -> None:
+        rows = torch.nn.functional.normalize(torch.randn(41, 6, generator=torch.Generator().manual_seed(seed)))
+        np.save(tmp_path / "old.npy", rows.numpy())
+        every = torch.ones(11, dtype=torch.int64)
+        info = BankInfo(made_from="embeddings", source="x")
+        shutil.rmtree(tmp_path / "bank", ignore_errors=True)
+        write_bank(
+            tmp_path / "bank", centers=rows[:11], boundaries=every * 0.0, counts=every, mask=every > 0, info=info
+        )
+
+    runs = {
+        "centre bank": {"compat__method": "lce", "compat__bank": str(tmp_path / "bank")},
+        "old embeddings": {"compat__method": "l2", "compat__old_embeddings": str(tmp_path / "old.npy")},
+    }
+    write(0)
+    for changes in runs.values():
+        folder = tmp_path / changes["compat__method"]
+        assert train(config(folder, train__steps=2, **changes), Ranks()).status == "finished"
+    write(0)
+    for changes in runs.values():
+        train(config(tmp_path / changes["compat__method"], train__steps=2, **changes), Ranks())
+    write(1)
+    for what, changes in runs.items():
+        with pytest.raises(CheckpointError, match=rf"with another {what} .*; choose another run\.dir"):
+            train(config(tmp_path / changes["compat__method"], train__steps=2, **changes), Ranks())
+
+
+def test_an_uncompiled_head_stands_in_every_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config(tmp_path / "run", train__steps=2), Ranks()).head == ""
+    assert not any("head_eager" in line for line in log_of(tmp_path / "run"))
+    monkeypatch.setattr("trainer.head.kernels._problems", ["no compiler at all"])
+    log = {"log__tensorboard": True, "log__progress": True}
+    assert train(config(tmp_path / "eager", train__steps=2, **log), Ranks()).head == "eager"
+    assert [line["head_eager"] for line in log_of(tmp_path / "eager")] == [1, 1]
+    assert "head_eager 1" in capsys.readouterr().err
+
+
+def test_a_requeued_job_takes_its_folder_over_from_the_host_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue started it again elsewhere; while the first host lives, its note counts."""
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.2)
+    train(config(tmp_path / "run", train__steps=4), Ranks())
+    lock = tmp_path / "run/.owner"
+    lock.write_text(json.dumps(asdict(replace(OwnerInfo.mine(), host="node-7"))))
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.02):
+            os.utime(lock)
+
+    beats = threading.Thread(target=beat)
+    beats.start()
+    with pytest.raises(ConfigError, match=r"in use by .* on node-7"):
+        train(config(tmp_path / "run"), Ranks())
+    ended.set()
+    beats.join()
+    assert train(config(tmp_path / "run"), Ranks()).step == 8
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 9))
+    assert not lock.exists()
+
+
+def _on_its_host(ranks: Ranks, folder: Path) -> tuple[str, str]:
+    socket.gethostname = lambda: f"node-{ranks.rank}"
+    owners: list[str] = []
+    monitor = Monitor.advance
+
+    def advance(self: Monitor, step: int) -> None:
+        owners.append(json.loads((folder / ".owner").read_text())["host"])
+        monitor(self, step)
+
+    Monitor.advance = advance  # type: ignore[method-assign]
+    return train_rank(ranks, folder, {}), owners[-1]
+
+
+def test_ranks_of_many_hosts_are_one_owner(tmp_path: Path) -> None:
+    """Rank 0 holds the lock for all of them."""
+    assert run_ranks(_on_its_host, 2, tmp_path / "run") == [("finished", "node-0")] * 2
+    assert not (tmp_path / "run/.owner").exists()
 
 
 def test_a_trace_and_changed_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,8 @@ from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
+from trainer.head.config import AdaFaceConfig
+from trainer.head.margin import AdaFace
 from trainer.models.model import EmbeddingModel
 from trainer.models.open import load_model
 from trainer.networks import BACKBONES, build_backbone
@@ -101,6 +103,25 @@ def test_norms_order_quality(faces: Path, tmp_path: Path, margin: dict[str, Any]
     assert bool((gamma != 1).any()) == (margin["name"] == "magface")  # AdaFace's own network has no scale either
 
 
+def test_adafaces_statistics_follow_the_norms_of_iresnet() -> None:
+    """Its last scale is frozen, so all norms lie around √D: the margin is spread over their own mean and deviation,
+    and grows from the smallest norm to the largest."""
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneConfig(name="iresnet18", width=4, dim=64), (32, 32)).train()
+    with torch.no_grad():
+        norm = backbone(torch.randn(32, 3, 32, 32)).norm(dim=1)
+    assert norm.mean().item() == pytest.approx(64**0.5, rel=0.1)
+    margin = AdaFace(AdaFaceConfig())
+    for _ in range(1500):
+        psi = margin.target(torch.full((32,), 0.9), norm, True).psi
+    state = margin.state()
+    assert state["margin_norm_mean"].item() == pytest.approx(norm.mean().item(), rel=1e-3)
+    assert state["margin_norm_deviation"].item() == pytest.approx(norm.std().item(), rel=1e-2)
+    by_norm = psi[norm.argsort()]
+    assert bool((by_norm.diff() <= 1e-6).all()), "a larger norm is asked for more"
+    assert (by_norm[0] - by_norm[-1]).item() > 0.1
+
+
 def test_ranges_that_no_norm_reaches_are_refused(tmp_path: Path) -> None:
     more = {"backbone__name": "small", "backbone__dim": 64}
     message = (
@@ -133,7 +154,7 @@ def test_every_backbone_can_learn_its_scale(name: str) -> None:
 
 def test_the_test_above_knows_every_backbone() -> None:
     kinds = {name.rstrip("0123456789").replace("vit_", "") for name in BACKBONES if not name.startswith("test_")}
-    assert kinds == {"small", "small_resnet", "iresnet", "ir_", "mobilefacenet", "t", "s", "b", "l"}
+    assert kinds == {"small", "small_resnet", "iresnet", "ir_", "mobilefacenet", "xs", "t", "s", "b", "l"}
 
 
 @pytest.mark.parametrize("learned", [False, True])

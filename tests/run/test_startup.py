@@ -1,8 +1,6 @@
 """Bad input: one clear line, status 2, before any time is spent, and nothing half-written left behind."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from tests import forked
 from tests.banks import write_bank
 from tests.data.samples import packed
 from tests.ranks import run_ranks
@@ -28,8 +27,6 @@ from trainer.models.open import load_model
 from trainer.run import startup
 from trainer.run.engine import train
 from trainer.run.startup import check_agreement, check_shared, check_writable
-
-ROOT = Path(__file__).parents[2]
 
 
 def _bank(folder: Path, classes: int, dim: int, info: BankInfo | None = None) -> Path:
@@ -238,14 +235,7 @@ def test_read_only_file_system_is_refused() -> None:
 )
 def test_command_line_status_is_2(tmp_path: Path, override: str, words: str) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tmp_path / "run")))
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", str(tmp_path / "run.yaml"), override],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = forked.run(["-m", "trainer", str(tmp_path / "run.yaml"), override])
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -12,10 +12,15 @@ from PIL import Image
 
 from tools import cli
 from tools.results import comparison, compat
+from tools.results.paired import REPLICATES
+from tools.steps import CONFIGS
+from trainer.compat.methods.config import BctConfig, LceDirectConfig
 from trainer.data import open_dataset
 from trainer.data.listing import list_source
 from trainer.data.packing import PackOptions, pack
 from trainer.data.splitting import SplitOptions, save_tables, split
+from trainer.errors import ConfigError
+from trainer.run.config import load_config
 
 SMALL = [
     "backbone.width=4",
@@ -75,6 +80,9 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
         assert found["cells"]["old->old"]["rank-1"] == cells["old->old"]
         expected = cells["paragon->paragon"] - found["cells"]["new->new"]["rank-1"]
         assert found["cost"]["rank-1"] == pytest.approx(expected)
+    replicates = methods["lce"]["seeds"][0]["replicates"]["new->old"]
+    assert {len(replicates[metric]) for metric in compat.METRICS} == {REPLICATES}
+    assert set(figures["alone"][0]["replicates"]) == {"old->old", "paragon->paragon"}
     assert methods["independent"]["seeds"][0]["cost"] == {"TAR@FAR=1e-4": 0.0, "rank-1": 0.0}
     assert figures["base"]["centre->old"]["rank-1"]["mean"] >= cells["old->old"]
     assert "| old centre → old |" in (tmp_path / "table.md").read_text()
@@ -87,6 +95,10 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
     def refuse(*_: object) -> int:
         raise AssertionError("trained again")
 
+    kept = next((tmp_path / "work" / "seed-0" / "figures" / "unseen").glob("lce-*.json"))
+    older = json.loads(kept.read_text())
+    del older["figures"]["replicates"]  # as earlier versions wrote it
+    kept.write_text(json.dumps(older))
     monkeypatch.setattr(comparison.Children, "run", refuse)
     status, again = bench(tmp_path, "--methods", "independent,lce", "--seeds", "1")
     assert status == 0
@@ -198,6 +210,20 @@ class Found:
             except comparison.TrainingFailed as failed:
                 problems[item] = failed
         return problems
+
+
+def test_methods_together_have_weights_at_the_same_place_of_their_ranges() -> None:
+    both = compat.METHODS["lce+bct"]
+    assert (both.title, both.weights(4)) == ("LCE + BCT", compat.METHODS["lce"].weights(4))
+    words = both.overrides(Path("of: all, banks"), Path("e.npy"), 20.0)
+    made = load_config(CONFIGS / "demo-characters-paragon.yaml", words).methods
+    assert isinstance(made[0], LceDirectConfig)
+    assert isinstance(made[1], BctConfig)
+    assert (made[0].alignment_weight, made[0].boundary_weight, made[1].weight) == (20.0, 20.0, 3.0)
+    assert made[0].bank == made[1].bank == Path("of: all, banks")
+    assert "lce+bct" not in compat.METHODS
+    with pytest.raises(ConfigError, match="unknown magic"):
+        compat.names_of("lce+magic")
 
 
 def test_short_trials_are_halved_until_one_is_left() -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import config
+from tests.tools.test_cli import imported
 from tools.cli import main
 from trainer.distributed import Ranks
 from trainer.run.engine import train
@@ -26,6 +27,7 @@ def test_info(run: Path, tmp_path: Path) -> None:
     four, eight = json.loads((tmp_path / "info.json").read_text())
     assert (four["step"], eight["step"], eight["steps"], eight["classes"], eight["dim"]) == (4, 8, 8, 11, 6)
     assert four["bytes"] > 8 * four["numbers"] * 0.9
+    assert not {"torch", "sympy", "numpy"} & imported("checkpoint", "info", str(run))
 
 
 def test_extract(run: Path, tmp_path: Path) -> None:

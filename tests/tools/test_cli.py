@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.data.samples import packed
 from tools.cli import main, translated
 from trainer.extras import EXTRAS
 
@@ -68,10 +70,18 @@ def imported(*words: str) -> set[str]:
         (("runs", "nowhere"), ("torch", "numpy", "pydantic")),
         (("launch", RECIPE, "run.dir=x", "run.device=cpu", "data.loader=synthetic", "--dry-run"), ("torch", "sympy")),
         (("launch", RECIPE, "run.dirr=x"), ("torch", "sympy")),
+        (("plan", "--classes", "1e6", "--backbone", "r50", "--gpus", "8", "--memory", "80GiB"), ("torch", "sympy")),
     ],
 )
 def test_a_command_imports_what_it_needs(words: tuple[str, ...], without: tuple[str, ...]) -> None:
     assert not set(without) & imported(*words)
+
+
+def test_a_look_at_files_imports_no_torch(tmp_path: Path) -> None:
+    packed(tmp_path / "faces", classes=2, images=2)
+    np.save(tmp_path / "gallery.npy", np.eye(4, dtype=np.float32))
+    assert not {"torch", "sympy"} & imported("check", str(tmp_path / "faces"))
+    assert not {"torch", "sympy"} & imported("gallery", "status", str(tmp_path / "gallery.npy"))
 
 
 def test_a_missing_package_names_its_extra(

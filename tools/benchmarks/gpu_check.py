@@ -2,7 +2,9 @@
 
 Each stage is a command of its own with a time budget; its figures go to OUT/STAGE.json (tests: OUT/STAGE.xml), its
 output to OUT/STAGE.log, and OUT/summary.json says how each ended. A stage that fails or takes too long does not end the
-others. One H200 needs at most nine minutes. DALI and a package index are not needed.
+others; those of Triton's kernels are skipped, by name, without a GPU or without the package triton. All of them
+together take at most --seconds, nine minutes on one H200: what does not fit any more is not started, and the status is
+1. DALI and a package index are not needed.
 
   lce bench gpu_check --out benchmarks/gpu
   python -m tools.cli bench gpu_check --out OUT --stages equality,million       # in a checkout that is not installed
@@ -10,13 +12,16 @@ others. One H200 needs at most nine minutes. DALI and a package index are not ne
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from tools.arguments import whole_number
 
 HELP = "everything that needs a GPU, in stages: equality, waits, speed, memory"
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +32,13 @@ class Stage:
     """One command of ours, or pytest's.
 
     Attributes:
-        name: of its files. argv: behind ``python -m``. seconds: its budget.
+        name: of its files. argv: behind ``python -m``. seconds: its budget. skipped: why it is not run; empty: it is.
     """
 
     name: str
     argv: tuple[str, ...]
     seconds: int
+    skipped: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for figures and logs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes that a CPU can do in a minute or two")
+    parser.add_argument("--seconds", type=whole_number(1), default=540, help="for all stages together (540)")
     parser.add_argument("--stages", default="", help="only these, separated by commas")
 
 
@@ -63,12 +70,29 @@ def stages(device: str, small: bool, out: Path) -> list[Stage]:
         *dim,
     )
 
-    def head(name: str, seconds: int, classes: str, *words: str) -> Stage:
-        return Stage(name, (*common, "--classes", classes, *words, "--json", str(out / f"{name}.json")), seconds)
+    def head(name: str, seconds: int, classes: str, *options: str) -> Stage:
+        return Stage(name, (*common, "--classes", classes, *options, "--json", str(out / f"{name}.json")), seconds)
 
     tests = ("pytest", str(ROOT / "tests/cuda"), "-q", "-p", "no:cacheprovider")
     quick = ("-k", "cosface-1.0 or resumed") if small else ()
-    found = [Stage("equality", (*tests, *quick, f"--junitxml={out / 'equality.xml'}"), 150)]
+    found = [Stage("equality", (*tests, *quick, f"--junitxml={out / 'equality.xml'}"), 140)]
+    kernels = (*tests, "-k", "triton", f"--junitxml={out / 'triton-equality.xml'}")
+    skipped = _no_triton(device)
+    found.append(Stage("triton-equality", kernels, 40, skipped))
+    for rate in ("1.0", "0.1"):
+        options = (
+            "--rate",
+            rate,
+            "--rows",
+            "bfloat16",
+            "--compute",
+            "bfloat16",
+            "--impl",
+            "triton",
+            "--against",
+            "fused",
+        )
+        found.append(replace(head(f"triton-{million}-{rate}", 40, million, *options), skipped=skipped))
     for compute in ("float32", "tf32", "bfloat16"):
         for rate in ("1.0", "0.1"):
             side = () if compute == "float32" else ("--only", "ours")
@@ -88,7 +112,7 @@ def stages(device: str, small: bool, out: Path) -> list[Stage]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the stages; returns 0, or 1 when one failed.
+    """Run the stages; returns 0, or 1 when one failed or had no time left.
 
     Raises:
         ConfigError: no usable GPU, a package that the stages need is missing, or an unknown stage.
@@ -106,21 +130,27 @@ def run(args: argparse.Namespace) -> int:
             f"`stages`: no stage {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in every)}"
         )
     ended: list[dict[str, Any]] = []
+    until = time.monotonic() + args.seconds
     for stage in every:
         if not wanted or stage.name in wanted:
-            ended.append(_run_stage(stage, args.out, args.device))
+            ended.append(_run_stage(stage, args.out, args.device, until))
             state, seconds = ended[-1]["state"], ended[-1]["seconds"]
             print(f"{stage.name:32} {state:10} {seconds:7.1f} s", flush=True)
             write_json(
                 {"bench": "gpu_check", "device": _device(args.device), **origin(), "stages": ended},
                 args.out / "summary.json",
             )
-    return int(any(stage["state"] != "done" for stage in ended))
+    return int(any(not stage["state"].startswith(("done", "skipped")) for stage in ended))
+
+
+def _no_triton(device: str) -> str:
+    """Why Triton's kernels cannot run; empty: they can."""
+    if device != "cuda":
+        return "only a GPU runs Triton's kernels"
+    return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
 def _check(args: argparse.Namespace) -> None:
-    import importlib.util
-
     import torch
 
     from trainer.errors import ConfigError
@@ -138,8 +168,13 @@ def _device(kind: str) -> str:
     return torch.cuda.get_device_name(0) if kind == "cuda" else "cpu"
 
 
-def _run_stage(stage: Stage, out: Path, device: str) -> dict[str, Any]:
+def _run_stage(stage: Stage, out: Path, device: str, until: float) -> dict[str, Any]:
+    """How it ended, at the latest at ``until`` of the monotonic clock."""
+    if stage.skipped:
+        return asdict(stage) | {"state": f"skipped: {stage.skipped}", "seconds": 0.0}
     began = time.monotonic()
+    if began >= until:
+        return asdict(stage) | {"state": "no time left", "seconds": 0.0}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "LCE_TEST_DEVICE": device}
     with (out / f"{stage.name}.log").open("w") as log:
         child = subprocess.Popen(
@@ -151,7 +186,7 @@ def _run_stage(stage: Stage, out: Path, device: str) -> dict[str, Any]:
             start_new_session=True,
         )
         try:
-            state = "done" if child.wait(stage.seconds) == 0 else f"failed {child.returncode}"
+            state = "done" if child.wait(min(stage.seconds, until - began)) == 0 else f"failed {child.returncode}"
         except subprocess.TimeoutExpired:
             _end(child)
             state = "too long"

@@ -12,6 +12,7 @@ Examples:
   lce bench head --classes 100000 --rate 0.1 --lce direct --world-size 2
   lce bench head --classes 5500000 --rows bfloat16 --only ours
   lce bench head --classes 100000 --rate 0.1 --trace
+  lce bench head --classes 1000000 --device cuda --batch 1024 --impl triton --against fused
   lce bench head --ladder --lce direct --centers mapped --markdown ladder.md --json ladder.json
   lce bench head --ladder --every-rows --device cuda --batch 1024 --rate 0.1 --markdown ladder-cuda.md
 """
@@ -36,6 +37,7 @@ STEPS_A_TURN = 2
 """Of which the last counts: the first finds memory that the other side's turn has made cold, as no training does."""
 REST_SECONDS = 0.4
 """Before each turn, until the other side's worker threads, which spin for a while after a step, have gone to sleep."""
+IMPLEMENTATIONS = ("fused", "native", "triton", "reference")
 MAPPED = ("backward", "forward", "both")
 HELP = "time and memory of a step of the class-sharded head"
 
@@ -52,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rows = ("float32", "bfloat16", "float8")
     parser.add_argument("--rows", choices=rows, default="float32", help="dtype of rows and state; float8: --momentum 0")
     parser.add_argument("--compute", choices=("float32", "tf32", "bfloat16"), default="float32", help="of the products")
+    parser.add_argument("--impl", choices=("auto", *IMPLEMENTATIONS), default="auto", help="head.impl of ours (auto)")
+    parser.add_argument(
+        "--against",
+        choices=IMPLEMENTATIONS,
+        default="reference",
+        help="of the other side (reference, which is float32; any other takes the same rows and products as ours)",
+    )
     parser.add_argument(
         "--lce", choices=("none", "direct", *MAPPED), default="none", help="with LCE's losses, maps included (rbt)"
     )
@@ -139,15 +148,22 @@ def _check(args: argparse.Namespace) -> None:
     classes = min(args.rungs) if args.ladder else args.classes
     if classes < args.world_size:
         raise ConfigError(f"{classes} classes for {args.world_size} rank(s): each needs one")
+    if args.against_no_lce and args.against != "reference":
+        raise ConfigError("--against-no-lce: the other side is ours; --against is of no use then")
     if args.device == "cuda" and torch.cuda.device_count() < args.world_size:
         raise ConfigError(f"--device cuda: {torch.cuda.device_count()} usable CUDA device(s), {args.world_size} needed")
     try:
-        _config(args, plain=False)
+        for name in _sides(args):
+            _config(args, name)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(
             f"{error.title}.{'.'.join(map(str, problem['loc']))} = {problem['input']}: {problem['msg']}"
         ) from None
+
+
+def _sides(args: argparse.Namespace) -> list[str]:
+    return ["reference", "ours"] if args.only == "both" else [args.only]
 
 
 def summary(figures: dict[str, Any]) -> str:
@@ -172,13 +188,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run, as the JSON holds them."""
     from trainer.head.products import bfloat16_instructions
 
-    names = ["reference", "ours"] if args.only == "both" else [args.only]
+    names = _sides(args)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     figures: dict[str, Any] = {
         "bench": "head",
         **{k: getattr(args, k) for k in ("classes", "rate", "batch", "dim", "device", "world_size", "lce", "margin")},
         "dtype": f"rows {args.rows}, compute {args.compute}",
         "optimizer": args.optimizer,
+        "impl": args.impl,
+        "against": "ours without LCE" if args.against_no_lce else args.against,
         "bfloat16": bfloat16_instructions() if args.device == "cpu" else None,
         "alternating": not args.sequential,
         **origin(),
@@ -274,6 +292,9 @@ class Implementation:
         for rank, pipe in enumerate(self.pipes):
             with _answering(rank):
                 answers.append(pipe.recv())
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
         return answers
 
 
@@ -294,6 +315,7 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
     import torch.distributed as dist
 
     from trainer.distributed import Ranks
+    from trainer.errors import ConfigError
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
     device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
@@ -303,7 +325,12 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
         backend = "nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=args.world_size)
     ranks = Ranks(rank, args.world_size, rank, device)
-    head = _head(name, args, ranks)
+    try:
+        head = _head(name, args, ranks)
+    except ConfigError as error:  # an implementation that does not run here
+        pipe.recv()
+        pipe.send(error)
+        return
     if args.lce in MAPPED and name == "ours":
         companion, optimizer = _companion(args, ranks)
     else:
@@ -329,12 +356,15 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
                 bounds.append(bound_seconds(rows, args, device))
 
 
-def _config(args: argparse.Namespace, plain: bool) -> Any:
+def _config(args: argparse.Namespace, name: str) -> Any:
+    """The head of a side, ``ours`` or ``reference``. Raises pydantic's ValidationError."""
     from trainer.config import parse_section
     from trainer.head.config import HeadConfig
 
+    impl = args.impl if name == "ours" or args.against_no_lce else args.against
+    plain = impl == "reference"
     tree = {
-        "impl": "reference" if plain else "auto",
+        "impl": impl,
         "margin": {"name": args.margin, "scale": 64.0},
         "sample_rate": args.rate,
         "optimizer": {"name": args.optimizer} | ({"momentum": args.momentum} if args.optimizer == "sgd" else {}),
@@ -347,7 +377,7 @@ def _config(args: argparse.Namespace, plain: bool) -> Any:
 def _head(name: str, args: argparse.Namespace, ranks: Any) -> Any:
     from trainer.head.partial_fc import PartialFC
 
-    config = _config(args, plain=name == "reference" and not args.against_no_lce)
+    config = _config(args, name)
     compat = None
     if args.lce == "direct" and not (name == "reference" and args.against_no_lce):
         compat = _bank(args, ranks)
@@ -435,7 +465,7 @@ def bound_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
     """Seconds of four products of (rows × D) with (D × B), at the speed of one on a chunk that stays in cache."""
     import torch
 
-    from trainer.head.kernels import chunk_rows
+    from trainer.head.sizes import chunk_rows
 
     chunk = chunk_rows(0, device.type, args.batch)
     dtype = torch.bfloat16 if args.compute == "bfloat16" else torch.float32

@@ -108,7 +108,7 @@ def _rung(
 
 def needed_bytes(args: argparse.Namespace, classes: int, rows: str, impl: str) -> int:
     """The planned peak of all ranks of one side on this machine (of one rank with CUDA: each has a device)."""
-    from trainer.planning.activations import BackboneSizes
+    from trainer.planning.backbones import BackboneSizes
     from trainer.planning.memory import peak_bytes, rank_memory
     from trainer.planning.setting import Setting
     from trainer.run.config import parse_config

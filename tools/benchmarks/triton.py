@@ -26,18 +26,24 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """What a block may have, by compute capability (A100, H100 and H200, B200)."""
 DIM, BATCH = 512, 1024
 VARIANTS = (
-    ("first", "float32", "bfloat16", False),
-    ("first", "float32", "bfloat16", True),
-    ("first", "bfloat16", "bfloat16", False),
-    ("first", "bfloat16", "bfloat16", True),
-    ("first", "float32", "tf32", False),
-    ("first", "float32", "tf32", True),
-    ("first", "float32", "float32", True),
-    ("second", "float32", "bfloat16", True),
-    ("second", "float32", "tf32", True),
-    ("second", "float32", "float32", True),
+    ("first", "float32", "bfloat16", False, False),
+    ("first", "float32", "bfloat16", True, False),
+    ("first", "float32", "bfloat16", True, True),
+    ("first", "bfloat16", "bfloat16", False, False),
+    ("first", "bfloat16", "bfloat16", True, False),
+    ("first", "float32", "tf32", False, False),
+    ("first", "float32", "tf32", True, False),
+    ("first", "float32", "tf32", True, True),
+    ("first", "float32", "float32", True, False),
+    ("first", "float32", "float32", True, True),
+    ("second", "float32", "bfloat16", True, False),
+    ("second", "float32", "bfloat16", True, True),
+    ("second", "float32", "tf32", True, False),
+    ("second", "float32", "float32", True, False),
+    ("second", "float32", "float32", True, True),
 )
-"""Pass, rows, products, and whether rows are drawn (then the sampling correction is compiled in too)."""
+"""Pass, rows, products, whether rows are drawn (then the sampling correction is compiled in too), and whether with the
+inter-class filter."""
 _SHORT = {"float32": "fp32", "tf32": "fp32", "bfloat16": "bf16"}
 
 
@@ -73,12 +79,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(one["fits"] for one in found) else 1
 
 
-def compiled(sm: int, which: str, rows: str, products: str, drawn: bool) -> dict[str, Any]:
+def compiled(sm: int, which: str, rows: str, products: str, drawn: bool, filtered: bool) -> dict[str, Any]:
     """What one kernel takes on one architecture.
 
     Args:
         sm: compute capability, 90 for 9.0. which: ``first`` or ``second``. rows: their dtype. products: what they
-            take. drawn: gather the rows.
+            take. drawn: gather the rows. filtered: with the inter-class filter.
     """
     import torch
     import triton
@@ -89,16 +95,16 @@ def compiled(sm: int, which: str, rows: str, products: str, drawn: bool) -> dict
     from trainer.head.triton_pass import Tile
 
     kernel = getattr(triton_kernels, which)
-    tile = Tile.of(which == "second", getattr(torch, products.replace("tf32", "float32")), BATCH)
-    constants = _constants(which, drawn) | {"PRECISION": "tf32" if products == "tf32" else "ieee"}
+    tile = Tile.of(which == "second", getattr(torch, products.replace("tf32", "float32")), BATCH, filtered)
+    constants = _constants(which, drawn, filtered) | {"PRECISION": "tf32" if products == "tf32" else "ieee"}
     constants |= {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
     types = {name: _type(name, which, rows, products) for name in kernel.arg_names if name not in constants}
-    pointers = [place for place, kind in enumerate(types.values()) if kind.startswith("*")]
+    pointers = [number for number, kind in enumerate(types.values()) if kind.startswith("*")]
     source = ASTSource(
         fn=kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
-        attrs={(place,): [["tt.divisibility", 16]] for place in pointers},
+        attrs={(number,): [["tt.divisibility", 16]] for number in pointers},
     )
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
@@ -109,6 +115,7 @@ def compiled(sm: int, which: str, rows: str, products: str, drawn: bool) -> dict
         "rows": rows,
         "products": products,
         "drawn": drawn,
+        "filtered": filtered,
         "tile": [tile.BM, tile.BN, tile.BK],
         "warps": tile.num_warps,
         "registers": registers,
@@ -118,8 +125,8 @@ def compiled(sm: int, which: str, rows: str, products: str, drawn: bool) -> dict
     }
 
 
-def _constants(which: str, drawn: bool) -> dict[str, Any]:
-    both = {"D": DIM, "BATCH": BATCH, "CORRECTED": drawn, "FILTER": False}
+def _constants(which: str, drawn: bool, filtered: bool) -> dict[str, Any]:
+    both = {"D": DIM, "BATCH": BATCH, "CORRECTED": drawn, "FILTER": filtered}
     return both | ({"SAMPLED": drawn, "MOMENTUM": True, "ALIGN": True} if which == "first" else {})
 
 
@@ -166,7 +173,7 @@ def as_markdown(figures: dict[str, Any]) -> str:
     ]
     for one in figures["kernels"]:
         tile = " × ".join(map(str, one["tile"]))
-        rows = one["rows"] + (", drawn" if one["drawn"] else "")
+        rows = one["rows"] + ", drawn" * one["drawn"] + ", filter" * one["filtered"]
         takes = f"{one['registers']} | {one['stack_bytes']} B | {one['shared_bytes'] / 1024:.0f} KiB"
         fits = "yes" if one["fits"] else "no"
         lines.append(

@@ -73,14 +73,14 @@ def run(args: argparse.Namespace) -> int:
     from tools.progress import progress_bar
     from trainer.errors import ConfigError
 
-    places = args.fonts or [place for place in (SYSTEM_FONTS,) if place.is_dir()]
-    found = find(places, args.script)
+    sources = args.fonts or [source for source in (SYSTEM_FONTS,) if source.is_dir()]
+    found = find(sources, args.script)
     if args.list:
         write_json(_list(found, show=args.json != "-"), args.json)
         return 0
     _check(args)
     if not found:
-        where = ", ".join(map(str, places)) or SYSTEM_FONTS
+        where = ", ".join(map(str, sources)) or SYSTEM_FONTS
         raise ConfigError(
             f"no known typeface in {where}; install some (apt-get install {' '.join(SMALL_SET)}), or give a folder "
             "with these packages: --fonts FOLDER. More: lce characters --list"
@@ -134,15 +134,15 @@ def _list(found: "list[Found]", show: bool) -> list[dict[str, Any]]:
     table = Table("typeface", "script", "package", "licence", "found")
     rows = []
     for face in CATALOGUE:
-        place = where.get(face.name)
-        table.add_row(face.name, face.scripts, face.package, face.licence, place or "–")
+        source = where.get(face.name)
+        table.add_row(face.name, face.scripts, face.package, face.licence, source or "–")
         rows.append(
             {
                 "name": face.name,
                 "script": face.scripts,
                 "package": face.package,
                 "licence": face.licence,
-                "found": place,
+                "found": source,
             }
         )
     if show:

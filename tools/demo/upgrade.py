@@ -1,4 +1,5 @@
-"""What `lce demo` runs: pictures → old model → centre bank → new model → evaluation → export, for one seed.
+"""What `lce demo` runs: pictures → old model → centre bank → new model → evaluation → export, for one seed; on request
+a pretrained old model and maps to it as well.
 
 Every step is a command of the product (`lce pack`, `lce launch`, `lce centers`, `lce evaluate`, `lce export`); what is
 particular to the demo is only the order, the folders and the pictures.
@@ -12,33 +13,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.pictures import sources as demo_sources
+from tools.pictures import packages, sources
 from tools.steps import CONFIGS, Steps, run_lce
+from trainer import files
 from trainer.errors import ConfigError
 from trainer.run.config import dump_config, load_config
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What distinguishes the two stories.
+    """What distinguishes the stories.
 
     Attributes:
         write: lays the pictures out as ``folder/SET/CLASS/*.png`` for a seed, from a cache folder.
+        recipe: ``configs/demo-RECIPE-….yaml`` are the three training runs.
         sets: the sets that it writes; ``old`` and ``train`` are trained on.
         reported: those of them that the verdict goes by.
         fars: the false accept rates that are reported.
     """
 
     write: Callable[[Path, int, Path], None]
+    recipe: str
     sets: tuple[str, ...]
     reported: tuple[str, ...]
     fars: tuple[float, ...]
 
 
+_FACES = (("old", "train", "seen", "unseen"), ("unseen", "seen"), (1e-2, 1e-1))
 PLANS = {
-    "faces": Plan(demo_sources.write_faces, ("old", "train", "seen", "unseen"), ("unseen", "seen"), (1e-2, 1e-1)),
+    "faces": Plan(sources.write_faces, "faces", *_FACES),
+    "people": Plan(sources.write_people, "faces", *_FACES),
     "characters": Plan(
-        demo_sources.write_characters,
+        sources.write_characters,
+        "characters",
         ("old", "train", "seen", "unseen", "validation"),
         ("unseen", "seen"),
         (1e-4, 1e-3),
@@ -53,6 +60,7 @@ class Outcome:
     Attributes:
         evaluation: what ``lce evaluate --json`` reports. onnx: the same with the exported model as the new one.
         export: what ``lce export --json`` reports. report: the HTML file. seconds: by step.
+        pretrained: what ``lce evaluate --json`` reports of maps to a pretrained old model, if there is one.
     """
 
     seed: int
@@ -61,22 +69,24 @@ class Outcome:
     export: dict[str, Any]
     report: Path
     seconds: dict[str, float]
+    pretrained: dict[str, Any] | None = None
 
 
 class DemoUpgrade:
     """The demo's steps for one kind of pictures, one seed and one folder.
 
     Args:
-        data: ``faces`` or ``characters``.
+        data: ``faces``, ``people`` or ``characters``.
         seed: draws the split and seeds the training runs.
         folder: everything is written inside it.
         nproc: training processes.
         say: prints a line.
         settings: overrides of every run's configuration (``train.steps=20``), for trying things out.
         stdout: where the commands' own output goes (:func:`tools.steps.run_lce`).
+        pretrained: a model file that serves as a second old model: maps between it and the paragon are trained.
 
     Raises:
-        ConfigError: the configurations are not there, or a setting is not one of theirs.
+        ConfigError: the configurations or the model file are not there, or a setting is not one of theirs.
     """
 
     def __init__(
@@ -88,14 +98,17 @@ class DemoUpgrade:
         say: Callable[[str], None],
         settings: Sequence[str] = (),
         stdout: int | None = None,
+        pretrained: Path | None = None,
     ) -> None:
         self.data, self.plan, self.seed, self.folder, self.nproc = data, PLANS[data], seed, folder, nproc
-        self._settings, self._stdout = list(settings), stdout
+        self._settings, self._stdout, self._pretrained = list(settings), stdout, pretrained
         self._steps = Steps(folder, say)
         if not (CONFIGS / "base.yaml").is_file():
             raise ConfigError(
                 f"{CONFIGS}: the demo's configurations are not there; run it from a clone of the repository"
             )
+        if pretrained is not None and not pretrained.is_file():
+            raise ConfigError(f"{pretrained}: no such model file")
         for name in ("old", "paragon", "new"):
             load_config(*self._training(name))  # a wrong override is refused now, not after the first training
 
@@ -108,10 +121,18 @@ class DemoUpgrade:
         self._train("new", "the new model, with LCE")
         self._export()
         self._evaluate()
-        evaluation, onnx, export = (
-            json.loads((self.folder / f"{name}.json").read_text()) for name in ("evaluation", "onnx", "export")
-        )
-        return Outcome(self.seed, evaluation, onnx, export, self.folder / "report.html", self._steps.seconds)
+        pretrained = None
+        if self._pretrained is not None:
+            self._maps(self._pretrained)
+            pretrained = self._read("pretrained")
+        evaluation, onnx, export = (self._read(name) for name in ("evaluation", "onnx", "export"))
+        report = self.folder / "report.html"
+        return Outcome(self.seed, evaluation, onnx, export, report, self._steps.seconds, pretrained)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """The figures that a step left."""
+        found: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
+        return found
 
     def _path(self, name: str) -> str:
         return str(self.folder / name)
@@ -120,7 +141,7 @@ class DemoUpgrade:
         def action() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="pictures-", dir=self.folder) as temporary:
-                self.plan.write(Path(temporary), self.seed, demo_sources.cache_folder())
+                self.plan.write(Path(temporary), self.seed, files.cache_folder())
                 for name in self.plan.sets:
                     run_lce(["pack", str(Path(temporary) / name), self._path(f"data/{name}")], self._stdout)
 
@@ -136,7 +157,7 @@ class DemoUpgrade:
         ]
         if name == "new":
             overrides.append(f"compat.bank={self._path('bank')}")
-        return CONFIGS / f"demo-{self.data}-{name}.yaml", [*overrides, *self._settings]
+        return CONFIGS / f"demo-{self.plan.recipe}-{name}.yaml", [*overrides, *self._settings]
 
     def _train(self, name: str, title: str) -> None:
         config, overrides = self._training(name)
@@ -171,11 +192,42 @@ class DemoUpgrade:
         argv = ["--new", self._path("new.onnx"), "--replicates", "100", "--json", self._path("onnx.json")]
         self._command("onnx", "the old gallery searched by the ONNX model", [*common, sets[0], *argv], ["onnx.json"])
 
+    def _maps(self, model: Path) -> None:
+        """Fit maps between a pretrained old model and the paragon, neither trained further, and measure them."""
+        sha256 = packages.sha256(model)
+        for name, path, title in (
+            ("pretrained", str(model), "the pretrained model's"),
+            ("paragon", self._path("paragon"), "the paragon's"),
+        ):
+            argv = ["centers", "from-model", path, self._path("data/train"), self._path(f"{name}-bank")]
+            argv += ["--embeddings", self._path(f"{name}.npy"), "--nproc", str(self.nproc)]
+            products = [f"{name}-bank", f"{name}.npy"]
+            title = f"{title} embeddings of the training images"
+            self._command(f"{name}-bank", title, argv, products, self._stdout, [sha256])
+        argv = ["launch", str(CONFIGS / "cross-model.yaml"), "--nproc", "1", f"run.seed={self.seed}"]
+        argv += [f"run.dir={self._path('maps')}", f"data.path={self._path('data/train')}"]
+        argv += [f"compat.bank={self._path('pretrained-bank')}", f"compat.new_model={self._path('paragon')}"]
+        argv += [f"compat.old_embeddings={self._path('pretrained.npy')}"]
+        argv += [f"compat.new_embeddings={self._path('paragon.npy')}", "data.batch_size=128", "train.steps=300"]
+        self._command("maps", "training maps between the two", argv, ["maps"], self._stdout)
+        argv = ["evaluate", "--old", str(model), "--new", self._path("maps"), "--cache", self._path("embeddings")]
+        argv += ["--fars", ",".join(f"{far:g}" for far in self.plan.fars), "--data"]
+        argv += [f"{name}={self._path(f'data/{name}')}" for name in self.plan.reported]
+        argv += ["--report", self._path("pretrained.html"), "--json", self._path("pretrained.json")]
+        self._command("pretrained", "evaluation of the maps", argv, ["pretrained.html", "pretrained.json"])
+
     def _command(
-        self, name: str, title: str, argv: list[str], products: list[str], stdout: int | None = subprocess.DEVNULL
+        self,
+        name: str,
+        title: str,
+        argv: list[str],
+        products: list[str],
+        stdout: int | None = subprocess.DEVNULL,
+        made_from: Sequence[str] = (),
     ) -> None:
         paths = [self.folder / product for product in products]
-        self._steps.run(name, title, self._without_folder(argv), paths, lambda: run_lce(argv, stdout))
+        key = [*self._without_folder(argv), *made_from]
+        self._steps.run(name, title, key, paths, lambda: run_lce(argv, stdout))
 
     def _without_folder(self, argv: list[str]) -> list[str]:
         """The arguments without this demo's folder, so that a demo that was moved continues."""

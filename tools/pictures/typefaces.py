@@ -5,16 +5,11 @@ looks like another design is in). A font file is found by its name in a folder, 
 wheels (.whl) that lie there, which need not be installed.
 """
 
-import bz2
-import gzip
-import io
-import lzma
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from tools.pictures.archives import read_members
 from trainer.errors import DataError
 
 SYSTEM_FONTS = Path("/usr/share/fonts")
@@ -126,7 +121,7 @@ class Found:
         return _members(self.path, {PurePosixPath(self.member).name})[self.member]
 
 
-def find(places: Sequence[Path], script: str) -> list[Found]:
+def find(sources: Sequence[Path], script: str) -> list[Found]:
     """The typefaces of :data:`CATALOGUE` for a script, in its order, that are found in the places.
 
     Args:
@@ -138,7 +133,7 @@ def find(places: Sequence[Path], script: str) -> list[Found]:
     """
     wanted = {file for typeface in CATALOGUE for file, _ in typeface.files}
     files: dict[str, tuple[Path, str]] = {}
-    for path in (path for place in places for path in _files(place)):
+    for path in (path for source in sources for path in _files(source)):
         if path.suffix in _FONT_SUFFIXES:
             files.setdefault(path.name, (path, ""))
         else:
@@ -153,52 +148,17 @@ def find(places: Sequence[Path], script: str) -> list[Found]:
     return found
 
 
-def _files(place: Path) -> Iterator[Path]:
+def _files(source: Path) -> Iterator[Path]:
     kinds = (*_FONT_SUFFIXES, *_ARCHIVES)
-    if place.is_file() and place.suffix in kinds:
-        yield place
-    elif place.is_dir():
-        yield from (path for path in sorted(place.rglob("*")) if path.suffix in kinds and path.is_file())
+    if source.is_file() and source.suffix in kinds:
+        yield source
+    elif source.is_dir():
+        yield from (path for path in sorted(source.rglob("*")) if path.suffix in kinds and path.is_file())
     else:
-        raise DataError(f"--fonts {place}: no such folder, font file, .deb or .whl")
+        raise DataError(f"--fonts {source}: no such folder, font file, .deb or .whl")
 
 
 def _members(archive: Path, names: set[str]) -> dict[str, bytes]:
     """The files of these base names in a .deb or .whl: path in the archive → content."""
-    try:
-        if archive.suffix == ".whl":
-            with zipfile.ZipFile(archive) as wheel:
-                return {name: wheel.read(name) for name in wheel.namelist() if PurePosixPath(name).name in names}
-        with tarfile.open(fileobj=io.BytesIO(_debian_data(archive.read_bytes()))) as tar:
-            return {
-                member.name: content.read()
-                for member in tar
-                if member.isfile() and PurePosixPath(member.name).name in names and (content := tar.extractfile(member))
-            }
-    except (OSError, ValueError, EOFError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{archive}: cannot be read: {error}; unpack it yourself (dpkg-deb -x PACKAGE FOLDER) and give the folder"
-        ) from None
-
-
-def _debian_data(package: bytes) -> bytes:
-    """The tar file data.tar of a Debian package, which is an ar archive (deb(5), ar(5)). Raises ValueError."""
-    unpackers: dict[str, Callable[[bytes], bytes]] = {
-        "xz": lzma.decompress,
-        "gz": gzip.decompress,
-        "bz2": bz2.decompress,
-        "tar": bytes,
-    }
-    if not package.startswith(b"!<arch>\n"):
-        raise ValueError("is no Debian package")
-    start = 8
-    while start + 60 <= len(package):
-        name = package[start : start + 16].decode("ascii", "replace").strip().rstrip("/")
-        size = int(package[start + 48 : start + 58])
-        if name.startswith("data.tar"):
-            kind = name.rpartition(".")[2]
-            if kind not in unpackers:
-                raise ValueError(f"holds {name}, a compression that Python lacks")
-            return unpackers[kind](package[start + 60 : start + 60 + size])
-        start += 60 + size + size % 2
-    raise ValueError("holds no data.tar")
+    remedy = "unpack it yourself (dpkg-deb -x PACKAGE FOLDER) and give the folder"
+    return read_members(archive, lambda path: PurePosixPath(path).name in names, remedy)

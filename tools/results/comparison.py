@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -69,9 +70,10 @@ class Source:
 
 
 def _characters(folder: Path, seed: int, classes: int, old_classes: int) -> None:
-    from tools.pictures.sources import Split, cache_folder, write_characters
+    from tools.pictures.sources import Split, write_characters
+    from trainer import files
 
-    write_characters(folder, seed, cache_folder(), Split(train=classes, old=old_classes, seen=min(classes, 5)))
+    write_characters(folder, seed, files.cache_folder(), Split(train=classes, old=old_classes, seen=min(classes, 5)))
 
 
 SOURCES = {"characters": Source(_characters, "demo-characters")}
@@ -190,6 +192,14 @@ class Comparison:
         """Where one of a seed's data sets is."""
         return (self.source.folder or self.folder(seed) / "data") / part
 
+    def typefaces(self, seed: int) -> Path:
+        """Where it stands in which typeface each record of a seed's training set is drawn, (N,) int64."""
+        return (
+            self.source.folder / "train" / "typefaces.npy"
+            if self.source.folder
+            else self.folder(seed) / "typefaces.npy"
+        )
+
     def pictures(self, seed: int) -> None:
         """Make the data sets of a seed, unless they are there for all."""
         folder, write = self.folder(seed), self.source.write
@@ -198,15 +208,22 @@ class Comparison:
             return
 
         def action() -> None:
+            import numpy as np
+
             from trainer.data.listing import list_source
-            from trainer.data.packing import PackOptions, pack
+            from trainer.data.packing import PackOptions, pack, packed_order
+            from trainer.files import write_array
 
             with tempfile.TemporaryDirectory(prefix="pictures-", dir=folder) as temporary:
                 write(Path(temporary), seed, self.classes, self.old_classes)
                 for name in SETS:
-                    pack(list_source(Path(temporary) / name), self.dataset(seed, name), PackOptions())
+                    listing = list_source(Path(temporary) / name)
+                    pack(listing, self.dataset(seed, name), PackOptions())
+                    if name == "train":
+                        order = packed_order(listing, PackOptions())
+                        write_array(self.typefaces(seed), np.array([int(Path(listing.files[k]).stem) for k in order]))
 
-        sets = [self.dataset(seed, name) for name in SETS]
+        sets = [*(self.dataset(seed, name) for name in SETS), self.typefaces(seed)]
         Steps(folder / "stamps" / "pictures", _silent).run("pictures", "", self._pictures_key(seed), sets, action)
 
     def _pictures_key(self, seed: int) -> list[str]:
@@ -256,32 +273,37 @@ class Comparison:
             where = f"exit status {status}; all of it: {log.relative_to(self.out)} in --out"
             raise TrainingFailed(f"{name}, seed {seed}: {_last_line(log)} ({where})")
 
-    def bank(self, seed: int, old: str) -> None:
-        """The old model's centre bank ``OLD-bank`` and embeddings ``OLD.npy`` by record of the training set."""
-        folder = self.folder(seed)
-        bank, embeddings = folder / f"{old}-bank", folder / f"{old}.npy"
+    def bank(self, seed: int, old: str, labels: Path | None = None, called: str | None = None) -> tuple[Path, Path]:
+        """The old model's centre bank ``OLD-bank`` and embeddings ``OLD.npy`` by record of the training set.
+
+        Args:
+            labels: a table of other labels than the set's own. called: instead of ``OLD``.
+        """
+        folder, called = self.folder(seed), called or old
+        bank, embeddings = folder / f"{called}-bank", folder / f"{called}.npy"
 
         def action() -> None:
             from trainer.compat.bank.from_model import bank_from_model
             from trainer.data import open_dataset
             from trainer.models.open import load_model
 
-            dataset = open_dataset(self.dataset(seed, "train"))
+            dataset = open_dataset(self.dataset(seed, "train"), labels)
             bank_from_model(load_model(folder / old), dataset, bank, keep_embeddings=embeddings)
 
-        Steps(folder / "stamps" / f"{old}-bank", _silent).run(
-            "bank", "", [self._hash(folder / old)], [bank, embeddings], action
-        )
+        key = [self._hash(folder / old), *([] if labels is None else [str(zlib.crc32(labels.read_bytes()))])]
+        Steps(folder / "stamps" / f"{called}-bank", _silent).run("bank", "", key, [bank, embeddings], action)
+        return bank, embeddings
 
     def measure(self, seed: int, part: str, old: str, new: str, paragon: str | None = None) -> dict[str, Any]:
-        """What a new model finds in the old gallery; kept as ``figures/NEW-PART-….json``.
+        """What a new model finds in the old gallery; kept as ``figures/PART/NEW.json``.
 
         Args:
             part: ``validation`` or ``unseen``. old, new, paragon: names of training runs.
 
         Returns:
             ``cells``: "query->gallery" → {metric: value}; with a paragon also ``update_gain`` and ``cost`` (metric →
-            value, None where not defined).
+            value, None where not defined), and ``replicates`` of the cells that these are made of (see
+            :mod:`tools.results.paired`).
         """
         folder = self.folder(seed)
         names = {"old": old, "new": new} | ({"paragon": paragon} if paragon else {})
@@ -289,7 +311,8 @@ class Comparison:
         place = folder / "figures" / part / f"{new}.json"
         if place.is_file():
             known = json.loads(place.read_text())
-            if known["models"] == hashes:
+            whole = paragon is None or "replicates" in known["figures"]  # older ones have none
+            if known["models"] == hashes and whole:
                 return dict(known["figures"])
         figures = self._figures(seed, part, names)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -299,20 +322,26 @@ class Comparison:
         return figures
 
     def _figures(self, seed: int, part: str, names: dict[str, str]) -> dict[str, Any]:
+        from tools.results.paired import REPLICATES
         from trainer.evaluation.compatibility import gain
         from trainer.evaluation.results import Options, measure_cells, plain
 
-        one = self._embedded(seed, part, names)
-        cells = measure_cells(one, Options(fars=(FAR,), replicates=2), lambda stage: None)
+        one, full = self.embedded(seed, part, names), "paragon" in names
+        cells = measure_cells(one, Options(fars=(FAR,), replicates=REPLICATES if full else 2), lambda stage: None)
         figures: dict[str, Any] = {"cells": {f"{q}->{g}": cell.value for (q, g), cell in cells.items()}}
         for metric in cells["old", "old"].value:
             found = gain(cells, metric)
             if found is not None:
                 figures.setdefault("update_gain", {})[metric] = found.update_gain.value
                 figures.setdefault("cost", {})[metric] = found.cost.value
+        if full:
+            figures["replicates"] = {
+                f"{q}->{g}": {metric: values.round(4) for metric, values in cells[q, g].replicates.items()}
+                for q, g in (("old", "old"), ("new", "old"), ("paragon", "paragon"))
+            }
         return dict(plain(figures))
 
-    def _embedded(self, seed: int, part: str, names: dict[str, str]) -> "NamedSet":
+    def embedded(self, seed: int, part: str, names: dict[str, str]) -> "NamedSet":
         """A seed's set under the models that ``names`` gives for each role."""
         from trainer.data import open_dataset
         from trainer.distributed import Ranks
@@ -331,7 +360,7 @@ class Comparison:
         :func:`trainer.evaluation.compatibility.centre_queries`): metric → value."""
         from trainer.evaluation.compatibility import centre_queries
 
-        one = self._embedded(seed, part, {"old": old})
+        one = self.embedded(seed, part, {"old": old})
         return centre_queries(one.spaces.native["old"], one.labels, (FAR,))
 
     def update_seconds(

@@ -2,12 +2,14 @@
 
   lce bench compat --data characters --methods all --seeds 3 --json - --markdown compat.md
   lce bench compat --methods bct,lce --trials 6 --steps 600 --out tried      # fewer methods, more weights, shorter
+  lce bench compat --methods lce,lce+bct                   # one method, and two together
   lce bench compat --data FOLDER --weights compat.json     # a folder of lce characters, weights as chosen before
 
 Each method's weights are chosen by --trials training runs with seed 0, on validation identities that are not reported:
 the highest TAR@FAR 1e-4 of new→old there. With --trial-steps these runs are short, and the better half gets runs of
 twice as many updates until one is left, as lce tune does. Then it is trained with every seed, each with an old model,
 training identities and a paragon (the new model without compatibility) of its own, and measured on unseen identities.
+LCE's differences to the others have intervals, paired over these identities and the seeds.
 "independent" is the paragon used on the old gallery. Update gain and cost are in trainer/evaluation/compatibility.py.
 
 --weights takes an earlier run's JSON and its choices. A FOLDER's identities are the same for every seed.
@@ -41,6 +43,8 @@ OLD, PARAGON = "old", "paragon"
 CRITERION = "TAR@FAR=1e-4"
 METRICS = (CRITERION, "rank-1")
 SHOWN = ("new->old", "new->new")
+ALONE = ("old->old", "paragon->paragon")
+CLASSES = 4000
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,20 @@ class Method:
     Attributes:
         settings: overrides of the recipe; ``{bank}``, ``{embeddings}`` and ``{weight}`` are filled in.
         low, high: the ends of the weights that the trials span, evenly in their logarithm.
+        ratios: of methods together, by the others' names: their weight in units of the first one's.
     """
 
     title: str
     settings: tuple[str, ...]
     low: float = 1.0
     high: float = 1.0
+    ratios: tuple[tuple[str, float], ...] = ()
+
+    def overrides(self, bank: Path, embeddings: Path, weight: float) -> list[str]:
+        """The settings with the old model's bank and embeddings, and this weight."""
+        others = {f"{name}_weight": f"{weight * ratio:.3g}" for name, ratio in self.ratios}
+        known = {"bank": bank, "embeddings": embeddings, "weight": weight, **others}
+        return [word.format(**known) for word in self.settings]
 
     def weights(self, trials: int) -> list[float]:
         """So many weights from ``low`` to ``high``; the middle one for a single trial or where there is nothing to
@@ -67,8 +79,8 @@ def _method(title: str, method: str, needs: str, *more: str) -> Method:
     """The weights are those that ``lce tune`` tries."""
     area = RANGES[method]
     files = {"bank": "compat.bank={bank}", "old": "compat.old_embeddings={embeddings}"}
-    words = [f"compat.method={method}", *more, *(files[name] for name in needs.split())]
-    return Method(title, (*words, *(f"compat.{key}={{weight}}" for key in area.keys)), area.low, area.high)
+    overrides = [f"compat.method={method}", *more, *(files[name] for name in needs.split())]
+    return Method(title, (*overrides, *(f"compat.{key}={{weight}}" for key in area.keys)), area.low, area.high)
 
 
 @dataclass(frozen=True)
@@ -79,12 +91,34 @@ class Rung:
     updates: int
 
 
-METHODS = {
+class _Methods(dict[str, Method]):
+    """Methods by name; ``lce+bct`` is both together, their weights at the same place of their ranges."""
+
+    def __missing__(self, name: str) -> Method:
+        first, *others = name.split("+")
+        if not others or any(part not in self for part in (first, *others)):
+            raise KeyError(name)
+        words, sections = list[str](), list[str]()
+        for part in (first, *others):
+            weight = "{weight}" if part == first else f"{{{part}_weight}}"
+            own = [word.replace("{weight}", weight) for word in self[part].settings]
+            words += [word for word in own if not word.startswith("compat.")]
+            pairs = [word.removeprefix("compat.").split("=") for word in own if word.startswith("compat.")]
+            sections.append(f"{{{{{', '.join(f'{key}: {chr(34)}{value}{chr(34)}' for key, value in pairs)}}}}}")
+        title = " + ".join(self[part].title.removesuffix(", direct") for part in (first, *others))
+        ratios = tuple((part, self[part].low / self[first].low) for part in others)
+        settings = (*words, f"compat=[{', '.join(sections)}]")
+        return Method(title, settings, self[first].low, self[first].high, ratios)
+
+
+METHODS = _Methods()
+METHODS |= {
     "independent": Method("independent", ()),
     "l2": _method("L2 to the old embedding", "l2", "old"),
     "bct": _method("BCT", "bct", "bank"),
     "unibct": _method("UniBCT", "unibct", "old"),
     "ndpp": _method("NDPP, ours after it", "ndpp", "bank"),
+    "bt2": _method("BT², 32 dimensions more, ours after it", "bt2", "bank old", "backbone.dim=96"),
     "frozen": Method("old rows stay", ("compat.method=frozen", "compat.bank={bank}")),
     "advbct": _method("AdvBCT", "advbct", "bank old"),
     "mixbct": _method("MixBCT", "mixbct", "bank old"),
@@ -93,12 +127,14 @@ METHODS = {
     "lce-backward": _method("LCE, backward", "lce", "bank", "compat.mode=backward"),
     "lce-forward": _method("LCE, forward", "lce", "bank", "compat.mode=forward"),
 }
+MAPPED = ("fct", "lce-backward", "lce-forward")
+"""Those that compare two models of different dimensions, through maps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lce bench compat``."""
     add_data_arguments(parser)
-    parser.add_argument("--methods", default="all", help=f"all, or some of {','.join(METHODS)}")
+    parser.add_argument("--methods", default="all", help=f"all, or some of {','.join(METHODS)}; lce+bct: both")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (3)")
     parser.add_argument("--trials", type=int, default=4, help="training runs to choose each method's weights (4)")
     parser.add_argument("--trial-steps", type=int, help="updates of a first trial; then halving (all trials: --steps)")
@@ -115,13 +151,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all training runs: backbone.width=4")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the benchmarks with a comparison train on."""
+def add_data_arguments(
+    parser: argparse.ArgumentParser, old: str = "of them, the old model's (500; not of a folder)"
+) -> None:
+    """What the benchmarks with a comparison train on; ``old`` says what ``--old-classes`` is."""
     parser.add_argument(
         "--data", metavar="NAME", default="characters", help="characters, or a folder made by lce characters"
     )
     parser.add_argument("--classes", type=int, help="training identities of the new models (4,000; not of a folder)")
-    parser.add_argument("--old-classes", type=int, help="of them, the old model's (500; not of a folder)")
+    parser.add_argument("--old-classes", type=int, help=old)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -130,9 +168,9 @@ def run(args: argparse.Namespace) -> int:
     from tools.output import table_console
     from tools.steps import interruptible
 
-    names = _names(args.methods)
+    names = names_of(args.methods)
     _check(args)
-    comparison, weights = make_comparison(args), _weights_of(args.weights, names)
+    comparison, weights = make_comparison(args), weights_of(args.weights, names)
     with interruptible():
         figures = compare(comparison, names, args.seeds, rungs_of(args), weights)
         if args.time:
@@ -160,7 +198,7 @@ def make_comparison(args: argparse.Namespace) -> "Comparison":
     source, asked = source_of(args.data), (args.classes, args.old_classes)
     if source.folder and asked != (None, None):
         raise ConfigError(f"--classes and --old-classes do not go with a folder: {args.data} says how many there are")
-    classes, old = source.counts() if source.folder else (asked[0] or 4000, asked[1] or 500)
+    classes, old = source.counts() if source.folder else (asked[0] or CLASSES, asked[1] or 500)
     sizes = (classes, old, args.steps, args.old_steps)
     comparison = Comparison(args.out.absolute(), source, *sizes, tuple(args.overrides), args.parallel)
     comparison.check()
@@ -182,7 +220,7 @@ def rungs_of(args: argparse.Namespace) -> list[Rung]:
     return [Rung(size, args.trial_steps * 2**number) for number, size in enumerate(sizes)]
 
 
-def _weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | None:
+def weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | None:
     """The weights that an earlier run chose. Raises :class:`ConfigError`: unreadable, or not there for a method."""
     import json
 
@@ -202,11 +240,13 @@ def _weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | N
         raise ConfigError(f"--weights {path}: not the JSON of lce bench compat, or a method without a weight") from None
 
 
-def _names(text: str) -> list[str]:
+def names_of(text: str) -> list[str]:
+    """The methods that an option names. Raises :class:`ConfigError`: an unknown one."""
     from trainer.errors import ConfigError
 
     names = list(METHODS) if text == "all" else text.split(",")
-    unknown = [name for name in names if name not in METHODS]
+    parts = [part for name in names for part in name.split("+")]
+    unknown = [part for part in parts if part not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {text}: unknown {', '.join(unknown)}; known: all, {', '.join(METHODS)}")
     return names
@@ -219,9 +259,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--trial-steps {args.trial_steps}: from 1 to --steps, {args.steps}")
     if min(args.seeds, args.trials) < 1:
         raise ConfigError(f"--seeds {args.seeds} --trials {args.trials}: both at least 1")
-    for option, place in (("--json", args.json), ("--markdown", args.markdown)):
-        if place not in (None, "-") and not Path(place).absolute().parent.is_dir():
-            raise ConfigError(f"{option} {place}: the folder {Path(place).absolute().parent} does not exist")
+    for option, file in (("--json", args.json), ("--markdown", args.markdown)):
+        if file not in (None, "-") and not Path(file).absolute().parent.is_dir():
+            raise ConfigError(f"{option} {file}: the folder {Path(file).absolute().parent} does not exist")
 
 
 # ---- training and measuring ----
@@ -265,24 +305,33 @@ def compare(
         failed = comparison.each(measure, final)
     for name, one in methods.items():
         runs = [job for job in final if job[0] == name and failed[job] is None]
-        one["seeds"] = [{"seed": job[1], **_final(comparison, *job)} for job in runs]
+        one["seeds"] = [{"seed": job[1], **_crossed(_final(comparison, *job))} for job in runs]
         one["problems"] += [str(failed[job]) for job in final if job[0] == name and failed[job] is not None]
-        one["spread"] = _spreads(one["seeds"])
-    alone = [comparison.measure(seed, "unseen", OLD, PARAGON, PARAGON)["cells"] for seed in range(seeds)]
+        one["spread"] = spreads(one["seeds"])
+    measured = [comparison.measure(seed, "unseen", OLD, PARAGON, PARAGON) for seed in range(seeds)]
     centres = [comparison.centre_queries(seed, "unseen", OLD) for seed in range(seeds)]
-    base = _spreads(
+    base = spreads(
         [
-            {"cells": {"centre->old": at, **{cell: cells[cell] for cell in ("old->old", "paragon->paragon")}}}
-            for cells, at in zip(alone, centres, strict=True)
+            {"cells": {"centre->old": at, **{cell: one["cells"][cell] for cell in ALONE}}}
+            for one, at in zip(measured, centres, strict=True)
         ]
     )
     return {
         "far": 1e-4,
         "chosen_by": "an earlier run" if weights else f"new->old {CRITERION} on validation",
         "base": base,
+        "alone": [
+            {"seed": seed, "replicates": {cell: one["replicates"][cell] for cell in ALONE}}
+            for seed, one in enumerate(measured)
+        ],
         "methods": methods,
         **origin(),
     }
+
+
+def _crossed(figures: dict[str, Any]) -> dict[str, Any]:
+    """A method's figures of one seed with the replicates of its own cell; all methods share those of :data:`ALONE`."""
+    return {**figures, "replicates": {"new->old": figures["replicates"]["new->old"]}}
 
 
 def time_updates(comparison: "Comparison", methods: dict[str, Any]) -> None:
@@ -374,18 +423,17 @@ def _name(name: str, weight: float) -> str:
 
 
 def _train(comparison: "Comparison", name: str, seed: int, weight: float, updates: int | None = None) -> str:
-    called, words = _name(name, weight), _overrides(comparison, name, seed, weight)
+    called, overrides = _name(name, weight), _overrides(comparison, name, seed, weight)
     if updates not in (None, comparison.steps):
-        called, words = f"{called}-{updates}", [*words, f"train.steps={updates}"]
+        called, overrides = f"{called}-{updates}", [*overrides, f"train.steps={updates}"]
     if METHODS[name].settings:
-        comparison.train(seed, called, PARAGON, words, OLD)
+        comparison.train(seed, called, PARAGON, overrides, OLD)
     return called
 
 
 def _overrides(comparison: "Comparison", name: str, seed: int, weight: float) -> list[str]:
     folder = comparison.folder(seed)
-    known = {"bank": folder / f"{OLD}-bank", "embeddings": folder / f"{OLD}.npy", "weight": weight}
-    return [word.format(**known) for word in METHODS[name].settings]
+    return METHODS[name].overrides(folder / f"{OLD}-bank", folder / f"{OLD}.npy", weight)
 
 
 def _trial(comparison: "Comparison", name: str, weight: float, updates: int) -> dict[str, Any]:
@@ -410,7 +458,7 @@ def _choose(name: str, trials: Sequence[Trial]) -> dict[str, Any]:
     }
 
 
-def _spreads(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def spreads(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """name → metric → mean and standard deviation over the seeds: cells, update gain and cost."""
     out: dict[str, Any] = {}
     for one in runs:
@@ -459,11 +507,11 @@ _COLUMNS = [
 
 def _rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and lines of the table: the old model's, its centres' and the paragon's own figures, then every method's."""
-    words = {"new->old": "new → old", "new->new": "new → new", "update_gain": "update gain", "cost": "cost"}
+    titles = {"new->old": "new → old", "new->new": "new → new", "update_gain": "update gain", "cost": "cost"}
     short = {CRITERION: "TAR", "rank-1": "rank-1"}
-    spreads = [one["spread"] for one in figures["methods"].values()]
+    spreads, why = [one["spread"] for one in figures["methods"].values()], no_gain(figures)
     columns = [column for column in _COLUMNS if any(column[0] in spread for spread in spreads)]
-    head = ["method", "weight", *(f"{words[part]} {short[metric]}" for part, metric in columns)]
+    head = ["method", "weight", *(f"{titles[part]} {short[metric]}" for part, metric in columns)]
     own = {cell: [_text(values[metric]) for metric in METRICS] for cell, values in figures["base"].items()}
     lines = [
         ["old → old", "", *own["old->old"], *[""] * (len(columns) - 2)],
@@ -476,15 +524,26 @@ def _rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, one in figures["methods"].items():
         weight = f"{one['weight']:g}" if METHODS[name].settings and one["weight"] else ""
         spread = one["spread"]
-        cells = [_shown(part, spread[part][metric]) if spread else "failed" for part, metric in columns]
+        cells = [_shown(part, spread[part][metric], why) if spread else "failed" for part, metric in columns]
         time = [f"{one['update_time']:.2f}" if "update_time" in one else "–"] if timed else []
         lines.append([one["title"], weight, *cells, *time])
     return head, lines
 
 
-def _shown(part: str, value: dict[str, Any] | None) -> str:
-    """A gain below 0 is no share of a way."""
-    return _text(None if part == "update_gain" and value is not None and value["mean"] < 0 else value)
+def _shown(part: str, value: dict[str, Any] | None, why: str) -> str:
+    """A gain below 0 is no share of a way, nor is one of a way that may be none (see :func:`no_gain`)."""
+    return _text(None if part == "update_gain" and value is not None and (why or value["mean"] < 0) else value)
+
+
+def no_gain(figures: dict[str, Any]) -> str:
+    """Why update gains by TAR say nothing here; empty where they do: the paragon must be clearly above the old model,
+    or the gain divides by what may be 0."""
+    from tools.results.paired import room, text
+
+    found = room(figures, CRITERION)
+    if found is None or found.low > 0:
+        return ""
+    return f"paragon − old is {text(found)}, so that a share of it says nothing"
 
 
 def _text(value: dict[str, Any] | None) -> str:
@@ -515,6 +574,8 @@ def markdown(figures: dict[str, Any]) -> str:
         "",
         "Old centre → old: queries at the mean of an identity's other old embeddings, where LCE pulls the new ones. "
         "An update gain of –: new → old is below old → old, or the paragon is no better than the old model.",
+        *(f"\nNo update gain by TAR: {why}." for why in [no_gain(figures)] if why),
+        *_paired(figures),
         *(f"\n{one['title']}: {problem}" for one in figures["methods"].values() for problem in one["problems"]),
     ]
     if figures["chosen_by"] == "an earlier run":
@@ -536,6 +597,28 @@ def markdown(figures: dict[str, Any]) -> str:
         if one["trials"] or one["problems"]
     ]
     return "\n".join([*text, *_markdown_rows(["method", *["weight: result"] * columns], trials)]) + "\n"
+
+
+def _paired(figures: dict[str, Any]) -> list[str]:
+    """LCE's lead over each other method as a table, where the figures hold what is needed."""
+    from tools.results.paired import difference, text
+
+    methods = figures["methods"]
+    lines = []
+    for name, one in methods.items():
+        if name not in ("independent", "lce") and "lce" in methods:
+            found = [difference(methods["lce"]["seeds"], one["seeds"], metric) for metric in METRICS]
+            if None not in found:
+                lines.append([one["title"], *(text(interval) for interval in found if interval is not None)])
+    if not lines:
+        return []
+    over = "identities" if figures["seeds"] == 1 else "identities and seeds"
+    return [
+        "",
+        f"LCE less each other method, new → old, on the same identities; 95 % intervals, paired over {over}:",
+        "",
+        *_markdown_rows(["LCE −", "TAR", "rank-1"], lines),
+    ]
 
 
 def _trial_text(trial: dict[str, Any], steps: int) -> str:

@@ -147,15 +147,15 @@ def check(
 
 
 def _settings(folder: Path, case: Case, weights: tuple[float, float]) -> list[str]:
-    words = [f"backbone.dim={case.new}", "compat.method=lce", f"compat.mode={case.mode}"]
-    words += [f"compat.alignment_weight={weights[0]}", f"compat.boundary_weight={weights[1]}"]
-    words.append(f"compat.bank={folder / f'old-{case.old}-bank'}")
+    overrides = [f"backbone.dim={case.new}", "compat.method=lce", f"compat.mode={case.mode}"]
+    overrides += [f"compat.alignment_weight={weights[0]}", f"compat.boundary_weight={weights[1]}"]
+    overrides.append(f"compat.bank={folder / f'old-{case.old}-bank'}")
     if case.mode == "cross-model":
         alone = folder / f"alone-{case.new}"
-        words += [f"compat.new_model={alone}", f"compat.new_embeddings={alone}.npy"]
-        words += [f"compat.old_embeddings={folder / f'old-{case.old}.npy'}", "data.batch_size=512"]
-        words += ["optimizer.name=adamw", "optimizer.lr=0.003", "optimizer.weight_decay=0.0001"]
-    return words
+        overrides += [f"compat.new_model={alone}", f"compat.new_embeddings={alone}.npy"]
+        overrides += [f"compat.old_embeddings={folder / f'old-{case.old}.npy'}", "data.batch_size=512"]
+        overrides += ["optimizer.name=adamw", "optimizer.lr=0.003", "optimizer.weight_decay=0.0001"]
+    return overrides
 
 
 def _line(comparison: "Comparison", case: Case, seeds: int) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.results.paired import difference
+from tools.results.paired import text as interval_text
+
 HELP = "write docs/results.md and its plots from the JSON of the other benchmarks"
 
 METRIC = "TAR@FAR=1e-4"
@@ -58,6 +61,12 @@ def _compat(figures: dict[str, Any]) -> str:
     return markdown(figures)
 
 
+def _changes(figures: dict[str, Any]) -> str:
+    from tools.results.changes import markdown
+
+    return markdown(figures)
+
+
 def _criterion(figures: dict[str, Any]) -> str:
     lines = ["| mode | D1 | D2 | seed | old → old | new → old | met |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for line in figures["lines"]:
@@ -70,6 +79,12 @@ def _criterion(figures: dict[str, Any]) -> str:
         f"identities, {figures['steps']} updates; “independent” is the control, which must fail. "
         f"{figures['machine']}, commit {figures['commit']}.\n\n" + "\n".join(lines) + "\n"
     )
+
+
+def _chain(figures: dict[str, Any]) -> str:
+    from tools.results.chain import markdown
+
+    return markdown(figures)
 
 
 def _head(rows: list[dict[str, Any]]) -> str:
@@ -113,7 +128,9 @@ METHODS = "--methods independent,l2,bct,unibct,advbct,mixbct,fct,lce"
 CHOSEN = "--weights {figures}/compat.json"
 ALL = f"{METHODS} {CHOSEN} --seeds 3 --steps 1500"
 LONG = f"--methods independent,lce {CHOSEN} --steps 9000"
-AGAINST = ("compat.json", "compat-hangul.json", "compat-both.json")
+LONG_RIVALS = f"--methods bct,unibct,advbct,l2,lce {CHOSEN} --steps 9000"
+LONG_RUN = "compat-hangul-long.json"
+AGAINST = ("compat.json", "compat-hangul.json", "compat-hangul-rivals.json", "compat-both.json")
 """Where LCE stands against all other methods."""
 FEWER_OR_MORE = (1000, 2000, 8000)
 """Training identities of the runs besides the first one, which has 4,000."""
@@ -140,6 +157,15 @@ SECTIONS = (
         (
             f"bench compat --data {{work}}/hangul {LONG} --seeds 3 --old-steps 3000 --out {{work}}/compat-hangul-long "
             "--json {json}",
+        ),
+        _compat,
+    ),
+    Section(
+        "All Hangul syllables, the rivals as long",
+        "compat-hangul-rivals.json",
+        (
+            f"bench compat --data {{work}}/hangul {LONG_RIVALS} --seeds 1 --old-steps 3000 "
+            "--out {work}/compat-hangul-long --json {json}",
         ),
         _compat,
     ),
@@ -178,6 +204,18 @@ SECTIONS = (
         "criterion.json",
         ("bench criterion --out {work}/criterion --json {json}",),
         _criterion,
+    ),
+    Section(
+        "A chain of five models",
+        "chain.json",
+        (f"bench chain {CHOSEN} --out {{work}}/chain --json {{json}}",),
+        _chain,
+    ),
+    Section(
+        "Every kind of change",
+        "changes.json",
+        ("bench changes --weights {figures}/compat.json --out {work}/changes --json {json}",),
+        _changes,
     ),
     Section("The class-sharded head", "head.json", ("bench table --out {figures}",), _head),
     Section(
@@ -279,6 +317,8 @@ def page(known: dict[str, Any], plots: Sequence[str]) -> str:
         places = {"json": f"benchmarks/{one.file}", "figures": "benchmarks", "work": "work", "fonts": "fonts"}
         out += [f"## {one.title}", "", *(f"`lce {command.format(**places)}`\n" for command in one.commands)]
         out += [one.text(known[one.file]) if known[one.file] is not None else "Not measured yet.\n"]
+        if one.file == "compat-hangul-rivals.json" and known[one.file] is not None:
+            out += [_agreement(known[one.file], known[LONG_RUN])]
     captions = {name: CAPTIONS[name] for name in plots}
     out += ["## Plots\n"] if captions else []
     out += [f"![{text}](pictures/{name})\n\n{text}\n" for name, text in captions.items()]
@@ -287,8 +327,9 @@ def page(known: dict[str, Any], plots: Sequence[str]) -> str:
 
 def headline(known: dict[str, Any]) -> str:
     """Which method, by how much, at what cost, and where LCE loses; empty where the figures for it are not there."""
-    long = known.get("compat-hangul-long.json")
-    runs: list[dict[str, Any]] = [run for name in AGAINST if (run := known.get(name)) and _rivals(run)]
+    long = known.get(LONG_RUN)
+    given = [_with_lce(run, long) for name in AGAINST if (run := known.get(name))]
+    runs: list[dict[str, Any]] = [run for run in given if "lce" in run["methods"] and _rivals(run)]
     if not long or not runs:
         return ""
     lce, base = long["methods"]["lce"]["spread"], long["base"]
@@ -302,7 +343,7 @@ def headline(known: dict[str, Any]) -> str:
     price += f" and with {times[0]:.2f} times the paragon's time for an update" if times else ""
     found = [_standing(run, metric) for run in runs for metric in (METRIC, "rank-1")]
     ahead, level, behind = ([text for place, text in found if place == which] for which in (1, 0, -1))
-    gain = _gain(long["methods"]["lce"])
+    gain = _gain(long, "lce")
     share = "" if gain is None else f"{gain['mean']:.0%} of the way to the paragon by TAR, "
     out = (
         f"**LCE** takes the search of old galleries from {pair(base['old->old'])} (TAR at FAR 1e-4 / rank-1) to "
@@ -313,8 +354,10 @@ def headline(known: dict[str, Any]) -> str:
     out += f", about level in {_joined(level)}" if level else ""
     out += f", and loses in {_joined(behind)}." if behind else ", and loses in none."
     return (
-        out + " Clearly: by more than the larger of the two standard deviations over seeds. These comparisons "
-        "stop before the paragon has learned as much, so that part of the lead is quicker learning."
+        out + " Clearly: by the 95 % interval of the difference, paired over identities and seeds, where there is one, "
+        f"else by more than the larger of the two standard deviations over seeds. Comparisons after fewer than "
+        f"{long['steps']:,} updates stop before the paragon has learned as much, so that part of a lead there is "
+        "quicker learning."
     )
 
 
@@ -323,13 +366,59 @@ def _standing(run: dict[str, Any], metric: str) -> tuple[int, str]:
     cells = {name: one["spread"]["new->old"][metric] for name, one in _rivals(run).items()}
     mine = run["methods"]["lce"]["spread"]["new->old"][metric]
     best = max(cells, key=lambda name: float(cells[name]["mean"]))
+    title = run["methods"][best]["title"]
+    name = "TAR" if metric == METRIC else metric
+    text = f"{name} with {run['classes']:,} identities after {run['steps']:,} updates ({mine['mean']:.3f} against "
+    text += f"{title}'s {cells[best]['mean']:.3f}"
+    paired = difference(run["methods"]["lce"]["seeds"], run["methods"][best]["seeds"], metric)
+    if paired is not None:
+        return (1 if paired.low > 0 else -1 if paired.high < 0 else 0), f"{text}: {interval_text(paired)})"
     apart = mine["mean"] - cells[best]["mean"]
     deviations = (mine["deviation"], cells[best]["deviation"])  # None: one seed, which shows no lead
     noise = math.inf if None in deviations else max(deviations)
-    title = run["methods"][best]["title"]
-    name = "TAR" if metric == METRIC else metric
-    text = f"{name} with {run['classes']:,} identities ({mine['mean']:.3f} against {title}'s {cells[best]['mean']:.3f})"
-    return (0 if abs(apart) <= noise else 1 if apart > 0 else -1), text
+    return (0 if abs(apart) <= noise else 1 if apart > 0 else -1), f"{text})"
+
+
+def _with_lce(run: dict[str, Any], long: dict[str, Any] | None) -> dict[str, Any]:
+    """A run without LCE of its own gets that of the long run, of the same seeds, where both had the same old models."""
+    from tools.results.compat import spreads
+
+    if "lce" in run["methods"] or not long or same_old(run, long) is not True:
+        return run
+    numbers = {one["seed"] for method in run["methods"].values() for one in method["seeds"]}
+    lce = long["methods"]["lce"]
+    seeds = [one for one in lce["seeds"] if one["seed"] in numbers]
+    return {**run, "methods": {**run["methods"], "lce": {**lce, "seeds": seeds, "spread": spreads(seeds)}}}
+
+
+def same_old(run: dict[str, Any], other: dict[str, Any]) -> bool | None:
+    """Whether two runs' old models of the same seeds find the same (to 1e-3 in each metric); None: no common seed, or
+    other settings, so that their figures have nothing to do with each other."""
+    settings = ("data", "classes", "old_classes", "old_steps", "overrides")
+    if any(run.get(key) != other.get(key) for key in settings):
+        return None
+    found: list[dict[int, dict[str, float]]] = [
+        {s["seed"]: s["cells"]["old->old"] for method in one["methods"].values() for s in method["seeds"]}
+        for one in (run, other)
+    ]
+    common = sorted(set(found[0]) & set(found[1]))
+    if not common:
+        return None
+    return all(abs(found[0][s][m] - found[1][s][m]) <= 1e-3 for s in common for m in (METRIC, "rank-1"))
+
+
+def _agreement(run: dict[str, Any], long: dict[str, Any] | None) -> str:
+    """Whether the rivals' run may be read next to LCE's of three seeds; empty where it cannot be said."""
+    same = same_old(run, long) if long else None
+    if same is None:
+        return ""
+    if same:
+        return "The old models of these seeds are those of the run above: figures of both may be compared.\n"
+    cells = [one["base"]["old->old"][METRIC]["mean"] for one in (run, long) if one]
+    return (
+        f"The old models are not those of the run above (old → old {cells[0]:.3f}, there {cells[1]:.3f} by TAR): "
+        "compare figures within this section only.\n"
+    )
 
 
 def _rivals(run: dict[str, Any]) -> dict[str, Any]:
@@ -395,7 +484,7 @@ def _plot_classes(known: dict[str, Any], path: Path) -> bool:
     axes, save = _axes("training identities", "update gain, TAR at FAR 1e-4")
     names = [name for name in runs[0]["methods"] if name != "independent"]
     for colour, name in zip(COLOURS, names, strict=False):
-        gains = {r["classes"]: _gain(r["methods"][name]) for r in runs if name in r["methods"]}
+        gains = {r["classes"]: _gain(r, name) for r in runs if name in r["methods"]}
         found = {classes: gain for classes, gain in gains.items() if gain is not None}
         means, errors = [g["mean"] for g in found.values()], [g["deviation"] or 0 for g in found.values()]
         title = runs[0]["methods"][name]["title"]
@@ -409,10 +498,39 @@ def _plot_classes(known: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def _gain(method: dict[str, Any]) -> dict[str, Any] | None:
-    """A method's update gain over the seeds; None where the paragon is no better than the old model."""
-    gain: dict[str, Any] | None = method["spread"].get("update_gain", {}).get(METRIC)
-    return gain
+def _plot_changes(known: dict[str, Any], path: Path) -> bool:
+    """new→old of each method and old→old, a line for every change."""
+    from tools.results.changes import means
+
+    figures = known["changes.json"]
+    if figures is None:
+        return False
+    axes, save = _axes("TAR at FAR 1e-4, unseen identities", "")
+    lines = figures["lines"][::-1]
+    for place, (colour, name) in enumerate(zip(COLOURS[1:], figures["methods"], strict=False)):
+        found = {
+            row: values[METRIC] for row, one in enumerate(lines) if (values := means(one["cells"][name], "new->old"))
+        }
+        rows = [row + 0.15 * (len(figures["methods"]) / 2 - place) for row in found]
+        axes.plot(list(found.values()), rows, "o", color=colour, label=f"{figures['methods'][name]}: new → old")
+    old = {
+        row: values[METRIC]
+        for row, one in enumerate(lines)
+        for cell in one["cells"].values()
+        if (values := means(cell, "old->old"))
+    }
+    axes.plot(list(old.values()), list(old), "k|", ms=18, label="old → old")
+    axes.set_yticks(range(len(lines)), [one["change"] for one in lines])
+    save(path)
+    return True
+
+
+def _gain(run: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """A method's update gain over the seeds; None where the paragon is not clearly better than the old model."""
+    from tools.results.compat import no_gain
+
+    gain: dict[str, Any] | None = run["methods"][name]["spread"].get("update_gain", {}).get(METRIC)
+    return None if no_gain(run) else gain
 
 
 def _reach(base: dict[str, Any]) -> float:
@@ -425,6 +543,7 @@ PLOTS = {
     "results-weights.png": _plot_weights,
     "results-growth.png": _plot_growth,
     "results-classes.png": _plot_classes,
+    "results-changes.png": _plot_changes,
 }
 CAPTIONS = {
     "results-growth.png": "More training identities, the same old models: a run's identities are among those of the "
@@ -433,6 +552,8 @@ CAPTIONS = {
     "results-weights.png": "What each method's weight does (4,000 syllables, seed 0, validation identities).",
     "results-classes.png": "Update gain over the number of training identities, where the paragon has learned, and "
     "that of queries at the old centres. The old model and the characters differ between the points.",
+    "results-changes.png": "The search of the old gallery when one thing or two change between the models. No point: "
+    "the method needs equal dimensions.",
 }
 
 

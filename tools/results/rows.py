@@ -113,11 +113,11 @@ def compare(
 
 def _figures(comparison: "Comparison", name: str, seed: int, factor: float | None, part: str) -> dict[str, Any]:
     """Train a kind, or find it, and measure what it finds among its own embeddings."""
-    words, label = list(KINDS[name]), name
-    if WITHOUT in words and factor is not None:
-        words.append(f"head.optimizer.lr_factor={factor:g}")
+    overrides, label = list(KINDS[name]), name
+    if WITHOUT in overrides and factor is not None:
+        overrides.append(f"head.optimizer.lr_factor={factor:g}")
         label = f"{name}-{factor:g}"
-    comparison.train(seed, label, PARAGON, words)
+    comparison.train(seed, label, PARAGON, overrides)
     return {"seed": seed, **comparison.measure(seed, part, label, label)["cells"]["new->new"]}
 
 

@@ -1,6 +1,6 @@
 """Make the committed table of the head's figures again: one `lce bench head` after the other, head.json and head.md.
 
-Takes about twenty minutes on two cores and 20 GiB; run it on a machine that does nothing else.
+Takes about forty minutes on two cores and 20 GiB; run it on a machine that does nothing else.
 
 Example:
   lce bench table --out benchmarks
@@ -23,7 +23,9 @@ CASES = (
     "--classes 1000000 --rate 0.1",
     "--classes 1000000 --rate 0.02",
     "--classes 1000000 --rate 1.0 --compute bfloat16 --steps 5",
+    "--classes 1000000 --rate 1.0 --compute bfloat16 --rows bfloat16 --steps 5",
     "--classes 1000000 --rate 0.1 --rows bfloat16",
+    "--classes 1000000 --rate 0.1 --compute bfloat16 --rows bfloat16",
     "--classes 1000000 --rate 0.1 --momentum 0",
     "--classes 1000000 --rate 0.1 --momentum 0 --rows bfloat16",
     "--classes 1000000 --rate 0.1 --momentum 0 --rows float8",

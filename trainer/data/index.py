@@ -141,7 +141,7 @@ def rows_info(rows: Path) -> RowsInfo | None:
     """What stands next to embeddings by record, or None; the embeddings are compared with their checksum, up to
     :data:`MOST_COMPARED_BYTES` of them. Raises :class:`DataError`: damage in either."""
     file = rows.with_suffix(".yaml")
-    known = _read_beside(file, RowsInfo, "embeddings by record") if file.exists() else None
+    known = _read_description(file, RowsInfo, "embeddings by record") if file.exists() else None
     if known is not None and known.file is not None and known.file[0] <= MOST_COMPARED_BYTES:
         change = find_change(rows, *known.file)
         if change is not None:
@@ -567,7 +567,7 @@ def _digest(data: bytes) -> str:
 def table_info(table: Path) -> LabelsInfo | None:
     """What stands next to a label table, or None. Raises :class:`DataError`: it cannot be read."""
     file = table.with_suffix(".yaml")
-    described = _read_beside(file, LabelsInfo, "a label table") if file.exists() else None
+    described = _read_description(file, LabelsInfo, "a label table") if file.exists() else None
     if described is not None and described.classes is not None and Path(described.classes).name != described.classes:
         raise DataError(f"{file}: classes = {described.classes}: names a file outside the table's folder")
     return described
@@ -576,7 +576,7 @@ def table_info(table: Path) -> LabelsInfo | None:
 _Info = TypeVar("_Info", bound=BaseModel)
 
 
-def _read_beside(file: Path, kind: type[_Info], what: str) -> _Info:
+def _read_description(file: Path, kind: type[_Info], what: str) -> _Info:
     try:
         return kind.model_validate(unsealed(read_yaml(file, DataError), file, DataError))
     except pydantic.ValidationError as error:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.distributed import largest_share
 from trainer.errors import DataError
+from trainer.machine import largest_share
 
 Bounds = NDArray[np.int64]
 Sampling = Literal["shuffle", "class_balanced"]

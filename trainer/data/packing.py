@@ -177,14 +177,14 @@ def _pack(
         (out / _NOTES).mkdir(exist_ok=True)
         missing = [part for part in parts[job[0] :: job[1]] if not _note(part).exists()]
         _write_parts(missing, processes, progress)
-        notes = [read_json(_note(part), DataError) for part in parts if _note(part).exists()]
-        if len(notes) < len(parts):
-            done, size = sum(note["records"] for note in notes), sum(note["bytes"] for note in notes)
-            left_out = sum(len(note["skipped"]) for note in notes)
+        stamps = [read_json(_note(part), DataError) for part in parts if _note(part).exists()]
+        if len(stamps) < len(parts):
+            done, size = sum(stamp["records"] for stamp in stamps), sum(stamp["bytes"] for stamp in stamps)
+            left_out = sum(len(stamp["skipped"]) for stamp in stamps)
             return PackResult(
                 done, listing.num_classes, size, len(parts), len(missing), left_out, time.monotonic() - began, False
             )
-        _finish(out, parts, notes, listing, options)
+        _finish(out, parts, stamps, listing, options)
         written, complete = len(missing), True
         if job[1] == 1:
             _clean(out)
@@ -246,20 +246,26 @@ def _is_whole(part: _Part, known: PartInfo, sums: Sums) -> bool:
     """Whether a written part's files are there, the .rec as long as it was, and its tables are as they were."""
     rec = part.out / known.rec
     tables = (store.offsets_path(rec), crcs_path(rec))
-    beside = (rec.with_suffix(".idx"), *(path for path in tables if path.name in sums or path == tables[0]))
-    if not all(path.is_file() for path in (rec, *beside)) or rec.stat().st_size != known.bytes:
+    companions = (rec.with_suffix(".idx"), *(path for path in tables if path.name in sums or path == tables[0]))
+    if not all(path.is_file() for path in (rec, *companions)) or rec.stat().st_size != known.bytes:
         return False
     return not any(find_change(path, *sums[path.name]) for path in tables if path.name in sums)
 
 
-def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
-    n = len(listing)
+def packed_order(listing: Listing, options: PackOptions) -> NDArray[np.int64]:
+    """Which image of the listing each record is, (N,)."""
     if options.layout == "insightface":
-        order, width = np.argsort(listing.labels, kind="stable"), n
-    else:
-        random = np.random.Generator(np.random.Philox(key=options.seed or 0))
-        order = np.arange(n) if options.seed is None else random.permutation(n)
-        width = options.part_records or max(_SMALLEST_PART, -(-n // _MOST_PARTS))
+        return np.argsort(listing.labels, kind="stable")
+    if options.seed is None:
+        return np.arange(len(listing))
+    return np.random.Generator(np.random.Philox(key=options.seed)).permutation(len(listing))
+
+
+def _plan(listing: Listing, out: Path, options: PackOptions) -> list[_Part]:
+    n, order = len(listing), packed_order(listing, options)
+    width = options.part_records or max(_SMALLEST_PART, -(-n // _MOST_PARTS))
+    if options.layout == "insightface":
+        width = n
     # Data sets that were packed before there was a limit are still the same packing.
     chosen = {key: value for key, value in asdict(options).items() if (key, value) != ("max_pixels", _MOST_PIXELS)}
     plan = hashlib.blake2b((listing.digest() + json.dumps(chosen)).encode(), digest_size=16).hexdigest()
@@ -447,18 +453,20 @@ def _load(file: str, start: int, length: int, options: PackOptions) -> tuple[byt
     return out.getvalue(), (image.height, image.width)
 
 
-def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing: Listing, options: PackOptions) -> None:
+def _finish(
+    out: Path, parts: list[_Part], stamps: list[dict[str, Any]], listing: Listing, options: PackOptions
+) -> None:
     """All parts are there: labels, class names, checksums and, last, the description."""
-    for part, note in zip(parts, notes, strict=True):
-        change = find_change(_note_labels(part), *note["files"][_note_labels(part).name])
+    for part, stamp in zip(parts, stamps, strict=True):
+        change = find_change(_note_labels(part), *stamp["files"][_note_labels(part).name])
         if change is not None:
             raise DataError(f"{change}; remove {out} and pack again")
     write_array(out / _LABELS, np.concatenate([store.load_array(_note_labels(part), 1) for part in parts]))
     _write_names(out, listing)
-    skipped = [line for note in notes for line in note["skipped"]]
+    skipped = [line for stamp in stamps for line in stamp["skipped"]]
     if skipped:
         write_text(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
-    sizes = sorted({tuple(size) for note in notes for size in note["sizes"]})
+    sizes = sorted({tuple(size) for stamp in stamps for size in stamp["sizes"]})
     size = options.size or sizes[0]
     if options.layout == "insightface":
         write_text(out / "property", f"{listing.num_classes},{size[0]},{size[1]}\n")
@@ -472,11 +480,11 @@ def _finish(out: Path, parts: list[_Part], notes: list[dict[str, Any]], listing:
         labels=_LABELS,
         class_names=_NAMES if listing.names is not None else None,
         parts=tuple(
-            PartInfo(rec=f"{part.name}.rec", records=note["records"], bytes=note["bytes"], first_id=note["first_id"])
-            for part, note in zip(parts, notes, strict=True)
+            PartInfo(rec=f"{part.name}.rec", records=stamp["records"], bytes=stamp["bytes"], first_id=stamp["first_id"])
+            for part, stamp in zip(parts, stamps, strict=True)
         ),
     )
-    tables = {name: known for note in notes for name, known in note["files"].items() if (out / name).is_file()}
+    tables = {name: known for stamp in stamps for name, known in stamp["files"].items() if (out / name).is_file()}
     texts = [name for name in (_LABELS, _NAMES, "property") if (out / name).is_file()]
     sums = {**tables, **{name: checksum(out / name) for name in texts}}
     write_sums(out, {DESCRIPTION: sum_of_text(description_text(info)), **sums})

@@ -210,7 +210,7 @@ class RecordWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index_path = path.with_suffix(".idx")
-        self._rec_temporary, self._idx_temporary = _beside(path), _beside(self.index_path)
+        self._rec_temporary, self._idx_temporary = _temporary_of(path), _temporary_of(self.index_path)
         self._rec = self._rec_temporary.open("wb")
         self._idx = self._idx_temporary.open("w")
         self.offsets: list[int] = []
@@ -243,5 +243,5 @@ class RecordWriter:
             temporary.unlink(missing_ok=True)
 
 
-def _beside(path: Path) -> Path:
+def _temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from trainer.data.index import Dataset, describe_table
 from trainer.errors import DataError
 from trainer.files import write_array
+from trainer.owner import owned
 from trainer.reading import read_text
 
 Kind = Literal["extended-class", "extended-data", "extended-group", "open-class", "open-data", "open-group"]
@@ -182,14 +183,18 @@ def _in_share(
 
 
 def save_tables(tables: dict[str, Table], folder: Path, dataset: Dataset, made_by: str) -> None:
-    """Write NAME.npy (labels), NAME.classes.npy and, last, NAME.yaml for each table of ``dataset``."""
+    """Write NAME.npy (labels), NAME.classes.npy and, last, NAME.yaml for each table of ``dataset``.
+
+    Raises:
+        DataError: another process writes tables there, or the folder cannot be written.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            labels, classes = folder / f"{name}.npy", folder / f"{name}.classes.npy"
-            write_array(labels, table.labels)
-            write_array(classes, table.classes)
-            describe_table(labels, dataset, len(table.classes), made_by, classes)
+        with owned(folder, DataError, lock=folder / ".owner"):
+            for name, table in tables.items():
+                labels, classes = folder / f"{name}.npy", folder / f"{name}.classes.npy"
+                write_array(labels, table.labels)
+                write_array(classes, table.classes)
+                describe_table(labels, dataset, len(table.classes), made_by, classes)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror}") from None
 

@@ -455,9 +455,9 @@ def _check_listed(rec: Path, idx: Path, offsets: NDArray[np.int64], size: int) -
     skipped = 0
     for start in range(0, len(offsets) - 1, _GATHER_ROWS):
         rows = offsets[start : start + _GATHER_ROWS + 1]
-        words = heads[rows[:-1, None] + np.arange(8)].view("<u4")
-        whole = words[:, 1] >> 29 == 0
-        length = words[:, 1].astype(np.int64) & recordio.MAX_FRAME_BYTES
+        fields = heads[rows[:-1, None] + np.arange(8)].view("<u4")
+        whole = fields[:, 1] >> 29 == 0
+        length = fields[:, 1].astype(np.int64) & recordio.MAX_FRAME_BYTES
         skipped += int((whole & (rows[:-1] + 8 + length + -length % 4 < rows[1:])).sum())
     if skipped:
         warn_once(
@@ -487,21 +487,21 @@ def _heads(rec: Path, offsets: NDArray[np.int64]) -> _Heads:
         heads[:-1] = mapped[rows[:-1, None] + np.arange(36)]
         last = mapped[int(rows[-1]) : int(rows[-1]) + 36]  # may end with the file
         heads[-1, : len(last)] = last
-        words = heads.view("<u4")
-        wrong = np.flatnonzero((words[:, 0] != recordio.MAGIC) | (words[:, 1] >> 29 > 1))
+        fields = heads.view("<u4")
+        wrong = np.flatnonzero((fields[:, 0] != recordio.MAGIC) | (fields[:, 1] >> 29 > 1))
         if len(wrong):
             row, at = start + int(wrong[0]), int(rows[wrong[0]])
             raise DataError(f"{rec}: record {row}: no record begins at byte {at}; the index or the file is damaged")
         floats = heads.view("<f4")
-        values = np.where(words[:, 2] == 0, floats[:, 3], floats[:, 8]).astype(np.float64)
-        for cut in np.flatnonzero(words[:, 1] >> 29 == 1):
+        values = np.where(fields[:, 2] == 0, floats[:, 3], floats[:, 8]).astype(np.float64)
+        for cut in np.flatnonzero(fields[:, 1] >> 29 == 1):
             part = Part(rec, np.array([rows[cut], size]))
             values[cut] = part.record(0).label
             part.close()
         block = slice(start, start + len(rows))
         labels[block] = values
-        ids[block] = words[:, 4] | words[:, 5].astype(np.uint64) << np.uint64(32)
-        empty[block] = (words[:, 1] == 24 + 8) & (words[:, 2] == 2)
+        ids[block] = fields[:, 4] | fields[:, 5].astype(np.uint64) << np.uint64(32)
+        empty[block] = (fields[:, 1] == 24 + 8) & (fields[:, 2] == 2)
     return _Heads(labels, ids, empty)
 
 

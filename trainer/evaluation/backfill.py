@@ -40,9 +40,9 @@ def backfill_order(name: str, old: FloatArray, labels: IntArray, seed: int) -> I
     rows = max(1, (1 << 22) // len(centres))
     for a in range(0, len(labels), rows):
         block = old[a : a + rows] @ centres.T
-        place = (np.arange(len(block)), index[a : a + rows])
-        own = block[place].copy()
-        block[place] = -2
+        own_cells = (np.arange(len(block)), index[a : a + rows])
+        own = block[own_cells].copy()
+        block[own_cells] = -2
         confidence[a : a + rows] = own - block.max(1)
     return np.argsort(confidence, kind="stable")
 

@@ -28,7 +28,8 @@ def cell_pairs(models: Iterable[str]) -> list[tuple[str, str]]:
     return known + [(query, gallery) for query in chain for gallery in chain if (query, gallery) not in CELLS]
 
 
-_MAPS = {"backward": "T₂₁", "forward": "T₁₂"}
+MAPS = {"t21": "T₂₁", "t12": "T₁₂"}
+"""How a map that carries one end of a cell is written."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,18 @@ class Spaces:
         """``query → gallery`` with the map at the end that is carried: ``T₂₁(new) → old``, ``new → T₁₂(old)``."""
         view = self.view(query, gallery)
         how = "" if view is None else view[2]
-        mapped = {"backward": max, "forward": min}.get(how)
+        mapped = {"t21": max, "t12": min}.get(how)
         if mapped is None:
             return f"{query} → {gallery}" + (f" ({how})" if how.startswith("in ") else "")
         end = mapped(query, gallery, key=list(self.native).index)
-        shown = {model: model for model in (query, gallery)} | {end: f"{_MAPS[how]}({end})"}
+        shown = {model: model for model in (query, gallery)} | {end: f"{MAPS[how]}({end})"}
         return f"{shown[query]} → {shown[gallery]}"
 
     def view(self, query: str, gallery: str) -> tuple[FloatArray, FloatArray | None, str] | None:
         """What is compared when ``query`` searches ``gallery``: query and gallery embeddings and how they meet.
 
-        The gallery is None when it is the query's own. ``backward`` carries the newer of the two into the older one's
-        space (T₂₁), ``forward`` the older into the newer one's (T₁₂), be it query or gallery; ``in NAME`` both into a
+        The gallery is None when it is the query's own. ``t21`` carries the newer of the two into the older one's
+        space, ``t12`` the older into the newer one's, be it query or gallery; ``in NAME`` both into a
         third one's, ``direct`` nothing. None when a model is missing or the spaces cannot be compared.
         """
         if query not in self.native or gallery not in self.native:
@@ -71,7 +72,7 @@ class Spaces:
             if left is not None and right is not None:
                 moved = left is not self.native[query] or right is not self.native[gallery]
                 older, newer = sorted((query, gallery), key=list(self.native).index)
-                how = {older: "backward", newer: "forward"}.get(space, f"in {space}")
+                how = {older: "t21", newer: "t12"}.get(space, f"in {space}")
                 return left, right, how if moved else "direct"
         if self.native[query].shape[1] == self.native[gallery].shape[1]:
             return self.native[query], self.native[gallery], "direct"
@@ -152,11 +153,13 @@ def measured(
 class Gain:
     """What compatibility gives and takes, in one metric; new* is the paragon.
 
-    update_gain: [M(new,old) − M(old,old)] / [M(new*,new*) − M(old,old)]. cost: M(new*,new*) − M(new,new).
+    update_gain: [M(new,old) − M(old,old)] / [M(new*,new*) − M(old,old)]. cost: M(new*,new*) − M(new,new). headroom: the
+    gain's denominator; where its interval reaches 0 the ratio says nothing.
     """
 
     update_gain: Interval
     cost: Interval
+    headroom: Interval
 
 
 def gain(cells: dict[tuple[str, str], Cell], metric: str) -> Gain | None:
@@ -169,7 +172,7 @@ def gain(cells: dict[tuple[str, str], Cell], metric: str) -> Gain | None:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(bests > olds, (crosses - olds) / (bests - olds), np.nan)
     ratio = (cross - old) / (best - old) if best > old else float("nan")
-    return Gain(interval(ratio, ratios), interval(best - new, bests - news))
+    return Gain(interval(ratio, ratios), interval(best - new, bests - news), interval(best - old, bests - olds))
 
 
 @dataclass(frozen=True)

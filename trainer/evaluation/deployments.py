@@ -67,10 +67,8 @@ def deployments(
     found = [
         Deployment(spaces.title("new", "old"), _MEANINGS.get(how, how), old, {"all": old.scores.threshold_at(far)})
     ]
-    if how == "backward" and ("old", "new") in spaces.mapped:
-        found.append(
-            measure("new → T₁₂(old)", _MEANINGS["forward"], (spaces.native["new"], spaces.mapped["old", "new"]))
-        )
+    if how == "t21" and ("old", "new") in spaces.mapped:
+        found.append(measure("new → T₁₂(old)", _MEANINGS["t12"], (spaces.native["new"], spaces.mapped["old", "new"])))
     found.append(
         Deployment(
             "new → new", "the whole gallery re-encoded from its images", new, {"all": new.scores.threshold_at(far)}
@@ -91,8 +89,8 @@ def deployments(
 
 _MEANINGS = {
     "direct": "queries as they are, the gallery as it is",
-    "backward": "queries carried through T₂₁, the gallery as it is",
-    "forward": "queries as they are, the gallery converted by T₁₂ (`lce gallery upgrade`)",
+    "t21": "queries carried through T₂₁, the gallery as it is",
+    "t12": "queries as they are, the gallery converted by T₁₂ (`lce gallery upgrade`)",
 }
 
 _Measure = Callable[..., Deployment]

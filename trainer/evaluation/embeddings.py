@@ -213,9 +213,9 @@ def pool_spaces(
     numbers = pooled("old", spaces.native["old"])[0]
     native = {role: pooled(role, embeddings)[1] for role, embeddings in spaces.native.items()}
     mapped = carried(models, native)
-    place = list(models).index
+    order = list(models).index
     for (role, space), embeddings in spaces.mapped.items():
-        if place(role) > place(space) and embeddings is not spaces.native[role]:
+        if order(role) > order(space) and embeddings is not spaces.native[role]:
             mapped[role, space] = pooled(role, embeddings)[1]
     return numbers, Spaces(native, mapped)
 

@@ -18,7 +18,7 @@ def next_steps(verdict: Result, sets: Mapping[str, Result], rules: Result) -> li
     judged = [s for s in verdict["sets"] if not s["seen"]]
     if verdict["answer"] == "SAFE":
         name, one = _strictest(judged, sets)
-        stays = "" if one["cells"]["new->old"]["how"] == "forward" else "; the gallery stays as it is"
+        stays = "" if one["cells"]["new->old"]["how"] == "t12" else "; the gallery stays as it is"
         return [
             f"Deploy the new model for queries{_through(one)}{stays}.",
             _with_threshold(name, one, "new->old"),
@@ -39,8 +39,8 @@ def _strictest(judged: Sequence[Result], sets: Mapping[str, Result]) -> tuple[st
 
 def _through(one: Result) -> str:
     return {
-        "backward": ", through T₂₁ (`lce export --transform t21`)",
-        "forward": ", after the gallery was converted by T₁₂ (`lce gallery upgrade`)",
+        "t21": ", through T₂₁ (`lce export --transform t21`)",
+        "t12": ", after the gallery was converted by T₁₂ (`lce gallery upgrade`)",
     }.get(one["cells"]["new->old"]["how"], "")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.evaluation.compatibility import rate_text
+from trainer.evaluation.compatibility import MAPS, rate_text
 from trainer.evaluation.plots import arrow
 
 Result = Mapping[str, Any]
@@ -201,7 +201,16 @@ def _matrix(one: Result) -> Table:
     for cell in one["cells"].values():
         rank: list[Value | str] = [_interval(cell["rank"]["1"]), number(cell["rank"]["5"])]
         pairs = [f"{cell['genuine_pairs']:,}", f"{cell['impostor_pairs']:,}"]
-        rows.append([cell["title"], cell["how"], *map(_tar, cell["tar"]), *rank, number(cell["eer"]), *pairs])
+        rows.append(
+            [
+                cell["title"],
+                MAPS.get(cell["how"], cell["how"]),
+                *map(_tar, cell["tar"]),
+                *rank,
+                number(cell["eer"]),
+                *pairs,
+            ]
+        )
     return table("Figures by query and gallery model", head, rows)
 
 
@@ -265,20 +274,21 @@ def _gain(one: Result) -> tuple[Table, list[str]]:
     for metric, value in one["gain"].items():
         if value is None:
             continue
-        why = _no_gain(value["update_gain"])
+        why = no_gain(value)
         if why:
             sentences.append(f"No gain by {metric}: {why}.")
         rows.append([metric, "–" if why else _interval(value["update_gain"]), _interval(value["cost"])])
     return table("Update gain and cost", ["metric", "update gain", "cost"], rows), sentences
 
 
-def _no_gain(gain: Result) -> str:
-    """Why a gain is no share of a way; empty where it is one."""
+def no_gain(value: Result) -> str:
+    """Why a gain (:class:`trainer.evaluation.compatibility.Gain`) is no share of a way; empty where it is one."""
+    gain, room = value["update_gain"], value["headroom"]
     if gain["value"] is None:
         return "the paragon is no better than the old model, so that there is no way to go"
     if gain["value"] < 0:
         return "new → old is below old → old, so that users would lose"
-    if gain["low"] is None or gain["high"] - gain["low"] > 2:
+    if gain["low"] is None or gain["high"] - gain["low"] > 2 or room["low"] <= 0:
         return "the paragon is not clearly better than the old model on these identities"
     return ""
 

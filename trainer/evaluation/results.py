@@ -247,7 +247,7 @@ def measure_cells(one: NamedSet, options: Options, notify: Callable[[str], None]
 
 def _point_to_set(one: NamedSet) -> PointToSet | None:
     view = one.spaces.view("new", "old")
-    if view is None or view[1] is None or view[2] not in ("direct", "backward"):
+    if view is None or view[1] is None or view[2] not in ("direct", "t21"):
         return None  # no new embedding ever enters the old space
     return point_to_set(view[0], view[1], one.labels)
 

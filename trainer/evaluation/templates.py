@@ -26,7 +26,7 @@ from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray
 from trainer.evaluation.compatibility import Spaces, cell_pairs
 from trainer.evaluation.identification import OpenSet, open_set
 from trainer.evaluation.pairs import pair_cosines, pair_figures
-from trainer.reading import read_text
+from trainer.reading import read_text, regular
 
 POINTS_112 = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
@@ -149,6 +149,7 @@ def _refuse(wrong: BoolArray, rows: Sequence[_Row], why: str) -> None:
 
 
 def _integers(path: Path) -> IntArray:
+    regular(path, DataError)
     try:
         table = np.loadtxt(path, dtype=np.int64, ndmin=2)
     except (OSError, ValueError) as error:
@@ -159,6 +160,7 @@ def _integers(path: Path) -> IntArray:
 
 
 def _gallery(path: Path) -> Gallery:
+    regular(path, DataError)
     try:
         table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
     except (OSError, ValueError, IndexError) as error:
@@ -235,12 +237,12 @@ def pool(
     sizes = np.diff(np.append(starts, len(t)))
     share = np.empty(len(t), np.float32)  # what an image counts in the sum of its template
     share[order] = weights[order] / np.repeat(sizes, sizes)
-    numbers, place = np.unique(template, return_inverse=True)
+    numbers, group = np.unique(template, return_inverse=True)
     sums = torch.zeros(len(numbers), embeddings.shape[1])
-    for a in range(0, len(place), 1 << 14):
+    for a in range(0, len(group), 1 << 14):
         part = slice(a, a + (1 << 14))
         weighed = np.asarray(embeddings[part] * share[part, None], np.float32)
-        sums.index_add_(0, torch.from_numpy(place[part]), torch.from_numpy(weighed))
+        sums.index_add_(0, torch.from_numpy(group[part]), torch.from_numpy(weighed))
     pooled = torch.nn.functional.normalize(sums).numpy()
     lost = ~(np.abs(np.linalg.norm(pooled, axis=1) - 1) < 1e-3)
     if lost.any():

@@ -182,7 +182,7 @@ def decide(
     caveats = []
     if apart and not counted:
         caveats.append("No set of identities that nobody was trained on was given.")
-    caveats += [f"{name} is not part of this answer: {words}." for name, words in apart.items()]
+    caveats += [f"{name} is not part of this answer: {reason}." for name, reason in apart.items()]
     caveats += [unknown] if unknown else []
     sentences = [_OPENINGS[answer], *caveats]
     sentences += [_sentence(s, level) for s in [*counted, *(s for s in sets if s.seen)]]

@@ -16,7 +16,7 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.evaluation.arrays import FloatArray, IntArray
-from trainer.reading import why_unreadable
+from trainer.reading import regular, why_unreadable
 
 Rows = slice | IntArray
 """Which rows: a slice with both ends, or row numbers (n,)."""
@@ -146,6 +146,7 @@ class SafetensorsGallery(_Named):
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
+        regular(path, DataError)  # of a folder's shards, each
         try:
             with safe_open(path, framework="numpy") as file:
                 kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (not a dict)

@@ -6,6 +6,7 @@ from trainer.errors import DataError
 from trainer.gallery.faiss_index import FaissGallery
 from trainer.gallery.formats import TAKEN, Format, NpyGallery, NpzGallery, SafetensorsGallery, ShardsGallery
 from trainer.gallery.parquet import ParquetGallery
+from trainer.reading import open_regular
 
 _FOREIGN = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".csv", ".tsv", ".json", ".h5", ".hdf5", ".mat", ".txt")
 
@@ -18,9 +19,9 @@ def open_gallery(path: Path) -> Format:
     """
     if path.is_dir():
         return ShardsGallery(path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: no such gallery file")
-    with path.open("rb") as file:
+    with open_regular(path, DataError) as file:
         first = file.read(9)
     if path.suffix == ".npy" or first.startswith(b"\x93NUMPY"):
         return NpyGallery(path)

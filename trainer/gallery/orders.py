@@ -15,6 +15,7 @@ from trainer.errors import DataError
 from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.evaluation.backfill import backfill_order
 from trainer.gallery.open import open_gallery
+from trainer.reading import read_array
 
 KINDS = ("stored", "random", "confidence", "highest", "lowest")
 
@@ -59,10 +60,7 @@ def order_rows(text: str, path: Path, dataset: Dataset | None = None, seed: int 
 
 
 def _numbers(path: Path, rows: int) -> FloatArray:
-    try:
-        numbers = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is no .npy of numbers to order by: {error}") from None
+    numbers = read_array(path, DataError)
     if numbers.shape != (rows,) or numbers.dtype.kind not in "fiu" or not np.isfinite(numbers).all():
         raise DataError(f"{path}: expected one finite number for each of {rows:,} rows, found {numbers.shape}")
     return np.asarray(numbers, np.float64)

@@ -75,8 +75,8 @@ class FrozenClassifier:
         self.compute = self.work if self.work == torch.float64 else compute
         self.scale, self.margin, self.kernels, self.tf32 = scale, margin, kernels, tf32
         self.sample_rate, self.seed = sample_rate, seed
-        self.shift = constant_shift(scale, self.work, "use a lower scale: compat.method bct, unibct and ndpp need it")
-        self.place = torch.cumsum(self.mask, 0) - 1  # where a class's row stands, for those that have one
+        self.shift = constant_shift(scale, self.work, "use a lower scale: bct, unibct, ndpp and bt2 need it")
+        self.row_of = torch.cumsum(self.mask, 0) - 1  # where a class's row stands, for those that have one
 
     def loss(self, embeddings: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The mean over the samples whose class has an old row, and how many those are; equal on all ranks.
@@ -99,7 +99,7 @@ class FrozenClassifier:
         if len(self.mask):
             here = here & self.mask[local]
         samples = here.nonzero()[:, 0]
-        places = self.place[local[samples]]
+        places = self.row_of[local[samples]]
         drawn = self._draw(places, step)
         if drawn is not None:
             cosine_rows, places = self.rows[places], torch.searchsorted(drawn, places)
@@ -124,7 +124,7 @@ class FrozenClassifier:
             return None
         c = self.classes
         negatives = Draw.of(self.seed, step, c.total, rate).negatives(c.start, c.stop, places.device)
-        return torch.unique(torch.cat([self.place[negatives[self.mask[negatives]]], places]))
+        return torch.unique(torch.cat([self.row_of[negatives[self.mask[negatives]]], places]))
 
 
 class _Pass:

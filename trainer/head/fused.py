@@ -22,15 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from trainer.distributed import all_reduce_sum
+from trainer.distributed import all_reduce_sum, all_threads, one_thread
 from trainer.head.kernels import Kernels, exp_sum, softmax_weights
 from trainer.head.margin import Margin
 from trainer.head.old_centers import DirectCompat
 from trainer.head.products import matmul_precision, product
 from trainer.head.row_optimizer import CollectedGradients, RowGradient, RowOptimizer, Selection
 from trainer.head.sampling import Drawn
+from trainer.head.sizes import KEEP_SHARE
 from trainer.head.step import (
-    KEEP_SHARE,
     MASKED,
     Batch,
     Boundary,
@@ -146,6 +146,7 @@ class FusedSoftmax:
 
     # ---------------------------------------------------------------- forward
 
+    @one_thread()
     def forward(self, x: Tensor, labels: Tensor, drawn: Drawn, training: bool, deferred: bool) -> Step:
         """The first pass and the loss of gathered embeddings x (B, D)."""
         batch = Batch.of(x, labels, self.num_classes, self.optimizer.work)
@@ -175,6 +176,7 @@ class FusedSoftmax:
         packed = all_reduce_sum(torch.cat([first.sums, cosine, torch.stack(scalars)]))
         return Step(inputs, first, boundary, self._loss(inputs, packed, training))
 
+    @one_thread()
     def own_rows(self, step: Step) -> Tensor:
         """The rows of the batch's own classes (u, D), in the order of the classes; none with sub-centres."""
         own = step.inputs.drawn.own
@@ -258,6 +260,7 @@ class FusedSoftmax:
 
     # ---------------------------------------------------------------- backward
 
+    @one_thread()
     def backward(self, step: Step, grad: Tensor, own_grad: Tensor, finite: Tensor, deferred: bool) -> Tensor:
         """∂L/∂x of the gathered embeddings (B, D), this rank's part of the sum; rows are updated (or their gradient
         collected).
@@ -318,6 +321,7 @@ class FusedSoftmax:
 
     # ---------------------------------------------------------------- the two passes
 
+    @all_threads()
     def first_pass(self, inputs: PassInput, deferred: bool) -> FirstPass:
         """Walk the rows for Σ exp over the negatives and LCE's alignment; ``deferred`` steps do not update."""
         del deferred
@@ -353,6 +357,7 @@ class FusedSoftmax:
                 alignment += ((1 - cosine).double() * mask * self._alignment_share(inputs, first, last)).sum()
         return FirstPass(sums, alignment, inverse, center_cosine, kept)
 
+    @all_threads()
     def second_pass(self, step: Step, gradient: LossGradient, deferred: bool) -> Tensor:
         """Σ_j P_ij w_j/‖w_j‖ (B, D); updates the rows, or collects their gradient."""
         inputs, index = step.inputs, step.inputs.targets.index

@@ -13,19 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_NUMBERS = 1 << 26
-"""Logits of a chunk on CUDA: 268 MB in float32, whatever the batch."""
-
-
-def chunk_rows(given: int, device_type: str, batch: int) -> int:
-    """Rows of a chunk: ``head.chunk_rows`` where it is given, else what fits the CPU's caches or keeps a GPU busy.
-
-    Args:
-        batch: B, the global batch.
-    """
-    if given:
-        return given
-    return 4096 if device_type == "cpu" else max(1, CHUNK_NUMBERS // max(1, batch) // 4096) * 4096
+from trainer.distributed import all_threads
 
 
 @dataclass
@@ -71,12 +59,14 @@ def _with_fallback(function: Callable[..., Any], kernels: Kernels) -> Callable[.
         if not kernels.compiled:
             return function(*arguments)
         try:
-            return fast(*arguments)
+            with all_threads():  # the number of threads is compiled in
+                return fast(*arguments)
         except Exception as error:  # whatever the compiler of this machine raises: none, broken, unsupported
             problem = error
         try:  # a run that was killed while it compiled leaves a library without content in the cache, for good
             fast = _compiled_anew(function)
-            return fast(*arguments)
+            with all_threads():
+                return fast(*arguments)
         except Exception:
             kernels.compiled = False
             _problems.append(f"{' '.join(str(problem).split()):.200}")

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.distributed import thread_count
 from trainer.files import cache_folder, is_own
-from trainer.head.config import HeadConfig, SgdRowsConfig
+from trainer.head.config import SgdRowsConfig
 from trainer.head.fused import FusedSoftmax, OldCenters
 from trainer.head.products import address, bfloat16_gemm, torch_library
 from trainer.head.row_optimizer import SgdRows
@@ -108,7 +109,7 @@ class NativeSoftmax(FusedSoftmax):
         rows, drawn, batch, x = inputs.rows, inputs.drawn, len(inputs.batch.x), inputs.batch.x
         if deferred or self.gated or not batch or not rows.count:
             return super().first_pass(inputs, deferred)
-        optimizer, index, threads = self.optimizer, inputs.targets.index, torch.get_num_threads()
+        optimizer, index, threads = self.optimizer, inputs.targets.index, thread_count()
         assert isinstance(optimizer, SgdRows), "covers() chose it"
         sums, alignment = torch.zeros(threads, batch, dtype=torch.float64), torch.zeros(threads, dtype=torch.float64)
         inverse = torch.empty(rows.count, 1)
@@ -189,20 +190,6 @@ def _filled(fields: StepFields, values: dict[str, Tensor | float | None]) -> tup
         else:
             setattr(fields, name, value)
     return fields, alive
-
-
-def covers(config: HeadConfig) -> bool:
-    """Whether native.cpp knows this kind of head."""
-    margin = config.margin
-    return (
-        config.impl in ("auto", "native")
-        and config.optimizer.name == "sgd"
-        and config.rows in ("float32", "bfloat16")
-        and (config.compute != "bfloat16" or bfloat16_gemm() is not None)
-        and config.sub_centers == 1
-        and margin.name != "curricular"
-        and not margin.inter_class_filter
-    )
 
 
 def holds(old: OldCenters | None) -> bool:

@@ -18,27 +18,36 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from trainer.distributed import Labels, Ranks, as_sharded, class_mesh, gather_batch, gather_rows, scale_gradient, send
+from trainer.distributed import (
+    Labels,
+    Ranks,
+    as_sharded,
+    class_mesh,
+    gather_batch,
+    gather_rows,
+    one_thread,
+    scale_gradient,
+    send,
+)
 from trainer.errors import ConfigError, DataError
 from trainer.head import native, triton_pass
 from trainer.head.config import HeadConfig, SgdRowsConfig
 from trainer.head.float8 import Float8Rows, Float8Table
 from trainer.head.frozen import FrozenRows
 from trainer.head.fused import FusedSoftmax, OldCenters
-from trainer.head.kernels import Kernels, chunk_rows
+from trainer.head.kernels import Kernels
 from trainer.head.margin import Margin, build_margin
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partition import ClassRange, class_range
 from trainer.head.reference import ReferenceSoftmax
 from trainer.head.row_optimizer import RowOptimizer, build_row_optimizer
 from trainer.head.sampling import Draw, draw_rows
+from trainer.head.sizes import COMPILE_FROM_ROWS, chunk_rows, native_covers
 from trainer.head.step import PassSettings, Softmax, Verdict
 from trainer.randomness import block_seed
 
 log = logging.getLogger(__name__)
 
-COMPILE_FROM_ROWS = 32768
-"""Compile the element-wise kernels from this many local rows on; below, compilation costs more than it saves."""
 INIT_BLOCK = 1024
 """Rows are initialised in blocks of so many classes, each seeded by its number, so that they do not depend on the
 world size.
@@ -189,7 +198,7 @@ class PartialFC(nn.Module):
             raise DataError(f"label {largest} in a batch, but the head has {self.classes.total} classes")
         verdict = Verdict()  # settled below, read in backward
         x = _FiniteGradient.apply(x, verdict)
-        with torch.no_grad():
+        with torch.no_grad(), one_thread():
             rate = self._rate(step)
             draw = Draw.of(self.seed, step, self.classes.total, rate) if rate < 1 else None
             drawn = draw_rows(every.host, self.classes, draw, x.device)
@@ -290,7 +299,8 @@ class _FiniteGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return torch.where(ctx.verdict.finite, grads[0], 0.0), None
+        with one_thread():
+            return torch.where(ctx.verdict.finite, grads[0], 0.0), None
 
 
 def initial_rows(
@@ -355,7 +365,7 @@ def _build_softmax(
         triton_pass.check(config, old, ranks.device)
         return triton_pass.TritonSoftmax(*arguments)
     wanted = config.impl == "native" or (large and cpu)
-    if wanted and cpu and native.covers(config) and native.holds(old) and (library := native.load()):
+    if wanted and cpu and native_covers(config) and native.holds(old) and (library := native.load()):
         return native.NativeSoftmax(library, *arguments)
     if config.impl == "native":
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.distributed import largest_share
+from trainer.machine import largest_share
 
 
 @dataclass(frozen=True)

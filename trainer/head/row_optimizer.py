@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.distributed import all_threads
 from trainer.errors import ConfigError
 from trainer.head.config import AdamWRowsConfig, RowOptimizerConfig, SgdRowsConfig
 from trainer.head.products import product
@@ -457,6 +458,7 @@ class SgdRows(RowOptimizer):
         else:
             self._inverse_of = -1
 
+    @all_threads()
     def flush(self) -> None:
         """See :meth:`RowOptimizer.flush`."""
         if not self.sampled:

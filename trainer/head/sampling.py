@@ -25,6 +25,7 @@ from torch import Tensor
 
 from trainer.distributed import upload
 from trainer.head.partition import ClassRange
+from trainer.head.sizes import stratum_count
 from trainer.randomness import mix
 
 Counter = TypeVar("Counter", int, Tensor, NDArray[np.int64])
@@ -52,11 +53,6 @@ class Drawn:
     place_list: NDArray[np.int64]
     own_list: NDArray[np.int64]
     host_index: Callable[[], Tensor | None]
-
-
-def stratum_count(total: int, rate: float) -> int:
-    """S, how many of C classes are drawn at a sample rate; at least one, if there is one."""
-    return min(total, max(1, round(rate * total)))
 
 
 @dataclass(frozen=True)

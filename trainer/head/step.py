@@ -29,10 +29,6 @@ MASKED = -1e20
 """What a target's logit is replaced by among the negatives: exp of it is 0, and it stays finite when multiplied by
 any 1/‖w‖.
 """
-KEEP_SHARE = 0.05
-"""The first pass's products are kept for the second where they take at most this share of the rows' and their
-state's memory.
-"""
 
 
 def constant_shift(scale: float, dtype: torch.dtype, remedy: str = "use head.impl=reference") -> float:

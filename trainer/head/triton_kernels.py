@@ -57,7 +57,7 @@ def first(
     leads = (tl.zeros((BM,), dtype=tl.int32) + column) == 0
     c = column * BN + tl.arange(0, BN)
     order = tl.load(ORDER + c, mask=c < BATCH, other=-1)
-    place = tl.load(PLACES + order, mask=order >= 0, other=-1)
+    position = tl.load(PLACES + order, mask=order >= 0, other=-1)
     total = tl.zeros((BN,), dtype=tl.float32)
     for block in range(part, tl.cdiv(n, BM), parts):
         r = block * BM + tl.arange(0, BM)
@@ -92,7 +92,7 @@ def first(
         shifted = z - shift
         if CORRECTED:
             shifted += tl.load(LOG_WEIGHT + r, mask=ok, other=0.0)[:, None]
-        counted = ok[:, None] & (r[:, None] != place[None, :])
+        counted = ok[:, None] & (r[:, None] != position[None, :])
         if FILTER:
             counted = counted & (z <= limit)
         total += tl.sum(tl.where(counted, tl.exp(shifted), 0.0), 0)
@@ -155,8 +155,8 @@ def second(
             p = tl.where(z <= limit, p, 0.0)
         order = tl.load(ORDER + c, mask=here, other=-1)
         known = order >= 0
-        place = tl.load(PLACES + order, mask=known, other=-1)
-        target = (begin + r)[:, None] == place[None, :]
+        position = tl.load(PLACES + order, mask=known, other=-1)
+        target = (begin + r)[:, None] == position[None, :]
         pull = tl.load(PULL + order, mask=known, other=0.0)
         cosine = tl.load(TARGET + order, mask=known, other=0.0)
         radial += tl.sum(tl.where(target, (pull * cosine * scale)[None, :], p * z), 1)

@@ -31,10 +31,16 @@ class Tile:
     num_stages: int = 3
 
     @classmethod
-    def of(cls, second: bool, compute: torch.dtype, batch: int) -> "Tile":
-        """That of the second or the first pass: the largest of which no register spills (`lce bench triton`)."""
+    def of(cls, second: bool, compute: torch.dtype, batch: int, filtered: bool) -> "Tile":
+        """That of the second or the first pass: the largest of which no register spills (`lce bench triton`).
+
+        Args:
+            filtered: with the inter-class filter, whose comparison takes registers.
+        """
         wide = compute == torch.float32
         samples = min(32 if wide else 64, max(16, 1 << (batch - 1).bit_length()))
+        if filtered and wide and not second:
+            return cls(BM=64, BN=samples)
         return cls(BN=samples, BK=64 if second and not wide else 32)
 
 
@@ -60,7 +66,7 @@ class TritonSoftmax(FusedSoftmax):
             return super().first_pass(inputs, deferred)
         assert isinstance(optimizer, SgdRows), "check() chose it"
         drawn = rows.index is not None
-        tile = Tile.of(False, self.settings.compute, batch)
+        tile = self._tile(False, batch)
         columns = -(-batch // tile.BN)
         parts = max(1, min(-(-n // tile.BM), _programs(x.device) // columns))
         sums = x.new_empty(parts, batch)
@@ -116,7 +122,7 @@ class TritonSoftmax(FusedSoftmax):
         inputs, targets, (n, dim) = step.inputs, step.inputs.targets, w.shape
         batch = scaled.shape[1]
         q, radial = w.new_empty(n, batch), step.first.inverse.new_empty(n)
-        tile = Tile.of(True, self.settings.compute, batch)
+        tile = self._tile(True, batch)
         second[(-(-n // tile.BM),)](
             w,
             scaled.t(),
@@ -140,6 +146,9 @@ class TritonSoftmax(FusedSoftmax):
             **self._options(tile),
         )
         return q, radial
+
+    def _tile(self, second: bool, batch: int) -> Tile:
+        return Tile.of(second, self.settings.compute, batch, self.settings.inter_class_filter > 0)
 
     def _limit(self) -> float:
         return self.settings.inter_class_filter * self.settings.scale

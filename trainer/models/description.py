@@ -150,12 +150,12 @@ def with_description(path: Path, given: Reading) -> tuple[Path, Reading]:
     if is_description(path):
         model, kept = read_description(path)
         return model, given.over(kept)
-    beside = description_of(path)
-    if not beside.is_file():
+    description = description_of(path)
+    if not description.is_file():
         return path, given
-    model, kept = read_description(beside)
+    model, kept = read_description(description)
     if model.resolve() != path.resolve():
-        raise ModelError(f"{beside}: describes {model}, not {path}; rename or remove it")
+        raise ModelError(f"{description}: describes {model}, not {path}; rename or remove it")
     return path, given.over(kept)
 
 

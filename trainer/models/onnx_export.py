@@ -34,6 +34,7 @@ from trainer.models.onnx import (
     OnnxTransform,
     seal_onnx,
 )
+from trainer.owner import owned
 
 OPSET = 18
 
@@ -96,10 +97,11 @@ def export_onnx(
     }
     example = torch.rand(2, 3, *card.image_size) * (255 if normalisation == "inside" else 1)
     with ExitStack() as files:
+        files.enter_context(owned(path, ModelError))  # the model and its identities are two files
         partial, seen = files.enter_context(replaced(path, ModelError)), None
         if model.identities is not None:
-            beside = files.enter_context(replaced(path.with_suffix(f".{IDENTITIES}"), ModelError))
-            seen = save_identities(model.identities, beside)
+            table = files.enter_context(replaced(path.with_suffix(f".{IDENTITIES}"), ModelError))
+            seen = save_identities(model.identities, table)
         card = card.model_copy(update={"identities": seen})
         write_graph(graph, example, partial, "data", {CARD_KEY: card.model_dump_json(), **metadata}, precision)
 

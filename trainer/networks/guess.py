@@ -72,7 +72,7 @@ def _mobilefacenet(shapes: _Shapes) -> tuple[str, int | None, int, int]:
 
 def _vit(shapes: _Shapes) -> tuple[str, int | None, int, int]:
     width, tokens = shapes["patch_embed.proj.weight"][0], shapes["pos_embed"][1]
-    blocks, side = _count(shapes, "blocks.", 1), vit.PATCH * isqrt(tokens)
+    blocks, side = _count(shapes, "blocks.", 1), shapes["patch_embed.proj.weight"][2] * isqrt(tokens)
     found = [size for size, (w, depth, *_) in vit.SIZES.items() if (w, depth) == (width, blocks)]
     if not found:
         raise ValueError(f"{blocks} blocks of width {width}")

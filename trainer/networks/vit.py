@@ -1,4 +1,5 @@
-"""Vision transformers for faces, T, S, B and L: patches of 9 × 9 pixels, no class token, all tokens feed the embedding.
+"""Vision transformers for faces, T, S, B and L: patches of 9 × 9 pixels, no class token, all tokens feed the embedding;
+and XS, ours, for images of 32 × 32.
 
 An et al., "Partial FC" (CVPR 2022), section 5, trains the same networks: Dosovitskiy et al.'s encoder (ICLR 2021) with
 ReLU6, and a share of the tokens masked in training. Parameter names and shapes are those of insightface's
@@ -11,16 +12,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.networks.recompute import Recompute
 
-SIZES: dict[str, tuple[int, int, float, float]] = {
-    "t": (256, 12, 0.1, 0.1),
-    "s": (512, 12, 0.1, 0.1),
-    "b": (512, 24, 0.1, 0.1),
-    "l": (768, 24, 0.1, 0.05),
+SIZES: dict[str, tuple[int, int, float, float, int]] = {
+    "xs": (128, 4, 0.1, 0.1, 8),
+    "t": (256, 12, 0.1, 0.1, 9),
+    "s": (512, 12, 0.1, 0.1, 9),
+    "b": (512, 24, 0.1, 0.1, 9),
+    "l": (768, 24, 0.1, 0.05, 9),
 }
-"""name → (token width, blocks, largest share of dropped residual branches, share of masked tokens)."""
+"""name → (token width, blocks, largest share of dropped residual branches, share of masked tokens, a patch's side)."""
 
 HEADS = 8
-PATCH = 9
 
 
 class _Attention(nn.Module):
@@ -69,9 +70,9 @@ class _Block(nn.Module):
 
 
 class _Patches(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, side: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, width, PATCH, PATCH)
+        self.proj = nn.Conv2d(3, width, side, side)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)
@@ -81,16 +82,16 @@ class VisionTransformer(Recompute):
     """The network of one of :data:`SIZES`.
 
     Args:
-        size: t, s, b or l.
+        size: xs, t, s, b or l.
         dim: embedding dimension D.
         image_size: (H, W) in pixels; pixels beyond the last whole patch are not seen (112: 12 × 12 patches of 9).
     """
 
     def __init__(self, size: str, dim: int, image_size: tuple[int, int]) -> None:
         super().__init__()
-        width, depth, drop, self.mask_share = SIZES[size]
-        tokens = (image_size[0] // PATCH) * (image_size[1] // PATCH)
-        self.patch_embed = _Patches(width)
+        width, depth, drop, self.mask_share, side = SIZES[size]
+        tokens = (image_size[0] // side) * (image_size[1] // side)
+        self.patch_embed = _Patches(width, side)
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.blocks = nn.ModuleList(_Block(width, drop * i / (depth - 1)) for i in range(depth))

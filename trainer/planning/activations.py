@@ -1,85 +1,81 @@
-"""The backbone's parameters and what autograd keeps of a batch, counted on tensors without memory."""
+"""The backbone's parameters and what autograd keeps of a batch, counted on tensors without memory.
+
+``python -m trainer.planning.activations [NAME…]`` counts networks of the package and writes
+trainer/planning/backbones.json.
+"""
 
 import contextlib
 import functools
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trainer.networks import build_backbone
+from trainer.files import write_text
+from trainer.networks import BACKBONES, build_backbone
 from trainer.networks.config import BackboneConfig
 from trainer.networks.recompute import Recompute
-from trainer.run.config import Config
+from trainer.planning.stored import (
+    STORED_DIM,
+    STORED_PRECISIONS,
+    STORED_SIZE,
+    TABLE,
+    Kept,
+    NetworkSizes,
+    Unit,
+    as_json,
+)
+
+PRIME = 1_000_003
 
 
-@dataclass(frozen=True)
-class BackboneSizes:
-    """Numbers of a backbone.
-
-    Attributes:
-        parameters: numbers that are trained; fixed: parameters that are not.
-        buffers: floating-point buffers (running statistics).
-        saved_bytes: what autograd keeps of a batch until the backward pass, each storage once, parameters left out.
-        largest_bytes: the largest single tensor of it.
-        unit_bytes: with recomputation, what the largest unit keeps while it is computed again; else 0.
-        unit_parameters: trained and fixed parameters' shapes of each unit, as FSDP shards them; the last is the rest.
-    """
-
-    parameters: int
-    fixed: int
-    buffers: int
-    saved_bytes: int
-    largest_bytes: int
-    unit_bytes: int
-    unit_parameters: tuple[tuple[tuple[torch.Size, bool], ...], ...]
-
-
-def backbone_sizes(config: Config, image_size: tuple[int, int], local_batch: int) -> BackboneSizes:
-    """Build the network without memory and send a batch (b, 3, H, W) through it, in the precision of the run.
+@functools.cache
+def count_network(config: BackboneConfig, precisions: Sequence[str], image_size: tuple[int, int]) -> NetworkSizes:
+    """Build the network without memory and send batches (b, 3, H, W) through it, in each precision.
 
     Raises:
         ConfigError: an unknown network, or one that has no width to choose.
     """
-    train = config.train
-    return _sizes(config.backbone, train.precision, train.activation_checkpointing, image_size, local_batch)
-
-
-@functools.cache
-def _sizes(
-    config: BackboneConfig, precision: str, recompute: bool, image_size: tuple[int, int], batch: int
-) -> BackboneSizes:
     with torch.device("meta"):
         network = build_backbone(config, image_size)
-    saved, largest = _saved(network, precision, image_size, batch, recompute)
-    unit = 0
-    if recompute and isinstance(network, Recompute):
-        whole, _ = _saved(network, precision, image_size, batch, False)
-        unit = 2 * (whole - saved) // max(1, len(network.units()))  # early units keep more than the mean
     parameters = list(network.parameters())
-    return BackboneSizes(
+    return NetworkSizes(
         sum(p.numel() for p in parameters if p.requires_grad),
         sum(p.numel() for p in parameters if not p.requires_grad),
         sum(b.numel() for b in network.buffers() if b.is_floating_point()),
-        saved,
-        largest,
-        unit,
-        _units(network),
+        len(network.units()) if isinstance(network, Recompute) else 0,
+        unit_shapes(network),
+        {one: (_kept(network, one, image_size, False), _kept(network, one, image_size, True)) for one in precisions},
     )
 
 
-def _units(network: nn.Module) -> tuple[tuple[tuple[torch.Size, bool], ...], ...]:
+def unit_shapes(network: nn.Module) -> tuple[Unit, ...]:
+    """Shapes of the parameters as FSDP shards them: of each unit, then of the rest."""
     groups = [list(unit.parameters()) for unit in network.units()] if isinstance(network, Recompute) else []
     inside = {id(p) for group in groups for p in group}
     groups.append([p for p in network.parameters() if id(p) not in inside])
-    return tuple(tuple((p.shape, p.requires_grad) for p in group) for group in groups)
+    return tuple(tuple((tuple(p.shape), p.requires_grad) for p in group) for group in groups)
 
 
-def _saved(
+def _kept(network: nn.Module, precision: str, image_size: tuple[int, int], recompute: bool) -> Kept:
+    """Every tensor that is kept is so many bytes for each image of the batch, or has nothing to do with it: with a
+    large prime number of images, which is a factor of nothing else, the sizes tell."""
+    sizes = saved_sizes(network, precision, image_size, PRIME, recompute)
+    tensors = [(size, 0) if size % PRIME else (0, size // PRIME) for size in sizes]
+    largest, top = [], -1
+    for fixed, image in sorted(set(tensors), reverse=True):  # whoever is passed in both can never be the largest
+        if image > top:
+            largest, top = [*largest, (fixed, image)], image
+    return Kept(sum(fixed for fixed, _ in tensors), sum(image for _, image in tensors), tuple(largest))
+
+
+def saved_sizes(
     network: nn.Module, precision: str, image_size: tuple[int, int], batch: int, recompute: bool
-) -> tuple[int, int]:
-    """Bytes that autograd keeps of a batch, and the largest tensor among them."""
+) -> list[int]:
+    """Bytes of every storage that autograd keeps of a batch, in order."""
     dtype = torch.float64 if precision == "float64" else torch.float32
     half = precision in ("bfloat16", "float16")
     with FakeTensorMode():
@@ -105,10 +101,24 @@ def _saved(
 
         # Fake tensors stand for the CPU's, whose autocast makes the same products half as large as CUDA's does.
         context = torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
-        images = torch.empty((max(2, batch), 3, *image_size), dtype=dtype).requires_grad_()
+        images = torch.empty((batch, 3, *image_size), dtype=dtype).requires_grad_()
         own.add(images.untyped_storage()._cdata)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), context:
             network.train()
             network(images)
-    sizes = [size for size, _ in kept.values()]
-    return sum(sizes), max(sizes, default=0)
+    return [size for size, _ in kept.values()]
+
+
+def write_table(names: Sequence[str]) -> None:
+    """Count networks and put them into the table of :mod:`trainer.planning.stored`: JSON, a network a line."""
+    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
+    for name in names:
+        sizes = count_network(BackboneConfig(name=name, dim=STORED_DIM), STORED_PRECISIONS, STORED_SIZE)
+        table[name] = as_json(sizes)
+        known = [one for one in BACKBONES if one in table]
+        lines = [f"{json.dumps(one)}: {json.dumps(table[one], separators=(',', ':'))}" for one in known]
+        write_text(TABLE, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    write_table(sys.argv[1:] or tuple(BACKBONES))

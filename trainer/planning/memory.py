@@ -7,12 +7,15 @@ counted, and workspace of its kernels, which is a guess. On the CPU a part is me
 GPU's, unless it says that it is the host's.
 """
 
+import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from trainer.compat.methods.config import (
     AdvBctConfig,
     BctConfig,
+    Bt2Config,
     FrozenConfig,
     LceConfig,
     LceDirectConfig,
@@ -20,12 +23,9 @@ from trainer.compat.methods.config import (
     NdppConfig,
     UniBctConfig,
 )
-from trainer.head import native
 from trainer.head.config import SgdRowsConfig
-from trainer.head.kernels import chunk_rows
-from trainer.head.partial_fc import COMPILE_FROM_ROWS
-from trainer.head.step import KEEP_SHARE
-from trainer.planning.activations import BackboneSizes
+from trainer.head.sizes import COMPILE_FROM_ROWS, KEEP_SHARE, chunk_rows, native_covers
+from trainer.planning.backbones import BackboneSizes
 from trainer.planning.setting import BYTES, Setting
 
 Moment = Literal["always", "step", "load"]
@@ -34,6 +34,8 @@ Moment = Literal["always", "step", "load"]
 PROCESS_BYTES = 370 * 2**20
 COMPILER_BYTES = 110 * 2**20
 """What torch.compile leaves in the process that used it."""
+TRITON_BYTES = 80 * 2**20
+"""What triton takes, which torch imports with the first update where it is installed."""
 # Not measured here: no such device was at hand.
 CUDA_CONTEXT_BYTES = 600 * 2**20
 NCCL_BYTES = 400 * 2**20
@@ -123,7 +125,11 @@ def _process(setting: Setting) -> list[Part]:
     large = setting.rows >= COMPILE_FROM_ROWS and setting.config.head.impl != "reference"
     compiled = large and not _native(setting)
     if setting.device == "cpu":
-        return [Part("process", PROCESS_BYTES), Part("torch.compile", COMPILER_BYTES if compiled else 0)]
+        return [
+            Part("process", PROCESS_BYTES),
+            Part("torch.compile", COMPILER_BYTES if compiled else 0),
+            Part("triton, as installed here", TRITON_BYTES if find_spec("triton") else 0),
+        ]
     nccl = NCCL_BYTES if setting.world_size > 1 else 0
     return [
         Part("CUDA context", CUDA_CONTEXT_BYTES, measured=False),
@@ -136,7 +142,7 @@ def _native(setting: Setting) -> bool:
     """Whether the head's passes run in C++, in the cache: a step then allocates next to nothing."""
     head, train = setting.config.head, setting.config.train
     deferred = train.accumulate > 1 or train.precision == "float16" or head.update == "deferred"
-    return setting.device == "cpu" and setting.rows >= COMPILE_FROM_ROWS and native.covers(head) and not deferred
+    return setting.device == "cpu" and setting.rows >= COMPILE_FROM_ROWS and native_covers(head) and not deferred
 
 
 def _tables(setting: Setting) -> list[Part]:
@@ -147,7 +153,7 @@ def _tables(setting: Setting) -> list[Part]:
     counters = 4 * setting.rows if setting.sampled or head.optimizer.name == "adamw" else 0
     parts = [Part("rows", table), Part("rows' optimizer state", states + counters)]
     for method in setting.config.methods:
-        if isinstance(method, BctConfig | UniBctConfig | NdppConfig | FrozenConfig):
+        if isinstance(method, BctConfig | UniBctConfig | NdppConfig | Bt2Config | FrozenConfig):
             frozen = setting.classes * (setting.bank_dim or dim) * BYTES[head.frozen_rows]
             parts.append(Part("old classifier's rows", frozen))
         elif setting.bank_dim is not None and isinstance(method, LceConfig | AdvBctConfig | MixBctConfig):
@@ -213,7 +219,7 @@ def _network(setting: Setting, backbone: BackboneSizes) -> list[Part]:
     weights = (backbone.parameters + backbone.fixed) * number
     gathered = 0
     if shared & 1:  # the largest units of the network, whole while they are computed
-        units = sorted(sum(shape.numel() for shape, _ in unit) for unit in backbone.unit_parameters)
+        units = sorted(sum(math.prod(shape) for shape, _ in unit) for unit in backbone.unit_parameters)
         gathered = 2 * sum(units[-2:]) * number
     activations = backbone.saved_bytes + backbone.unit_bytes + LIVE_TENSORS * backbone.largest_bytes
     cpu = setting.device == "cpu"

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.compat.methods.config import LceDirectConfig
 from trainer.errors import ranks_text
 from trainer.head.config import SgdRowsConfig
-from trainer.planning.activations import BackboneSizes, backbone_sizes
+from trainer.planning.backbones import BackboneSizes, backbone_sizes
 from trainer.planning.memory import Part, class_bytes, peak_bytes, rank_memory
 from trainer.planning.setting import Setting
 from trainer.planning.traffic import Collective, update_traffic

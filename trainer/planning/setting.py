@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trainer.distributed import largest_share
 from trainer.errors import ConfigError, check_ranks
 from trainer.head.partition import class_range
-from trainer.head.sampling import stratum_count
+from trainer.head.sizes import stratum_count
+from trainer.machine import largest_share
 from trainer.run.config import Config
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}

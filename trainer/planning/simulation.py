@@ -27,7 +27,7 @@ from trainer.data.index import Dataset
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError, ranks_text
 from trainer.head.partition import class_range
-from trainer.planning.activations import backbone_sizes
+from trainer.planning.backbones import backbone_sizes
 from trainer.planning.setting import Setting
 from trainer.planning.traffic import update_traffic
 from trainer.run.config import Config
@@ -55,7 +55,7 @@ class CollectiveCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func.name().removeprefix("c10d::").strip("_")
-            operation = next((words for key, words in OPERATIONS.items() if name.startswith(key)), name)
+            operation = next((title for key, title in OPERATIONS.items() if name.startswith(key)), name)
             self.found.append((operation, max(t.numel() * t.element_size() for t in _tensors(args))))
         return func(*args, **(kwargs or {}))
 

@@ -6,11 +6,8 @@ A test counts the collectives of real updates on 2 and 3 ranks and compares them
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from trainer.compat.methods.config import LceConfig, LceMapsConfig
-from trainer.compat.methods.lce import TransformedCompat
-from trainer.planning.activations import BackboneSizes
+from trainer.planning.backbones import BackboneSizes
 from trainer.planning.setting import Setting
 
 Operation = Literal["all-gather", "all-reduce", "reduce-scatter"]
@@ -98,6 +95,10 @@ def _map_buffers(setting: Setting) -> int:
     method = setting.config.of(LceMapsConfig)
     if setting.bank_dim is None or method is None:
         return 0
+    import torch
+
+    from trainer.compat.methods.lce import TransformedCompat
+
     with torch.device("meta"):
         maps = TransformedCompat(method, setting.bank_dim, setting.config.backbone.dim)
     return sum(value.numel() for value in maps.buffers() if value.is_floating_point())
@@ -111,8 +112,8 @@ def _backbone(setting: Setting, backbone: BackboneSizes) -> list[Collective]:
     if train.parallel != "fsdp":
         return _zero(setting, backbone)
     world, out = setting.world_size, []
-    for place, unit in enumerate(backbone.unit_parameters):
-        root = place == len(backbone.unit_parameters) - 1
+    for number, unit in enumerate(backbone.unit_parameters):
+        root = number == len(backbone.unit_parameters) - 1
         whole = sum(_padded(shape, world) for shape, _ in unit) * number
         trained = sum(_padded(shape, world) for shape, learns in unit if learns) * number
         gathers = train.accumulate * (1 if root else 2)  # units are gathered again in the backward pass

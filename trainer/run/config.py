@@ -223,7 +223,9 @@ class LogConfig(Section):
     tensorboard: bool = Field(True, description="write events for TensorBoard into <run>/tensorboard")
     wandb: str | None = Field(None, description="Weights & Biases: the project's name (needs wandb)")
     monitors: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="writers of other packages: name → settings (trainer/run/writers.py)"
+        default_factory=dict,
+        description="further writers: name → settings: mlflow (experiment, uri), or of other packages "
+        "(trainer/run/writers.py)",
     )
     progress: bool = Field(True, description="show progress: a bar on a terminal, lines elsewhere")
     line_seconds: float = Field(

@@ -28,8 +28,9 @@ from trainer.compat.methods.lce import (
 )
 from trainer.data import Batch
 from trainer.data.identities import identities
-from trainer.distributed import Labels, Ranks, gather_batch, largest_share, on_main, scale_gradient, send
+from trainer.distributed import Labels, Ranks, gather_batch, on_main, scale_gradient, send
 from trainer.head.partition import class_range
+from trainer.machine import largest_share
 from trainer.models.card import Direction, trained_card, transform_card
 from trainer.models.folder import save_model
 from trainer.models.model import TorchModel
@@ -189,30 +190,33 @@ def image_pairs_loss(
 
     Returns:
         The loss, and ``alignment``, ``boundary``, ``t21_norm``, ``t12_norm`` (the smallest norm that the map gave)
-        detached; loss, alignment and boundary are 0 with fewer than two known images.
+        detached; loss, alignment and boundary are 0 with fewer than two known images. ``center_cosines`` and
+        ``boundary_slack`` of the images with an old centre as in :class:`TransformedCompat`, where there are any.
     """
     zero = x.new_zeros(())
     if int(known.sum()) < 2:
         return zero, {"alignment": zero, "boundary": zero}
     u, v, unit = normalize(x[known]), normalize(e[known]), not compat.config.authors_formula
-    centers, place, has = _of_images(classes, known, v)
-    terms, bound, norms = [], zero, dict[str, Tensor]()
+    centers, row, has = _of_images(classes, known, v)
+    terms, bound, more = [], zero, dict[str, Tensor]()
     if compat.t21 is not None:
         mapped = compat.t21(u)
-        norms["t21_norm"] = smallest_norm(mapped)
+        more["t21_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, v, unit))
-        cosines = boundary_cosines(mapped[has], centers[place], unit)
+        cosines = boundary_cosines(mapped[has], centers[row], unit)
     if compat.t12 is not None:
         mapped, mapped_centers = compat.t12(torch.cat([v, centers])).split([len(v), len(centers)])
-        norms["t12_norm"] = smallest_norm(mapped)
+        more["t12_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, u, unit))
         if compat.t21 is None:
-            cosines = boundary_cosines(u[has], mapped_centers[place], unit)
+            cosines = boundary_cosines(u[has], mapped_centers[row], unit)
     align = torch.stack(terms).mean()
     if classes is not None and bool(has.any()):
-        bound = (classes.boundaries[classes.place_on_device()[known][has]] - cosines).clamp_min(0).mean()
+        slack = cosines - classes.boundaries[classes.class_index_on_device()[known][has]]
+        bound = (-slack).clamp_min(0).mean()
+        more |= {"center_cosines": cosines.detach(), "boundary_slack": slack.detach()}
     loss = compat.config.alignment_weight * align + compat.config.boundary_weight * bound
-    return loss, {"alignment": align.detach(), "boundary": bound.detach(), **norms}
+    return loss, {"alignment": align.detach(), "boundary": bound.detach(), **more}
 
 
 def _of_images(classes: Pairs | None, known: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +225,7 @@ def _of_images(classes: Pairs | None, known: Tensor, like: Tensor) -> tuple[Tens
     if classes is None:
         none = torch.zeros(len(like), dtype=torch.bool, device=like.device)
         return like.new_empty(0, like.shape[1]), torch.empty(0, dtype=torch.int64, device=like.device), none
-    place = classes.place_on_device()[known]
-    has = place >= 0
-    has[has.clone()] = classes.mask[place[has]]
-    return normalize(classes.centers[classes.mask]), torch.cumsum(classes.mask, 0)[place[has]] - 1, has
+    row = classes.class_index_on_device()[known]
+    has = row >= 0
+    has[has.clone()] = classes.mask[row[has]]
+    return normalize(classes.centers[classes.mask]), torch.cumsum(classes.mask, 0)[row[has]] - 1, has

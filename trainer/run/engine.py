@@ -283,8 +283,8 @@ class Engine:
                 "changed nothing. Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
                 f"(limit: train.max_nonfinite_steps={limit})"
             )
-        for place, (name, key) in enumerate((("T₂₁", "t21_norm"), ("T₁₂", "t12_norm"))):
-            method = next((one for one in self.config.methods if one.directions[place]), None)
+        for number, (name, key) in enumerate((("T₂₁", "t21_norm"), ("T₁₂", "t12_norm"))):
+            method = next((one for one in self.config.methods if one.directions[number]), None)
             if line.get(key, 1.0) <= NO_NORM and isinstance(method, LceMapsConfig | FctConfig):
                 raise TrainingError(
                     f"compat.transform.name = {method.transform.name}: {name} gives vectors of norm "

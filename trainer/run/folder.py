@@ -82,8 +82,8 @@ def open_folder(config: Config, sealed: dict[str, Any] | None = None) -> list[st
         folder = config.run.dir
         changes = changes_since(folder / "config.yaml" if sealed is None else sealed, config)
         (folder / "ranks").mkdir(parents=True, exist_ok=True)
-        for note in (folder / "ranks").iterdir():
-            note.unlink()
+        for status in (folder / "ranks").iterdir():
+            status.unlink()
         (folder / SUMMARY).unlink(missing_ok=True)
         write_text(folder / "config.yaml", dump_config(config))
         return changes

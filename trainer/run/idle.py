@@ -38,6 +38,7 @@ METHODS = {
     "unibct": "bank old_embeddings weight old_margin",
     "frozen": "bank",
     "ndpp": "bank weight old_margin neighbours push",
+    "bt2": "bank old_embeddings old_model weight old_margin",
     "l2": "bank old_embeddings old_model weight",
     "advbct": "bank old_embeddings old_model weight boundary_weight",
     "mixbct": "bank old_embeddings old_model mix_share",

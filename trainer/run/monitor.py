@@ -22,6 +22,7 @@ from trainer.data import Batch, Dataset
 from trainer.distributed import COMMUNICATION, Ranks, peak_memory_bytes
 from trainer.errors import ConfigError
 from trainer.files import replaced
+from trainer.head.kernels import why_eager
 from trainer.run.config import LogConfig
 from trainer.run.display import Display
 from trainer.run.writers import Writer, open_writers
@@ -42,6 +43,7 @@ FIELDS = {
     "grad_norm": "2-norm of the modules' gradients, before clipping",
     "loss_scale": "float16's factor on gradients",
     "skipped_steps": "updates left out so far because loss or gradients were not finite",
+    "head_eager": "1: torch.compile failed on rank 0, and the head's work runs uncompiled; otherwise not there",
     "samples_per_second": "over all ranks, since the line before",
     "step_seconds": "mean time of an update since the line before",
     "data_share": "share of that time in which rank 0 waited for data",
@@ -187,12 +189,12 @@ class Monitor:
     def _export_trace(self, trace: profile) -> None:
         self._profile = None
         trace.stop()
-        place = self.folder / "profile" / f"rank-{self.ranks.rank:05d}.json"
+        file = self.folder / "profile" / f"rank-{self.ranks.rank:05d}.json"
         try:
-            place.parent.mkdir(exist_ok=True)
-            trace.export_chrome_trace(str(place))
+            file.parent.mkdir(exist_ok=True)
+            trace.export_chrome_trace(str(file))
         except (OSError, RuntimeError) as error:
-            self.say(f"log.profile: {place} cannot be written: {error}")
+            self.say(f"log.profile: {file} cannot be written: {error}")
 
     def log(self, step: int, values: dict[str, float | Tensor]) -> dict[str, Any]:
         """Write one line; the tensors among ``values`` are read here, which waits for the device. Those that hold many
@@ -214,6 +216,7 @@ class Monitor:
             "communication_share": round(min(1.0, COMMUNICATION.take() / max(elapsed, 1e-9)), 4),
             "memory_bytes": peak_memory_bytes(self.ranks.device),
             "seconds": round(now - self._began, 3),
+            **({} if why_eager() is None else {"head_eager": 1}),
         }
         self._mark, self._mark_step, self._samples, self._waited = now, step, 0, 0.0
         self.last = line

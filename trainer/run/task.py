@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.compat.methods.config import FctConfig, LceTransformedConfig
+from trainer.compat.methods.config import Bt2Config, FctConfig, LceTransformedConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.registry import build_methods
 from trainer.compat.methods.together import Pulls
 from trainer.data import Batch, DatasetInfo
 from trainer.data.identities import identities
-from trainer.distributed import Labels, Ranks, largest_share, on_main, scale_gradient
+from trainer.distributed import Labels, Ranks, on_main, scale_gradient
 from trainer.head.partial_fc import Companion, PartialFC
+from trainer.machine import largest_share
 from trainer.models.card import Direction, ModelCard, TransformCard, trained_card, transform_card
 from trainer.models.folder import save_model
 from trainer.models.model import EmbeddingModel, TorchModel
@@ -303,7 +304,7 @@ class TrainTask:
     def _transform_card(self, direction: Direction) -> TransformCard:
         source = self.inputs.bank or self.inputs.old
         assert source is not None
-        place = 0 if direction == "t21" else 1
-        method = next(one for one in self.config.methods if one.directions[place])
-        assert isinstance(method, LceTransformedConfig | FctConfig)
+        number = 0 if direction == "t21" else 1
+        method = next(one for one in self.config.methods if one.directions[number])
+        assert isinstance(method, LceTransformedConfig | FctConfig | Bt2Config)
         return transform_card(method.transform, direction, self.config.backbone.dim, source.dim)

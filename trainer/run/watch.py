@@ -62,12 +62,12 @@ class Silence:
     def __init__(self) -> None:
         self._heard: dict[int, tuple[float, float]] = {}  # rank → (the time in its note, when we first read that)
 
-    def silent_seconds(self, note: dict[str, Any]) -> float:
+    def silent_seconds(self, status: dict[str, Any]) -> float:
         """For how long a rank's note has been this one; 0 at its first reading."""
         now = time.monotonic()
-        said, since = self._heard.get(note["rank"], (math.nan, now))
-        if said != note["time"]:
-            self._heard[note["rank"]] = note["time"], now
+        said, since = self._heard.get(status["rank"], (math.nan, now))
+        if said != status["time"]:
+            self._heard[status["rank"]] = status["time"], now
             return 0.0
         return now - since
 
@@ -79,7 +79,7 @@ class Silence:
 def ranks_left(run_dir: Path, since: float) -> list[dict[str, Any]]:
     """The notes of ranks that have been in the loop after ``since`` (seconds of the epoch) and have not come to its
     end."""
-    return [note for note in read_notes(run_dir / "ranks") if note["time"] >= since]
+    return [status for status in read_notes(run_dir / "ranks") if status["time"] >= since]
 
 
 def ranks_lost(run_dir: Path, since: float) -> list[int]:
@@ -87,15 +87,15 @@ def ranks_lost(run_dir: Path, since: float) -> list[int]:
     process, elsewhere by notes that are renewed."""
     heard, here = Silence(), socket.gethostname()
 
-    def lives(note: dict[str, Any]) -> bool:
-        return _is_running(note["pid"]) if note["host"] == here else heard.silent_seconds(note) < SILENT_SECONDS
+    def lives(status: dict[str, Any]) -> bool:
+        return _is_running(status["pid"]) if status["host"] == here else heard.silent_seconds(status) < SILENT_SECONDS
 
     while left := ranks_left(run_dir, since):
-        living = [note for note in left if lives(note)]
+        living = [status for status in left if lives(status)]
         if not living:
             break
         time.sleep(0.2)
-    return [note["rank"] for note in left]
+    return [status["rank"] for status in left]
 
 
 def _is_running(pid: int) -> bool:
@@ -248,9 +248,9 @@ class Watch:
         self._looked = now
         if self._mute or now - before > 2 * BEAT_SECONDS:  # the file system stalls: old notes say nothing of the others
             self._heard.forget()
-        for note in self._notes():  # of ranks that came to the end there is none
-            if note["rank"] != self.ranks.rank and self._heard.silent_seconds(note) > SILENT_SECONDS:
-                return f"{_went_away(note['rank'])}; stopped"
+        for status in self._notes():  # of ranks that came to the end there is none
+            if status["rank"] != self.ranks.rank and self._heard.silent_seconds(status) > SILENT_SECONDS:
+                return f"{_went_away(status['rank'])}; stopped"
         return None
 
     def _leave(self, reason: str, status: int, hanging: bool = False) -> None:
@@ -299,9 +299,9 @@ class Watch:
             last = notes.get(silent[0])
             seen = f", last seen in step {last['step']}, {last['phase']} on {last['host']}" if last else ""
             return _went_away(silent[0]) + seen
-        place = {r: (int(n["step"]), _order(n["phase"])) for r, n in notes.items()}
-        behind = min(place, key=lambda r: place[r])
-        if place[behind] == max(place.values()):
+        progress = {r: (int(n["step"]), _order(n["phase"])) for r, n in notes.items()}
+        behind = min(progress, key=lambda r: progress[r])
+        if progress[behind] == max(progress.values()):
             return None
         n = notes[behind]
         return f"rank {behind} did not arrive: it is in step {n['step']}, {n['phase']} on {n['host']}"
@@ -310,7 +310,7 @@ class Watch:
         return self.folder / f"rank-{rank:05d}.json"
 
     def _write(self) -> None:
-        note = {
+        status = {
             "rank": self.ranks.rank,
             "step": self._step,
             "phase": self._phase,
@@ -323,15 +323,15 @@ class Watch:
         path = self._path(self.ranks.rank)
         try:
             # Every second, from two threads, of value for seconds: without the locks of :mod:`trainer.files`.
-            beside = path.with_suffix(f".{threading.get_ident()}")
-            beside.write_text(json.dumps(note))
-            beside.replace(path)
+            partial = path.with_suffix(f".{threading.get_ident()}")
+            partial.write_text(json.dumps(status))
+            partial.replace(path)
             self._mute = False
         except OSError:
             self._mute = True  # a full disk must not end training; the note is only an aid
 
     def _notes(self) -> list[dict[str, Any]]:
-        return [note for note in read_notes(self.folder) if note["rank"] < self.ranks.world_size]
+        return [status for status in read_notes(self.folder) if status["rank"] < self.ranks.world_size]
 
 
 def _went_away(rank: int) -> str:

@@ -98,10 +98,10 @@ class _Best:
         self._found: list[tuple[float, int, int]] = []
 
     def add(self, cosines: Tensor, numbers: Tensor, start: int) -> None:
-        values, places = cosines.flatten().topk(min(self._count, cosines.numel()))
-        for value, place in zip(values.tolist(), places.tolist(), strict=True):
+        values, flat_indices = cosines.flatten().topk(min(self._count, cosines.numel()))
+        for value, flat_index in zip(values.tolist(), flat_indices.tolist(), strict=True):
             if value > _NEVER:
-                row, column = divmod(place, cosines.shape[1])
+                row, column = divmod(flat_index, cosines.shape[1])
                 self._found.append((value, int(numbers[row]), start + column))
         self._found = sorted(self._found, reverse=True)[: self._count]
 

@@ -281,9 +281,9 @@ def _mapped_table(folder: Path, index: Metadata, name: str) -> tuple[list[Tensor
         raise CenterBankError(f"{folder}: has no {name}")
     parts, used = [], set()
     for chunk in sorted(entry.chunks, key=lambda c: c.offsets[0]):
-        place = index.storage_data[MetadataIndex(name, chunk.offsets)]
-        used.add(place.relative_path)
-        part = _mapped_tensor(folder / place.relative_path, place.offset, place.length, entry.properties.dtype)
+        stored = index.storage_data[MetadataIndex(name, chunk.offsets)]
+        used.add(stored.relative_path)
+        part = _mapped_tensor(folder / stored.relative_path, stored.offset, stored.length, entry.properties.dtype)
         parts.append(part.reshape(tuple(chunk.sizes)))
     return [part for part in parts if len(part)], used
 

@@ -4,7 +4,6 @@ Both stream: memory is one chunk of vectors (and a few numbers per class), whate
 do not depend on how the source is cut into files or chunks.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from trainer.compat.bank.center_bank import BankInfo, BankWriter, CenterBank
 from trainer.compat.bank.class_map import ClassMap
 from trainer.compat.bank.matrices import Rows
 from trainer.data.index import MOST_CLASSES, renumbered
+from trainer.distributed import one_thread
 from trainer.errors import CenterBankError
 
 CHUNK_BYTES = 2 * 2**20  # stays in the processor's caches from reading to writing
@@ -28,18 +28,6 @@ FEWEST_MEASURED = 8
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch on one thread meanwhile: the work waits for memory, and threads that wait for each other on a busy machine
-    cost more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def bank_from_rows(
@@ -68,7 +56,7 @@ def bank_from_rows(
         class_map.check(len(rows))
     step = max(1, chunk_bytes // (4 * rows.dim))
     mask = torch.ones(total, dtype=torch.bool)
-    with _one_thread(), BankWriter(path, total, rows.dim, info, **options) as writer:
+    with one_thread(), BankWriter(path, total, rows.dim, info, **options) as writer:
         for start in range(0, total, step):
             stop = min(start + step, total)
             if class_map is None:
@@ -127,7 +115,7 @@ def bank_from_embeddings(
     mask = np.zeros(num_classes, bool)
     ids = torch.full((num_classes,), -1, dtype=torch.int64)
     step = max(1, chunk_bytes // (4 * embeddings.dim))
-    with _one_thread(), BankWriter(path, num_classes, embeddings.dim, info, **options) as writer:
+    with one_thread(), BankWriter(path, num_classes, embeddings.dim, info, **options) as writer:
         for first, last in _class_blocks(starts, step):
             index = order[starts[first] : starts[last]]
             block = _take(embeddings, index)

@@ -5,14 +5,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.compat.bank.center_bank import CenterBank
-from trainer.compat.methods.config import BctConfig, NdppConfig, UniBctConfig
+from trainer.compat.methods.config import BctConfig, Bt2Config, NdppConfig, UniBctConfig
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
 from trainer.distributed import Labels, Ranks, scale_gradient
 from trainer.head.frozen import FrozenClassifier, FrozenRows
-from trainer.head.kernels import Kernels, chunk_rows
-from trainer.head.partial_fc import COMPILE_FROM_ROWS
+from trainer.head.kernels import Kernels
 from trainer.head.partition import ClassRange, class_range
+from trainer.head.sizes import COMPILE_FROM_ROWS, chunk_rows
 
 BANK_BLOCK = 65536
 
@@ -27,7 +27,7 @@ class Bct(CompatMethod):
     """
 
     def __init__(
-        self, config: BctConfig | UniBctConfig | NdppConfig, run: Sections, inputs: Inputs, ranks: Ranks
+        self, config: BctConfig | UniBctConfig | NdppConfig | Bt2Config, run: Sections, inputs: Inputs, ranks: Ranks
     ) -> None:
         self.weight, self.ranks = config.weight, ranks
         head = run.head

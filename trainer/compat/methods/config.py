@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from trainer.config import Section, Variants
-from trainer.networks.config import AnyTransform, RbtConfig
+from trainer.networks.config import AnyTransform, OrthogonalConfig, RbtConfig
 
 _METHOD = "how the new model is made compatible with a deployed one; none: it is not"
 _MODE = "where the two models are compared: in one space (direct), or through maps between their spaces"
@@ -169,6 +169,25 @@ class NdppConfig(MethodConfig):
     push: float = Field(0.5, ge=0, description="how far an old centre is moved, in units of its mean offset")
 
 
+class Bt2Config(WithOldConfig):
+    """BT²: dimensions that the old gallery ignores, and a learned change of basis."""
+
+    method: Literal["bt2"] = Field("bt2", description=_METHOD)
+    bank: Path = Field(description=_BANK)
+    weight: float = Field(1.0, ge=0, description="the weight of the method's loss")
+    old_margin: float = Field(0.0, ge=0, description="cosine margin before the old classifier")
+
+    @property
+    def directions(self) -> tuple[bool, bool]:
+        """See :attr:`MethodConfig.directions`."""
+        return True, False
+
+    @property
+    def transform(self) -> AnyTransform:
+        """The kind of map that T₂₁ is."""
+        return OrthogonalConfig(name="orthogonal")
+
+
 class FrozenConfig(MethodConfig):
     """The classifier's rows of classes with an old centre stay there."""
 
@@ -223,6 +242,7 @@ AnyMethod: TypeAlias = Annotated[
     | BctConfig
     | UniBctConfig
     | NdppConfig
+    | Bt2Config
     | FrozenConfig
     | L2Config
     | AdvBctConfig
@@ -248,8 +268,8 @@ def check_together(methods: Sequence[MethodConfig]) -> None:
         if isinstance(one, LceCrossConfig):
             others = ", ".join(name for name in names if name != one.method)
             raise ValueError(f"compat: lce with mode cross-model trains no network, on which {others} could act")
-    for place, direction in enumerate(("T₂₁", "T₁₂")):
-        both = [one.method for one in methods if one.directions[place]]
+    for number, direction in enumerate(("T₂₁", "T₁₂")):
+        both = [one.method for one in methods if one.directions[number]]
         if len(both) > 1:
             raise ValueError(f"compat: {' and '.join(both)} train the same map {direction}; give one of them")
     direct = [one.label for one in methods if not any(one.directions)]

@@ -64,7 +64,7 @@ class Pairs:
         classes: (U,) int64, ascending, on the host. rows: (U, D2), of the new classifier, with gradient to the owner's
             rows.
         centers: (U, D1). boundaries: (U,). mask: (U,) bool.
-        place: (B,) int64, where each sample's class is; −1 for samples without a class. On the host.
+        class_index: (B,) int64, where each sample's class is; −1 for samples without a class. On the host.
     """
 
     classes: NDArray[np.int64]
@@ -72,11 +72,11 @@ class Pairs:
     centers: Tensor
     boundaries: Tensor
     mask: Tensor
-    place: NDArray[np.int64]
+    class_index: NDArray[np.int64]
 
-    def place_on_device(self) -> Tensor:
-        """``place`` where the other tensors are."""
-        return upload([self.place], self.rows.device)[0]
+    def class_index_on_device(self) -> Tensor:
+        """``class_index`` where the other tensors are."""
+        return upload([self.class_index], self.rows.device)[0]
 
 
 @dataclass(frozen=True)
@@ -97,22 +97,22 @@ class Known:
     def of(cls, pairs: Pairs) -> "Known":
         """Waits for the device: which of the other ranks' classes have a centre came with the gathered pairs."""
         mask = pairs.mask.cpu().numpy()
-        samples = np.flatnonzero(pairs.place >= 0)
+        samples = np.flatnonzero(pairs.class_index >= 0)
         if len(samples):
-            samples = samples[mask[pairs.place[samples]]]
-        places = pairs.place[samples]
+            samples = samples[mask[pairs.class_index[samples]]]
+        places = pairs.class_index[samples]
         among = np.cumsum(mask)[places] - 1 if len(places) else places
         return cls(*upload([np.flatnonzero(mask), samples, places, among], pairs.mask.device))
 
 
 def classes_of(labels: Tensor | Labels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The distinct classes (U,) of all ranks' labels (B,), ascending, and each sample's place (B,) among them (−1:
+    """The distinct classes (U,) of all ranks' labels (B,), ascending, and each sample's index (B,) among them (−1:
     none).
     """
     host = (labels if isinstance(labels, Labels) else Labels(labels)).host
-    classes, place = np.unique(host, return_inverse=True)
+    classes, index = np.unique(host, return_inverse=True)
     without = int(len(classes) > 0 and classes[0] < 0)
-    return classes[without:], place - without
+    return classes[without:], index - without
 
 
 def gather_pairs(labels: Tensor | Labels, rows: Tensor | None, bank: BankRows, num_classes: int, ranks: Ranks) -> Pairs:
@@ -126,7 +126,7 @@ def gather_pairs(labels: Tensor | Labels, rows: Tensor | None, bank: BankRows, n
         bank: this rank's part of the centre bank (all its c classes).
     """
     labels = labels if isinstance(labels, Labels) else Labels(labels)
-    classes, place = classes_of(labels)
+    classes, index = classes_of(labels)
     starts = [class_range(num_classes, rank, ranks.world_size).start for rank in range(ranks.world_size)]
     edges = [*np.searchsorted(classes, starts).tolist(), len(classes)]
     sizes = np.diff(edges).tolist()
@@ -135,8 +135,8 @@ def gather_pairs(labels: Tensor | Labels, rows: Tensor | None, bank: BankRows, n
         rows = torch.empty(len(local), 0, dtype=torch.float32, device=labels.device.device)
     if len(rows) != len(local):
         raise ValueError(f"{len(rows)} rows were given for the {len(local)} classes of the batch that this rank owns")
-    index = send(torch.from_numpy(local), bank.centers.device)
-    known = [bank.centers[index], bank.boundaries[index, None], bank.mask[index, None]]
+    own = send(torch.from_numpy(local), bank.centers.device)
+    known = [bank.centers[own], bank.boundaries[own, None], bank.mask[own, None]]
     packed = torch.cat([rows, send(torch.cat([value.to(rows.dtype) for value in known], 1), rows.device)], 1)
     whole = gather_own(packed, sizes, ranks.rank)
     dim = rows.shape[1]
@@ -146,7 +146,7 @@ def gather_pairs(labels: Tensor | Labels, rows: Tensor | None, bank: BankRows, n
         whole[:, dim:-2].detach(),
         whole[:, -2].detach(),
         whole[:, -1].detach() > 0.5,
-        place,
+        index,
     )
 
 
@@ -187,8 +187,10 @@ class TransformedCompat(nn.Module):
 
         Returns:
             The loss with gradient to T, ``pairs.rows`` and ``embeddings``; ``alignment`` (1 − cos), ``boundary`` and
-            the smallest norm that each map gave (``t21_norm``, ``t12_norm``), detached. With fewer than two classes or
-            samples that have a centre (batch statistics need two) everything is 0, and no norm is given.
+            the smallest norm that each map gave (``t21_norm``, ``t12_norm``), detached; of the samples that have a
+            centre ``center_cosines`` (n,), what the boundary is compared with, and ``boundary_slack`` (n,), that minus
+            the boundary. With fewer than two classes or samples that have a centre (batch statistics need two) the
+            losses are 0, and nothing else is given.
         """
         known = Known.of(pairs)
         if len(known.classes) < 2 or len(known.samples) < 2:
@@ -213,7 +215,8 @@ class TransformedCompat(nn.Module):
                 cosines = boundary_cosines(x, mapped_o[among], ours)
         align, bound = torch.stack(terms).mean(), (b - cosines).clamp_min(0).mean()
         loss = self.config.alignment_weight * align + self.config.boundary_weight * bound
-        return loss, {"alignment": align.detach(), "boundary": bound.detach(), **norms}
+        parts = {"alignment": align.detach(), "boundary": bound.detach(), **norms}
+        return loss, parts | {"center_cosines": cosines.detach(), "boundary_slack": (cosines - b).detach()}
 
 
 def smallest_norm(mapped: Tensor) -> Tensor:

@@ -112,8 +112,8 @@ def bct(
         embeddings: (n, D1). labels: (n,) in [0, C). old_rows: (C, D1). mask: (C,) bool.
     """
     kept = mask[labels]
-    place = torch.cumsum(mask, 0) - 1
-    x, y = normalize(embeddings[kept]), place[labels[kept]]
+    row = torch.cumsum(mask, 0) - 1
+    x, y = normalize(embeddings[kept]), row[labels[kept]]
     logits = x @ normalize(old_rows[mask]).T
     logits = logits - margin * one_hot(y, logits.shape[1]).to(logits)
     return _mean(cross_entropy(scale * logits, y, reduction="none"))
@@ -141,6 +141,34 @@ def ndpp_prototypes(centers: Tensor, mask: Tensor, neighbours: int, push: float)
     out = centers.clone()
     out[known] = normalize(o + push * offsets.mean(1)) if near.values.shape[1] else o
     return out
+
+
+def bt2(
+    mapped: Tensor,
+    old_embeddings: Tensor,
+    known: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    old_rows: Tensor,
+    mask: Tensor,
+    scale: float,
+    margin: float = 0.0,
+) -> Tensor:
+    """After BT² (Zhou et al., "BT²: Backward-compatible Training with Basis Transformation", ICCV 2023): the old part
+    of the new embedding is near the image's old embedding, and the old classifier knows it.
+
+    ``mean_i [1 − cos(T₂₁(n(x_i)), e_i)]`` plus :func:`bct` of T₂₁(n(x_i)), T₂₁ with orthonormal rows. The authors weigh
+    both by 10 and take the classes' mean embeddings as old classifier, without a scale; here it is the bank's, with the
+    head's. Left out: their third term, which draws the rest of the new embedding to that of a finished model without
+    compatibility; here the classification loss acts on the whole embedding instead.
+
+    Args:
+        mapped: (n, D1), T₂₁ of the unit new embeddings. old_embeddings: (n, D1). known: (n,) bool, which of these there
+            are. labels: (n,) in [0, C). valid: (n,) bool, which samples have a class. old_rows: (C, D1). mask: (C,)
+            bool.
+    """
+    part = l2(mapped[known], old_embeddings[known])
+    return part + bct(mapped[valid], labels[valid], old_rows, mask, scale, margin)
 
 
 def l2(embeddings: Tensor, old_embeddings: Tensor) -> Tensor:

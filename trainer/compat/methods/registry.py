@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 from trainer.compat.methods.advbct import AdvBct
 from trainer.compat.methods.bct import Bct
+from trainer.compat.methods.bt2 import Bt2
 from trainer.compat.methods.config import (
     AdvBctConfig,
     BctConfig,
+    Bt2Config,
     FctConfig,
     FrozenConfig,
     L2Config,
@@ -42,6 +44,7 @@ METHODS: dict[type[MethodConfig], type[CompatMethod]] = {
     BctConfig: Bct,
     UniBctConfig: UniBct,
     NdppConfig: Ndpp,
+    Bt2Config: Bt2,
     FrozenConfig: OldRows,
     AdvBctConfig: AdvBct,
     MixBctConfig: MixBct,

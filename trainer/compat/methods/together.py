@@ -133,8 +133,8 @@ class Pulls:
         squares = [whole.new_zeros(()) if r is None else r.square().sum().to(whole) for _, r in self._terms.values()]
         norms = all_reduce_sum(torch.stack([rest, *squares])).sqrt()
         out = {"gradient_classification": norms[0]}
-        for place, name in enumerate(names):
-            out[f"gradient_{name}"] = whole[place].norm()
-            if bool(acting[place] > 0):
-                out[f"row_gradient_{name}"] = norms[1 + place]
+        for number, name in enumerate(names):
+            out[f"gradient_{name}"] = whole[number].norm()
+            if bool(acting[number] > 0):
+                out[f"row_gradient_{name}"] = norms[1 + number]
         return out

@@ -7,7 +7,8 @@ from trainer.compat.methods.config import WithOldConfig
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
 from trainer.data import Batch
-from trainer.distributed import Ranks, gather_batch, largest_share
+from trainer.distributed import Ranks, gather_batch
+from trainer.machine import largest_share
 
 
 class WithOld(CompatMethod):

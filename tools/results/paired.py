@@ -1,0 +1,76 @@
+"""Differences of two methods on the same unseen identities, with intervals over identities and seeds.
+
+Every method of a seed meets the same old model and the same unseen identities, and the bootstrap draws the same of
+them for each (:mod:`trainer.evaluation.bootstrap`). So the difference of two methods' figures in one replicate is a
+replicate of their difference, in which what an identity adds to both falls away.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.evaluation.bootstrap import Interval
+
+REPLICATES = 200
+"""Of each cell, kept in a benchmark's JSON with four digits."""
+
+# Student's t at 97.5 %, by degrees of freedom from 1 on.
+_T = (12.71, 4.30, 3.18, 2.78, 2.57)
+
+Seeds = Sequence[Mapping[str, Any]]
+"""What a method found with each seed: ``seed``, ``cells`` and, of newer runs, ``replicates`` (cell → metric → list)."""
+
+
+def difference(ours: Seeds, theirs: Seeds, metric: str, cell: str = "new->old") -> "Interval | None":
+    """Ours less theirs in a cell's metric, the mean over the seeds that both have, with its 95 % interval.
+
+    A replicate draws identities and, with replacement, seeds: with one seed the interval knows nothing of how another
+    training run would have ended. None where no seed is in both, or replicates are missing or of different numbers, so
+    that they are not the same draws.
+    """
+    import numpy as np
+
+    from trainer.evaluation.bootstrap import interval
+
+    other = {one["seed"]: one for one in theirs}
+    pairs = [(one, other[one["seed"]]) for one in ours if one["seed"] in other]
+    counts = {len(_replicates(one, cell, metric)) for pair in pairs for one in pair}
+    if len(counts) != 1 or 0 in counts:
+        return None
+    first, second = (np.array([_replicates(pair[at], cell, metric) for pair in pairs]) for at in (0, 1))
+    apart = first - second  # (seeds, r)
+    drawn = np.random.default_rng(0).integers(len(pairs), size=apart.shape)
+    value = statistics.fmean(a["cells"][cell][metric] - b["cells"][cell][metric] for a, b in pairs)
+    return interval(value, np.take_along_axis(apart, drawn, 0).mean(0))
+
+
+def _replicates(one: Mapping[str, Any], cell: str, metric: str) -> list[float]:
+    found: list[float] = one.get("replicates", {}).get(cell, {}).get(metric, [])
+    return found
+
+
+def room(figures: Mapping[str, Any], metric: str) -> "Interval | None":
+    """What the paragon is above the old model, the denominator of the update gain, with its 95 % interval: over the
+    seeds, or over the identities of a single one. None where the figures do not tell."""
+    import numpy as np
+
+    from trainer.evaluation.bootstrap import Interval, interval
+
+    seeds: Seeds = next((one["seeds"] for one in figures["methods"].values() if one["seeds"]), ())
+    found = [one["cells"]["paragon->paragon"][metric] - one["cells"]["old->old"][metric] for one in seeds]
+    if len(found) > 1:
+        mean, reach = statistics.fmean(found), _T[min(len(found) - 1, len(_T)) - 1]
+        reach *= statistics.stdev(found) / math.sqrt(len(found))
+        return Interval(mean, mean - reach, mean + reach)
+    alone: Seeds = figures.get("alone", ())
+    if len(found) == len(alone) == 1:
+        paragon, old = (_replicates(alone[0], cell, metric) for cell in ("paragon->paragon", "old->old"))
+        return interval(found[0], np.subtract(paragon, old))
+    return None
+
+
+def text(found: "Interval") -> str:
+    """``+0.021 [+0.004, +0.038]``."""
+    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
