@@ -2,9 +2,11 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from torch.nn import functional
 
@@ -12,11 +14,14 @@ from tests.banks import write_bank
 from tests.data.samples import packed
 from tests.runs import config, log_of
 from trainer.compat.bank.center_bank import BankInfo
+from trainer.data import open_dataset
+from trainer.data.loader import Batch
 from trainer.distributed import Ranks
 from trainer.errors import DataError
+from trainer.run.config import LogConfig
 from trainer.run.display import Display, duration
 from trainer.run.engine import train
-from trainer.run.monitor import FIELDS, grouped
+from trainer.run.monitor import FIELDS, Monitor, grouped
 
 LINE = {
     "step": 120,
@@ -109,6 +114,23 @@ def test_tensorboard_holds_settings_pictures_and_embeddings(tmp_path: Path) -> N
     events = EventAccumulator(str(tmp_path / "off/tensorboard"), {"images": 0})
     events.Reload()
     assert not events.Tags()["images"]
+
+
+def test_a_batch_without_pixels_shows_none_and_ends_no_writer(tmp_path: Path) -> None:
+    """A run on stored embeddings; TensorBoard refuses an empty picture and would get nothing more."""
+    dataset = open_dataset(packed(tmp_path / "faces", classes=2, images=2, size=(8, 8)))
+    monitor = Monitor(tmp_path, LogConfig(progress=False, tensorboard=False), Ranks(), 10, 0)
+    given: list[tuple[int, ...]] = []
+
+    class Board:
+        def images(self, name: str, step: int, images: NDArray[Any]) -> None:
+            given.append(images.shape)
+
+    monitor._writers["board"] = Board()  # type: ignore[assignment]
+    labels = torch.zeros(4, dtype=torch.int64)
+    for shape in ((4, 3, 0, 0), (0, 3, 8, 8), (4, 3, 8, 8)):
+        monitor.show_images(1, Batch(torch.zeros(shape), labels[: shape[0]], labels[: shape[0]]), dataset)
+    assert given == [(4, 8, 8, 3)]
 
 
 @pytest.mark.slow

@@ -233,8 +233,11 @@ class Monitor:
         return line
 
     def show_images(self, step: int, batch: Batch, dataset: Dataset | None) -> None:
-        """Give the writers that take pictures the first images of a batch as training sees them (``log.images``)."""
-        if not self.config.images or dataset is None or not self.takes("images"):
+        """Give the writers that take pictures the first images of a batch as training sees them (``log.images``).
+
+        A run on stored embeddings has batches without pixels, and shows none.
+        """
+        if not self.config.images or dataset is None or not batch.images.numel() or not self.takes("images"):
             return
         info = dataset.info
         mean, std = (np.array(values, np.float32) for values in (info.mean, info.std))
