@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,35 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 8])
-def test_the_host_waits_for_the_device_as_seldom_as_agreed(world: int) -> None:
-    command = [sys.executable, "-m", "tests.fake_cuda", str(world)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, dict[str, dict[str, Any]]] = json.loads(done.stdout)
+WORLDS = (1, 8)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, tuple["subprocess.Popen[str]", Path]]]:
+    """Both processes at once, as each has one thread: by world size, with the file of their output."""
+    folder, processes = tmp_path_factory.mktemp("waits"), {}
+    for world in WORLDS:
+        command = [sys.executable, "-m", "tests.fake_cuda", str(world)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        output = folder / f"{world}.json"
+        with output.open("w") as out, output.with_suffix(".err").open("w") as err:
+            processes[world] = (
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err, text=True),
+                output,
+            )
+    yield processes
+    for process, _ in processes.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_host_waits_for_the_device_as_seldom_as_agreed(
+    world: int, started: dict[int, tuple["subprocess.Popen[str]", Path]]
+) -> None:
+    process, output = started[world]
+    assert process.wait(800) == 0, output.with_suffix(".err").read_text()[-3000:]
+    found: dict[str, dict[str, dict[str, Any]]] = json.loads(output.read_text())
     assert found.keys() == BUDGETS.keys()
     for name, chunks in found.items():
         for label, one in chunks.items():

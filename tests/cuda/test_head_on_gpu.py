@@ -22,6 +22,8 @@ from trainer.distributed import Ranks
 from trainer.head.config import HeadConfig
 from trainer.head.old_centers import DirectCompat
 from trainer.head.partial_fc import PartialFC
+from trainer.run.config import load_config
+from trainer.run.engine import train
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = os.environ.get("LCE_TEST_DEVICE", "cuda")
@@ -123,7 +125,7 @@ def test_the_host_waits_as_seldom_as_agreed(rate: float) -> None:
 
 
 def run(folder: Path, name: str, *words: str) -> list[dict[str, Any]]:
-    """A run of one rank under torchrun (NCCL on a GPU); the lines of its log."""
+    """A run of one rank: under torchrun with NCCL on a GPU, in this process on a CPU; the lines of its log."""
     settings = {
         "run": {"dir": str(folder / name), "device": DEVICE, "deterministic": True},
         "data": {"loader": "synthetic", "batch_size": 32, "synthetic_classes": 503, "synthetic_size": 32},
@@ -133,9 +135,18 @@ def run(folder: Path, name: str, *words: str) -> list[dict[str, Any]]:
         "log": {"every_steps": 1, "tensorboard": False, "progress": False},
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    if DEVICE == "cpu":
+        train(load_config(folder / f"{name}.yaml", words), Ranks())
+    else:
+        under_torchrun(folder / f"{name}.yaml", *words)
+    return [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+
+
+def under_torchrun(config: Path, *words: str) -> None:
+    """`python -m trainer` as the only rank."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer"]
     done = subprocess.run(
-        [*start, str(folder / f"{name}.yaml"), *words],
+        [*start, str(config), *words],
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
@@ -143,7 +154,6 @@ def run(folder: Path, name: str, *words: str) -> list[dict[str, Any]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path: Path) -> None:

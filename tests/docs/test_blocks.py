@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forked
 from tests.docs.pages import PAGES, ROOT, Block, blocks, words_of
 from tools import cli
 
@@ -26,7 +27,7 @@ def run_page(name: str, folder: Path) -> None:
             first, _, rest = block.text.partition("\n")
             (folder / first.removeprefix("# ")).write_text(rest, encoding="utf-8")
         elif block.runs and block.language == "python":
-            run([sys.executable, "-c", block.text], folder)
+            run_python(["-c", block.text], folder)
         elif block.runs and block.language == "bash":
             for command in block.commands:
                 run_line(command, folder)
@@ -37,18 +38,31 @@ def run_line(line: str, folder: Path) -> None:
     words = words_of(line)
     if words[:1] == ["lce"] and words[1] != "launch":
         assert cli.main(words[1:]) == 0, line
+    elif words[:1] == ["lce"]:
+        run_python(["-m", "tools.cli", *words[1:]], folder)
     else:
         run(["bash", "-euc", f'lce() {{ "{sys.executable}" -m tools.cli "$@"; }}\n{line}'], folder)
 
 
+def environment() -> dict[str, str]:
+    """Of the commands: a reader's, with the checkout installed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+
+
 def run(command: list[str], folder: Path) -> None:
     """Run a command as a reader would, and fail with what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    judge(subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300))
+
+
+def run_python(words: list[str], folder: Path) -> None:
+    """``python WORDS``, without the time that Python needs to start."""
+    judge(forked.run(words, cwd=folder, env=environment()))
+
+
+def judge(done: "subprocess.CompletedProcess[str]") -> None:
+    """Fail with what a command printed."""
+    assert done.returncode == 0, f"{done.args[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
 def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,13 @@
 import json
 import pickle
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests import forked
 from tests.sections import variant
 from tools import cli
 from trainer.evaluation.templates import POINTS_112
@@ -240,9 +239,9 @@ def test_several_ranks_share_the_work_and_find_the_same(place, capsys):
     assert evaluate(place, *words, str(place / "one.json"), new="mapped") == 1  # not safe
     alone = capsys.readouterr().out
     models = ["--old", str(place / "old"), "--new", str(place / "mapped"), "--data", f"unseen={place / 'unseen'}"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tools.cli"]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tools.cli"]
     command = [*start, "evaluate", *models, "--device", "cpu", *words, str(place / "two.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = forked.run(command)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "→" in alone
     assert done.stdout.count("NOT SAFE") == alone.count("NOT SAFE")  # one rank alone speaks

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import forked
 from tools import cli
 from tools.results import comparison, compat
 from tools.results.paired import REPLICATES
@@ -64,6 +65,19 @@ def _sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compat.METHODS, "broken", broken)
 
 
+@pytest.fixture
+def _quick_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training runs in processes that need not import torch."""
+
+    def run(self: comparison.Children, command: Sequence[str], log: Path) -> int:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        return forked.run(command[1:], output=log).returncode
+
+    monkeypatch.setattr(comparison.Children, "run", run)
+
+
+@pytest.mark.usefixtures("_quick_starts")
 def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--methods", "independent,lce,broken", "--seeds", "1", "--markdown", str(tmp_path / "table.md")]
     status, figures = bench(tmp_path, *words)
@@ -115,6 +129,7 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
     weights.write_text(json.dumps({"methods": {"lce": {"weight": 60.0}}}))
     words = ["--methods", "independent,lce", "--seeds", "1", "--weights", str(weights), "--time"]
     monkeypatch.setattr(comparison, "TIMED_ROUNDS", 1)
+    monkeypatch.setattr(comparison, "TIMED_STEPS", 40)
     status, timed = bench(tmp_path, *words, sizes=(*SIZES, "--old-steps", "7"))
     assert status == 0
     assert trained == ["old", "lce", "timed", "timed", "timed"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import forked
 from tests.models.test_export import images, saved
 from tests.ranks import run_ranks
 from tools.cli import main
@@ -183,24 +184,12 @@ def test_class_counts_come_from_what_describes_them(stage: Path, tmp_path: Path)
 
 def test_the_command_on_two_processes(stage: Path, tmp_path: Path) -> None:
     words = ["centers", "from-model", str(stage / "model"), str(stage / "data"), str(tmp_path / "bank")]
-    run = subprocess.run(
-        [sys.executable, "-m", "tools.cli", *words, "--nproc", "2", "--json", str(tmp_path / "f.json")],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    run = forked.run(["-m", "tools.cli", *words, "--nproc", "2", "--json", str(tmp_path / "f.json")])
     assert run.returncode == 0, run.stderr
     figures = json.loads((tmp_path / "f.json").read_text())
     assert (figures["classes"], figures["images"], figures["masked"]) == (PEOPLE, IMAGES, 0)
     assert_right(stage, CenterBank.open(tmp_path / "bank"))
-    again = subprocess.run(
-        [sys.executable, "-m", "tools.cli", *words, "--nproc", "2"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    again = forked.run(["-m", "tools.cli", *words, "--nproc", "2"])
     assert again.returncode == 2
     assert again.stderr.count("exists already") == 1, "one rank speaks"
 

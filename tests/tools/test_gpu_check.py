@@ -15,7 +15,7 @@ from tools.cli import main
 
 @pytest.mark.slow
 def test_stages_run_to_their_end_on_a_cpu(tmp_path: Path) -> None:
-    names = ["head-4000-0.1-bfloat16", "lce-direct", "trace"]
+    names = ["head-4000-0.1-bfloat16"]
     skipped = ["triton-equality", "triton-4000-1.0", "triton-4000-0.1"]
     words = [
         "bench",
@@ -33,6 +33,11 @@ def test_stages_run_to_their_end_on_a_cpu(tmp_path: Path) -> None:
     states = {stage["name"]: stage["state"] for stage in summary["stages"]}
     assert states == dict.fromkeys(names, "done") | dict.fromkeys(skipped, "skipped: only a GPU runs Triton's kernels")
     assert json.loads((tmp_path / "head-4000-0.1-bfloat16.json").read_text())["ours"]["seconds"] > 0
+    for stage in stages("cpu", True, tmp_path):  # two more, without a process each
+        if stage.name in ("lce-direct", "trace"):
+            assert stage.argv[0] == "tools.cli"
+            assert main(list(stage.argv[1:])) == 0
+            assert (tmp_path / f"{stage.name}.json").is_file()
 
 
 def test_triton_comes_after_equality_next_to_the_fused_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
