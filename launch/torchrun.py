@@ -18,8 +18,6 @@ from trainer.errors import (
     ConfigError,
 )
 
-LAST_CALL_SECONDS = 30
-"""c10d: how long the machines that are enough wait for more of them."""
 _OWN_CODES = (EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_CRASH)
 
 
@@ -35,7 +33,7 @@ def arguments(job: Job) -> list[str]:
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={job.master}",
             f"--rdzv-id={job.job_id}",
-            *_rendezvous_address(job.master, f"{wait},join_{wait},last_call_timeout={LAST_CALL_SECONDS}"),
+            *_rendezvous_address(job.master, f"{wait},join_{wait}"),
             *argv,
         ]
     else:

@@ -6,14 +6,11 @@ seconds to import torch. A test of imports, or of what is read at the start, sta
 
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -70,51 +67,3 @@ def run(
         assert process.exitcode is not None
         out, err = (Path(path).read_text(errors="replace") for path in outputs)
     return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
-
-
-class Fork:
-    """A stand-in for ``subprocess.Popen`` in a process without threads: ``python WORDS`` as a copy of this one."""
-
-    def __init__(
-        self, command: Sequence[str], start_new_session: bool = False, stdout: int | None = None, stderr: Any = None
-    ) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid, self._status = os.fork(), None
-        if self.pid == 0:
-            self._perform(command, start_new_session, stdout)
-
-    def _perform(self, command: Sequence[str], start_new_session: bool, stdout: int | None) -> None:
-        status: Any = 0
-        try:
-            if start_new_session:
-                os.setsid()
-            if stdout is not None:
-                os.dup2(os.open(os.devnull, os.O_WRONLY) if stdout == subprocess.DEVNULL else stdout, 1)
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            perform(command[1:])
-        except SystemExit as end:
-            status = end.code
-        except KeyboardInterrupt:
-            status = 130
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            status = 1
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status if isinstance(status, int) else 0 if status is None else 1)
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Its exit status, negative where a signal ended it."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while self._status is None:
-            pid, status = os.waitpid(self.pid, 0 if end is None else os.WNOHANG)
-            if pid:
-                self._status = os.waitstatus_to_exitcode(status)
-            elif end is not None and time.monotonic() > end:
-                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
-            else:
-                time.sleep(0.05)
-        return self._status

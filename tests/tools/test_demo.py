@@ -22,13 +22,8 @@ from tools.demo.upgrade import Outcome
 from trainer.run.config import load_config
 
 PROGRAM = """
-import signal, subprocess, sys, types
-import trainer.run.engine  # once, for all commands that are copies of this process
-from tests.forked import Fork
-from tools import cli, steps
-steps.subprocess = types.SimpleNamespace(
-    Popen=Fork, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
-)
+import signal, sys
+from tools import cli
 from tools.pictures import packages, sources
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
 file, sha256 = sys.argv[1:3]
