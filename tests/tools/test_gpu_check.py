@@ -37,7 +37,6 @@ def test_stages_run_to_their_end_on_a_cpu(tmp_path: Path) -> None:
         if stage.name in ("lce-direct", "trace"):
             assert stage.argv[0] == "tools.cli"
             assert main(list(stage.argv[1:])) == 0
-            assert (tmp_path / f"{stage.name}.json").is_file()
 
 
 def test_triton_comes_after_equality_next_to_the_fused_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
