@@ -173,7 +173,7 @@ def test_mlflow(installed: Path, run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_real_wandb_offline(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="wandb is not installed here")
     monkeypatch.setenv("WANDB_MODE", "offline")
     fill(WandbWriter(run_folder, 0, "faces"))
     (stored,) = (run_folder / "wandb").glob("offline-run-*/run-*.wandb")
