@@ -65,7 +65,8 @@ def _kept(network: nn.Module, precision: str, image_size: tuple[int, int], recom
     large prime number of images, which is a factor of nothing else, the sizes tell."""
     sizes = saved_sizes(network, precision, image_size, PRIME, recompute)
     tensors = [(size, 0) if size % PRIME else (0, size // PRIME) for size in sizes]
-    largest, top = [], -1
+    largest: list[tuple[int, int]] = []
+    top = -1
     for fixed, image in sorted(set(tensors), reverse=True):  # whoever is passed in both can never be the largest
         if image > top:
             largest, top = [*largest, (fixed, image)], image

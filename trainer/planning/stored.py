@@ -83,4 +83,5 @@ def from_json(line: dict[str, Any]) -> NetworkSizes:
         return Kept(fixed, image, tuple((f, i) for f, i in largest))
 
     both = {name: (kept(*whole), kept(*again)) for name, (whole, again) in line["kept"].items()}
-    return NetworkSizes(*line["numbers"], unit_parameters=tuple(units), kept=both)
+    parameters, fixed, buffers, unit_count = line["numbers"]
+    return NetworkSizes(parameters, fixed, buffers, unit_count, unit_parameters=tuple(units), kept=both)
