@@ -112,8 +112,8 @@ def _backbone(setting: Setting, backbone: BackboneSizes) -> list[Collective]:
     if train.parallel != "fsdp":
         return _zero(setting, backbone)
     world, out = setting.world_size, []
-    for number, unit in enumerate(backbone.unit_parameters):
-        root = number == len(backbone.unit_parameters) - 1
+    for index, unit in enumerate(backbone.unit_parameters):
+        root = index == len(backbone.unit_parameters) - 1
         whole = sum(_padded(shape, world) for shape, _ in unit) * number
         trained = sum(_padded(shape, world) for shape, learns in unit if learns) * number
         gathers = train.accumulate * (1 if root else 2)  # units are gathered again in the backward pass
