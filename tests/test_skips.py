@@ -1,8 +1,10 @@
 """In CI a skipped test that nobody expects fails the run; elsewhere it does not."""
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ def test_that_cannot(): pytest.skip("no moon here")
 
 
 CONFTEST = """
+from collections.abc import Iterator
 from pathlib import Path
 from tests.skips import register
 
@@ -58,3 +61,23 @@ def test_every_expected_skip_names_tests_that_are_there() -> None:
         folder = ROOT / test  # a helper next to the test may hold the reason
         files = list(folder.parent.glob("*.py")) if test.endswith(".py") else list(folder.rglob("test_*.py"))
         assert any(reason in file.read_text(encoding="utf-8") for file in files), f"tests/skips.yaml: {test}: {reason}"
+
+
+def skip_reasons(path: Path) -> Iterator[str]:
+    """The literal reasons that a file's ``pytest.skip(…)`` and ``pytest.mark.skipif(…, reason=…)`` give."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in ("skip", "skipif"):
+            given = [word.value for word in call.keywords if word.arg == "reason"]
+            for reason in given or (call.args if call.func.attr == "skip" else []):
+                if isinstance(reason, ast.Constant):
+                    yield str(reason.value)
+
+
+def test_every_reason_to_skip_a_gpu_test_is_listed() -> None:
+    """CI has no GPU, and a machine of one kind does not show them all."""
+    listed = expected_skips()
+    for path in sorted((ROOT / "tests/cuda").glob("test_*.py")):
+        test = path.relative_to(ROOT).as_posix()
+        for reason in skip_reasons(path):
+            known = any(test.startswith(start) and reason.startswith(why) for start, why in listed)
+            assert known, f"tests/skips.yaml lacks {test}: {reason}"
