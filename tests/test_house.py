@@ -204,6 +204,19 @@ def test_what_has_one_place_stands_there_alone(pattern: str) -> None:
     assert found == WRITTEN_ONCE[pattern]
 
 
+def test_threads_that_tests_start_do_not_keep_pytest_from_ending() -> None:
+    """Python waits for all but daemons, and what a failed test's thread waits for may never come."""
+    waited = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) in ("threading.Thread", "Thread")
+        and not any(word.arg == "daemon" for word in call.keywords)
+    ]
+    assert waited == []
+
+
 def test_a_circle_is_noticed() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
     assert circles({"a": {"b"}, "b": set()}) == []

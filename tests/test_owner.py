@@ -90,7 +90,7 @@ def test_another_thread_is_another_owner(target: Path) -> None:
             problems.append(error)
 
     with owned(target, DataError):
-        thread = threading.Thread(target=other)
+        thread = threading.Thread(target=other, daemon=True)
         thread.start()
         thread.join()
     assert "in use by" in str(problems[0])
@@ -136,7 +136,7 @@ def beating(target: Path) -> Iterator[None]:
             os.utime(lock_of(target))
 
     _elsewhere(target)
-    thread = threading.Thread(target=beat)
+    thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
         yield

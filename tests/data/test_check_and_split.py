@@ -197,12 +197,14 @@ def held(lock: Path) -> Iterator[None]:
             inside.set()
             end.wait()
 
-    thread = threading.Thread(target=hold)
+    thread = threading.Thread(target=hold, daemon=True)
     thread.start()
-    inside.wait()
-    yield
-    end.set()
-    thread.join()
+    try:
+        assert inside.wait(60), f"{lock} cannot be held"
+        yield
+    finally:
+        end.set()
+        thread.join()
 
 
 def test_tables_and_seals_have_one_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -451,7 +451,7 @@ def test_under_constant_writes_the_swap_comes_and_no_row_is_lost(dsn, run):
                     return
                 written.append(number)
 
-    writer = threading.Thread(target=write)
+    writer = threading.Thread(target=write, daemon=True)
     writer.start()
     try:
         gallery.work(Paced(), batch=64)
@@ -512,7 +512,7 @@ def test_a_worker_that_comes_late_to_a_swap_ends_well(dsn, run):
                 overtaker.start()
             return super().__call__(ids, vectors)
 
-    overtaker = threading.Thread(target=lambda: second.complete(Rotation(), batch=400))
+    overtaker = threading.Thread(target=lambda: second.complete(Rotation(), batch=400), daemon=True)
     assert first.work(Overtaken(), batch=128) >= 128
     overtaker.join()
     assert second.status().phase == "swapped"
