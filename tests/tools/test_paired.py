@@ -43,7 +43,7 @@ def figures(methods: dict[str, list[dict[str, Any]]], **more: Any) -> dict[str, 
     base = {k: v for k, v in compat.spreads(cells).items() if k in ("old->old", "centre->old", "paragon->paragon")}
     made = {"machine": "a machine", "commit": "abc", "chosen_by": "an earlier run", "data": "hangul", "trials": 4}
     sizes = {"classes": 9772, "old_classes": 1222, "steps": 9000, "old_steps": 3000, "seeds": len(found)}
-    titles = {"lce": "LCE, direct", "bct": "BCT"}
+    titles = {"lce": "LCE, direct", "bct": "BCT", "advbct": "AdvBCT"}
     named = {name: method(titles[name], one) for name, one in methods.items()}
     return {**sizes, **made, "overrides": [], "base": base, "methods": named, **more}
 
@@ -70,10 +70,37 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     for one, apart in zip(ours, (-0.1, 0.0, 0.1), strict=True):
         cell = one["replicates"]["new->old"]
         cell[METRIC] = [value + apart for value in cell[METRIC]]
+        one["cells"]["new->old"][METRIC] += apart
     found = difference(ours, seeds(0.60), METRIC)
     assert found is not None
-    assert found.low < -0.04
-    assert found.high > 0.06
+    assert (found.low, found.high) == pytest.approx((0.01 - 4.30 * 0.1 / 3**0.5, 0.01 + 4.30 * 0.1 / 3**0.5), abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("own", "of_runs"), [(0.1, 0.05), (0.1, 0.01), (0.3, 0.0)])
+def test_the_interval_covers_the_true_difference(count: int, own: float, of_runs: float) -> None:
+    """One of 100 identities differs by ``own`` from the truth, 0.02, and a training run by ``of_runs``."""
+    generator = np.random.default_rng(5)
+    covered = 0
+    for _ in range(400):
+        draws = generator.multinomial(100, np.full(100, 0.01), 100)  # the same of every seed
+        of_identities = 0.02 + generator.normal(0, own, 100)
+        values = of_identities + generator.normal(0, of_runs, (count, 1)) + generator.normal(0, own / 4, (count, 100))
+        ours, theirs = (
+            [
+                {
+                    "seed": seed,
+                    "cells": {"new->old": {METRIC: float(scale * value.mean())}},
+                    "replicates": {"new->old": {METRIC: (scale * draws @ value / 100).tolist()}},
+                }
+                for seed, value in enumerate(values)
+            ]
+            for scale in (1, 0)
+        )
+        found = difference(ours, theirs, METRIC)
+        assert found is not None
+        covered += found.low <= 0.02 <= found.high
+    assert covered / 400 >= 0.93
 
 
 def test_older_figures_have_no_interval() -> None:
@@ -91,6 +118,11 @@ def test_the_table_holds_lces_lead_over_each_method() -> None:
     text = compat.markdown(figures({"lce": seeds(0.61), "bct": seeds(0.60)}))
     assert "95 % intervals, paired over identities and seeds:" in text
     assert text.count("| BCT | +0.010 [+0.00") == 1
+    methods = {"lce": seeds(0.61), "bct": seeds(0.60), "advbct": seeds(0.60, 1)}
+    text = compat.markdown(figures(methods))
+    assert "paired over identities and seeds:" in text
+    assert text.count("| AdvBCT (one seed: over identities) | +0.010 [+0.00") == 1
+    assert "paired over identities:" in compat.markdown(figures({name: methods[name] for name in ("lce", "advbct")}))
     assert "| BCT | 2 | 0.600 ± 0.000 | 0.600 ± 0.000 | 0.600 ± 0.000 | 0.600 ± 0.000 | 0.500 ± 0.000 |" in text
 
 
@@ -117,11 +149,12 @@ def test_a_gain_over_nearly_nothing_is_a_dash_and_a_sentence() -> None:
 
 def test_the_headline_goes_by_the_paired_interval_and_joins_two_runs() -> None:
     long = figures({"lce": seeds(0.61)})
-    rivals = figures({"bct": seeds(0.60, 1)})
+    rivals = figures({"bct": seeds(0.60, 2)})
     known: dict[str, Any] = dict.fromkeys(one.file for one in results.SECTIONS)
     known |= {results.LONG_RUN: long, "compat-hangul-rivals.json": rivals}
     text = results.headline(known)
     assert "clearly ahead in TAR with 9,772 identities after 9,000 updates (0.610 against BCT's 0.600: +0.0" in text
+    assert "Clearly: by the 95 % interval of the difference, paired over identities and seeds, where" in text
     page = results.page(known, [])
     assert "The old models of these seeds are those of the run above" in page
     other = copy.deepcopy(rivals)
@@ -130,7 +163,14 @@ def test_the_headline_goes_by_the_paired_interval_and_joins_two_runs() -> None:
     assert "compare figures within this section only" in results.page({**known, "compat-hangul-rivals.json": other}, [])
     assert results.headline({**known, "compat-hangul-rivals.json": other}) == ""  # LCE was measured on other galleries
     assert results.same_old({**rivals, "old_steps": 1}, long) is None
-    level = figures({"bct": seeds(0.61, 1)})
+    assert results.same_old({**rivals, "steps": 1500}, long) is None  # figures after other updates
+    assert results.headline({**known, "compat-hangul-rivals.json": {**rivals, "steps": 1500}}) == ""
+    alone = results.headline({**known, "compat-hangul-rivals.json": figures({"bct": seeds(0.50, 1)})})
+    assert "clearly ahead in none, about level in TAR with 9,772 identities" in alone
+    assert "(0.610 against BCT's 0.500: +0.110 [+0.10" in alone
+    assert alone.count("over identities alone; one training run each: no verdict)") == 2
+    assert "Clearly: by more than the larger of" in alone
+    level = figures({"bct": seeds(0.61)})
     text = results.headline({**known, "compat-hangul-rivals.json": level})
     assert "ahead in none, about level in TAR with 9,772 identities after 9,000" in text
 

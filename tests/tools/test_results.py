@@ -84,6 +84,18 @@ def test_the_committed_figures_can_be_shown(tmp_path: Path) -> None:
     assert "1.08" in page.read_text()  # a peak over its state, in the head's table
 
 
+def test_a_run_in_which_lce_failed_is_shown(tmp_path: Path) -> None:
+    for name in ("compat.json", results.LONG_RUN, *(f"compat-{classes}.json" for classes in results.FEWER_OR_MORE)):
+        figures = json.loads((COMMITTED / name).read_text())
+        failed = {"seeds": [], "spread": {}, "trials": [], "problems": ["lce-19, seed 0: it diverged"]}
+        figures["methods"]["lce"] |= failed
+        (tmp_path / name).write_text(json.dumps(figures))
+        page = tmp_path / "results.md"
+        assert cli.main(["bench", "results", "--figures", str(tmp_path), "--out", str(page)]) == 0
+        assert "LCE, direct: lce-19, seed 0: it diverged" in page.read_text()
+        assert "**LCE** takes" not in page.read_text()
+
+
 def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tools import steps as demo_steps
 
@@ -128,7 +140,9 @@ def test_the_headline_says_where_lce_stands_and_where_it_loses(monkeypatch: pyte
         found = {results.METRIC: (tar, deviation), "rank-1": (rank, deviation)}
         cells = {key: {"mean": mean, "deviation": spread} for key, (mean, spread) in found.items()}
         gain = {results.METRIC: {"mean": 0.44, "deviation": None}}
-        return {"title": title, "seeds": [], "spread": {"new->old": cells, "new->new": cells, "update_gain": gain}}
+        own = {cell: {results.METRIC: value} for cell, value in (("old->old", 0.3), ("paragon->paragon", 0.9))}
+        seeds = [{"seed": seed, "cells": own} for seed in range(3)]
+        return {"title": title, "seeds": seeds, "spread": {"new->old": cells, "new->new": cells, "update_gain": gain}}
 
     def run(lce: tuple[float, float], bct: tuple[float, float], classes: int) -> dict[str, Any]:
         own = method("alone", 0.3, 0.8, 0.0)["spread"]["new->old"]
@@ -152,13 +166,14 @@ def test_the_headline_says_where_lce_stands_and_where_it_loses(monkeypatch: pyte
     assert "and loses in rank-1 with 37,321 identities after 9,000 updates (0.900 against BCT's 0.960)." in text
     lce = known["compat-hangul-long.json"]["methods"]["lce"]["spread"]
     lce["update_gain"] = {results.METRIC: None}  # the paragon is no better than the old model
+    assert "Clearly: by more than the larger of the two standard deviations over seeds." in text
     for one in ("lce", "bct"):
-        known["compat.json"]["methods"][one]["spread"]["new->old"][results.METRIC]["deviation"] = None  # of one seed
+        known["compat.json"]["methods"][one]["seeds"] = [{"seed": 0}]
     text = results.headline(known)
     assert "to 0.600 / 0.970, at no cost" in text
     assert (
-        "ahead in none, about level in TAR with 4,000 identities after 9,000 updates (0.630 against BCT's 0.500)"
-        in text
+        "ahead in none, about level in TAR with 4,000 identities after 9,000 updates (0.630 against BCT's 0.500; one "
+        "training run each: no verdict)" in text
     )
     monkeypatch.setattr(results, "headline", lambda known: "the sentence")
     assert "\nthe sentence\n" in results.page(dict.fromkeys(known), [])

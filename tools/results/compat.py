@@ -601,18 +601,22 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def _paired(figures: dict[str, Any]) -> list[str]:
     """LCE's lead over each other method as a table, where the figures hold what is needed."""
-    from tools.results.paired import difference, text
+    from tools.results.paired import common, difference, text
 
     methods = figures["methods"]
-    lines = []
+    lines: list[list[str]] = []
+    alone = []
     for name, one in methods.items():
         if name not in ("independent", "lce") and "lce" in methods:
             found = [difference(methods["lce"]["seeds"], one["seeds"], metric) for metric in METRICS]
             if None not in found:
+                alone.append(len(common(methods["lce"]["seeds"], one["seeds"])) == 1)
                 lines.append([one["title"], *(text(interval) for interval in found if interval is not None)])
     if not lines:
         return []
-    over = "identities" if figures["seeds"] == 1 else "identities and seeds"
+    over = "identities" if all(alone) else "identities and seeds"
+    for line, single in zip(lines, alone, strict=True):
+        line[0] += " (one seed: over identities)" if single and not all(alone) else ""
     return [
         "",
         f"LCE less each other method, new → old, on the same identities; 95 % intervals, paired over {over}:",

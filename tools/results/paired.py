@@ -18,32 +18,52 @@ REPLICATES = 200
 
 # Student's t at 97.5 %, by degrees of freedom from 1 on.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57)
+_Z = 1.96
 
 Seeds = Sequence[Mapping[str, Any]]
 """What a method found with each seed: ``seed``, ``cells`` and, of newer runs, ``replicates`` (cell → metric → list)."""
 
 
 def difference(ours: Seeds, theirs: Seeds, metric: str, cell: str = "new->old") -> "Interval | None":
-    """Ours less theirs in a cell's metric, the mean over the seeds that both have, with its 95 % interval.
+    """Ours less theirs in a cell's metric, the mean over the n seeds that both have, with its 95 % interval.
 
-    A replicate draws identities and, with replacement, seeds: with one seed the interval knows nothing of how another
-    training run would have ended. None where no seed is in both, or replicates are missing or of different numbers, so
-    that they are not the same draws.
+    One seed: the percentiles of the replicates, over identities alone; it knows nothing of how another training run
+    would have ended. More: the mean ± √(z² v + t² s² / n). Here v is the variance over the replicates of the mean over
+    seeds (identities), s² the variance between seeds (training runs), z = 1.96, and t is Student's quantile for n − 1
+    degrees of freedom, because s is known from so few. Seeds that have identities of their own count these in s too,
+    so that the interval is then rather too wide. Drawing two or three seeds with replacement instead covers the true
+    difference in 66 and 80 % of cases where training runs differ five times as much as identities do in the mean.
+
+    None where no seed is in both, or replicates are missing or of different numbers, so that they are not the same
+    draws.
     """
     import numpy as np
 
-    from trainer.evaluation.bootstrap import interval
+    from trainer.evaluation.bootstrap import Interval, interval
 
-    other = {one["seed"]: one for one in theirs}
-    pairs = [(one, other[one["seed"]]) for one in ours if one["seed"] in other]
+    pairs = common(ours, theirs)
     counts = {len(_replicates(one, cell, metric)) for pair in pairs for one in pair}
     if len(counts) != 1 or 0 in counts:
         return None
     first, second = (np.array([_replicates(pair[at], cell, metric) for pair in pairs]) for at in (0, 1))
     apart = first - second  # (seeds, r)
-    drawn = np.random.default_rng(0).integers(len(pairs), size=apart.shape)
-    value = statistics.fmean(a["cells"][cell][metric] - b["cells"][cell][metric] for a, b in pairs)
-    return interval(value, np.take_along_axis(apart, drawn, 0).mean(0))
+    values = [a["cells"][cell][metric] - b["cells"][cell][metric] for a, b in pairs]
+    if len(values) == 1:
+        return interval(values[0], apart[0])
+    value = statistics.fmean(values)
+    reach = math.hypot(_Z * float(apart.mean(0).std(ddof=1)), _between_seeds(values))
+    return Interval(value, value - reach, value + reach)
+
+
+def common(ours: Seeds, theirs: Seeds) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """What both found, for each seed that both have."""
+    other = {one["seed"]: one for one in theirs}
+    return [(one, other[one["seed"]]) for one in ours if one["seed"] in other]
+
+
+def _between_seeds(values: Sequence[float]) -> float:
+    """Half the 95 % interval of a mean over seeds, by Student's t."""
+    return _T[min(len(values) - 1, len(_T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _replicates(one: Mapping[str, Any], cell: str, metric: str) -> list[float]:
@@ -61,8 +81,7 @@ def room(figures: Mapping[str, Any], metric: str) -> "Interval | None":
     seeds: Seeds = next((one["seeds"] for one in figures["methods"].values() if one["seeds"]), ())
     found = [one["cells"]["paragon->paragon"][metric] - one["cells"]["old->old"][metric] for one in seeds]
     if len(found) > 1:
-        mean, reach = statistics.fmean(found), _T[min(len(found) - 1, len(_T)) - 1]
-        reach *= statistics.stdev(found) / math.sqrt(len(found))
+        mean, reach = statistics.fmean(found), _between_seeds(found)
         return Interval(mean, mean - reach, mean + reach)
     alone: Seeds = figures.get("alone", ())
     if len(found) == len(alone) == 1:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.results.paired import difference
+from tools.results.paired import common, difference
 from tools.results.paired import text as interval_text
 
 HELP = "write docs/results.md and its plots from the JSON of the other benchmarks"
@@ -329,10 +329,10 @@ def headline(known: dict[str, Any]) -> str:
     """Which method, by how much, at what cost, and where LCE loses; empty where the figures for it are not there."""
     long = known.get(LONG_RUN)
     given = [_with_lce(run, long) for name in AGAINST if (run := known.get(name))]
-    runs: list[dict[str, Any]] = [run for run in given if "lce" in run["methods"] and _rivals(run)]
-    if not long or not runs:
+    runs: list[dict[str, Any]] = [run for run in given if _lce(run) and _rivals(run)]
+    if not long or not _lce(long) or not runs:
         return ""
-    lce, base = long["methods"]["lce"]["spread"], long["base"]
+    lce, base = _lce(long), long["base"]
 
     def pair(cells: dict[str, Any]) -> str:
         return " / ".join(f"{cells[metric]['mean']:.3f}" for metric in (METRIC, "rank-1"))
@@ -342,7 +342,7 @@ def headline(known: dict[str, Any]) -> str:
     times = [run["methods"]["lce"]["update_time"] for run in runs if "update_time" in run["methods"]["lce"]]
     price += f" and with {times[0]:.2f} times the paragon's time for an update" if times else ""
     found = [_standing(run, metric) for run in runs for metric in (METRIC, "rank-1")]
-    ahead, level, behind = ([text for place, text in found if place == which] for which in (1, 0, -1))
+    ahead, level, behind = ([text for place, text, _ in found if place == which] for which in (1, 0, -1))
     gain = _gain(long, "lce")
     share = "" if gain is None else f"{gain['mean']:.0%} of the way to the paragon by TAR, "
     out = (
@@ -353,16 +353,18 @@ def headline(known: dict[str, Any]) -> str:
     )
     out += f", about level in {_joined(level)}" if level else ""
     out += f", and loses in {_joined(behind)}." if behind else ", and loses in none."
+    interval = "the 95 % interval of the difference, paired over identities and seeds, where there is one, else by "
     return (
-        out + " Clearly: by the 95 % interval of the difference, paired over identities and seeds, where there is one, "
-        f"else by more than the larger of the two standard deviations over seeds. Comparisons after fewer than "
+        out + f" Clearly: by {interval if any(by for _, _, by in found) else ''}"
+        "more than the larger of the two standard deviations over seeds. Comparisons after fewer than "
         f"{long['steps']:,} updates stop before the paragon has learned as much, so that part of a lead there is "
         "quicker learning."
     )
 
 
-def _standing(run: dict[str, Any], metric: str) -> tuple[int, str]:
-    """Whether LCE is ahead (1), level (0) or behind (−1) of the best other method, and the figures."""
+def _standing(run: dict[str, Any], metric: str) -> tuple[int, str, bool]:
+    """Whether LCE is ahead (1), level (0) or behind (−1) of the best other method, the figures, and whether an interval
+    over identities and seeds decided. One training run each decides nothing: it is level."""
     cells = {name: one["spread"]["new->old"][metric] for name, one in _rivals(run).items()}
     mine = run["methods"]["lce"]["spread"]["new->old"][metric]
     best = max(cells, key=lambda name: float(cells[name]["mean"]))
@@ -370,20 +372,23 @@ def _standing(run: dict[str, Any], metric: str) -> tuple[int, str]:
     name = "TAR" if metric == METRIC else metric
     text = f"{name} with {run['classes']:,} identities after {run['steps']:,} updates ({mine['mean']:.3f} against "
     text += f"{title}'s {cells[best]['mean']:.3f}"
-    paired = difference(run["methods"]["lce"]["seeds"], run["methods"][best]["seeds"], metric)
+    ours, theirs = run["methods"]["lce"]["seeds"], run["methods"][best]["seeds"]
+    paired = difference(ours, theirs, metric)
+    if len(common(ours, theirs)) < 2:
+        over = "" if paired is None else f": {interval_text(paired)} over identities alone"
+        return 0, f"{text}{over}; one training run each: no verdict)", False
     if paired is not None:
-        return (1 if paired.low > 0 else -1 if paired.high < 0 else 0), f"{text}: {interval_text(paired)})"
+        return (1 if paired.low > 0 else -1 if paired.high < 0 else 0), f"{text}: {interval_text(paired)})", True
     apart = mine["mean"] - cells[best]["mean"]
-    deviations = (mine["deviation"], cells[best]["deviation"])  # None: one seed, which shows no lead
-    noise = math.inf if None in deviations else max(deviations)
-    return (0 if abs(apart) <= noise else 1 if apart > 0 else -1), f"{text})"
+    noise = max(mine["deviation"], cells[best]["deviation"])
+    return (0 if abs(apart) <= noise else 1 if apart > 0 else -1), f"{text})", False
 
 
 def _with_lce(run: dict[str, Any], long: dict[str, Any] | None) -> dict[str, Any]:
     """A run without LCE of its own gets that of the long run, of the same seeds, where both had the same old models."""
     from tools.results.compat import spreads
 
-    if "lce" in run["methods"] or not long or same_old(run, long) is not True:
+    if "lce" in run["methods"] or not long or not _lce(long) or same_old(run, long) is not True:
         return run
     numbers = {one["seed"] for method in run["methods"].values() for one in method["seeds"]}
     lce = long["methods"]["lce"]
@@ -393,8 +398,8 @@ def _with_lce(run: dict[str, Any], long: dict[str, Any] | None) -> dict[str, Any
 
 def same_old(run: dict[str, Any], other: dict[str, Any]) -> bool | None:
     """Whether two runs' old models of the same seeds find the same (to 1e-3 in each metric); None: no common seed, or
-    other settings, so that their figures have nothing to do with each other."""
-    settings = ("data", "classes", "old_classes", "old_steps", "overrides")
+    other settings or updates, so that their figures have nothing to do with each other."""
+    settings = ("data", "classes", "old_classes", "old_steps", "steps", "overrides")
     if any(run.get(key) != other.get(key) for key in settings):
         return None
     found: list[dict[int, dict[str, float]]] = [
@@ -421,6 +426,12 @@ def _agreement(run: dict[str, Any], long: dict[str, Any] | None) -> str:
     )
 
 
+def _lce(run: dict[str, Any]) -> dict[str, Any]:
+    """LCE's figures; empty where a run does not have it, or where it could not be trained."""
+    found: dict[str, Any] = run["methods"].get("lce", {}).get("spread", {})
+    return found
+
+
 def _rivals(run: dict[str, Any]) -> dict[str, Any]:
     """The other methods of compatible training that could be measured."""
     return {name: one for name, one in run["methods"].items() if one["spread"] and name not in ("independent", "lce")}
@@ -436,7 +447,7 @@ def _joined(texts: Sequence[str]) -> str:
 def _plot_weights(known: dict[str, Any], path: Path) -> bool:
     """new→old on the validation identities over each method's weight."""
     figures = known["compat.json"]
-    if figures is None:
+    if figures is None or not any(one["trials"] for one in figures["methods"].values()):
         return False
     axes, save = _axes("weight of the compatibility loss", "new → old TAR at FAR 1e-4, validation")
     for colour, one in zip(COLOURS, [m for m in figures["methods"].values() if m["trials"]], strict=False):
@@ -453,16 +464,16 @@ def _plot_weights(known: dict[str, Any], path: Path) -> bool:
 def _plot_growth(known: dict[str, Any], path: Path) -> bool:
     """LCE over the number of training identities: one old model and gallery a seed, more and more identities."""
     runs = [known[name] for name in ("compat.json", *(f"compat-{classes}.json" for classes in FEWER_OR_MORE))]
-    if None in runs:
+    if not all(run and _lce(run) for run in runs):
         return False
     axes, save = _axes("training identities", "TAR at FAR 1e-4, unseen identities")
     runs.sort(key=lambda run: run["classes"])
     classes = [run["classes"] for run in runs]
     lines = {
-        "LCE: new → new": ("#009E73", [run["methods"]["lce"]["spread"]["new->new"] for run in runs]),
+        "LCE: new → new": ("#009E73", [_lce(run)["new->new"] for run in runs]),
         "paragon → paragon": ("#E69F00", [run["base"]["paragon->paragon"] for run in runs]),
         "old centre → old": ("grey", [run["base"]["centre->old"] for run in runs]),
-        "LCE: new → old": ("#0072B2", [run["methods"]["lce"]["spread"]["new->old"] for run in runs]),
+        "LCE: new → old": ("#0072B2", [_lce(run)["new->old"] for run in runs]),
         "old → old": ("#000000", [run["base"]["old->old"] for run in runs]),
     }
     for title, (colour, found) in lines.items():
