@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,13 @@ def test_a_folder_of_data_sets_with_weights_chosen_before(tmp_path: Path, capsys
     save_tables(tables, tmp_path / "data" / "splits" / "extended-class", train, "t")
     assert bench(tmp_path, *words, "--old-classes", "6", sizes=())[0] == 2
     assert "says how many there are" in capsys.readouterr().err
-    for text, reason in (("no", "not the JSON"), ('{"methods": {}}', "nothing about lce"), (None, "cannot be read")):
+    zero = '{"methods": {"lce": {"weight": 0}}}'
+    for text, reason in (
+        ("no", "not the JSON"),
+        (zero, "without a weight"),
+        ('{"methods": {}}', "nothing about lce"),
+        (None, "cannot be read"),
+    ):
         earlier.unlink(missing_ok=True) if text is None else earlier.write_text(text)
         assert bench(tmp_path, *words, "--weights", str(earlier), sizes=())[0] == 2
         assert reason in capsys.readouterr().err
@@ -234,9 +241,20 @@ def test_methods_together_have_weights_at_the_same_place_of_their_ranges() -> No
     made = load_config(CONFIGS / "demo-characters-paragon.yaml", words).methods
     assert isinstance(made[0], LceDirectConfig)
     assert isinstance(made[1], BctConfig)
-    assert (made[0].alignment_weight, made[0].boundary_weight, made[1].weight) == (20.0, 20.0, 3.0)
+    assert (made[0].alignment_weight, made[0].boundary_weight, made[1].weight) == (20.0, 20.0, 3.22)
     assert made[0].bank == made[1].bank == Path("of: all, banks")
     assert "lce+bct" not in compat.METHODS
+
+    def weights(name: str) -> list[list[str]]:
+        """What the trials of methods together give each one's own key."""
+        trials = compat.METHODS[name].weights(4)
+        settings = [compat.METHODS[name].overrides(Path("b"), Path("e"), weight)[0] for weight in trials]
+        return [re.findall(r'(?:boundary_weight|mix_share|, weight): "(.*?)"', one) for one in settings]
+
+    assert weights("lce+mixbct") == [["2.0", "0.2"], ["6.2", "0.33"], ["19.0", "0.541"], ["60.0", "0.9"]]
+    assert weights("frozen+lce") == [["2.0"], ["6.2"], ["19.0"], ["60.0"]]
+    assert weights("frozen+lce+bct") == [["2.0", "0.3"], ["6.2", "0.963"], ["19.0", "3.06"], ["60.0", "10"]]
+    assert len(weights("frozen+frozen")) == 1
     with pytest.raises(ConfigError, match="unknown magic"):
         compat.names_of("lce+magic")
 

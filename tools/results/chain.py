@@ -45,11 +45,12 @@ def run(args: argparse.Namespace) -> int:
     from tools.measuring import origin, write_json
     from tools.output import table_console
     from tools.results.compat import METHODS as KNOWN
-    from tools.results.compat import make_comparison, names_of, settings_of, weights_of
+    from tools.results.compat import check_sizes, make_comparison, names_of, settings_of, weights_of
     from tools.steps import interruptible
     from trainer.errors import ConfigError
 
     names = names_of(args.methods)
+    check_sizes(names)
     if not all(KNOWN[name].settings for name in names):
         raise ConfigError(f"--methods {args.methods}: independent models are no chain")
     if args.models < 3:
@@ -89,8 +90,7 @@ def chains(comparison: "Comparison", sizes: Sequence[int], weights: Mapping[str,
             for at, table in enumerate(tables[1:], 2):
                 called = f"chain-{name}-{weights[name]:g}-{at}"
                 bank = comparison.bank(0, before, table, f"{called}-from")
-                given = {"bank": bank[0], "embeddings": bank[1], "weight": weights[name]}
-                more = [word.format(**given) for word in KNOWN[name].settings]
+                more = KNOWN[name].overrides(*bank, weights[name])
                 comparison.train(0, called, "paragon", [f"data.labels={table}", *more], before)
                 before = called
                 count()

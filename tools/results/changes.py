@@ -174,10 +174,11 @@ def _chosen(kinds: str) -> list[Change]:
 
 
 def _methods(text: str) -> list[str]:
-    from tools.results.compat import METHODS, names_of
+    from tools.results.compat import METHODS, check_sizes, names_of
     from trainer.errors import ConfigError
 
     names = names_of(text)
+    check_sizes(names)
     idle = [name for name in names if not METHODS[name].settings]
     if idle:
         raise ConfigError(f"--methods {text}: {', '.join(idle)} is not trained for compatibility")

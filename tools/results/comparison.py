@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -20,9 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tools.steps import CONFIGS, Steps, end_group
 from trainer.errors import ConfigError, LceError
+from trainer.files import checksum
 
 if TYPE_CHECKING:
     from trainer.evaluation.results import NamedSet
+    from trainer.run.config import Config
 
 T = TypeVar("T")
 
@@ -238,7 +239,8 @@ class Comparison:
 
         Args:
             recipe: ``old`` or ``paragon``. overrides: of the recipe, after those that every run here has.
-            old_model: the training whose centres or embeddings the overrides name; with another one it is trained anew.
+            old_model: the training whose centres or embeddings the overrides name; with another one it is trained anew,
+                as with other content of a label table or centre bank that the overrides name.
 
         Raises:
             TrainingFailed: the trainer ended with an error.
@@ -248,7 +250,8 @@ class Comparison:
         run = self.folder(seed) / name
         config, words = self._recipe(seed, recipe, run)
         words += overrides
-        key = [dump_config(load_config(config, words)).replace(str(self.out), "lab"), *self._pictures_key(seed)]
+        loaded = load_config(config, words)
+        key = [dump_config(loaded).replace(str(self.out), "lab"), *self._pictures_key(seed), *_contents(loaded)]
         if old_model is not None:
             key.append(self._hash(self.folder(seed) / old_model))
 
@@ -290,7 +293,7 @@ class Comparison:
             dataset = open_dataset(self.dataset(seed, "train"), labels)
             bank_from_model(load_model(folder / old), dataset, bank, keep_embeddings=embeddings)
 
-        key = [self._hash(folder / old), *([] if labels is None else [str(zlib.crc32(labels.read_bytes()))])]
+        key = [self._hash(folder / old), *([] if labels is None else [str(checksum(labels)[1])])]
         Steps(folder / "stamps" / f"{called}-bank", _silent).run("bank", "", key, [bank, embeddings], action)
         return bank, embeddings
 
@@ -392,6 +395,18 @@ class Comparison:
         from trainer.models.open import load_model
 
         return load_model(model).hash
+
+
+def _contents(config: "Config") -> list[str]:
+    """What the files hold that a configuration names by path and that a benchmark may write anew: the checksum of the
+    label table and the fingerprint of each centre bank."""
+    from trainer.compat.bank.center_bank import CenterBank
+
+    labels: Path | None = getattr(config.data, "labels", None)
+    banks = [bank for method in config.methods if (bank := getattr(method, "bank", None)) is not None]
+    # What does not exist the trainer names.
+    found = [str(checksum(labels)[1])] if labels is not None and labels.is_file() else []
+    return found + [CenterBank.open(bank).fingerprint for bank in banks if bank.is_dir()]
 
 
 def _silent(line: str) -> None:

@@ -54,18 +54,21 @@ class Method:
     Attributes:
         settings: overrides of the recipe; ``{bank}``, ``{embeddings}`` and ``{weight}`` are filled in.
         low, high: the ends of the weights that the trials span, evenly in their logarithm.
-        ratios: of methods together, by the others' names: their weight in units of the first one's.
+        others: of methods together, by the others' names: the ends of their weights.
     """
 
     title: str
     settings: tuple[str, ...]
     low: float = 1.0
     high: float = 1.0
-    ratios: tuple[tuple[str, float], ...] = ()
+    others: tuple[tuple[str, float, float], ...] = ()
 
     def overrides(self, bank: Path, embeddings: Path, weight: float) -> list[str]:
         """The settings with the old model's bank and embeddings, and this weight."""
-        others = {f"{name}_weight": f"{weight * ratio:.3g}" for name, ratio in self.ratios}
+        others = {}
+        if self.others:
+            share = math.log(weight / self.low) / math.log(self.high / self.low) if self.low < self.high else 0.5
+            others = {f"{name}_weight": f"{low * (high / low) ** share:.3g}" for name, low, high in self.others}
         known = {"bank": bank, "embeddings": embeddings, "weight": weight, **others}
         return [word.format(**known) for word in self.settings]
 
@@ -92,23 +95,25 @@ class Rung:
 
 
 class _Methods(dict[str, Method]):
-    """Methods by name; ``lce+bct`` is both together, their weights at the same place of their ranges."""
+    """Methods by name; ``lce+bct`` is both together, their weights at the same point of their logarithmic ranges, which
+    may span other factors. The weight of the first that has a range stands for all."""
 
     def __missing__(self, name: str) -> Method:
-        first, *others = name.split("+")
-        if not others or any(part not in self for part in (first, *others)):
+        parts = name.split("+")
+        if len(parts) < 2 or any(part not in self for part in parts):
             raise KeyError(name)
+        first = next((part for part in parts if self[part].low < self[part].high), parts[0])
         words, sections = list[str](), list[str]()
-        for part in (first, *others):
+        for part in parts:
             weight = "{weight}" if part == first else f"{{{part}_weight}}"
             own = [word.replace("{weight}", weight) for word in self[part].settings]
             words += [word for word in own if not word.startswith("compat.")]
             pairs = [word.removeprefix("compat.").split("=") for word in own if word.startswith("compat.")]
             sections.append(f"{{{{{', '.join(f'{key}: {chr(34)}{value}{chr(34)}' for key, value in pairs)}}}}}")
-        title = " + ".join(self[part].title.removesuffix(", direct") for part in (first, *others))
-        ratios = tuple((part, self[part].low / self[first].low) for part in others)
+        title = " + ".join(self[part].title.removesuffix(", direct") for part in parts)
+        others = tuple((part, self[part].low, self[part].high) for part in parts if part != first)
         settings = (*words, f"compat=[{', '.join(sections)}]")
-        return Method(title, settings, self[first].low, self[first].high, ratios)
+        return Method(title, settings, self[first].low, self[first].high, others)
 
 
 METHODS = _Methods()
@@ -231,7 +236,10 @@ def weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | No
     try:
         methods = json.loads(path.read_text())["methods"]
         found = {name: methods[name]["weight"] for name in names if METHODS[name].settings}
-        return {name: float(weight) for name, weight in found.items()}
+        weights = {name: float(weight) for name, weight in found.items()}
+        if all(0 < weight < math.inf for weight in weights.values()):
+            return weights
+        raise ValueError
     except OSError as error:
         raise ConfigError(f"--weights {path}: cannot be read: {error.strerror}") from None
     except KeyError as error:
@@ -250,6 +258,19 @@ def names_of(text: str) -> list[str]:
     if unknown:
         raise ConfigError(f"--methods {text}: unknown {', '.join(unknown)}; known: all, {', '.join(METHODS)}")
     return names
+
+
+def check_sizes(names: Sequence[str]) -> None:
+    """Refuse methods that size the new model themselves, where a benchmark does. Raises :class:`ConfigError`."""
+    from trainer.errors import ConfigError
+
+    for name in names:
+        sizes = [word for word in METHODS[name].settings if word.startswith("backbone.")]
+        if sizes:
+            raise ConfigError(
+                f"--methods {name}: it sets {', '.join(sizes)} itself, but here the models' sizes are those of the "
+                "benchmark; lce bench compat measures it"
+            )
 
 
 def _check(args: argparse.Namespace) -> None:
