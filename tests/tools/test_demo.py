@@ -196,6 +196,27 @@ def test_the_outcome_is_computed_from_the_figures() -> None:
     assert "pretrained" not in outcome["spread"]
 
 
+def test_a_wild_gain_is_a_dash_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    own = dict(zip(CELLS, (0.4, 0.6, 0.9, 0.9), strict=True))
+    for value, low, high, why in (
+        (-3.616, -9.0, -1.0, "new → old is below old → old"),
+        (4.615, -20.0, 30.0, "not clearly better"),
+        (None, None, None, "the paragon is no better"),
+    ):
+        one = outcome_of(0, own, own, "SAFE")
+        for gain in one.evaluation["sets"]["unseen"]["gain"].values():
+            gain["update_gain"] = {"value": value, "low": low, "high": high}
+        _print(Console(width=200), summarise("people", [one]))
+        shown = capsys.readouterr().out
+        assert [cell.strip() for cell in _line(shown, "update gain").split("│")[2:4]] == ["–", "–"]
+        assert why in _line(shown, "no gain by rank-1")
+        assert str(value) not in shown
+
+
+def _line(shown: str, part: str) -> str:
+    return next(line for line in shown.splitlines() if part in line)
+
+
 def test_a_pretrained_model_has_its_own_table_sentence_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     own = dict(zip(CELLS, (0.4, 0.6, 0.9, 0.9), strict=True))
     unseen, seen = (dict(zip(CELLS[:3], values, strict=True)) for values in ((0.95, 0.55, 0.9), (0.97, 0.94, 0.95)))
