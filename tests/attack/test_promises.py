@@ -73,7 +73,7 @@ class Scene:
         out |= {"head__rows": "float32", "head__init_std": 0.01, "head__margin": {"name": "cosface", "scale": 32}}
         if changes.get("compat__method", "none") != "none":
             out |= {"compat__bank": str(self.folder / "bank")}
-            if changes["compat__method"] in ("l2", "unibct", "advbct", "mixbct", "fct"):
+            if changes["compat__method"] in ("l2", "unibct", "advbct", "mixbct", "fct", "bt2"):
                 out |= {"compat__old_embeddings": str(self.folder / "old.npy")}
         return out | changes
 
@@ -447,6 +447,7 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("compat.method", "unibct"): compatible(compat__method="unibct"),
     ("compat.method", "frozen"): compatible(compat__method="frozen"),
     ("compat.method", "ndpp"): compatible(compat__method="ndpp"),
+    ("compat.method", "bt2"): compatible(compat__method="bt2", backbone__dim=48),
     ("compat.method", "advbct"): compatible(compat__method="advbct", compat__boundary_weight=10.0),
     ("compat.method", "mixbct"): compatible(compat__method="mixbct", compat__mix_share=0.6, train__steps=300),
     ("compat.method", "fct"): compatible(compat__method="fct", compat__transform={"name": "linear"}),

@@ -16,7 +16,7 @@ from tools import cli
 STORY = ("quick-start", "python", "upgrades", "gallery-upgrade")  # each goes on in the folder of the one before
 SINGLE = tuple(page.stem for page in PAGES if page.parent.name == "docs" and page.stem not in STORY)
 FIXTURE = ROOT / "tests" / "data" / "mxnet" / "insightface"
-NOT_OURS = ("apt-get", "docker", "make", "pip", ".venv/bin/python", "torchrun")
+NOT_OURS = ("apt-get", "docker", "make", "npm", "pip", "tar", ".venv/bin/python", "torchrun")
 ORIGINS = ROOT / "tests" / "models" / "origins"
 
 
