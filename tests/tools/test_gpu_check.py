@@ -16,7 +16,6 @@ from tools.cli import main
 @pytest.mark.slow
 def test_stages_run_to_their_end_on_a_cpu(tmp_path: Path) -> None:
     names = ["head-4000-0.1-bfloat16"]
-    skipped = ["triton-equality", "triton-4000-1.0", "triton-4000-0.1"]
     words = [
         "bench",
         "gpu_check",
@@ -26,12 +25,12 @@ def test_stages_run_to_their_end_on_a_cpu(tmp_path: Path) -> None:
         "--out",
         str(tmp_path),
         "--stages",
-        ",".join(names + skipped),
+        ",".join(names),
     ]
     assert main(words) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     states = {stage["name"]: stage["state"] for stage in summary["stages"]}
-    assert states == dict.fromkeys(names, "done") | dict.fromkeys(skipped, "skipped: only a GPU runs Triton's kernels")
+    assert states == dict.fromkeys(names, "done")
     assert json.loads((tmp_path / "head-4000-0.1-bfloat16.json").read_text())["ours"]["seconds"] > 0
     for stage in stages("cpu", True, tmp_path):  # two more, without a process each
         if stage.name in ("lce-direct", "trace"):
@@ -66,6 +65,18 @@ def test_all_stages_together_end_in_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert main(["bench", "gpu_check", "--device", "cpu", "--out", str(tmp_path), "--seconds", "2"]) == 1
     ended = json.loads((tmp_path / "summary.json").read_text())["stages"]
     assert [stage["state"] for stage in ended] == ["too long", "no time left"]
+
+
+def test_a_stage_that_was_asked_for_and_skipped_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = ["triton-equality", "triton-4000-1.0", "triton-4000-0.1"]
+    every = [stage for stage in stages("cpu", True, tmp_path) if stage.skipped]
+    assert [stage.name for stage in every] == triton
+    monkeypatch.setattr(gpu_check, "stages", lambda *arguments: every)
+    words = ["bench", "gpu_check", "--device", "cpu", "--small", "--out", str(tmp_path)]
+    for more, status in (([], 0), (["--stages", ",".join(triton)], 1)):
+        assert main([*words, *more]) == status
+        ended = json.loads((tmp_path / "summary.json").read_text())["stages"]
+        assert {stage["state"] for stage in ended} == {"skipped: only a GPU runs Triton's kernels"}
 
 
 def test_the_stages_have_names_of_their_own(tmp_path: Path) -> None:
