@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.models.test_foreign import graph_file
 from tests.tools.people import orl_wheel
 from tools import cli
 from tools.demo import upgrade
 from tools.demo.command import _print, summarise
 from tools.demo.upgrade import Outcome
+from trainer.errors import ModelError
+from trainer.models.description import Reading, description_of, write_description
 from trainer.run.config import load_config
 
 PROGRAM = """
@@ -110,30 +113,61 @@ def _wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 600
         time.sleep(0.02)
 
 
-def test_the_maps_to_a_pretrained_model_are_commands_that_parse_and_configurations_that_load(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What each command does is tested where the command is; here only that the demo asks for it rightly."""
-    (tmp_path / "old.onnx").write_bytes(b"weights")
-    asked: list[list[str]] = []
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that a demo in ``out`` asks for; each is parsed, and leaves empty files and folders in its stead."""
+    commands: list[list[str]] = []
 
     def record(argv: list[str], stdout: int | None = None) -> None:
-        asked.append(argv)
+        commands.append(argv)
         parsed = cli.parse(argv)
         if argv[0] == "launch":
             load_config(parsed.config, parsed.overrides)
-        for name in ("evaluation.json", "onnx.json", "export.json", "pretrained.json"):
-            (tmp_path / "out" / name).write_text("{}")
+        for path in (Path(word.rpartition("=")[2]) for word in argv):
+            if path.is_relative_to(tmp_path / "out") and not path.exists():
+                path.write_text("{}") if path.suffix else path.mkdir(parents=True)
 
     monkeypatch.setattr(upgrade, "run_lce", record)
-    monkeypatch.setattr(upgrade.DemoUpgrade, "_pictures", lambda self: (tmp_path / "out").mkdir())
-    said: list[str] = []
-    story = upgrade.DemoUpgrade("people", 0, tmp_path / "out", 2, said.append, [], None, tmp_path / "old.onnx")
-    assert story.run().pretrained == {}
+    monkeypatch.setattr(upgrade.DemoUpgrade, "_pictures", lambda self: (tmp_path / "out").mkdir(exist_ok=True))
+    return commands
+
+
+def demo_with_maps(model: Path, *settings: str) -> "upgrade.DemoUpgrade":
+    """Of the 75 people, in ``out`` next to the pretrained model."""
+    return upgrade.DemoUpgrade("people", 0, model.parent / "out", 2, lambda line: None, settings, None, model)
+
+
+def test_the_maps_to_a_pretrained_model_are_commands_that_parse_and_configurations_that_load(
+    tmp_path: Path, asked: list[list[str]]
+) -> None:
+    """What each command does is tested where the command is; here only that the demo asks for it rightly."""
+    model = graph_file(tmp_path / "old.onnx")
+    assert demo_with_maps(model, "train.steps=20", "backbone.width=4").run().pretrained == {}
     assert [argv[0] for argv in asked[-5:]] == ["evaluate", "centers", "centers", "launch", "evaluate"]
     assert [argv[argv.index("--old") + 1] for argv in asked if argv[0] == "evaluate"] == [
         str(tmp_path / "out" / "old"), str(tmp_path / "out" / "old"), str(tmp_path / "old.onnx"),
     ]  # fmt: skip
+    runs = [load_config(argv[1], [word for word in argv if "=" in word]) for argv in asked if argv[0] == "launch"]
+    assert [run.train.steps for run in runs] == [20] * 4
+
+
+def test_what_is_stated_of_a_pretrained_model_is_part_of_what_its_figures_are_made_from(
+    tmp_path: Path, asked: list[list[str]]
+) -> None:
+    model = graph_file(tmp_path / "old.onnx")
+    demo_with_maps(model).run()
+    asked.clear()
+    demo_with_maps(model).run()
+    assert asked == []
+    write_description(description_of(model), model, Reading(pixels="0..255"))
+    demo_with_maps(model).run()
+    assert [argv[0] for argv in asked] == ["centers", "centers", "launch", "evaluate"]
+
+
+def test_a_pretrained_model_that_is_none_is_refused_before_the_first_training_run(tmp_path: Path) -> None:
+    (tmp_path / "old.onnx").write_bytes(b"weights")
+    with pytest.raises(ModelError, match=r"old\.onnx"):
+        demo_with_maps(tmp_path / "old.onnx")
 
 
 def outcome_of(seed: int, tar: dict[str, float], rank1: dict[str, float], answer: str) -> Outcome:

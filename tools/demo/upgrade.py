@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.pictures import packages, sources
+from tools.pictures import sources
 from tools.steps import CONFIGS, Steps, run_lce
 from trainer import files
 from trainer.errors import ConfigError
@@ -81,12 +81,14 @@ class DemoUpgrade:
         folder: everything is written inside it.
         nproc: training processes.
         say: prints a line.
-        settings: overrides of every run's configuration (``train.steps=20``), for trying things out.
+        settings: overrides of every run's configuration (``train.steps=20``), for trying things out; maps have no
+            ``backbone`` and no ``head``.
         stdout: where the commands' own output goes (:func:`tools.steps.run_lce`).
         pretrained: a model file that serves as a second old model: maps between it and the paragon are trained.
 
     Raises:
         ConfigError: the configurations or the model file are not there, or a setting is not one of theirs.
+        ModelError: the model file cannot be used.
     """
 
     def __init__(
@@ -109,8 +111,14 @@ class DemoUpgrade:
             )
         if pretrained is not None and not pretrained.is_file():
             raise ConfigError(f"{pretrained}: no such model file")
-        for name in ("old", "paragon", "new"):
+        trainings = ("old", "paragon", "new") if pretrained is None else ("old", "paragon", "new", "maps")
+        for name in trainings:
             load_config(*self._training(name))  # a wrong override is refused now, not after the first training
+        self._pretrained_hash = ""
+        if pretrained is not None:  # likewise a file that is no model
+            from trainer.models.open import load_model
+
+            self._pretrained_hash = load_model(pretrained).hash  # of its weights and of what its description states
 
     def run(self) -> Outcome:
         """Do what is not done yet, and return the outcome."""
@@ -149,22 +157,30 @@ class DemoUpgrade:
         self._steps.run("pictures", "pictures → data sets", made_from, [self.folder / "data"], action)
 
     def _training(self, name: str) -> tuple[Path, list[str]]:
-        """The configuration file of one of the three training runs, and its overrides."""
+        """The configuration file of one of the training runs, and its overrides."""
         overrides = [
             f"run.dir={self._path(name)}",
             f"run.seed={self.seed}",
             f"data.path={self._path('data/old' if name == 'old' else 'data/train')}",
         ]
+        if name == "maps":
+            overrides += [f"compat.bank={self._path('pretrained-bank')}", f"compat.new_model={self._path('paragon')}"]
+            overrides += [f"compat.old_embeddings={self._path('pretrained.npy')}"]
+            overrides += [f"compat.new_embeddings={self._path('paragon.npy')}"]
+            overrides += ["data.batch_size=128", "train.steps=300"]
+            settings = [one for one in self._settings if not one.startswith(("backbone.", "head."))]  # it has neither
+            return CONFIGS / "cross-model.yaml", [*overrides, *settings]
         if name == "new":
             overrides.append(f"compat.bank={self._path('bank')}")
         return CONFIGS / f"demo-{self.plan.recipe}-{name}.yaml", [*overrides, *self._settings]
 
-    def _train(self, name: str, title: str) -> None:
+    def _train(self, name: str, title: str, nproc: int | None = None) -> None:
         config, overrides = self._training(name)
-        made_from = self._without_folder([dump_config(load_config(config, overrides)), str(self.nproc)])
+        processes = str(nproc or self.nproc)
+        made_from = self._without_folder([dump_config(load_config(config, overrides)), processes])
 
         def action() -> None:
-            run_lce(["launch", str(config), "--nproc", str(self.nproc), *overrides], self._stdout)
+            run_lce(["launch", str(config), "--nproc", processes, *overrides], self._stdout)
 
         self._steps.run(name, f"training {title}", made_from, [self.folder / name], action, continues=True)
 
@@ -194,7 +210,6 @@ class DemoUpgrade:
 
     def _maps(self, model: Path) -> None:
         """Fit maps between a pretrained old model and the paragon, neither trained further, and measure them."""
-        sha256 = packages.sha256(model)
         for name, path, title in (
             ("pretrained", str(model), "the pretrained model's"),
             ("paragon", self._path("paragon"), "the paragon's"),
@@ -203,13 +218,8 @@ class DemoUpgrade:
             argv += ["--embeddings", self._path(f"{name}.npy"), "--nproc", str(self.nproc)]
             products = [f"{name}-bank", f"{name}.npy"]
             title = f"{title} embeddings of the training images"
-            self._command(f"{name}-bank", title, argv, products, self._stdout, [sha256])
-        argv = ["launch", str(CONFIGS / "cross-model.yaml"), "--nproc", "1", f"run.seed={self.seed}"]
-        argv += [f"run.dir={self._path('maps')}", f"data.path={self._path('data/train')}"]
-        argv += [f"compat.bank={self._path('pretrained-bank')}", f"compat.new_model={self._path('paragon')}"]
-        argv += [f"compat.old_embeddings={self._path('pretrained.npy')}"]
-        argv += [f"compat.new_embeddings={self._path('paragon.npy')}", "data.batch_size=128", "train.steps=300"]
-        self._command("maps", "training maps between the two", argv, ["maps"], self._stdout)
+            self._command(f"{name}-bank", title, argv, products, self._stdout, [self._pretrained_hash])
+        self._train("maps", "maps between the two", nproc=1)
         argv = ["evaluate", "--old", str(model), "--new", self._path("maps"), "--cache", self._path("embeddings")]
         argv += ["--fars", ",".join(f"{far:g}" for far in self.plan.fars), "--data"]
         argv += [f"{name}={self._path(f'data/{name}')}" for name in self.plan.reported]
