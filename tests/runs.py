@@ -11,6 +11,7 @@ from trainer.distributed import Ranks
 from trainer.networks import BACKBONES
 from trainer.run.config import Config, parse_config
 from trainer.run.engine import train
+from trainer.run.folder import SUMMARY
 
 
 class Linear(nn.Module):
@@ -72,14 +73,17 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def losses_of(folder: Path) -> list[float]:
-    """The losses of a run, step by step."""
+    """The losses of a finished run, step by step."""
+    assert (folder / SUMMARY).exists(), f"{folder}: the run has not finished"
     return [line["loss"] for line in log_of(folder)]
 
 
 def train_rank(ranks: Ranks, folder: Path, changes: dict[str, Any]) -> str:
-    """One rank of a run; its status."""
+    """One rank of a run that comes to its end; its status."""
     torch.set_num_threads(1)
-    return train(config(folder, **changes), ranks).status
+    status = train(config(folder, **changes), ranks).status
+    assert status == "finished", f"{folder}: {status}"
+    return status
 
 
 def train_all(ranks: Ranks, folder: Path, runs: dict[str, dict[str, Any]]) -> None:

@@ -413,6 +413,9 @@ def test_a_full_disk_at_the_log_ends_nothing(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return int(self.file.write(data[:30]))
 
+        def fileno(self) -> int:
+            return int(self.file.fileno())
+
         def close(self) -> None:
             self.file.close()
 
@@ -425,7 +428,82 @@ def test_a_full_disk_at_the_log_ends_nothing(
     monkeypatch.setattr(Monitor, "__enter__", with_disk)
     train(config(tmp_path / "run"), Ranks())
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 9))
-    assert capsys.readouterr().err.count("log.jsonl cannot be written: No space left on device") == 1
+    said = capsys.readouterr().err
+    assert said.count("log.jsonl cannot be written: No space left on device") == 1
+    assert "log.jsonl lacks" not in said
+
+
+class _RefusingDisk:
+    """Refuses what it is given once, or from a time on always."""
+
+    def __init__(self, file: Any, for_good: int | None) -> None:
+        self.file, self.for_good, self.seen, self.written = file, for_good, b"", 0
+
+    def write(self, data: bytes) -> int:
+        if data != self.seen or (self.for_good is not None and self.written >= self.for_good):
+            self.seen = data
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self.written += 1
+        return int(self.file.write(data))
+
+    def fileno(self) -> int:
+        return int(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _with_disk(monkeypatch: pytest.MonkeyPatch, for_good: int | None) -> None:
+    enter = Monitor.__enter__
+
+    def with_disk(self: Monitor) -> Monitor:
+        self._log = _RefusingDisk(self._log, for_good)  # type: ignore[assignment]
+        return enter(self)
+
+    monkeypatch.setattr(Monitor, "__enter__", with_disk)
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_and_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line that the disk refused once: a run that goes on from the checkpoint would never write it again."""
+    found: list[tuple[int, int]] = []
+    synced: list[int] = []
+    save, finish, fsync = Checkpoints.save, trainer.run.engine._finish, os.fsync
+
+    def last_line(step: int) -> None:
+        log = tmp_path / "run/log.jsonl"
+        assert log.stat().st_ino in synced, "not waited for"
+        found.append((step, log_of(tmp_path / "run")[-1]["step"]))
+        synced.clear()
+
+    def saving(self: Checkpoints, tensors: Any, seal: dict[str, Any]) -> None:
+        last_line(seal["step"])
+        save(self, tensors, seal)
+
+    def finishing(engine: Any, summary: Any) -> None:
+        last_line(summary.step)
+        finish(engine, summary)
+
+    def syncing(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    _with_disk(monkeypatch, None)
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    monkeypatch.setattr(trainer.run.engine, "_finish", finishing)
+    monkeypatch.setattr(os, "fsync", syncing)
+    train(config(tmp_path / "run", checkpoint__every_steps=3), Ranks())
+    assert found == [(3, 3), (6, 6), (8, 8), (8, 8)]
+    assert "log.jsonl lacks" not in capsys.readouterr().err
+
+
+def test_lines_that_are_lost_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _with_disk(monkeypatch, 0)
+    train(config(tmp_path / "run"), Ranks())
+    assert "log.jsonl lacks the last 8 line(s), which it did not take" in capsys.readouterr().err
 
 
 def test_a_deterministic_run_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

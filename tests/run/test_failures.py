@@ -62,7 +62,7 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path: Path, number: s
     output, _ = started.communicate(timeout=30)
     assert started.returncode == status, output
     assert time.time() - asked < 20  # on an idle machine under 3; the limit leaves room for a loaded one
-    done = len(losses_of(tmp_path / "run"))
+    done = len(log_of(tmp_path / "run"))
     assert 3 <= done < 200
     assert [p.name for p in list_checkpoints(tmp_path / "run/checkpoints")] == [f"step-{done:08d}"]
     assert "Traceback" not in output

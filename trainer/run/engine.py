@@ -248,14 +248,14 @@ class Engine:
             if answer and answer[1] == 1:
                 checkpoints.settle()
             if every and state.step % every == 0 and state.step < self.steps:
-                self.save(checkpoints)
+                self.save(checkpoints, monitor)
             answer = vote.cast(watch.stop_signal, checkpoints.saving * (1 if checkpoints.idle else 2))
         watch.at(state.step, "save")
-        self.save(checkpoints)
+        self.save(checkpoints, monitor)
         checkpoints.settle()
         if checkpoints.failures:  # no next one will make up for it
             self._saved_step = -1
-            self.save(checkpoints)
+            self.save(checkpoints, monitor)
             checkpoints.settle()
         return answer[0] if answer and state.step < self.steps else 0
 
@@ -292,11 +292,13 @@ class Engine:
                     "choose another compat.transform.name"
                 )
 
-    def save(self, checkpoints: Checkpoints) -> None:
-        """Begin a checkpoint of the present state, unless this very state is saved already."""
+    def save(self, checkpoints: Checkpoints, monitor: Monitor) -> None:
+        """Begin a checkpoint of the present state, unless this very state is saved already. The log is on the disk
+        before it: a run that continues from here does not write these lines again."""
         if self._saved_step == self.state.step:
             return
         self._saved_step = self.state.step
+        monitor.flush()
         seal = {
             "step": self.state.step,
             "steps": self.steps,
@@ -444,9 +446,12 @@ def _train(engine: Engine, began: float) -> RunSummary:
                 f"{folder}: stopped by {signal.Signals(stopped).name} at step {summary.step}; "
                 "the same command continues"
             )
+            monitor.ending = "stopped"
         else:
+            monitor.flush()
             _finish(engine, summary)
             _show_embeddings(engine, monitor)
+            monitor.ending = "finished"
             monitor.say(f"{folder}: finished, {summary.step} steps, model in {folder / 'model'}")
     return summary
 

@@ -4,7 +4,9 @@
 lines after the checkpoint that it continues from, so that every step is there once.
 """
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +27,7 @@ from trainer.files import replaced
 from trainer.head.kernels import why_eager
 from trainer.run.config import LogConfig
 from trainer.run.display import Display
-from trainer.run.writers import Writer, open_writers
+from trainer.run.writers import Ending, Writer, open_writers
 
 FIELDS = {
     "step": "updates made so far",
@@ -54,6 +56,7 @@ FIELDS = {
 }
 
 SHOWN_IMAGES = 16
+NEWLINE = b"\n"
 GROUPS = {
     "alignment": "compat",
     "alignment_mse": "compat",
@@ -86,6 +89,9 @@ class Monitor:
         steps: the run's updates in all.
         start: the step the run continues from; later lines of an earlier attempt are dropped.
 
+    Attributes:
+        ending: how the run has ended, for writers that keep it; ``failed`` unless the run says otherwise.
+
     Raises:
         ConfigError: the log or another writer's files cannot be opened.
     """
@@ -93,6 +99,7 @@ class Monitor:
     def __init__(self, folder: Path, config: LogConfig, ranks: Ranks, steps: int, start: int) -> None:
         self.config, self.ranks, self.steps = config, ranks, steps
         self.last: dict[str, Any] = {}
+        self.ending: Ending = "failed"
         self._began = self._mark = time.perf_counter()
         self._mark_step, self._samples, self._waited = start, 0, 0.0
         COMMUNICATION.reset()
@@ -128,8 +135,13 @@ class Monitor:
         if self._profile is not None:  # the run ended before the last update that was to be traced
             self._export_trace(self._profile)
         if self._log is not None:
-            self._write_log("")
+            self.flush()
             self._log.close()
+            if self._unwritten:
+                self.say(f"log.jsonl lacks the last {self._unwritten.count(NEWLINE)} line(s), which it did not take")
+        if kind is not None:
+            self.ending = "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
+        self._give("ended", self.ending)
         for name in list(self._writers):
             self._try(name, lambda writer: writer.close())
 
@@ -259,7 +271,7 @@ class Monitor:
                 self._try(name, lambda writer: getattr(writer, method)(*arguments))
 
     def _write_log(self, text: str) -> None:
-        """Append to ``log.jsonl``; what a full disk refuses is kept and written with the next line."""
+        """Append to ``log.jsonl``; what a full disk refuses is kept and tried again, see :meth:`flush`."""
         if self._log is None:
             return
         self._unwritten += text.encode()
@@ -271,6 +283,17 @@ class Monitor:
             if not self._refused:
                 self.say(f"log.jsonl cannot be written: {error.strerror}; its lines are kept and tried again")
             self._refused = True
+
+    def flush(self) -> None:
+        """Write what was refused so far, and wait until the disk has the lines."""
+        self._write_log("")
+        if self._log is None or self._unwritten:
+            return
+        try:
+            os.fsync(self._log.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no fsync
+                self.say(f"log.jsonl may lose lines if the machine fails: {error.strerror}")
 
 
 def truncate_log(path: Path, last_step: int) -> None:

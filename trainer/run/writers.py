@@ -11,27 +11,39 @@ and a run names it with its settings::
 It is called as ``MyWriter(folder, start, **settings)`` on rank 0: the run folder, which holds the resolved
 ``config.yaml``, and the step that the run continues from. Figures are named by group, such as ``train/loss``
 (:func:`trainer.run.monitor.grouped`). A writer that also has ``histogram``, ``images`` or ``embeddings`` (see
-:class:`TensorBoardWriter`) is given those as well. A writer that fails while training is dropped and named.
+:class:`TensorBoardWriter`) is given those as well; ``ended`` (see :class:`MlflowWriter`) hears, before ``close``, how
+the run has ended. A writer that fails while training is dropped and named.
+
+Weights & Biases and MLflow know a run by a random number in the run folder (:data:`IDENTITY`): a run that starts at
+step 0 is a new one there, one that continues from a checkpoint goes on in the same one. Steps that the killed process
+had logged after that checkpoint are there already, and are not logged twice.
 """
 
-import hashlib
 import importlib.util
+import re
+import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from trainer.errors import ConfigError
-from trainer.reading import read_yaml
+from trainer.files import write_text
+from trainer.reading import read_text, read_yaml
 from trainer.run.config import LogConfig
 from trainer.run.folder import flat
 
 GROUP = "lce_trainer.monitors"
+IDENTITY = "monitors.id"
+"""The file of the run folder with the number by which trackers of experiments know the run."""
+Ending = Literal["finished", "stopped", "failed"]
+"""How a run has ended: stopped by a signal; failed: diverged or met an error."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Of a distribution, for a writer that draws curves alone."""
 
@@ -89,32 +101,42 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A run of Weights & Biases, named after the run folder; a continued run goes on in the same one."""
+    """A run of Weights & Biases, named after the run folder; a continued run goes on in the same one.
+
+    One that was stopped or failed is marked as failed there, by the exit status.
+    """
 
     def __init__(self, folder: Path, start: int, project: str) -> None:
         import wandb
 
         settings = read_yaml(folder / "config.yaml", ConfigError)
-        identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        identity = run_identity(folder)
         self._run: Any = wandb.init(
             project=project, name=folder.name, id=identity, resume="allow", dir=str(folder), config=settings
         )
+        self._status = _STATUS["failed"]
+        self._there = self._run.step - 1 if self._run.resumed else -1
+        _say_what_is_there("log.wandb", self._there, start)
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if step > self._there:
+            self._run.log(values, step=step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """See :class:`Writer`."""
-        self._run.log(dict(values), step=step)
+        self._log(step, dict(values))
 
     def histogram(self, name: str, step: int, values: NDArray[Any]) -> None:
         """See :class:`TensorBoardWriter`."""
         import wandb
 
-        self._run.log({name: wandb.Histogram(values)}, step=step)
+        self._log(step, {name: wandb.Histogram(values)})
 
     def images(self, name: str, step: int, images: NDArray[Any]) -> None:
         """See :class:`TensorBoardWriter`."""
         import wandb
 
-        self._run.log({name: [wandb.Image(image) for image in images]}, step=step)
+        self._log(step, {name: [wandb.Image(image) for image in images]})
 
     def embeddings(self, step: int, vectors: NDArray[Any], names: Sequence[str]) -> None:
         """A table, which the page of the run shows as a projection; see :class:`TensorBoardWriter`."""
@@ -122,11 +144,24 @@ class WandbWriter:
 
         columns = ["identity", *(f"d{number}" for number in range(vectors.shape[1]))]
         rows = [[name, *vector.tolist()] for name, vector in zip(names, vectors, strict=True)]
-        self._run.log({"embeddings": wandb.Table(columns=columns, data=rows)}, step=step)
+        self._log(step, {"embeddings": wandb.Table(columns=columns, data=rows)})
 
     def close(self) -> None:
         """See :class:`Writer`."""
-        self._run.finish()
+        self._run.finish(exit_code=self._status)
+
+    def ended(self, how: Ending) -> None:
+        """See :class:`MlflowWriter`."""
+        self._status = _STATUS[how]
+
+
+_STATUS: dict[Ending, int] = {"finished": 0, "stopped": 75, "failed": 70}
+_MLFLOW: dict[Ending, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_TAG = "lce_run"
+_REFUSED = re.compile(r"[^\w\-. /]", re.ASCII)
+"""Characters that MLflow does not take in the name of a metric or parameter (releases differ in colons)."""
+_LONGEST, _AT_ONCE = 500, 100
+"""Characters of a parameter's value, and parameters of one call, that every release of MLflow takes."""
 
 
 class MlflowWriter:
@@ -141,30 +176,45 @@ class MlflowWriter:
     """
 
     def __init__(self, folder: Path, start: int, experiment: str, uri: str | None = None) -> None:
-        del start
         import mlflow
 
+        identity = run_identity(folder)
         self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(experiment)
         number = self._client.create_experiment(experiment) if found is None else found.experiment_id
-        identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        runs = self._client.search_runs([number], f"tags.lce_run_folder = '{identity}'")
+        runs = self._client.search_runs([number], f"tags.{_TAG} = '{identity}'")
+        self._ending: Ending = "failed"
+        self._there = -1
         if runs:
             self._run: str = runs[0].info.run_id
             self._client.update_run(self._run, status="RUNNING")
+            history = self._client.get_metric_history(self._run, "train/loss")
+            self._there = max((metric.step for metric in history), default=-1)
+            _say_what_is_there("log.monitors.mlflow", self._there, start)
         else:
-            made = self._client.create_run(number, tags={"lce_run_folder": identity}, run_name=folder.name)
-            self._run = made.info.run_id
-            for key, value in flat(read_yaml(folder / "config.yaml", ConfigError)).items():
-                self._client.log_param(self._run, key, value)
+            self._run = self._client.create_run(number, run_name=folder.name).info.run_id
+            self._describe(flat(read_yaml(folder / "config.yaml", ConfigError)))
+            self._client.set_tag(self._run, _TAG, identity)  # last: a run without its parameters is not continued
         self._client.log_artifact(self._run, str(folder / "config.yaml"))
 
+    def _describe(self, settings: Mapping[str, Any]) -> None:
+        """Keep the settings as parameters, long values cut."""
+        from mlflow.entities import Param
+
+        texts = {_REFUSED.sub("_", key): str(value) for key, value in settings.items()}
+        params = [Param(k, v if len(v) <= _LONGEST else f"{v[: _LONGEST - 1]}…") for k, v in texts.items()]
+        for start in range(0, len(params), _AT_ONCE):
+            self._client.log_batch(self._run, params=params[start : start + _AT_ONCE])
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """See :class:`Writer`."""
+        """See :class:`Writer`; characters of names that MLflow refuses become ``_``."""
         from mlflow.entities import Metric
 
+        if step <= self._there:
+            return
         now = int(time.time() * 1000)
-        self._client.log_batch(self._run, metrics=[Metric(key, value, now, step) for key, value in values.items()])
+        metrics = [Metric(_REFUSED.sub("_", key), value, now, step) for key, value in values.items()]
+        self._client.log_batch(self._run, metrics=metrics)
 
     def histogram(self, name: str, step: int, values: NDArray[Any]) -> None:
         """See :class:`TensorBoardWriter`: :data:`QUANTILES` as ``NAME.q05`` and so on."""
@@ -185,7 +235,31 @@ class MlflowWriter:
 
     def close(self) -> None:
         """See :class:`Writer`."""
-        self._client.set_terminated(self._run)
+        self._client.set_terminated(self._run, _MLFLOW[self._ending])
+
+    def ended(self, how: Ending) -> None:
+        """How the run has ended; called before :meth:`close`. Without it the run has failed."""
+        self._ending = how
+
+
+def run_identity(folder: Path) -> str:
+    """The number of a run in :data:`IDENTITY`; made where there is none.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    file = folder / IDENTITY
+    if not file.exists():
+        write_text(file, f"{uuid.uuid4().hex}\n")
+    identity = read_text(file, ConfigError).strip()
+    if not re.fullmatch("[0-9a-f]{32}", identity):
+        raise ConfigError(f"{file}: is no number of a run; remove it, and the run begins a new one where it is logged")
+    return identity
+
+
+def _say_what_is_there(name: str, last: int, start: int) -> None:
+    if last > start:
+        print(f"{name}: has the steps {start + 1} to {last} already; they are not logged again", file=sys.stderr)
 
 
 OWN = {"mlflow": MlflowWriter}
@@ -226,6 +300,8 @@ def open_writers(config: LogConfig, folder: Path, start: int) -> Iterator[tuple[
         wanted["wandb"] = lambda: WandbWriter(folder, start, project)
     for name, settings in config.monitors.items():
         wanted[name] = lambda name=name, settings=settings: _factory(name)(folder, start, **settings)  # type: ignore[misc]
+    if start == 0:
+        (folder / IDENTITY).unlink(missing_ok=True)
     for name, make in wanted.items():
         try:
             yield name, make()
