@@ -1,27 +1,33 @@
 """The demo on synthetic faces with a few steps: interrupted, continued, shown again; what it concludes."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.models.test_foreign import graph_file
+from tests.models.test_foreign import ORIGINS, graph_file, pixels
 from tests.tools.people import orl_wheel
 from tools import cli
-from tools.demo import upgrade
+from tools.demo import pretrained, upgrade
 from tools.demo.command import _print, summarise
 from tools.demo.upgrade import Outcome
+from tools.pictures import packages
+from tools.steps import StepFailed
 from trainer.errors import ModelError
 from trainer.models.description import Reading, description_of, write_description
+from trainer.models.open import load_model
 from trainer.run.config import load_config
 
 PROGRAM = """
@@ -168,6 +174,52 @@ def test_a_pretrained_model_that_is_none_is_refused_before_the_first_training_ru
     (tmp_path / "old.onnx").write_bytes(b"weights")
     with pytest.raises(ModelError, match=r"old\.onnx"):
         demo_with_maps(tmp_path / "old.onnx")
+
+
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with a stand-in for npm's human-models: the narrow network in faceres's form, under faceres's names."""
+    cache = tmp_path / "cache" / "lce-trainer"
+    cache.mkdir(parents=True, mode=0o700)
+    graph = (ORIGINS / "faceres" / "model.json").read_text()
+    graph = graph.replace("PartitionedCall/Mean", pretrained.OUTPUT).replace("group1-shard1of1.bin", "faceres.bin")
+    weights = (ORIGINS / "faceres" / "group1-shard1of1.bin").read_bytes()
+    with tarfile.open(cache / "models.tgz", "w:gz") as archive:
+        for name, data in (("faceres.json", graph.encode()), ("faceres.bin", weights)):
+            member = tarfile.TarInfo(f"package/models/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    package = packages.NpmPackage("@a/b", "1", "models.tgz", packages.sha256(cache / "models.tgz"))
+    monkeypatch.setattr(pretrained, "HUMAN_MODELS", package)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    return cache
+
+
+def test_faceres_is_converted_and_described_once(npm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = pretrained.faceres(npm)
+    rows = load_model(model).embed(pixels())
+    with np.load(ORIGINS / "tensorflow_js.npz") as expected:  # it was fed 0 … 255
+        wanted = expected["faceres"] / np.linalg.norm(expected["faceres"], axis=1, keepdims=True)
+    np.testing.assert_allclose(rows, wanted, atol=1e-4)
+    before = model.stat().st_mtime_ns
+    assert pretrained.faceres(npm).stat().st_mtime_ns == before
+    model.write_bytes(model.read_bytes()[:-50])
+    load_model(pretrained.faceres(npm))
+    assert "its SHA-256 differs" in capsys.readouterr().err
+    assert sorted(path.name for path in npm.iterdir()) == ["faceres.model.json", "faceres.onnx", "models.tgz"]
+
+
+def test_the_demo_takes_faceres_by_its_name(npm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Path | None] = []
+
+    def run(self: "upgrade.DemoUpgrade") -> Outcome:
+        taken.append(self._pretrained)
+        raise StepFailed("pack", 2)
+
+    monkeypatch.setattr(upgrade.DemoUpgrade, "run", run)
+    words = ["demo", "--data", "people", "--old-model", "faceres", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert taken == [npm / "faceres.onnx"]
 
 
 def outcome_of(seed: int, tar: dict[str, float], rank1: dict[str, float], answer: str) -> Outcome:

