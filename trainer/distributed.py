@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -202,6 +203,17 @@ def all_threads() -> Iterator[None]:
 def thread_count() -> int:
     """torch's threads, within :func:`one_thread` those before it."""
     return _threads.get() or torch.get_num_threads()
+
+
+def worker_threads(workers: int, name: str) -> ThreadPoolExecutor:
+    """A pool whose threads compute on all threads (:func:`thread_count`), though it is made within :func:`one_thread`:
+    a new thread of Python takes the number that was set last."""
+    return ThreadPoolExecutor(workers, name, initializer=_set_threads, initargs=(thread_count(),))
+
+
+def _set_threads(count: int) -> None:
+    torch.get_num_threads()  # takes the number that was set last, which the first operation would otherwise do
+    torch.set_num_threads(count)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from tests.head.cases import Case, largest_difference, run_head
 from tests.head.test_equality import config
 from tests.ranks import run_ranks
 from tests.sections import variant
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, one_thread, worker_threads
 from trainer.errors import DataError
 from trainer.head import fused, native, partial_fc
 from trainer.head.config import AnyRowOptimizer, HeadConfig
 from trainer.head.kernels import Kernels
+from trainer.head.old_centers import StepCenters
 from trainer.head.partial_fc import PartialFC
 from trainer.head.products import bfloat16_gemm
 
@@ -232,6 +234,45 @@ def test_a_library_whose_struct_differs_is_refused(monkeypatch: pytest.MonkeyPat
             assert native.load() is None
     finally:
         native.library_of_this_machine.cache_clear()
+
+
+def test_a_thread_that_is_born_meanwhile_has_all_threads() -> None:
+    """Such as the one that gathers old centres for a GPU: torch's new threads take the number that was set last."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_thread():
+            pool = worker_threads(1, "gathers")
+            pool.submit(lambda: None).result()
+            torch.set_num_threads(1)
+            assert pool.submit(torch.get_num_threads).result() == 3
+            assert torch.get_num_threads() == 1
+            pool.shutdown()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_old_centers_are_gathered_by_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def send(self: StepCenters, start: int) -> MagicMock:
+        counts.append(torch.get_num_threads())
+        return MagicMock()
+
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **named: empty(*size, **named))
+    monkeypatch.setattr(StepCenters, "_send", send)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_thread():
+            centers = StepCenters(torch.ones(6, 4), torch.arange(5), torch.device("cpu"), 2)
+            [arriving.result() for arriving in centers._arriving]
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [3, 3, 3]
 
 
 @pytest.mark.parametrize("cpp", [True, False])

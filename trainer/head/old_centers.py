@@ -10,13 +10,13 @@ weighted by C/S (Horvitz–Thompson); a positive that was not drawn has no term.
 the class sizes.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainer.distributed import all_reduce_sum
+from trainer.distributed import all_reduce_sum, worker_threads
 from trainer.errors import CenterBankError
 
 
@@ -37,7 +37,7 @@ class StepCenters:
         self._buffers = [torch.empty(size, dtype=centers.dtype, pin_memory=True) for _ in range(2)]
         self._stream, self._events = torch.cuda.Stream(device), [torch.cuda.Event() for _ in range(2)]
         self._stream.wait_stream(torch.cuda.current_stream(device))  # what was in this memory before is read by then
-        thread = ThreadPoolExecutor(1, "old centres")
+        thread = worker_threads(1, "old centres")
         self._arriving: list[Future[torch.cuda.Event]] = [
             thread.submit(self._send, start) for start in range(0, len(index), block)
         ]
