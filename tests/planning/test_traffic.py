@@ -70,6 +70,17 @@ def test_bytes_of_an_update_are_exact(world: int, tmp_path: Path) -> None:
             assert len(found) == sum(c.count for c in plan), changes  # these networks fit one bucket of DDP
 
 
+def test_an_orthogonal_map_adds_no_statistics(tmp_path: Path) -> None:
+    """Neither in updates of two ranks nor in the plan: its fixed matrix is the same everywhere."""
+    changes = SMALL | LCE | {"compat__mode": "backward", "data__batch_size": 6}
+    changes |= {"compat__transform": {"name": "orthogonal"}, "backbone__name": "test_linear"}
+    found = run_ranks(counted, 2, tmp_path, [(changes, 8)])[0][0]
+    plan = planned(setting_for(changes, 8, 2, tmp_path))
+    assert not [one for one in plan if one.purpose == "running statistics"]
+    reduces = [(one.operation, one.count * one.tensor_bytes) for one in plan if one.operation == "all-reduce"]
+    assert totals([one for one in found if one[0] == "all-reduce"]) == totals(reduces)
+
+
 def test_transformed_lce_stays_below_its_bound(tmp_path: Path) -> None:
     changes = SMALL | LCE | {"compat__mode": "backward", "data__batch_size": 6}
     (found,) = run_ranks(counted, 2, tmp_path, [(changes, 8)])[0]

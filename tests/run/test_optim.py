@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from tests.sections import variant
+from trainer.networks.transform import Orthogonal
 from trainer.run.config import AnyOptimizer, AnySchedule
-from trainer.run.optim import Average, LossScale, Statistics, Updater, learning_rate
+from trainer.run.optim import Average, LossScale, Statistics, Updater, learning_rate, running_statistics
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -115,3 +116,12 @@ def test_statistics_of_a_bad_step_are_taken_back() -> None:
     norm(torch.ones(3, 2))
     statistics.settle(YES)
     assert norm.running_mean.tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_the_fixed_matrix_of_an_orthogonal_map_is_no_statistic() -> None:
+    """It never changes, so that no update needs to average it over the ranks; a spectral norm's vectors change."""
+    both = nn.Sequential(Orthogonal(6, 4), nn.BatchNorm1d(4))
+    assert any(key.endswith(".base") for key, _ in both.named_buffers())
+    assert [tuple(buffer.shape) for buffer in running_statistics(both)] == [(4,), (4,)]
+    assert Statistics([both[0]], 2).buffers == []
+    assert len(running_statistics(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)))) == 2

@@ -98,10 +98,11 @@ def _map_buffers(setting: Setting) -> int:
     import torch
 
     from trainer.compat.methods.lce import TransformedCompat
+    from trainer.run.optim import running_statistics
 
     with torch.device("meta"):
         maps = TransformedCompat(method, setting.bank_dim, setting.config.backbone.dim)
-    return sum(value.numel() for value in maps.buffers() if value.is_floating_point())
+    return sum(value.numel() for value in running_statistics(maps))
 
 
 def _backbone(setting: Setting, backbone: BackboneSizes) -> list[Collective]:

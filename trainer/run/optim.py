@@ -282,16 +282,26 @@ class Average:
                     value.copy_(state[key])
 
 
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """A module's floating-point buffers that training changes: all but the fixed matrix that torch's orthogonal
+    parametrisation keeps (``parametrizations.*.base``)."""
+    return [
+        buffer
+        for key, buffer in module.named_buffers()
+        if buffer.is_floating_point() and not (key.endswith(".base") and "parametrizations" in key.split("."))
+    ]
+
+
 class Statistics:
     """The batch norms' running statistics: the same on all ranks after an update, and untouched by one that is skipped.
 
     Args:
-        modules: whose floating-point buffers are meant.
+        modules: whose :func:`running_statistics` are meant.
         world_size: W.
     """
 
     def __init__(self, modules: Iterable[nn.Module], world_size: int) -> None:
-        self.buffers = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+        self.buffers = [buffer for module in modules for buffer in running_statistics(module)]
         self.world_size = world_size
         self._before: Tensor | None = None
 
