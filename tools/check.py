@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,10 +61,17 @@ def run(args: argparse.Namespace) -> int:
     """Check; returns 0, or 1 when damage was found."""
     from trainer.owner import owned
 
-    if not (args.seal or args.write_bad) or not args.dataset.is_dir():
-        return _run(args)
-    table = args.labels if args.seal else None
-    with owned(args.dataset, DataError, lock=args.dataset / ".owner") if table is None else owned(table, DataError):
+    dataset, table = args.dataset, args.labels if args.seal else None
+    folders: dict[
+        Path, Path
+    ] = {}  # the folder that is written to, whose lock `lce split` and `lce pack` take → of what
+    if dataset.exists() and (args.write_bad or (args.seal and table is None)):
+        folders[(dataset if dataset.is_dir() else dataset.parent).resolve()] = dataset
+    if dataset.exists() and table is not None and table.exists():
+        folders.setdefault(table.parent.resolve(), table)
+    with ExitStack() as stack:
+        for folder, what in folders.items():
+            stack.enter_context(owned(what, DataError, lock=folder / ".owner"))
         return _run(args)
 
 

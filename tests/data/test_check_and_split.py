@@ -211,7 +211,9 @@ def test_tables_and_seals_have_one_owner(tmp_path: Path, capsys: pytest.CaptureF
     """The labels of one split next to the classes of another would be read as one table."""
     data, out = packed(tmp_path, 8, 4), tmp_path / "splits"
     np.save(tmp_path / "table.npy", np.array(open_dataset(data).labels))
-    seals = [([], data / ".owner"), (["--labels", str(tmp_path / "table.npy")], tmp_path / ".table.npy.owner")]
+    table = ["--labels", str(tmp_path / "table.npy")]
+    both = [*table, "--write-bad"]  # changes the data set's checksums too
+    seals = [([], data / ".owner"), (table, tmp_path / ".owner"), (both, tmp_path / ".owner"), (both, data / ".owner")]
     commands = [(["split", str(data), str(out), "--kind", "open-class"], out / ".owner")]
     commands += [(["check", str(data), "--seal", *more], lock) for more, lock in seals]
     for words, lock in commands:
@@ -220,6 +222,8 @@ def test_tables_and_seals_have_one_owner(tmp_path: Path, capsys: pytest.CaptureF
             assert "in use by" in capsys.readouterr().err
         assert cli.main(words) == 0
         assert not lock.exists()
+    with held(data / ".owner"):  # of that table alone nothing of the data set is written
+        assert cli.main(["check", str(data), "--seal", *table]) == 0
     assert cli.main(["check", str(tmp_path / "none"), "--seal"]) == 2
     assert not (tmp_path / "none").exists()
 
