@@ -7,6 +7,7 @@ tensorflowjs 4.22.0; ``origins/tensorflow_js.npz`` is what @tensorflow/tfjs 4.22
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ def test_a_range_that_the_graph_shows_is_read(tmp_path: Path) -> None:
     [
         ('"op": "Softmax"', '"op": "Elu"', "the operator Elu "),
         ('"U0FNRQ=="', '"RVhQTElDSVQ="', "padding EXPLICIT"),
+        ('"U0FNRQ=="', '"U0FNRQ="', "its attributes are damaged: Incorrect padding"),
+        ('"U0FNRQ=="', "[83, 65, 77, 690]", "its attributes are damaged: bytes must be in range(0, 256)"),
+        ('"U0FNRQ=="', '{"b": 1}', "its attributes are damaged"),
+        ('"UmVsdQ=="', '"//8="', "its attributes are damaged: 'utf-8' codec"),
         ('"TkhXQw=="', '"TkNIVw=="', "NCHW"),
         ('"UmVsdTY="', '"RWx1"', "Elu fused behind it"),
         ('"group1-shard1of1.bin"', '"../faceres/group1-shard1of1.bin"', "taken are files next to it"),
@@ -125,3 +130,52 @@ def test_graphs_that_are_broken_are_one_line(faceres: Path) -> None:
         faceres.write_text(json.dumps(source))
         with pytest.raises(ModelError, match=said):
             convert_graph_model(faceres, faceres.with_name("m.onnx"), "embedding")
+
+
+def test_strings_may_be_lists_of_bytes(faceres: Path) -> None:
+    """As TensorFlow.js reads them."""
+    given = faceres.read_bytes()
+    convert_graph_model(faceres, faceres.with_name("base64.onnx"), "age")
+    text = json.dumps(json.loads(given))
+    assert '"U0FNRQ=="' in text
+    faceres.write_text(text.replace('"U0FNRQ=="', json.dumps(list(b"SAME"))))
+    convert_graph_model(faceres, faceres.with_name("bytes.onnx"), "age")
+    assert faceres.with_name("bytes.onnx").read_bytes() == faceres.with_name("base64.onnx").read_bytes()
+
+
+def test_a_bias_of_the_first_dimension_is_refused(faceres: Path) -> None:
+    source: dict[str, Any] = json.loads(faceres.read_text())
+    node = next(node for node in source["modelTopology"]["node"] if node["op"] == "AddV2")
+    node["op"] = "BiasAdd"
+    for layout, refused in (("TkhXQw==", False), ("TkNIVw==", True)):
+        node["attr"]["data_format"] = {"s": layout}
+        faceres.write_text(json.dumps(source))
+        with pytest.raises(ModelError, match=r"BiasAdd.*NCHW is not converted") if refused else nullcontext():
+            convert_graph_model(faceres, faceres.with_name("m.onnx"), "age")
+
+
+@pytest.mark.parametrize("operator", ["Mean", "Sum"])
+def test_empty_axes_reduce_nothing(faceres: Path, operator: str) -> None:
+    source: dict[str, Any] = json.loads(faceres.read_text())
+    mean = next(node for node in source["modelTopology"]["node"] if node["op"] == "Mean")
+    mean["op"], axes = operator, mean["input"][1]
+    entries = [one for group in source["weightsManifest"] for one in group["weights"]]
+    next(one for one in entries if one["name"] == axes)["shape"] = [0]
+    (group,) = source["weightsManifest"]
+    start = 0
+    data = faceres.with_name(group["paths"][0])
+    for one in entries:
+        if one["name"] == axes:
+            break
+        size = {"float16": 2, "float32": 4, "int32": 4}[one.get("quantization", one)["dtype"]]
+        start += size * int(np.prod(one["shape"], dtype=int))
+    whole = data.read_bytes()
+    data.write_bytes(whole[:start] + whole[start + 8 :])
+    faceres.write_text(json.dumps(source))
+    given = []
+    for node in (mean["name"], mean["input"][0]):
+        convert_graph_model(faceres, faceres.with_name("m.onnx"), node)
+        session = onnxruntime.InferenceSession(faceres.with_name("m.onnx"))
+        given += session.run(None, {session.get_inputs()[0].name: pixels()[:2].astype(np.float32)})
+    assert given[0].ndim == 4
+    np.testing.assert_array_equal(given[0], given[1])

@@ -6,7 +6,6 @@ Images stay channels last, as the graph takes them, and no value is changed: wha
 """
 
 import base64
-import binascii
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +102,7 @@ def convert_graph_model(path: Path, target: Path, output: str | None = None) -> 
             if node.name not in constants:
                 raise ModelError(f"{path}: the constant {node.name} is not among the weights")
         elif node.operator in _OPERATORS:
-            _OPERATORS[node.operator](graph, node)
+            _convert(graph, node)
         else:
             raise ModelError(
                 f"{path}: the operator {node.operator} ({node.name}) is not converted; taken are "
@@ -127,6 +126,15 @@ def convert_graph_model(path: Path, target: Path, output: str | None = None) -> 
     with replaced(target, ModelError) as partial:
         onnx.save(proto, partial)
     return output
+
+
+def _convert(graph: _Graph, node: _Node) -> None:
+    """Add an operator. Raises :class:`ModelError`: a form that is not converted, or attributes that are damaged."""
+    try:
+        _OPERATORS[node.operator](graph, node)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise ModelError(f"{graph.path}: {node.name} ({node.operator}): its attributes are damaged: {what}") from None
 
 
 def _read_nodes(path: Path, source: Any) -> dict[str, _Node]:
@@ -265,12 +273,14 @@ def _read_tensor(path: Path, entry: dict[str, Any], data: bytes, start: int) -> 
 
 
 def _text(node: _Node, name: str, default: str) -> str:
-    """An attribute that is a string, which the file keeps in base64."""
+    """An attribute that is a string."""
     given = node.attributes.get(name, {}).get("s")
-    try:
-        return default if given is None else base64.b64decode(given).decode()
-    except (binascii.Error, UnicodeDecodeError):
-        return str(given)
+    return default if given is None else _decoded(given)
+
+
+def _decoded(given: Any) -> str:
+    """A string as the file keeps it: in base64, or as a list of bytes. Raises ValueError or TypeError."""
+    return (bytes(given) if isinstance(given, list) else base64.b64decode(given, validate=True)).decode()
 
 
 def _numbers(node: _Node, name: str, default: list[int]) -> list[int]:
@@ -295,6 +305,13 @@ def _simple(operator: str) -> Callable[[_Graph, _Node], None]:
     return add
 
 
+def _bias_add(graph: _Graph, node: _Node) -> None:
+    layout = _text(node, "data_format", "NHWC")
+    if layout != "NHWC":
+        raise graph.refuse(node, layout)
+    graph.add("Add", list(node.inputs), node.name)
+
+
 def _square(graph: _Graph, node: _Node) -> None:
     graph.add("Mul", [node.inputs[0]] * 2, node.name)
 
@@ -314,7 +331,11 @@ def _relu6(graph: _Graph, given: str, name: str) -> None:
 
 def _reduce(operator: str) -> Callable[[_Graph, _Node], None]:
     def add(graph: _Graph, node: _Node) -> None:
-        axes = graph.keep(f"{node.name}/axes", graph.constant(node, 1).reshape(-1))
+        wanted = graph.constant(node, 1).reshape(-1)
+        if not len(wanted):  # TensorFlow reduces nothing then, ONNX all
+            _identity(graph, node)
+            return
+        axes = graph.keep(f"{node.name}/axes", wanted)
         kept = int(_flag(node, "keep_dims") or _flag(node, "keepDims"))
         graph.add(operator, [node.inputs[0], axes], node.name, keepdims=kept)
 
@@ -392,7 +413,7 @@ def _padding(padding: str, sides: tuple[int, ...], dilations: list[int]) -> dict
 def _finish(graph: _Graph, node: _Node, taken: int, first: Callable[[_Graph, _Node, str], None]) -> None:
     """An operator and what is fused behind it, in order; ``taken`` of its inputs are its own."""
     given_steps = node.attributes.get("fused_ops", {}).get("list", {}).get("s", [])
-    fused = [base64.b64decode(step).decode() for step in given_steps]
+    fused = [_decoded(step) for step in given_steps]
     more = list(node.inputs[taken:])
     names = [f"{node.name}/{number}" for number in range(len(fused))] + [node.name]
     first(graph, node, names[0])
@@ -417,7 +438,7 @@ _OPERATORS: dict[str, Callable[[_Graph, _Node], None]] = {
     "FusedDepthwiseConv2dNative": _convolution,
     "MatMul": _matmul,
     "_FusedMatMul": _matmul,
-    "BiasAdd": _simple("Add"),
+    "BiasAdd": _bias_add,
     "Add": _simple("Add"),
     "AddV2": _simple("Add"),
     "Sub": _simple("Sub"),
