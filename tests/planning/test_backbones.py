@@ -1,24 +1,31 @@
 """The stored sizes of the package's networks are what is counted on the networks."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from trainer.networks import BACKBONES, build_backbone
 from trainer.networks.config import BackboneConfig
-from trainer.planning.activations import count_network, saved_sizes, unit_shapes
+from trainer.planning.activations import count_network, saved_sizes, unit_shapes, write_table
 from trainer.planning.backbones import network_sizes
 from trainer.planning.stored import (
     STORED_DIM,
     STORED_PRECISIONS,
     STORED_SIZE,
     TABLE,
+    NetworkSizes,
     as_json,
     from_json,
+    read_table,
+    release,
+    write_lines,
 )
 
-STORED = json.loads(TABLE.read_text(encoding="utf-8"))
+WHOLE = json.loads(TABLE.read_text(encoding="utf-8"))
+STORED = WHOLE["networks"]
 
 
 def test_the_recipes_networks_are_stored() -> None:
@@ -50,3 +57,37 @@ def test_what_is_kept_grows_with_the_batch_as_it_is_counted(precision: str) -> N
         for kept, recompute in ((whole, False), (recomputed, True)):
             sizes = saved_sizes(network, precision, (32, 32), batch, recompute)
             assert (kept.total_bytes(batch), kept.largest_bytes(batch)) == (sum(sizes), max(sizes))
+
+
+def test_the_stored_sizes_are_those_of_the_tested_torch() -> None:
+    pinned = re.search(r"^torch==(.+)$", Path("constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert release(WHOLE["torch"]) == release(pinned[1])
+    assert read_table(f"{release(WHOLE['torch'])}.9+cu130") == STORED
+
+
+def test_under_another_torch_networks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+
+    def count(config: BackboneConfig, *_: object) -> NetworkSizes:
+        counted.append(config.name)
+        return from_json(STORED["small"])
+
+    monkeypatch.setattr("trainer.planning.activations.count_network", count)
+    asked = BackboneConfig(name="iresnet18", dim=STORED_DIM)
+    network_sizes(asked, "float32", STORED_SIZE)
+    assert counted == []
+    monkeypatch.setattr("trainer.planning.backbones.version", lambda name: "1.2.0+cu999")
+    network_sizes(asked, "float32", STORED_SIZE)
+    assert counted == ["iresnet18"]
+
+
+def test_the_table_is_of_one_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by another one it begins anew: lines of two would look alike."""
+    monkeypatch.setattr("trainer.planning.stored.TABLE", tmp_path / "table.json")
+    write_lines(WHOLE["torch"], STORED)
+    assert (tmp_path / "table.json").read_bytes() == TABLE.read_bytes()
+    write_lines("1.2.0", {"iresnet18": STORED["iresnet18"]})
+    write_table(["small"])
+    made = json.loads((tmp_path / "table.json").read_text())
+    assert (release(made["torch"]), list(made["networks"])) == (release(torch.__version__), ["small"])

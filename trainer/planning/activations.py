@@ -6,7 +6,6 @@ trainer/planning/backbones.json.
 
 import contextlib
 import functools
-import json
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trainer.files import write_text
 from trainer.networks import BACKBONES, build_backbone
 from trainer.networks.config import BackboneConfig
 from trainer.networks.recompute import Recompute
@@ -22,11 +20,12 @@ from trainer.planning.stored import (
     STORED_DIM,
     STORED_PRECISIONS,
     STORED_SIZE,
-    TABLE,
     Kept,
     NetworkSizes,
     Unit,
     as_json,
+    read_table,
+    write_lines,
 )
 
 PRIME = 1_000_003
@@ -112,13 +111,12 @@ def saved_sizes(
 
 def write_table(names: Sequence[str]) -> None:
     """Count networks and put them into the table of :mod:`trainer.planning.stored`: JSON, a network a line."""
-    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
+    version = torch.__version__.partition("+")[0]
+    table = read_table(version)
     for name in names:
         sizes = count_network(BackboneConfig(name=name, dim=STORED_DIM), STORED_PRECISIONS, STORED_SIZE)
         table[name] = as_json(sizes)
-        known = [one for one in BACKBONES if one in table]
-        lines = [f"{json.dumps(one)}: {json.dumps(table[one], separators=(',', ':'))}" for one in known]
-        write_text(TABLE, "{\n" + ",\n".join(lines) + "\n}\n")
+        write_lines(version, {one: table[one] for one in BACKBONES if one in table})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,20 @@
 """The sizes of a backbone that a plan needs: from the table of stored networks, else counted on the network."""
 
 import functools
-import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from trainer.networks.config import BackboneConfig
-from trainer.planning.stored import STORED_DIM, STORED_PRECISIONS, STORED_SIZE, TABLE, NetworkSizes, Unit, from_json
+from trainer.planning.stored import (
+    STORED_DIM,
+    STORED_PRECISIONS,
+    STORED_SIZE,
+    NetworkSizes,
+    Unit,
+    from_json,
+    read_table,
+)
 from trainer.run.config import Config
 
 
@@ -56,9 +64,10 @@ def backbone_sizes(config: Config, image_size: tuple[int, int], local_batch: int
 
 
 def network_sizes(config: BackboneConfig, precision: str, image_size: tuple[int, int]) -> NetworkSizes:
-    """Of a network: out of the table where it is there, else counted (which imports torch)."""
+    """Of a network: out of the table where it is there and this release of torch counted it, else counted (which
+    imports torch)."""
     plain = config.width is None and config.dim == STORED_DIM and tuple(image_size) == STORED_SIZE
-    if plain and precision in STORED_PRECISIONS and config.name in (table := _table()):
+    if plain and precision in STORED_PRECISIONS and config.name in (table := _table(version("torch"))):
         return from_json(table[config.name])
     from trainer.planning.activations import count_network
 
@@ -66,6 +75,5 @@ def network_sizes(config: BackboneConfig, precision: str, image_size: tuple[int,
 
 
 @functools.cache
-def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
-    return table
+def _table(torch_version: str) -> dict[str, Any]:
+    return read_table(torch_version)

@@ -2,12 +2,16 @@
 
 The table (backbones.json) holds networks of the catalogue at dimension 512 and 112 × 112 pixels, so that a plan of one
 of them needs no torch. ``python -m trainer.planning.activations`` writes it anew; a test counts again and compares.
+What autograd keeps differs between releases of torch: the table says which one counted, and holds for that one alone.
 """
 
+import json
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
+
+from trainer.files import write_text
 
 TABLE = Path(__file__).with_name("backbones.json")
 STORED_DIM, STORED_SIZE = 512, (112, 112)
@@ -15,6 +19,26 @@ STORED_PRECISIONS = ("float32", "bfloat16")
 """What the table holds; float16 keeps what bfloat16 keeps."""
 
 Unit = tuple[tuple[tuple[int, ...], bool], ...]
+
+
+def release(version: str) -> str:
+    """Major and minor of a version, such as ``2.13``."""
+    return ".".join(version.split(".")[:2])
+
+
+def read_table(version: str) -> dict[str, Any]:
+    """The lines of the table, network by network; none where another release of torch than ``version``'s counted."""
+    if not TABLE.exists():
+        return {}
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return table["networks"] if release(str(table["torch"])) == release(version) else {}
+
+
+def write_lines(version: str, networks: dict[str, Any]) -> None:
+    """Write the table: a network a line, counted by torch ``version``."""
+    lines = [f"{json.dumps(name)}: {json.dumps(line, separators=(',', ':'))}" for name, line in networks.items()]
+    text = f'{{"torch": {json.dumps(version)}, "networks": {{\n' + ",\n".join(lines) + "\n}}\n"
+    write_text(TABLE, text)
 
 
 @dataclass(frozen=True)
