@@ -46,7 +46,7 @@ test-fast: lint
 attack: .venv/extras
 	FULL=$(FULL) $(BIN)/python -m pytest -m "attack or tallied" --timeout=0 --durations=0 --durations-min=60
 
-mutants: .venv/installed
+mutants: .venv/extras
 	$(BIN)/python -m tests.mutants
 
 results: .venv/extras
