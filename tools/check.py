@@ -62,9 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from trainer.owner import owned
 
     dataset, table = args.dataset, args.labels if args.seal else None
-    folders: dict[
-        Path, Path
-    ] = {}  # the folder that is written to, whose lock `lce split` and `lce pack` take → of what
+    # The folder that is written to, whose lock `lce split` and `lce pack` take → of what.
+    folders: dict[Path, Path] = {}
     if dataset.exists() and (args.write_bad or (args.seal and table is None)):
         folders[(dataset if dataset.is_dir() else dataset.parent).resolve()] = dataset
     if dataset.exists() and table is not None and table.exists():

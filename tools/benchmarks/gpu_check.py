@@ -80,18 +80,7 @@ def stages(device: str, small: bool, out: Path) -> list[Stage]:
     skipped = _no_triton(device)
     found.append(Stage("triton-equality", kernels, 40, skipped))
     for rate in ("1.0", "0.1"):
-        options = (
-            "--rate",
-            rate,
-            "--rows",
-            "bfloat16",
-            "--compute",
-            "bfloat16",
-            "--impl",
-            "triton",
-            "--against",
-            "fused",
-        )
+        options = f"--rate {rate} --rows bfloat16 --compute bfloat16 --impl triton --against fused".split()
         found.append(replace(head(f"triton-{million}-{rate}", 40, million, *options), skipped=skipped))
     for compute in ("float32", "tf32", "bfloat16"):
         for rate in ("1.0", "0.1"):

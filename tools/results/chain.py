@@ -26,7 +26,7 @@ METHODS = "lce,bct,advbct"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lce bench chain``."""
-    from tools.results.compat import add_data_arguments
+    from tools.results.compat import add_data_arguments, add_run_arguments
 
     add_data_arguments(parser)
     parser.add_argument("--methods", default=METHODS, help=f"of lce bench compat, a chain each ({METHODS})")
@@ -34,10 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="JSON", help="out of a JSON of lce bench compat (middle ones)")
     parser.add_argument("--steps", type=int, default=800, help="updates of every model but the first (800)")
     parser.add_argument("--old-steps", type=int, default=600, help="updates of the first one (600)")
-    parser.add_argument("--parallel", type=int, default=2, help="training runs at a time, one thread each (2)")
-    parser.add_argument("--out", type=Path, default=Path("bench-chain"), help="folder of all runs (bench-chain)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all training runs: backbone.width=4")
+    add_run_arguments(parser, "chain")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from tools.measuring import origin, write_json
     from tools.output import table_console
     from tools.results.compat import METHODS as KNOWN
-    from tools.results.compat import check_sizes, make_comparison, names_of, settings_of, weights_of
+    from tools.results.compat import check_sizes, make_comparison, names_of, settings_of, weights_or_middle
     from tools.steps import interruptible
     from trainer.errors import ConfigError
 
@@ -57,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--models {args.models}: a chain has at least 3")
     args.seeds = 1
     comparison = make_comparison(args)
-    weights = weights_of(args.weights, names) or {name: KNOWN[name].weights(1)[0] for name in names}
+    weights = weights_or_middle(args.weights, names)
     sizes = identities(comparison.old_classes, comparison.classes, args.models)
     with interruptible():
         methods = chains(comparison, sizes, weights)

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.results.compat import METRICS
+
 if TYPE_CHECKING:
     from tools.results.comparison import Comparison
 
@@ -114,7 +116,7 @@ CHANGES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lce bench changes``."""
-    from tools.results.compat import add_data_arguments
+    from tools.results.compat import add_data_arguments, add_run_arguments
 
     add_data_arguments(parser, "those of an old model that sees some (half of them; not of a folder)")
     parser.add_argument("--kinds", default="all", help=f"all, or some of {','.join(KINDS)}")
@@ -123,12 +125,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", type=Path, metavar="JSON", help="as lce bench compat chose them (else: the middle)"
     )
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 … N−1 (1)")
-    parser.add_argument("--parallel", type=int, default=2, help="training runs at a time, one thread each (2)")
     parser.add_argument("--steps", type=int, default=800, help="updates of a new model (800)")
     parser.add_argument("--old-steps", type=int, default=800, help="updates of an old model (800)")
-    parser.add_argument("--out", type=Path, default=Path("bench-changes"), help="folder of all runs (bench-changes)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all training runs: data.batch_size=64")
+    add_run_arguments(parser, "changes", "data.batch_size=64")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -145,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise ConfigError(f"--seeds {args.seeds}: at least 1")
     changes, names = _chosen(args.kinds), _methods(args.methods)
-    weights = compat.weights_of(args.weights, names) or {name: compat.METHODS[name].weights(1)[0] for name in names}
+    weights = compat.weights_or_middle(args.weights, names)
     if args.old_classes is None and source_of(args.data).folder is None:
         args.old_classes = (args.classes or compat.CLASSES) // 2
     comparison = compat.make_comparison(args)
@@ -229,7 +228,7 @@ def check(
             count()
 
         def new(one: tuple[int, Change, str]) -> None:
-            _measured(comparison, *one, weights)
+            _train(comparison, *one, weights)
             count()
 
         raise_first(comparison.each(pictures, range(seeds)))
@@ -267,17 +266,28 @@ def _table(seed_folder: Path, data: str) -> Path:
     return seed_folder / "labels" / f"{data}.npy"
 
 
+def _train(comparison: "Comparison", seed: int, change: Change, name: str, weights: dict[str, float]) -> None:
+    """The new model of a change under a method, and its figures."""
+    from tools.results.compat import METHODS
+
+    method, folder, old = fitting(name, change), comparison.folder(seed), change.old.name
+    assert method is not None
+    overrides = METHODS[method].overrides(folder / f"{old}-bank", folder / f"{old}.npy", weights[name])
+    overrides = [*change.new.settings(folder), *overrides]
+    comparison.train(seed, _run_name(change, name, weights), "paragon", overrides, old)
+    _measured(comparison, seed, change, name, weights)
+
+
+def _run_name(change: Change, name: str, weights: dict[str, float]) -> str:
+    return f"{change.name}-{fitting(name, change)}-{weights[name]:g}"
+
+
 def _measured(
     comparison: "Comparison", seed: int, change: Change, name: str, weights: dict[str, float]
 ) -> dict[str, Any]:
-    from tools.results.compat import METHODS
-
-    method, folder, weight = fitting(name, change), comparison.folder(seed), weights[name]
-    assert method is not None
-    old, run = change.old.name, f"{change.name}-{method}-{weight:g}"
-    overrides = METHODS[method].overrides(folder / f"{old}-bank", folder / f"{old}.npy", weight)
-    comparison.train(seed, run, "paragon", [*change.new.settings(folder), *overrides], old)
-    cells: dict[str, Any] = comparison.measure(seed, "unseen", old, run)["cells"]
+    """What the trained model finds, by cell."""
+    run = _run_name(change, name, weights)
+    cells: dict[str, Any] = comparison.measure(seed, "unseen", change.old.name, run)["cells"]
     return cells
 
 
@@ -301,9 +311,6 @@ def _cell(
         found.append({"seed": seed, **{cell: cells[cell] for cell in ("old->old", "new->old", "new->new")}})
     met = {metric: all(one["new->old"][metric] > one["old->old"][metric] for one in found) for metric in METRICS}
     return {"met": all(met.values()), "by": met, "method": fitting(name, change), "seeds": found}
-
-
-METRICS = ("TAR@FAR=1e-4", "rank-1")
 
 
 def means(cell: dict[str, Any], which: str) -> dict[str, float] | None:

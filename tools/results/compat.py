@@ -143,17 +143,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (3)")
     parser.add_argument("--trials", type=int, default=4, help="training runs to choose each method's weights (4)")
     parser.add_argument("--trial-steps", type=int, help="updates of a first trial; then halving (all trials: --steps)")
-    parser.add_argument("--parallel", type=int, default=2, help="training runs at a time, one thread each (2)")
     parser.add_argument("--weights", type=Path, metavar="JSON", help="no trials: weights out of an earlier run's JSON")
     parser.add_argument("--steps", type=int, default=800, help="updates of a new model (800)")
     parser.add_argument("--old-steps", type=int, default=600, help="updates of an old model (600)")
     parser.add_argument(
         "--time", action="store_true", help="also the time of an update, one training at a time and in turns: minutes"
     )
-    parser.add_argument("--out", type=Path, default=Path("bench-compat"), help="folder of all runs (bench-compat)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all training runs: backbone.width=4")
+    add_run_arguments(parser, "compat")
 
 
 def add_data_arguments(
@@ -165,6 +162,16 @@ def add_data_arguments(
     )
     parser.add_argument("--classes", type=int, help="training identities of the new models (4,000; not of a folder)")
     parser.add_argument("--old-classes", type=int, help=old)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, name: str, override: str = "backbone.width=4") -> None:
+    """What all of them have in common besides: how many runs at a time, where they are kept, the figures and the
+    overrides, of which ``override`` is an example."""
+    parser.add_argument("--parallel", type=int, default=2, help="training runs at a time, one thread each (2)")
+    folder = f"bench-{name}"
+    parser.add_argument("--out", type=Path, default=Path(folder), help=f"folder of all runs ({folder})")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"for all training runs: {override}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -246,6 +253,11 @@ def weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | No
         raise ConfigError(f"--weights {path}: has nothing about {error.args[0]}") from None
     except (ValueError, TypeError):
         raise ConfigError(f"--weights {path}: not the JSON of lce bench compat, or a method without a weight") from None
+
+
+def weights_or_middle(path: Path | None, names: Sequence[str]) -> dict[str, float]:
+    """:func:`weights_of`; without an earlier run the middle of each method's range."""
+    return weights_of(path, names) or {name: METHODS[name].weights(1)[0] for name in names}
 
 
 def names_of(text: str) -> list[str]:

@@ -41,20 +41,17 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lce bench criterion``."""
-    from tools.results.compat import add_data_arguments
+    from tools.results.compat import add_data_arguments, add_run_arguments
 
     add_data_arguments(parser)
     parser.add_argument("--modes", default="all", help=f"all, or some of {','.join(MODES)}")
     parser.add_argument("--dims", default="64:64,128:64,64:128", help="pairs D1:D2 (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 … N−1 (1)")
-    parser.add_argument("--parallel", type=int, default=2, help="training runs at a time, one thread each (2)")
     parser.add_argument("--steps", type=int, default=800, help="updates of a new model, or of the maps alone (800)")
     parser.add_argument("--old-steps", type=int, default=600, help="updates of an old model (600)")
     parser.add_argument("--alignment-weight", type=float, default=12.5, help="λ_a in (1 − cos) units (12.5)")
     parser.add_argument("--boundary-weight", type=float, default=10.0, help="λ_b (10)")
-    parser.add_argument("--out", type=Path, default=Path("bench-criterion"), help="folder of all runs")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all training runs: backbone.width=4")
+    add_run_arguments(parser, "criterion")
 
 
 def run(args: argparse.Namespace) -> int:

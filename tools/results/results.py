@@ -47,12 +47,14 @@ class Section:
         commands: `lce …` that make the file; ``{json}`` stands for it, ``{figures}``, ``{work}`` and ``{fonts}`` for
             the folders of the options.
         text: the part's Markdown from what the file holds.
+        next_to: a file of another part; whether both may be compared is said at the end of this one.
     """
 
     title: str
     file: str
     commands: tuple[str, ...]
     text: Callable[[Any], str]
+    next_to: str | None = None
 
 
 def _compat(figures: dict[str, Any]) -> str:
@@ -168,6 +170,7 @@ SECTIONS = (
             "--out {work}/compat-hangul-long --json {json}",
         ),
         _compat,
+        LONG_RUN,
     ),
     Section(
         "The same with Han and Hangul",
@@ -317,8 +320,8 @@ def page(known: dict[str, Any], plots: Sequence[str]) -> str:
         places = {"json": f"benchmarks/{one.file}", "figures": "benchmarks", "work": "work", "fonts": "fonts"}
         out += [f"## {one.title}", "", *(f"`lce {command.format(**places)}`\n" for command in one.commands)]
         out += [one.text(known[one.file]) if known[one.file] is not None else "Not measured yet.\n"]
-        if one.file == "compat-hangul-rivals.json" and known[one.file] is not None:
-            out += [_agreement(known[one.file], known[LONG_RUN])]
+        if one.next_to is not None and known[one.file] is not None:
+            out += [_agreement(known[one.file], known[one.next_to])]
     captions = {name: CAPTIONS[name] for name in plots}
     out += ["## Plots\n"] if captions else []
     out += [f"![{text}](pictures/{name})\n\n{text}\n" for name, text in captions.items()]

@@ -18,7 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.results.compat import CRITERION, METRICS, PARAGON, add_data_arguments, counting, make_comparison, raise_first
+from tools.results.compat import (
+    CRITERION,
+    METRICS,
+    PARAGON,
+    add_data_arguments,
+    add_run_arguments,
+    counting,
+    make_comparison,
+    raise_first,
+)
 
 if TYPE_CHECKING:
     from tools.results.comparison import Comparison
@@ -45,12 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"some of {','.join(KINDS)} (all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … N−1 (3)")
     parser.add_argument("--factor", type=float, help="no trials: lr_factor without momentum")
-    parser.add_argument("--parallel", type=int, default=2, help="training runs at a time, one thread each (2)")
     parser.add_argument("--steps", type=int, default=800, help="updates of a model (800)")
-    parser.add_argument("--out", type=Path, default=Path("bench-rows"), help="folder of all runs (bench-rows)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all training runs: backbone.width=4")
+    add_run_arguments(parser, "rows")
     parser.set_defaults(old_steps=1)
 
 

@@ -178,10 +178,8 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     places = [folder.absolute(), *folder.absolute().parents]
 
     def write() -> tuple[int, str]:
-        level, name = (
-            next(i for i, folder_above in enumerate(places) if folder_above.is_dir()),
-            f".shared-{uuid.uuid4().hex}",
-        )
+        level = next(number for number, above in enumerate(places) if above.is_dir())
+        name = f".shared-{uuid.uuid4().hex}"
         (places[level] / name).touch()
         return level, name
 
