@@ -237,3 +237,21 @@ def test_the_page_lists_the_rooms_in_their_order() -> None:
     listed = re.findall(r"^\| `((?:trainer|launch|tools)[\w./*]*)` \|", text, re.MULTILINE)
     rooms = [("trainer", "*.py"), *(rooms[-1].split(".") for rooms in ROOMS[1:] if rooms[-1] != "trainer.__main__")]
     assert [name.removesuffix(".py") for name in listed] == ["/".join(room).removesuffix(".py") for room in rooms]
+
+
+def bodies() -> dict[str, list[str]]:
+    """What a function of more than one statement does, without docstring and types → where it is written."""
+    found = defaultdict(list)
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                if len(body) > 1:
+                    arguments = ", ".join(word.arg for word in ast.walk(node.args) if isinstance(word, ast.arg))
+                    text = "\n".join(map(ast.unparse, body))
+                    found[f"{arguments}:\n{text}"].append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    return found
+
+
+def test_no_function_is_written_twice() -> None:
+    assert [found for found in bodies().values() if len(found) > 1] == []

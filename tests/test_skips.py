@@ -63,14 +63,32 @@ def test_every_expected_skip_names_tests_that_are_there() -> None:
         assert any(reason in file.read_text(encoding="utf-8") for file in files), f"tests/skips.yaml: {test}: {reason}"
 
 
-def skip_reasons(path: Path) -> Iterator[str]:
-    """The literal reasons that a file's ``pytest.skip(…)`` and ``pytest.mark.skipif(…, reason=…)`` give."""
+def skips(path: Path) -> Iterator[tuple[int, ast.expr | None]]:
+    """(line, reason) of the ``skip``, ``skipif`` and ``importorskip`` of pytest in a file; None: it gives none."""
     for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in ("skip", "skipif"):
-            given = [word.value for word in call.keywords if word.arg == "reason"]
-            for reason in given or (call.args if call.func.attr == "skip" else []):
-                if isinstance(reason, ast.Constant):
-                    yield str(reason.value)
+        if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("pytest."):
+            kind = ast.unparse(call.func).rpartition(".")[2]
+            if kind in ("skip", "skipif", "importorskip"):
+                given = [word.value for word in call.keywords if word.arg == "reason"]
+                yield call.lineno, next(iter(given or (call.args if kind == "skip" else [])), None)
+
+
+def test_every_skip_says_why() -> None:
+    """Pytest's own reason for a package that is missing says no more than its name."""
+    silent = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for line, reason in skips(path)
+        if reason is None
+    ]
+    assert silent == []
+
+
+def skip_reasons(path: Path) -> Iterator[str]:
+    """The literal reasons among them."""
+    for _, reason in skips(path):
+        if isinstance(reason, ast.Constant):
+            yield str(reason.value)
 
 
 def test_every_reason_to_skip_a_gpu_test_is_listed() -> None:

@@ -31,7 +31,7 @@ HELP = "show every key of the configuration, or a resolved one"
 INTRODUCTION = """# Configuration
 
 Made by `lce config --markdown`; the descriptions stand with the classes that use the keys. A configuration is a YAML
-file of these sections. It may extend others (`extends: base.yaml`), and further files and `key=value` words on the
+file of these sections. It may extend others (`extends: base.yaml`), and further files and `key=value` overrides on the
 command line go over it, each over what stands before it. Where a section has variants, a key belongs to those in the
 last column: with another one it is refused. When a later layer chooses another variant, what lower layers gave for keys
 of the former one falls away, also where the new one has a key of the same name (`head.margin.m` of cosface is no

@@ -2,12 +2,14 @@
 
 import os
 import platform
+import time
+from collections.abc import Callable
 from typing import Any
 
 from tools.output import write_json
 from trainer.machine import commit, processor_name
 
-__all__ = ["origin", "write_json"]
+__all__ = ["origin", "seconds_of", "write_json"]
 
 
 def origin() -> dict[str, Any]:
@@ -20,3 +22,10 @@ def origin() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """How long an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start

@@ -61,7 +61,7 @@ class Passes(TorchDispatchMode):
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         if view or func._schema.name.removeprefix("aten::").startswith(FREE):
             return out
-        one = self.found[_place()]
+        one = self.found[_innermost()]
         one.launches += 1
         one.waits += func in WAITS
         read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -120,7 +120,7 @@ def _untraced(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return function(*arguments)
 
 
-def _place() -> str:
+def _innermost() -> str:
     """The innermost function of the head that is being executed."""
     for frame in reversed(traceback.extract_stack(limit=40)):
         path = Path(frame.filename)

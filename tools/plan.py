@@ -176,8 +176,8 @@ def make_setting(args: argparse.Namespace) -> "Setting":
     if config.of(LceCrossConfig):
         raise ConfigError("compat.mode = cross-model: trains maps alone, without a head; there is nothing to plan")
     data = config.data
-    classes, records, side = args.classes, args.records, args.image_size
-    size = (side, side) if side else None
+    classes, records, pixels = args.classes, args.records, args.image_size
+    size = (pixels, pixels) if pixels else None
     if isinstance(data, SyntheticConfig):
         classes, records = classes or data.synthetic_classes, records or data.synthetic_records
         size = size or (data.synthetic_size, data.synthetic_size)
@@ -348,9 +348,9 @@ def _parts(plan: "Plan", on_host: bool) -> list[str]:
     lines = []
     for part in plan.memory:
         if part.on_host == on_host:
-            notes = {"always": "", "step": "in a step", "load": "while a checkpoint is loaded"}[part.moment]
-            notes += "" if part.measured else "  (assumed)"
-            lines.append(f"  {part.name:42} {size_text(part.bytes):>12}  {notes}".rstrip())
+            when = {"always": "", "step": "in a step", "load": "while a checkpoint is loaded"}[part.moment]
+            when += "" if part.measured else "  (assumed)"
+            lines.append(f"  {part.name:42} {size_text(part.bytes):>12}  {when}".rstrip())
     total = plan.host_bytes if on_host else plan.device_bytes
     return [*lines, f"  {'peak':42} {size_text(total):>12}"]
 

@@ -477,8 +477,8 @@ def _check_far(validation: "Dataset", far: float) -> None:
 def _shared(training: "Dataset | None", validation: "Dataset") -> int | None:
     from trainer.data.identities import named_identities
 
-    sides = [named_identities(one) for one in (validation, training) if one is not None]
-    found = [one for one in sides if one is not None]
+    both = [named_identities(one) for one in (validation, training) if one is not None]
+    found = [one for one in both if one is not None]
     if len(found) < 2:
         return None
     shared = found[0][0].shared(found[1][0])

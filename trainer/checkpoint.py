@@ -41,7 +41,7 @@ from trainer.checkpoint_folder import (
 )
 from trainer.distributed import Ranks, barrier, broadcast_object, gather_objects
 from trainer.errors import CheckpointError
-from trainer.files import checksum
+from trainer.files import checksum, sync
 from trainer.reading import open_regular
 from trainer.seals import sealed
 
@@ -244,7 +244,7 @@ class Checkpoints:
                 os.fsync(file.fileno())
             shutil.rmtree(target, ignore_errors=True)
             saving.partial.rename(target)
-            _sync_folder(self.folder)
+            sync(self.folder)
             self._retain()
         except (OSError, CheckpointError) as error:
             return _first_line(error)
@@ -343,11 +343,3 @@ def _first_line(error: BaseException) -> str:
         return f"rank {rank}: {_first_line(inner)}"
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

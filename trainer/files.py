@@ -140,7 +140,7 @@ def atomically(target: Path) -> Iterator[Path]:
         elif target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a folder; nothing was replaced", str(target))
         else:
-            _sync(partial)
+            sync(partial)
             partial.rename(target)
     finally:
         remove(partial)
@@ -173,7 +173,8 @@ def write_array(target: Path, array: NDArray[Any]) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, written to the storage itself. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -60,7 +60,7 @@ def test_a_killed_data_process_is_one_line(tmp_path: Path) -> None:
 def test_no_room_in_shared_memory_is_one_line_at_once(tmp_path: Path) -> None:
     """A container's /dev/shm of 64 MiB is soon full; the rank waited for run.timeout_seconds."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespaces here")
+        pytest.skip("mount namespaces are not permitted here")
     data = packed(tmp_path, 11, 4, (64, 64))
     code = """
 import sys
@@ -78,7 +78,7 @@ except DataError as error:
         ["unshare", "-m", "bash", "-c", words], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
     )
     if "mount" in done.stderr and "refused" not in done.stdout:
-        pytest.skip("no mounts here")
+        pytest.skip("mounts are not permitted here")
     assert "refused: /dev/shm: no room for a batch of 393,216 bytes" in done.stdout, done.stderr
     assert "--shm-size" in done.stdout
     assert "Traceback" not in done.stderr
@@ -122,7 +122,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no mounts here: a full disk cannot be tried")
+        pytest.skip("mounts are not permitted here: a full disk cannot be tried")
     yield folder
     subprocess.run(["umount", str(folder)], check=False)
 

@@ -153,7 +153,7 @@ def test_a_planted_library_does_not_run(tmp_path: Path, monkeypatch: pytest.Monk
     from trainer.head import native
 
     if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("no C++ compiler (g++)")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("subprocess.run", _no_compiler(tmp_path))
     own = cache_folder()

@@ -167,10 +167,12 @@ def test_two_banks_of_one_name(tmp_path: Path, amount: int) -> None:
 def test_ranks_of_other_launchers_end_with_lce_launch(tmp_path: Path, launcher: str) -> None:
     """``lce launch`` is killed, though another launcher stands between it and the ranks (DeepSpeed's own outlives it),
     and the same command is started at once; then that other launcher is killed."""
-    for module in {"mpirun": ["mpi4py"], "deepspeed": ["deepspeed"]}[launcher]:
-        pytest.importorskip(module)
+    if launcher == "mpirun":
+        pytest.importorskip("mpi4py", reason="needs mpi4py (extra `mpi`)")
+    else:
+        pytest.importorskip("deepspeed", reason="needs DeepSpeed (extra `deepspeed`)")
     if shutil.which(launcher, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None:
-        pytest.skip(f"no {launcher}")
+        pytest.skip("the launcher's program is not installed")
     changes = {
         "train__steps": 100000,
         "backbone__name": "small",

@@ -270,7 +270,7 @@ def parallel(name: str) -> Check:
 
     def check(scene: Scene) -> None:
         if name.startswith("zero"):
-            pytest.importorskip("deepspeed")
+            pytest.importorskip("deepspeed", reason="needs DeepSpeed (extra `deepspeed`)")
         run = scene.run(world=2, train__parallel=name)
         theirs = scene.run(world=2, train__parallel="ddp").series("loss")
         np.testing.assert_allclose(run.series("loss")[:2], theirs[:2], rtol=1e-3)
@@ -616,7 +616,7 @@ def test_a_deterministic_run_repeats_to_the_last_bit(scene: Scene) -> None:
 @pytest.mark.slow
 def test_zero3_without_a_moving_average(scene: Scene) -> None:
     """And with one it is refused, by name."""
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed (extra `deepspeed`)")
     parallel("zero3")(scene)
     with pytest.raises(AssertionError, match="no moving average of parameters that no rank has"):
         scene.run(world=2, train__parallel="zero3", train__ema=0.9)

@@ -15,7 +15,7 @@ from tests.docs.pages import ROOT
 from tools.cli import COMMANDS
 
 SCRIPT = ROOT / "docs/build_site.py"
-pytest.importorskip("pdoc")
+pytest.importorskip("pdoc", reason="needs pdoc (extra `docs`)")
 
 
 @pytest.fixture(scope="module")

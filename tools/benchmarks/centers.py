@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures, as the JSON holds them."""
-    from tools.measuring import origin
+    from tools.measuring import origin, seconds_of
 
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="lce-bench-centers-") as scratch:
         folder = Path(scratch)
@@ -65,10 +64,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         peak = 0
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-            copies.append(_seconds(lambda: _copy(files, folder / "copy")))
+            copies.append(seconds_of(lambda: _copy(files, folder / "copy")))
             shutil.rmtree(folder / "copy")
             with _own_memory() as memory:
-                banks.append(_seconds(lambda: convert(folder / "bank")))
+                banks.append(seconds_of(lambda: convert(folder / "bank")))
             peak = max(peak, memory[0])
             shutil.rmtree(folder / "bank")
         source_bytes = sum(path.stat().st_size for path in files)
@@ -123,12 +122,6 @@ def _copy(files: list[Path], folder: Path) -> None:
     folder.mkdir()
     for path in files:
         shutil.copyfile(path, folder / path.name)
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,7 @@ def _measure(folder: Path, size: int, repeats: int) -> dict[str, list[float]]:
     import torch
     import torch.distributed as dist
 
+    from tools.measuring import seconds_of
     from tools.progress import progress_bars
     from trainer.checkpoint import Checkpoints, load_tensors
     from trainer.checkpoint_folder import CheckpointConfig, find_damage
@@ -86,19 +86,13 @@ def _measure(folder: Path, size: int, repeats: int) -> dict[str, list[float]]:
                 times["write"].append(time.perf_counter() - start)
                 found = checkpoints.newest()
                 assert found is not None
-                times["verify"].append(_seconds(partial(find_damage, found.folder, found.seal["files"])))
-                times["load"].append(_seconds(partial(load_tensors, found, state)))
+                times["verify"].append(seconds_of(partial(find_damage, found.folder, found.seal["files"])))
+                times["load"].append(seconds_of(partial(load_tensors, found, state)))
                 largest = max(found.folder.iterdir(), key=lambda path: path.stat().st_size)
-                times["copy"].append(_seconds(partial(_copy, largest, folder / "copy")))
+                times["copy"].append(seconds_of(partial(_copy, largest, folder / "copy")))
     finally:
         dist.destroy_process_group()
     return times
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -84,9 +84,9 @@ def stages(device: str, small: bool, out: Path) -> list[Stage]:
         found.append(replace(head(f"triton-{million}-{rate}", 40, million, *options), skipped=skipped))
     for compute in ("float32", "tf32", "bfloat16"):
         for rate in ("1.0", "0.1"):
-            side = () if compute == "float32" else ("--only", "ours")
+            only = () if compute == "float32" else ("--only", "ours")
             name = f"head-{million}-{rate}-{compute}"
-            found.append(head(name, 60, million, "--rate", rate, "--compute", compute, *side))
+            found.append(head(name, 60, million, "--rate", rate, "--compute", compute, *only))
     ours = ("--only", "ours", "--rows", "bfloat16", "--compute", "bfloat16")
     found.append(head(f"head-{more}-0.1-bfloat16", 60, more, "--rate", "0.1", *ours))
     found.append(head(f"head-{more}-1.0-bfloat16", 60, more, "--rate", "1.0", *ours))

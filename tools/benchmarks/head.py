@@ -153,7 +153,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.device == "cuda" and torch.cuda.device_count() < args.world_size:
         raise ConfigError(f"--device cuda: {torch.cuda.device_count()} usable CUDA device(s), {args.world_size} needed")
     try:
-        for name in _sides(args):
+        for name in _implementations(args):
             _config(args, name)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
@@ -162,7 +162,7 @@ def _check(args: argparse.Namespace) -> None:
         ) from None
 
 
-def _sides(args: argparse.Namespace) -> list[str]:
+def _implementations(args: argparse.Namespace) -> list[str]:
     return ["reference", "ours"] if args.only == "both" else [args.only]
 
 
@@ -170,10 +170,10 @@ def summary(figures: dict[str, Any]) -> str:
     """One measurement in words."""
     head = f"{figures['classes']:,} classes, rate {figures['rate']}, batch {figures['batch']}, {figures['dtype']}"
     lines = [f"{head}, {figures['world_size']} rank(s) on {figures['device']}"]
-    for side in ("reference", "ours"):
-        if figures.get(side):
-            one = figures[side]
-            lines.append(f"  {side:9} {one['seconds']:.4f} s, peak {one['peak_bytes'] / 2**30:.2f} GiB")
+    for name in ("reference", "ours"):
+        if figures.get(name):
+            one = figures[name]
+            lines.append(f"  {name:9} {one['seconds']:.4f} s, peak {one['peak_bytes'] / 2**30:.2f} GiB")
     if "ratio" in figures:
         lines.append(f"  ratio {figures['ratio']:.2f}")
     if "bound_seconds" in figures:
@@ -188,7 +188,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run, as the JSON holds them."""
     from trainer.head.products import bfloat16_instructions
 
-    names = _sides(args)
+    names = _implementations(args)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     figures: dict[str, Any] = {
         "bench": "head",
@@ -203,19 +203,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     groups = [names] if not args.sequential else [[name] for name in names]
     for group in groups:
-        sides = {name: Implementation(name, args) for name in group}
+        running = {name: Implementation(name, args) for name in group}
         try:
             for step in range(args.warmup + args.steps):
-                for name, side in sides.items():
-                    taken = side.step(step)
+                for name, one in running.items():
+                    taken = one.step(step)
                     if step >= args.warmup:
                         seconds[name].append(taken)
                 print(f"turn {step + 1} of {args.warmup + args.steps} ({', '.join(group)})", file=sys.stderr)
-            for name, side in sides.items():
-                figures[name] = {"seconds": statistics.median(seconds[name]), **side.finish()}
+            for name, one in running.items():
+                figures[name] = {"seconds": statistics.median(seconds[name]), **one.finish()}
         finally:
-            for side in sides.values():
-                side.close()
+            for one in running.values():
+                one.close()
     return figures | _ratios(args, figures, seconds)
 
 
@@ -357,7 +357,7 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
 
 
 def _config(args: argparse.Namespace, name: str) -> Any:
-    """The head of a side, ``ours`` or ``reference``. Raises pydantic's ValidationError."""
+    """The head that is measured, ``ours`` or ``reference``. Raises pydantic's ValidationError."""
     from trainer.config import parse_section
     from trainer.head.config import HeadConfig
 

@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
     figures = measure(args)
     write_json(figures, args.json)
     if args.json != "-":
-        for side in ("reference", "ours", "torch"):
-            if isinstance(figures.get(side), dict):  # without the loader "torch" is its version
-                print(f"{side:9} {figures[side]['images_per_second']:10,.0f} images/s")
+        for name in ("reference", "ours", "torch"):
+            if isinstance(figures.get(name), dict):  # without the loader "torch" is its version
+                print(f"{name:9} {figures[name]['images_per_second']:10,.0f} images/s")
         print(f"ours / reference: {figures['ratio']:.3f}")
         cost = figures["checksums_cost"]
         if cost is not None:
@@ -106,24 +106,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.data or _make_images(Path(scratch), args.images, args.size)
         dataset = open_dataset(folder)
-        sides = {"reference": _bare(dataset, augment, args), "ours": _ours("dali", dataset, augment, args)}
+        pipelines = {"reference": _bare(dataset, augment, args), "ours": _ours("dali", dataset, augment, args)}
         if not args.no_torch:
-            sides["torch"] = _ours("torch", dataset, augment, args)
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
+            pipelines["torch"] = _ours("torch", dataset, augment, args)
+        seconds: dict[str, list[float]] = {name: [] for name in pipelines}
         processor: list[float] = []
         for round_number in range(args.rounds + 1):
-            for side, take in sides.items():
+            for name, take in pipelines.items():
                 used, began = time.process_time(), time.perf_counter()
                 take(args.steps)
                 if round_number:  # the first round warms up
-                    seconds[side].append(time.perf_counter() - began)
-                    if side == "ours":
+                    seconds[name].append(time.perf_counter() - began)
+                    if name == "ours":
                         processor.append(time.process_time() - used)
             print(f"round {round_number} of {args.rounds}", file=sys.stderr)
         images = args.steps * args.batch
         figures = {
-            side: {"seconds": statistics.median(times), "images_per_second": images / statistics.median(times)}
-            for side, times in seconds.items()
+            name: {"seconds": statistics.median(times), "images_per_second": images / statistics.median(times)}
+            for name, times in seconds.items()
         }
         figures["ours"]["processor_seconds"] = statistics.median(processor)
         checksums = _reads(dataset, open_dataset(folder, verify=False), args) if dataset.checksummed else None
@@ -156,8 +156,8 @@ def _reads(checked: "Dataset", bare: "Dataset", args: argparse.Namespace) -> dic
     taken: dict[str, list[float]] = {"microseconds": [], "microseconds_without": []}
     for turn in range(args.steps * args.rounds):
         records = np.take(order, range(turn * args.batch, (turn + 1) * args.batch), mode="wrap").tolist()
-        sides = [("microseconds", checked), ("microseconds_without", bare)]
-        for name, dataset in sides if turn % 2 else reversed(sides):
+        datasets = [("microseconds", checked), ("microseconds_without", bare)]
+        for name, dataset in datasets if turn % 2 else reversed(datasets):
             began = time.thread_time()
             for record in records:
                 dataset.store.read(record)

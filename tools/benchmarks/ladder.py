@@ -181,13 +181,13 @@ def _measured_cells(rung: dict[str, Any], batch: int) -> list[str]:
         return ["–", "–", f"does not fit: {rung['planned_bytes'] / 2**30:.1f} GiB planned", "–", "–"]
     figures = rung["measured"]
 
-    def side(name: str) -> str:
+    def cell(name: str) -> str:
         one = figures.get(name)
         return "does not fit" if one is None else f"{one['seconds']:.4g} s, {one['peak_bytes'] / 2**30:.2f} GiB"
 
     ratio = f"{figures['ratio']:.2f}" if "ratio" in figures else "–"
     speed = f"{batch / figures['ours']['seconds']:,.0f}" if figures.get("ours") else "–"
-    return [rung["rows"], side("reference"), side("ours"), ratio, speed]
+    return [rung["rows"], cell("reference"), cell("ours"), ratio, speed]
 
 
 def _published_cell(classes: int, method: str) -> str:

@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
         with progress_bars() as bars:
             for number in range(args.repeats):
                 bars.update("measuring", number, args.repeats)
-                for row, (words, status) in rows.items():
-                    seconds[row].append(user_seconds(words, status, folder))
+                for row, (arguments, status) in rows.items():
+                    seconds[row].append(user_seconds(arguments, status, folder))
     medians = {row: round(statistics.median(found), 3) for row, found in seconds.items()}
     reference = {row: medians.pop(row) for row in REFERENCES}
     figures: dict[str, Any] = {"bench": "startup", "repeats": args.repeats, "records": args.records, **origin()}
@@ -68,7 +68,7 @@ REFERENCES = {"python": "pass", "python, import torch": "import torch"}
 
 
 def commands() -> dict[str, tuple[list[str], int]]:
-    """What is measured: its name → the words after ``python``, and the exit status that is right."""
+    """What is measured: its name → the arguments of ``python``, and the exit status that is right."""
     ours = {
         "lce --help": (["--help"], 0),
         "a key with a typo": (["launch", "run.yaml", "optimiser.lr=1"], 2),
@@ -79,25 +79,25 @@ def commands() -> dict[str, tuple[list[str], int]]:
         "lce plan": (["plan", "--classes", "1e6", "--backbone", "iresnet50", "--gpus", "8"], 0),
     }
     plain = {row: (["-c", code], 0) for row, code in REFERENCES.items()}
-    return plain | {row: (["-m", "tools.cli", *words], status) for row, (words, status) in ours.items()}
+    return plain | {row: (["-m", "tools.cli", *arguments], status) for row, (arguments, status) in ours.items()}
 
 
-def user_seconds(words: Sequence[str], status: int, folder: Path) -> float:
-    """User CPU seconds of ``python WORDS`` in ``folder``, its threads and children included.
+def user_seconds(arguments: Sequence[str], status: int, folder: Path) -> float:
+    """User CPU seconds of ``python ARGUMENTS`` in ``folder``, its threads and children included.
 
     Raises:
         ConfigError: it did not end with ``status``; a measured failure is no measurement.
     """
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryFile() as out:
-        command = [sys.executable, *words]
+        command = [sys.executable, *arguments]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
         _, waited, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(waited)
         if process.returncode != status:
             out.seek(0)
             text = out.read().decode(errors="replace").strip()
-            raise ConfigError(f"{' '.join(words)}: status {process.returncode}, expected {status}: {text[-500:]}")
+            raise ConfigError(f"{' '.join(arguments)}: status {process.returncode}, expected {status}: {text[-500:]}")
     return usage.ru_utime
 
 

@@ -78,8 +78,8 @@ def chains(comparison: "Comparison", sizes: Sequence[int], weights: Mapping[str,
         comparison.pictures(0)
         count()
         tables = _tables(comparison, sizes)
-        words = [f"data.path={comparison.dataset(0, 'train')}", f"data.labels={tables[0]}"]
-        comparison.train(0, FIRST, "old", words)
+        overrides = [f"data.path={comparison.dataset(0, 'train')}", f"data.labels={tables[0]}"]
+        comparison.train(0, FIRST, "old", overrides)
         count()
 
         def one(name: str) -> None:

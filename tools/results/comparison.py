@@ -248,15 +248,15 @@ class Comparison:
         from trainer.run.config import dump_config, load_config
 
         run = self.folder(seed) / name
-        config, words = self._recipe(seed, recipe, run)
-        words += overrides
-        loaded = load_config(config, words)
+        config, settings = self._recipe(seed, recipe, run)
+        settings += overrides
+        loaded = load_config(config, settings)
         key = [dump_config(loaded).replace(str(self.out), "lab"), *self._pictures_key(seed), *_contents(loaded)]
         if old_model is not None:
             key.append(self._hash(self.folder(seed) / old_model))
 
         def action() -> None:
-            self._run(seed, name, config, words)
+            self._run(seed, name, config, settings)
 
         Steps(self.folder(seed) / "stamps" / name, _silent).run("train", "", key, [run], action, continues=True)
         return run
@@ -264,14 +264,14 @@ class Comparison:
     def _recipe(self, seed: int, recipe: str, run: Path) -> tuple[Path, list[str]]:
         """The configuration of a training run in the run folder ``run``, and its overrides."""
         old, known = recipe == "old", self.source.folder
-        words = [f"data.path={self.dataset(seed, 'old' if old and not known else 'train')}"]
-        words += [f"data.labels={known / OLD_LABELS}"] if old and known else []
-        words += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
-        return CONFIGS / f"{self.source.config}-{recipe}.yaml", [*words, *QUIET, *self.settings]
+        overrides = [f"data.path={self.dataset(seed, 'old' if old and not known else 'train')}"]
+        overrides += [f"data.labels={known / OLD_LABELS}"] if old and known else []
+        overrides += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
+        return CONFIGS / f"{self.source.config}-{recipe}.yaml", [*overrides, *QUIET, *self.settings]
 
-    def _run(self, seed: int, name: str, config: Path, words: Sequence[str]) -> None:
+    def _run(self, seed: int, name: str, config: Path, overrides: Sequence[str]) -> None:
         log = self.folder(seed) / "output" / f"{name}.txt"
-        status = self.children.run([sys.executable, "-m", "trainer", str(config), *words], log)
+        status = self.children.run([sys.executable, "-m", "trainer", str(config), *overrides], log)
         if status:
             where = f"exit status {status}; all of it: {log.relative_to(self.out)} in --out"
             raise TrainingFailed(f"{name}, seed {seed}: {_last_line(log)} ({where})")
@@ -311,17 +311,17 @@ class Comparison:
         folder = self.folder(seed)
         names = {"old": old, "new": new} | ({"paragon": paragon} if paragon else {})
         hashes = [self._hash(folder / name) for name in names.values()]
-        place = folder / "figures" / part / f"{new}.json"
-        if place.is_file():
-            known = json.loads(place.read_text())
+        file = folder / "figures" / part / f"{new}.json"
+        if file.is_file():
+            known = json.loads(file.read_text())
             whole = paragon is None or "replicates" in known["figures"]  # older ones have none
             if known["models"] == hashes and whole:
                 return dict(known["figures"])
         figures = self._figures(seed, part, names)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         from trainer.files import write_text
 
-        write_text(place, json.dumps({"models": hashes, "figures": figures}, indent=1))
+        write_text(file, json.dumps({"models": hashes, "figures": figures}, indent=1))
         return figures
 
     def _figures(self, seed: int, part: str, names: dict[str, str]) -> dict[str, Any]:
@@ -381,10 +381,10 @@ class Comparison:
         """
         found: dict[str, list[float]] = {name: [] for name in overrides}
         for _ in range(TIMED_ROUNDS):
-            for name, words in overrides.items():
+            for name, own in overrides.items():
                 with tempfile.TemporaryDirectory(prefix="timed-", dir=self.folder(0)) as folder:
                     config, common = self._recipe(0, "paragon", Path(folder, name))
-                    self._run(0, f"timed-{name}", config, [*common, *words, f"train.steps={TIMED_STEPS}"])
+                    self._run(0, f"timed-{name}", config, [*common, *own, f"train.steps={TIMED_STEPS}"])
                     lines = Path(folder, name, "log.jsonl").read_text().splitlines()
                 later = [json.loads(line)["step_seconds"] for line in lines[2:]]  # without the first 20 updates
                 found[name].append(statistics.median(later))

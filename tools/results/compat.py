@@ -103,16 +103,16 @@ class _Methods(dict[str, Method]):
         if len(parts) < 2 or any(part not in self for part in parts):
             raise KeyError(name)
         first = next((part for part in parts if self[part].low < self[part].high), parts[0])
-        words, sections = list[str](), list[str]()
+        overrides, sections = list[str](), list[str]()
         for part in parts:
             weight = "{weight}" if part == first else f"{{{part}_weight}}"
             own = [word.replace("{weight}", weight) for word in self[part].settings]
-            words += [word for word in own if not word.startswith("compat.")]
+            overrides += [word for word in own if not word.startswith("compat.")]
             pairs = [word.removeprefix("compat.").split("=") for word in own if word.startswith("compat.")]
             sections.append(f"{{{{{', '.join(f'{key}: {chr(34)}{value}{chr(34)}' for key, value in pairs)}}}}}")
         title = " + ".join(self[part].title.removesuffix(", direct") for part in parts)
         others = tuple((part, self[part].low, self[part].high) for part in parts if part != first)
-        settings = (*words, f"compat=[{', '.join(sections)}]")
+        settings = (*overrides, f"compat=[{', '.join(sections)}]")
         return Method(title, settings, self[first].low, self[first].high, others)
 
 
@@ -384,10 +384,6 @@ def time_updates(comparison: "Comparison", methods: dict[str, Any]) -> None:
 def prepare(comparison: "Comparison", seeds: int, count: Callable[[], None]) -> None:
     """Pictures, old models, their banks and paragons of all seeds. Raises the first problem."""
 
-    def pictures(seed: int) -> None:
-        comparison.pictures(seed)
-        count()
-
     def train(one: tuple[int, str]) -> None:
         comparison.train(one[0], one[1], one[1], ())
         count()
@@ -398,10 +394,20 @@ def prepare(comparison: "Comparison", seeds: int, count: Callable[[], None]) -> 
 
     everyone = range(seeds)
     models = [(seed, OLD) for seed in everyone] + [(seed, PARAGON) for seed in everyone]
-    raise_first(comparison.each(pictures, everyone[:1]))  # alone: fetches what the others find in the cache
-    raise_first(comparison.each(pictures, everyone[1:]))
+    make_pictures(comparison, everyone, count)
     raise_first(comparison.each(train, models))
     raise_first(comparison.each(bank, everyone))
+
+
+def make_pictures(comparison: "Comparison", seeds: Sequence[int], count: Callable[[], None]) -> None:
+    """The data sets of some seeds. Raises the first problem."""
+
+    def pictures(seed: int) -> None:
+        comparison.pictures(seed)
+        count()
+
+    raise_first(comparison.each(pictures, seeds[:1]))  # alone: fetches what the others find in the cache
+    raise_first(comparison.each(pictures, seeds[1:]))
 
 
 def raise_first(problems: "Mapping[Any, LceError | None]") -> None:

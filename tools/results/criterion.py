@@ -107,17 +107,13 @@ def check(
     Raises:
         LceError: a training run failed.
     """
-    from tools.results.compat import counting, raise_first
+    from tools.results.compat import counting, make_pictures, raise_first
 
     olds = [(seed, dim) for seed in range(seeds) for dim in sorted({case.old for case in cases})]
     alone = sorted({case.new for case in cases if case.mode in ("cross-model", CONTROL)})
     independent = [(seed, dim) for seed in range(seeds) for dim in alone]
     jobs = [(seed, case) for seed in range(seeds) for case in cases]
     with counting(seeds + len(olds) + len(independent) + len(jobs)) as count:
-
-        def pictures(seed: int) -> None:
-            comparison.pictures(seed)
-            count()
 
         def old(one: tuple[int, int]) -> None:
             comparison.train(one[0], f"old-{one[1]}", "old", [f"backbone.dim={one[1]}"])
@@ -136,7 +132,7 @@ def check(
             comparison.measure(one[0], "unseen", f"old-{one[1].old}", one[1].name)
             count()
 
-        raise_first(comparison.each(pictures, range(seeds)))
+        make_pictures(comparison, range(seeds), count)
         raise_first(comparison.each(old, olds))
         raise_first(comparison.each(new, independent))
         raise_first(comparison.each(compatible, jobs))

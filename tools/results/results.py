@@ -117,7 +117,7 @@ def _million(figures: dict[str, Any]) -> str:
 
 
 def _input(figures: dict[str, Any]) -> str:
-    speeds = [f"{figures[side]['images_per_second']:,.0f}" for side in ("ours", "reference")]
+    speeds = [f"{figures[name]['images_per_second']:,.0f}" for name in ("ours", "reference")]
     return (
         f"{speeds[0]} images/s in a global random order, {speeds[1]} of a bare DALI pipeline in file order: ratio "
         f"{figures['ratio']:.2f}. {figures['image_size'][0]} × {figures['image_size'][1]} JPEG, augmentation: "
@@ -272,11 +272,11 @@ def _measure(args: argparse.Namespace) -> int:
     with interruptible():
         for section in SECTIONS:
             for command in section.commands:
-                places = {"json": args.figures / section.file, "figures": args.figures}
-                words = [w.format(**places, work=args.work, fonts=args.fonts) for w in command.split()]
-                print(f"{section.title}: lce {' '.join(words)}", file=sys.stderr, flush=True)
+                names = {"json": args.figures / section.file, "figures": args.figures}
+                argv = [w.format(**names, work=args.work, fonts=args.fonts) for w in command.split()]
+                print(f"{section.title}: lce {' '.join(argv)}", file=sys.stderr, flush=True)
                 try:
-                    run_lce(words)
+                    run_lce(argv)
                 except StepFailed as failed:
                     if failed.status != 1:
                         return failed.status
@@ -317,8 +317,8 @@ def page(known: dict[str, Any], plots: Sequence[str]) -> str:
     ]
     out += [text + "\n" for text in (headline(known),) if text]
     for one in SECTIONS:
-        places = {"json": f"benchmarks/{one.file}", "figures": "benchmarks", "work": "work", "fonts": "fonts"}
-        out += [f"## {one.title}", "", *(f"`lce {command.format(**places)}`\n" for command in one.commands)]
+        names = {"json": f"benchmarks/{one.file}", "figures": "benchmarks", "work": "work", "fonts": "fonts"}
+        out += [f"## {one.title}", "", *(f"`lce {command.format(**names)}`\n" for command in one.commands)]
         out += [one.text(known[one.file]) if known[one.file] is not None else "Not measured yet.\n"]
         if one.next_to is not None and known[one.file] is not None:
             out += [_agreement(known[one.file], known[one.next_to])]
@@ -345,7 +345,7 @@ def headline(known: dict[str, Any]) -> str:
     times = [run["methods"]["lce"]["update_time"] for run in runs if "update_time" in run["methods"]["lce"]]
     price += f" and with {times[0]:.2f} times the paragon's time for an update" if times else ""
     found = [_standing(run, metric) for run in runs for metric in (METRIC, "rank-1")]
-    ahead, level, behind = ([text for place, text, _ in found if place == which] for which in (1, 0, -1))
+    ahead, level, behind = ([text for standing, text, _ in found if standing == which] for which in (1, 0, -1))
     gain = _gain(long, "lce")
     share = "" if gain is None else f"{gain['mean']:.0%} of the way to the paragon by TAR, "
     out = (
@@ -521,11 +521,11 @@ def _plot_changes(known: dict[str, Any], path: Path) -> bool:
         return False
     axes, save = _axes("TAR at FAR 1e-4, unseen identities", "")
     lines = figures["lines"][::-1]
-    for place, (colour, name) in enumerate(zip(COLOURS[1:], figures["methods"], strict=False)):
+    for index, (colour, name) in enumerate(zip(COLOURS[1:], figures["methods"], strict=False)):
         found = {
             row: values[METRIC] for row, one in enumerate(lines) if (values := means(one["cells"][name], "new->old"))
         }
-        rows = [row + 0.15 * (len(figures["methods"]) / 2 - place) for row in found]
+        rows = [row + 0.15 * (len(figures["methods"]) / 2 - index) for row in found]
         axes.plot(list(found.values()), rows, "o", color=colour, label=f"{figures['methods'][name]}: new → old")
     old = {
         row: values[METRIC]

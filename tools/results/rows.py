@@ -26,6 +26,7 @@ from tools.results.compat import (
     add_run_arguments,
     counting,
     make_comparison,
+    make_pictures,
     raise_first,
 )
 
@@ -92,10 +93,6 @@ def compare(
     trials = FACTORS if needed and factor is None else ()
     with counting(seeds + len(trials) + len(names) * seeds) as count:
 
-        def pictures(seed: int) -> None:
-            comparison.pictures(seed)
-            count()
-
         def trial(value: float) -> None:
             _figures(comparison, "float32-0", 0, value, "validation")
             count()
@@ -104,8 +101,7 @@ def compare(
             _figures(comparison, *one, factor, "unseen")
             count()
 
-        raise_first(comparison.each(pictures, range(1)))
-        raise_first(comparison.each(pictures, range(1, seeds)))
+        make_pictures(comparison, range(seeds), count)
         raise_first(comparison.each(trial, trials))
         if trials:
             factor = max(trials, key=lambda value: _figures(comparison, "float32-0", 0, value, "validation")[CRITERION])

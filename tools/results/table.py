@@ -96,7 +96,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        sides = [f"{row[s]['seconds']:.4g} s, {row[s]['peak_bytes'] / 2**30:.2f} GiB" for s in ("reference", "ours")]
+        costs = [f"{row[s]['seconds']:.4g} s, {row[s]['peak_bytes'] / 2**30:.2f} GiB" for s in ("reference", "ours")]
         ratios = f"{row['ratio']:.2f} | {row['times_bound']:.2f} | {row['times_state']:.2f}"
-        lines.append(f"| `{row['command']}` | {sides[0]} | {sides[1]} | {ratios} | {row['commit']} |")
+        lines.append(f"| `{row['command']}` | {costs[0]} | {costs[1]} | {ratios} | {row['commit']} |")
     return "\n".join(lines) + "\n"

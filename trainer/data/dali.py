@@ -241,7 +241,7 @@ class DaliLoader(PositionedLoader):
                     continue  # found in an earlier batch of these
                 reason = self._decode_error(record, image)
                 if reason is not None:
-                    self.reader.note(record, f"{self.dataset.where(record)} does not decode: {reason}")
+                    self.reader.skip(record, f"{self.dataset.where(record)} does not decode: {reason}")
         if len(self.reader.bad) + len(self.by_pillow) == before:
             raise DataError(
                 f"{self.dataset.path}: DALI failed on records that decode one by one: {_short(error)}"

@@ -140,7 +140,7 @@ def _refuse_strays(source: Path, tars: list[Path]) -> None:
 
 def _number(identities: list[str], keep: bool, source: Path) -> tuple[list[str] | None, NDArray[np.int64]]:
     if keep:
-        wrong = next((name for name in identities if not _is_number(name)), None)
+        wrong = next((name for name in identities if not is_whole_number(name)), None)
         if wrong is not None:
             raise DataError(f"{source}: `keep_labels` needs whole numbers from 0 on, found the label {wrong!r}")
         large = next((name for name in identities if len(name) > 18 or int(name) >= MOST_CLASSES), None)
@@ -148,7 +148,11 @@ def _number(identities: list[str], keep: bool, source: Path) -> tuple[list[str] 
             raise DataError(f"{source}: the label {large[:20]} is no class number; they are below {MOST_CLASSES}")
         return None, np.array([int(name) for name in identities], np.int64)
     distinct = set(identities)
-    names = sorted(distinct, key=lambda name: (int(name), name)) if all(map(_is_number, distinct)) else sorted(distinct)
+    names = (
+        sorted(distinct, key=lambda name: (int(name), name))
+        if all(map(is_whole_number, distinct))
+        else sorted(distinct)
+    )
     for name in names:
         _check_name(name, source)
     number = {name: index for index, name in enumerate(names)}
@@ -167,7 +171,12 @@ def _check_name(name: str, source: Path) -> None:
         raise DataError(f"{source}: the identity {name!r} has a name that is not UTF-8; rename it") from None
 
 
-def _is_number(name: str) -> bool:
+def is_whole_number(name: str) -> bool:
+    """Whether a name is a number as class numbers are written: ASCII digits alone.
+
+    >>> is_whole_number("07"), is_whole_number("-1"), is_whole_number("٣"), is_whole_number("")
+    (True, False, False, False)
+    """
     return name.isascii() and name.isdigit()
 
 
@@ -295,7 +304,7 @@ def _same_numbers(source: Path, lines: list[Line]) -> tuple[list[str], dict[str,
         return [label for _, label, _ in lines], {}
     for number, label, _ in lines:
         value = values[label]
-        if value is None or value != value.to_integral_value() or (abs(value) >= 10**18 and not _is_number(label)):
+        if value is None or value != value.to_integral_value() or (abs(value) >= 10**18 and not is_whole_number(label)):
             raise DataError(
                 f"{source}: line {number}: the label {label!r} is no whole number, as others of the list are"
             )
@@ -303,7 +312,7 @@ def _same_numbers(source: Path, lines: list[Line]) -> tuple[list[str], dict[str,
     for label, value in values.items():
         forms.setdefault(int(value or 0), []).append(label)
     names = {
-        number: written[0] if len(written) == 1 and _is_number(written[0]) else str(number)
+        number: written[0] if len(written) == 1 and is_whole_number(written[0]) else str(number)
         for number, written in forms.items()
     }
     merged = {names[number]: written for number, written in forms.items() if len(written) > 1}

@@ -158,9 +158,9 @@ class Reader:
         self.dataset, self.max_bad, self.convert = dataset, max_bad, convert
         self.bad: dict[int, str] = {}
         for record in np.intersect1d(dataset.known_bad, dataset.kept):
-            self.note(int(record), f"{dataset.where(int(record))} is listed in bad_records.npy")
+            self.skip(int(record), f"{dataset.where(int(record))} is listed in bad_records.npy")
 
-    def note(self, record: int, reason: str) -> None:
+    def skip(self, record: int, reason: str) -> None:
         """Count a damaged record. Raises :class:`DataError` when there are more than allowed."""
         if record in self.bad:
             return
@@ -188,7 +188,7 @@ class Reader:
                     reason = f"{self.dataset.where(record)} does not decode: {error}"
                 if reason is None:
                     return record, image
-                self.note(record, reason)
+                self.skip(record, reason)
             kept = self.dataset.kept
             record = int(kept[np.searchsorted(kept, record, side="right") % len(kept)])
         raise DataError(f"{self.dataset.path}: no sound record was found in place of a damaged one")

@@ -47,7 +47,7 @@ from trainer.seals import find_change
 
 _SMALLEST_PART, _MOST_PARTS = 4096, 512
 _COUNTED = 32  # images between two reports of progress
-_NOTES = ".pack"
+_STAMPS = ".pack"
 _PLAN = "pack.json"
 _LABELS, _NAMES = "labels.npy", "classes.txt"
 _KEPT_FORMATS = ("JPEG", "PNG")
@@ -174,10 +174,10 @@ def _pack(
     if (out / DESCRIPTION).exists():
         written, complete = _repair(out, parts, listing, job, processes, progress)
     else:
-        (out / _NOTES).mkdir(exist_ok=True)
-        missing = [part for part in parts[job[0] :: job[1]] if not _note(part).exists()]
+        (out / _STAMPS).mkdir(exist_ok=True)
+        missing = [part for part in parts[job[0] :: job[1]] if not _stamp(part).exists()]
         _write_parts(missing, processes, progress)
-        stamps = [read_json(_note(part), DataError) for part in parts if _note(part).exists()]
+        stamps = [read_json(_stamp(part), DataError) for part in parts if _stamp(part).exists()]
         if len(stamps) < len(parts):
             done, size = sum(stamp["records"] for stamp in stamps), sum(stamp["bytes"] for stamp in stamps)
             left_out = sum(len(stamp["skipped"]) for stamp in stamps)
@@ -229,12 +229,12 @@ def _repair(
     broken = [part for part in parts if not _is_whole(part, described[part.number], sums)]
     mine = [part for part in broken if part.number % job[1] == job[0]]
     if mine:
-        (out / _NOTES).mkdir(exist_ok=True)
+        (out / _STAMPS).mkdir(exist_ok=True)
         _write_parts(mine, processes, progress)
     for part in mine:
         known, stop = described[part.number], ends[part.number]
         kept = labels[stop - (known.records or 0) : stop]
-        given = store.load_array(_note_labels(part), 1)
+        given = store.load_array(_stamp_labels(part), 1)
         if len(given) != len(kept) or ((kept != given) & (kept >= 0)).any() or not _is_whole(part, known, sums):
             raise DataError(f"{out / known.rec}: its images are not those that were packed; {again}")
     if mine and job[1] == 1:
@@ -300,12 +300,12 @@ def _claim(out: Path, plan: str, listing: Listing, options: PackOptions) -> None
         raise DataError(f"{out}: cannot be packed into: {error}") from None
 
 
-def _note(part: _Part) -> Path:
-    return part.out / _NOTES / f"{part.number:05d}.json"
+def _stamp(part: _Part) -> Path:
+    return part.out / _STAMPS / f"{part.number:05d}.json"
 
 
-def _note_labels(part: _Part) -> Path:
-    return part.out / _NOTES / f"{part.number:05d}.labels.npy"
+def _stamp_labels(part: _Part) -> Path:
+    return part.out / _STAMPS / f"{part.number:05d}.labels.npy"
 
 
 _done: Any = None  # the shared counter of images, in the worker processes
@@ -398,12 +398,12 @@ def _write_part(part: _Part, count: Callable[[int], None]) -> None:
             _write_identities(writer, np.array(labels))
         write_array(store.offsets_path(writer.path), offsets)
         write_array(crcs_path(writer.path), crcs)
-        write_array(_note_labels(part), np.array(labels, np.int64))
+        write_array(_stamp_labels(part), np.array(labels, np.int64))
         writer.close()
         about = {"records": len(labels), "bytes": writer.position, "first_id": first_id, "skipped": skipped}
-        files = (_note_labels(part), store.offsets_path(writer.path), crcs_path(writer.path))
+        files = (_stamp_labels(part), store.offsets_path(writer.path), crcs_path(writer.path))
         about |= {"sizes": sorted(sizes)[:8], "plan": part.plan, "files": {f.name: checksum(f) for f in files}}
-        write_text(_note(part), json.dumps(about))
+        write_text(_stamp(part), json.dumps(about))
         count(len(part.files))
     except BaseException:
         writer.abort()
@@ -458,10 +458,10 @@ def _finish(
 ) -> None:
     """All parts are there: labels, class names, checksums and, last, the description."""
     for part, stamp in zip(parts, stamps, strict=True):
-        change = find_change(_note_labels(part), *stamp["files"][_note_labels(part).name])
+        change = find_change(_stamp_labels(part), *stamp["files"][_stamp_labels(part).name])
         if change is not None:
             raise DataError(f"{change}; remove {out} and pack again")
-    write_array(out / _LABELS, np.concatenate([store.load_array(_note_labels(part), 1) for part in parts]))
+    write_array(out / _LABELS, np.concatenate([store.load_array(_stamp_labels(part), 1) for part in parts]))
     _write_names(out, listing)
     skipped = [line for stamp in stamps for line in stamp["skipped"]]
     if skipped:
@@ -501,7 +501,7 @@ def _write_names(out: Path, listing: Listing) -> None:
 
 
 def _clean(out: Path) -> None:
-    """Remove the notes, and what a killed run left under temporary names."""
-    shutil.rmtree(out / _NOTES)
+    """Remove the stamps of finished parts, and what a killed run left under temporary names."""
+    shutil.rmtree(out / _STAMPS)
     for stray in (*out.glob(".*.tmp"), *out.glob(".*.partial")):
         stray.unlink(missing_ok=True)

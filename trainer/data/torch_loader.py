@@ -76,7 +76,7 @@ class _Maker(Dataset[_Made]):
                 try:
                     pixels[row] = decode_image(image, info.image_size, info.color, exact=info.uniform)
                 except ValueError as error:
-                    self.reader.note(record, f"{self.dataset.where(record)} does not decode: {error}")
+                    self.reader.skip(record, f"{self.dataset.where(record)} does not decode: {error}")
                     continue
                 records[row] = record
                 break
@@ -154,7 +154,7 @@ class TorchLoader(PositionedLoader):
             if made.error is not None:
                 raise DataError(made.error)
             for record, reason in made.bad.items():
-                self._bound.note(record, reason)
+                self._bound.skip(record, reason)
             if made.images is None or not len(made.records):
                 yield made.slot, empty_batch(self.dataset.info.image_size, self.device)
                 continue

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from trainer.evaluation.bootstrap import LEVEL
 from trainer.evaluation.compatibility import rate_text
 
 Result = Mapping[str, Any]
@@ -118,7 +119,7 @@ def _criterion(sets: Sequence[Result]) -> Figure:
         axes.annotate(outcome, (d["value"], y), (0, 8), textcoords="offset points", ha="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [f"{name}\n{finding['metric']}" for name, finding in rows])
     axes.set_ylim(len(rows) - 0.5, -0.7)
-    axes.set_xlabel("(new → old) less (old → old), 95 % interval")
+    axes.set_xlabel(f"(new → old) less (old → old), {100 * LEVEL:g} % interval")
     return figure
 
 

@@ -73,7 +73,18 @@ class HeadOutput:
 
 
 class Companion(Protocol):
-    """A loss besides the head's that every rank computes alike from the same gathered tensors (LCE through T)."""
+    """A loss besides the head's that every rank computes alike from the same gathered tensors (LCE through T).
+
+    The factors that its gradient ∂L meets on the way back, with f the loss scale divided by the batches of an update
+    and W the ranks (forward, each of them is 1)::
+
+        L ── × f ──┬── the method's modules: f · ∂L
+                   ├── × 1/f ── rows: ∂L, handed to the head of the rank that owns them
+                   └── × 1/f ── × 1/W ── reduce-scatter, the sum of W equal gradients ── × f · W ── backbone
+
+    f, 1/f and f · W stand in ``TrainTask`` (trainer/run/task.py), 1/W in :class:`PartialFC`. A wrapper such as DDP then
+    divides by W, and the optimizer undoes f for the modules and the backbone alike.
+    """
 
     def __call__(self, embeddings: Tensor, labels: Labels, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (0-dim, equal on all ranks) and what to report of it, detached.

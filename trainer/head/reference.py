@@ -19,7 +19,7 @@ from trainer.head.sampling import Drawn
 from trainer.head.step import StepOutput, Verdict
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _SharedSum(torch.autograd.Function):
     """Sum over the ranks of what every rank then uses alike: the gradient of each part is the sum's own."""
 
     @staticmethod
@@ -82,7 +82,7 @@ class ReferenceSoftmax:
         rows = functional.normalize(self.weight if drawn.index is None else self.weight[drawn.index])
         cosines = unit @ rows.t()
         own = torch.zeros_like(norm).index_put((drawn.samples,), cosines[drawn.samples, drawn.places])
-        target_cosine = _SumOverRanks.apply(own)
+        target_cosine = _SharedSum.apply(own)
         target, psi = self._psi(target_cosine, norm, valid, training)
         logits = scale * cosines
         if self.config.margin.inter_class_filter:
@@ -98,7 +98,7 @@ class ReferenceSoftmax:
         )
         if self.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        negatives = _SumOverRanks.apply(torch.exp(logits - largest[:, None]).sum(1))
+        negatives = _SharedSum.apply(torch.exp(logits - largest[:, None]).sum(1))
         loss = -(scale * psi - largest - torch.log(negatives + torch.exp(scale * psi - largest)))[valid].sum() / count
         report = {"classification": loss.detach(), "target_cosine": target_cosine.detach()[valid].sum() / count}
         loss = self._penalty(target, loss, norm, valid, count, report)
@@ -142,13 +142,13 @@ class ReferenceSoftmax:
             share[drawn.negatives :] = 0
             share = share / drawn.probability
         gaps = (1 - (rows * centers).sum(1)) * mask * share
-        report["alignment"] = alignment = _SumOverRanks.apply(gaps.sum()) / total.clamp_min(1).to(rows.dtype)
+        report["alignment"] = alignment = _SharedSum.apply(gaps.sum()) / total.clamp_min(1).to(rows.dtype)
         target_centers, target_mask = centers[drawn.places], mask[drawn.places]
         local = drawn.places if drawn.index is None else drawn.index[drawn.places]
         boundary = compat.boundaries[local.to(compat.boundaries.device)].to(unit)
         hinge = (boundary - (unit[drawn.samples] * target_centers).sum(1)).clamp_min(0) * target_mask
         number = all_reduce_sum(target_mask.sum()).clamp_min(1)
-        report["boundary"] = boundary_loss = _SumOverRanks.apply(hinge.sum()) / number
+        report["boundary"] = boundary_loss = _SharedSum.apply(hinge.sum()) / number
         loss = loss + compat.alignment_weight * alignment + compat.boundary_weight * boundary_loss
         report.update({k: v.detach() for k, v in report.items()})
         return loss

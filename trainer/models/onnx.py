@@ -277,11 +277,6 @@ class OnnxModel(EmbeddingModel):
         model.identities = load_identities(card.identities, path.with_suffix(f".{IDENTITIES}"))
         return model
 
-    @property
-    def input_kind(self) -> InputKind:
-        """Whether the graph takes pixels, or images that are normalised already."""
-        return IMAGES_INSIDE if self.graph_input.normalise is None else IMAGES_OUTSIDE
-
     def embed(self, images: np.ndarray, color: Any = "RGB", flip: bool = False, unit: bool = True) -> np.ndarray:
         """As :meth:`EmbeddingModel.embed`; the graph's order counts, whatever the network inside was trained on."""
         same = color == self.graph_input.color

@@ -232,7 +232,9 @@ def _read_weights(path: Path, source: dict[str, Any]) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     try:
         for group in source["weightsManifest"]:
-            data = b"".join(read_bytes(path.parent / _beside(path, str(name)), ModelError) for name in group["paths"])
+            data = b"".join(
+                read_bytes(path.parent / _file_name(path, str(name)), ModelError) for name in group["paths"]
+            )
             start = 0
             for entry in group["weights"]:
                 value, start = _read_tensor(path, entry, data, start)
@@ -247,7 +249,7 @@ def _read_weights(path: Path, source: dict[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
-def _beside(path: Path, name: str) -> str:
+def _file_name(path: Path, name: str) -> str:
     if Path(name).name != name:
         raise ModelError(f"{path}: its weights are in {name!r}; taken are files next to it")
     return name

@@ -27,7 +27,8 @@ BACKBONES: dict[str, Builder] = {
     "mobilefacenet": MobileFaceNet,
     **{f"vit_{size}": partial(VisionTransformer, size) for size in SIZES},
 }
-"""name → builder(dim, image_size, [width])."""
+"""name → builder(dim, image_size, [width]). ``small`` and ``small_resnet`` are for trying things out on a processor, as
+the demo and the tests do: nobody has published results with them."""
 
 
 def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> nn.Module:

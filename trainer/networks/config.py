@@ -14,7 +14,7 @@ class BackboneConfig(Section):
     name: str = Field("iresnet18", description="a name known to trainer.networks (an unknown one lists them all)")
     dim: int = Field(512, ge=2, description="embedding dimension D")
     width: int | None = Field(
-        None, ge=1, description="first stage's channels, for the small networks that offer it; null: the network's own"
+        None, ge=1, description="first stage's channels, which vision transformers have fixed; null: the network's own"
     )
     weights: Path | None = Field(
         None, description="start from these weights (.safetensors, .pt state dict or a run folder)"

@@ -31,7 +31,7 @@ from trainer.data.identities import identities
 from trainer.distributed import Labels, Ranks, gather_batch, on_main, scale_gradient, send
 from trainer.head.partition import class_range
 from trainer.machine import largest_share
-from trainer.models.card import Direction, trained_card, transform_card
+from trainer.models.card import trained_card, transform_card
 from trainer.models.folder import save_model
 from trainer.models.model import TorchModel
 from trainer.run.config import Config
@@ -64,11 +64,7 @@ class CrossModelTask:
 
     def modules(self) -> dict[str, nn.Module]:
         """See :class:`trainer.run.task.Task`: ``t21`` and ``t12``."""
-        return {str(direction): module for direction, module in self._maps().items()}
-
-    def _maps(self) -> dict[Direction, nn.Module]:
-        both: dict[Direction, nn.Module | None] = {"t21": self.compat.t21, "t12": self.compat.t12}
-        return {direction: module for direction, module in both.items() if module is not None}
+        return {str(direction): module for direction, module in self.compat.maps().items()}
 
     def wrapped(self) -> None:
         """See :class:`trainer.run.task.Task`: maps are not wrapped."""
@@ -120,7 +116,7 @@ class CrossModelTask:
         on_main(lambda: self._write(folder, weights, step, figures), self.ranks)
 
     def _write(self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]) -> None:
-        maps = {direction: copy.deepcopy(module) for direction, module in self._maps().items()}
+        maps = {direction: copy.deepcopy(module) for direction, module in self.compat.maps().items()}
         for direction, module in maps.items():
             module.load_state_dict(weights[direction])
             module.float()

@@ -9,6 +9,7 @@ import numpy as np
 
 from trainer.compat.bank.matrices import read_labels
 from trainer.data.index import MOST_CLASSES
+from trainer.data.listing import is_whole_number
 from trainer.errors import CenterBankError
 from trainer.reading import open_regular
 
@@ -149,19 +150,15 @@ class _Column:
 
     def __init__(self, names: Sequence[str] | None) -> None:
         self._lookup = {name: number for number, name in enumerate(names or ())}
-        self._takes_numbers = not any(_is_number(name) for name in self._lookup)
+        self._takes_numbers = not any(is_whole_number(name) for name in self._lookup)
         self._named = names is not None
 
     def number_of(self, cell: str, where: str) -> int:
         """The class number of a cell. Raises :class:`CenterBankError`."""
         if cell in self._lookup:
             return self._lookup[cell]
-        if self._takes_numbers and _is_number(cell) and int(cell) < MOST_CLASSES:
+        if self._takes_numbers and is_whole_number(cell) and int(cell) < MOST_CLASSES:
             return int(cell)
         if self._named:
             raise CenterBankError(f"{where}: no class is called {cell!r}")
         raise CenterBankError(f"{where}: {cell!r} is no class number; names need the data sets' class_names")
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()

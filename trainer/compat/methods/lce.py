@@ -179,6 +179,11 @@ class TransformedCompat(nn.Module):
         self.t21 = build_transform(config.transform, dim_new, dim_old) if backward else None
         self.t12 = build_transform(config.transform, dim_old, dim_new) if forward else None
 
+    def maps(self) -> dict[Direction, nn.Module]:
+        """The maps that the mode has, by their direction."""
+        both: dict[Direction, nn.Module | None] = {"t21": self.t21, "t12": self.t12}
+        return {direction: module for direction, module in both.items() if module is not None}
+
     def forward(self, pairs: Pairs, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """λ_a L_a + λ_b L_b of the global batch, the same on every rank, and its parts.
 
@@ -251,8 +256,7 @@ class TransformedLce(CompatMethod):
 
     def transforms(self) -> dict[Direction, nn.Module]:
         """See :class:`CompatMethod`."""
-        both: dict[Direction, nn.Module | None] = {"t21": self.compat.t21, "t12": self.compat.t12}
-        return {direction: module for direction, module in both.items() if module is not None}
+        return self.compat.maps()
 
     def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``alignment`` and ``boundary``."""
