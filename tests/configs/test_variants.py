@@ -105,6 +105,29 @@ def file(tmp_path: Path) -> Path:
         ("run.dir=", "run.dir is empty: expected a path"),
         ("compat=[{method: bct, bank: a},{method: lce, bank: b}]", "all methods must be for one old model"),
         ("compat=[{method: bct, bank: a, mode: both},{method: lce}]", "compat.0.mode belongs to lce"),
+        ("compat.method=mixbct compat.bank=b compat.old_embeddings=e compat.mix_share=0", "an incompatible model"),
+        (
+            "compat.method=lce compat.bank=b compat.boundary_weight=0 compat.authors_formula=true",
+            "authors_formula = true: has no effect in mode direct",
+        ),
+        (" ".join([*CROSS, "compat.old_embeddings=e", "compat.old_model=m"]), "both are given"),
+        (
+            " ".join([*CROSS, "compat.bank=b", "compat.new_bank=c", "compat.old_embeddings=e"]),
+            "compat.old_embeddings = e: has no effect with compat.new_bank",
+        ),
+        (
+            " ".join([*CROSS, "compat.old_embeddings=e", "compat.boundary_weight=5"]),
+            "compat.boundary_weight = 5.0: has no effect without compat.bank",
+        ),
+        (" ".join([*CROSS, "compat.old_model=m", "compat.alignment_weight=0"]), "trains nothing without compat.bank"),
+        (" ".join([*CROSS, "optimizer.start_momentum=true"]), "start_momentum = true: has no effect where no network"),
+        (" ".join([*CROSS, "evaluate.every_steps=5", "evaluate.sets.a=a"]), "trains no network that embeds images"),
+        ("head.margin.name=combined", "combined with m1 = 1, m2 = 0 and m3 = 0 is no margin"),
+        ("head.rows=float64 head.compute=tf32", "head.compute = tf32: rounds products of float32; head.rows is"),
+        (
+            "train.precision=float64 train.matmul=tf32",
+            "train.matmul = tf32: has no effect with train.precision=float64",
+        ),
     ],
 )
 def test_a_key_without_effect_is_refused(words: str, reason: str, file: Path) -> None:

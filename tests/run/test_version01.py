@@ -4,6 +4,7 @@ no effect, which are refused in a file that a person writes."""
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from tests.runs import losses_of
 from tools import cli
 from trainer.__main__ import main
 from trainer.models.open import load_model
+from trainer.run.config import parse_config
 from trainer.run.idle import without_idle
 
 FOLDER = Path(__file__).with_name("version01")
@@ -75,3 +77,20 @@ def test_only_fused_is_called_otherwise_now() -> None:
     assert kept["head"]["impl"] == "reference"
     assert "head.impl" not in dropped
     assert "head.chunk_rows" in dropped  # the reference ignored it
+
+
+@pytest.mark.parametrize(
+    ("changes", "ignored"),
+    [
+        ({"new_bank": "c", "bank": "b", "old_embeddings": "e"}, {"old_embeddings", "old_model"}),
+        ({"old_embeddings": "e", "old_model": "m", "bank": "b"}, {"old_model"}),
+        ({"old_model": "m", "boundary_weight": 5.0}, {"boundary_weight"}),
+    ],
+)
+def test_what_cross_model_runs_ignored_is_left_out(changes: dict[str, Any], ignored: set[str]) -> None:
+    tree = yaml.safe_load((FOLDER / "run" / "config.yaml").read_text())
+    tree["compat"] |= {"method": "lce", "mode": "cross-model", "new_embeddings": "n"} | changes
+    kept, dropped = without_idle(tree, every=True)
+    assert ignored <= {key.removeprefix("compat.") for key in dropped}
+    assert not ignored & kept["compat"].keys()
+    parse_config(kept | {"data": {"path": "d"}}, "config.yaml")

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from trainer.config import Section, Variants, unit
 from trainer.errors import ConfigError
 
+_LOADER = "what reads the images, or makes synthetic ones; auto: DALI when installed, else torch"
+_ORDER = "global: a permutation of all records; blocks: of blocks of neighbours, then in a buffer, for slow storage"
+
 
 class AugmentConfig(Section):
     """Random image changes in training, drawn per sample from (seed, epoch, record); every probability or size of 0 is
@@ -54,9 +57,7 @@ class ImagesConfig(DataConfig):
     """Images of a data set; the base of its orders."""
 
     order: str
-    loader: Literal["auto", "dali", "torch"] = Field(
-        "auto", description="what reads the images; auto: DALI when installed, else torch"
-    )
+    loader: Literal["auto", "dali", "torch"] = Field("auto", description=_LOADER)
     path: Path = Field(description="a folder with dataset.yaml (made by `lce pack`)")
     labels: Path | None = Field(None, description="int64 .npy that replaces the data set's labels; -1 drops a record")
     workers: int = Field(2, ge=0, description="decoding threads (DALI) or processes (torch) per rank")
@@ -68,10 +69,7 @@ class ImagesConfig(DataConfig):
 class RecordsConfig(ImagesConfig):
     """Images in a permutation of all records: every record is read at random."""
 
-    order: Literal["global"] = Field(
-        "global",
-        description="global: a permutation of all records; blocks: of blocks of neighbours, for slow storage",
-    )
+    order: Literal["global"] = Field("global", description=_ORDER)
 
 
 class BlocksConfig(ImagesConfig):
@@ -80,7 +78,7 @@ class BlocksConfig(ImagesConfig):
     Blocks are permuted anew each epoch, and the records of ``buffer_bytes`` of blocks among themselves.
     """
 
-    order: Literal["blocks"] = Field("blocks", description="blocks of neighbours, permuted; then records in a buffer")
+    order: Literal["blocks"] = Field("blocks", description=_ORDER)
     sampling: Literal["shuffle"] = Field("shuffle", description="every record once an epoch")
     block_bytes: int = Field(
         4 << 20, ge=1, description="neighbours that are read in a row", json_schema_extra=unit("bytes")
@@ -102,7 +100,7 @@ class BlocksConfig(ImagesConfig):
 class SyntheticConfig(DataConfig):
     """Synthetic images, for measurements and trials."""
 
-    loader: Literal["synthetic"] = Field("synthetic", description="what makes the images")
+    loader: Literal["synthetic"] = Field("synthetic", description=_LOADER)
     synthetic_classes: int = Field(1000, ge=2, description="the class count C")
     synthetic_size: int = Field(112, ge=8, description="the image side", json_schema_extra=unit("pixels"))
     synthetic_records: int = Field(100_000, ge=1, description="the records of one epoch")

@@ -65,6 +65,15 @@ class CombinedConfig(AngularConfig):
     m2: float = Field(0.0, ge=0, lt=math.pi, description="margin on the angle in cos(m1·θ + m2) − m3")
     m3: float = Field(0.0, ge=0, lt=LARGEST_COSINE_MARGIN, description="margin on the cosine in cos(m1·θ + m2) − m3")
 
+    @model_validator(mode="after")
+    def _some(self) -> "CombinedConfig":
+        if (self.m1, self.m2, self.m3) == (1, 0, 0):
+            raise ValueError(
+                "head.margin: combined with m1 = 1, m2 = 0 and m3 = 0 is no margin; set one of them, or "
+                "head.margin.name=softmax"
+            )
+        return self
+
 
 class AdaFaceConfig(MarginConfig):
     """A margin that grows with the embedding's norm relative to its running mean."""
@@ -206,6 +215,8 @@ class HeadConfig(Section):
                 f"head.margin.scale = {self.margin.scale}: the fused pass is exact in float32 up to "
                 f"{LARGEST_SCALE:g}; use head.impl=reference"
             )
+        if self.compute == "tf32" and self.rows == "float64":
+            raise ValueError("head.compute = tf32: rounds products of float32; head.rows is float64: remove it")
         if self.impl == "reference":
             self._check_reference()
         self._check_float8()

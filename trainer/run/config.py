@@ -206,6 +206,8 @@ class TrainConfig(Section):
             raise ValueError("train.epochs has no effect with train.steps; give one of them")
         if self.compress_gradients and self.parallel == "fsdp":
             raise ValueError("train.compress_gradients: not with train.parallel fsdp; use ddp, or leave it out")
+        if self.precision == "float64":
+            refuse_idle(self, "train", ("matmul",), "with train.precision=float64")
         return self
 
     @model_serializer(mode="wrap")
@@ -234,7 +236,7 @@ class LogConfig(Section):
         description="least time between two progress lines where standard error is no terminal",
         json_schema_extra=unit("seconds"),
     )
-    images: bool = Field(True, description="show the first batch's images in TensorBoard, as training sees them")
+    images: bool = Field(True, description="send the first batch's images to the writers, as training sees them")
     profile: tuple[int, int] | None = Field(None, description="trace these updates (first, last) into <run>/profile")
 
     @field_validator("profile")
@@ -380,7 +382,12 @@ class Config(Section):
                 "nothing to shard and no backbone to speed up; use ddp and float32 (or float64)"
             )
         networks = ("compile", "channels_last", "sync_batchnorm", "activation_checkpointing", "compress_gradients")
-        refuse_idle(train, "train", networks, "where no network is trained; compat.mode is cross-model")
+        without = "where no network is trained; compat.mode is cross-model"
+        refuse_idle(train, "train", networks, without)
+        if isinstance(self.optimizer, SgdConfig):
+            refuse_idle(self.optimizer, "optimizer", ("start_momentum",), without)
+        if self.evaluate.sets:
+            raise ValueError("evaluate.sets: compat.mode cross-model trains no network that embeds images; remove them")
         for section in ("backbone", "head"):
             given = getattr(self, section).model_fields_set if section in self.model_fields_set else ()
             if given:

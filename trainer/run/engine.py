@@ -164,8 +164,6 @@ class Engine:
             raise ConfigError(beyond)
         self.folder = config.run.dir
         self.evaluation = evaluation
-        if evaluation is not None and not isinstance(task, Embeds):
-            raise ConfigError("evaluate: this run trains no network that embeds images; remove evaluate.sets")
         old = None if evaluation is None else evaluation.old
         if old is not None and old.dim != config.backbone.dim and not {"t21", "t12"} & task.modules().keys():
             raise ConfigError(

@@ -141,6 +141,14 @@ def _drop_what_it_ignored(tree: dict[str, Any], drop: Callable[[str, Iterable[st
         drop("evaluate", ["sets", "every_steps"])
     if _section(tree, "backbone").get("weights") is None and head.get("weights") is None:
         drop("optimizer", ["start_momentum"] if optimizer.get("start_momentum") else [])
+    compat = _section(tree, "compat")
+    if (compat.get("method"), compat.get("mode")) == ("lce", "cross-model"):
+        if compat.get("new_bank") is not None:
+            drop("compat", ["old_embeddings", "old_model"])
+        elif compat.get("old_embeddings") is not None:
+            drop("compat", ["old_model"])
+        if compat.get("bank") is None:
+            drop("compat", ["boundary_weight"])
 
 
 def is_complete(tree: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from trainer.config import Section, Variants
+from trainer.config import Section, Variants, refuse_idle
 from trainer.networks.config import AnyTransform, OrthogonalConfig, RbtConfig
 
 _METHOD = "how the new model is made compatible with a deployed one; none: it is not"
@@ -41,7 +41,8 @@ class MethodConfig(Section):
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "MethodConfig":
-        weights = [key for key in ("alignment_weight", "boundary_weight", "weight") if key in type(self).model_fields]
+        known = ("alignment_weight", "boundary_weight", "weight", "mix_share")
+        weights = [key for key in known if key in type(self).model_fields]
         if weights and not any(getattr(self, key) for key in weights):
             names = " and ".join(f"compat.{key}" for key in weights)
             raise ValueError(f"{names}: 0 trains an incompatible model; set one above 0, or compat.method=none")
@@ -79,6 +80,12 @@ class LceDirectConfig(LceConfig):
     centers: Literal["device", "host"] = Field(
         "device", description="where the old centres lie; host: a step's rows are copied to the device"
     )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "LceDirectConfig":
+        if not self.boundary_weight:
+            refuse_idle(self, "compat", ("authors_formula",), "in mode direct with compat.boundary_weight=0")
+        return self
 
 
 class LceMapsConfig(LceConfig):
@@ -119,6 +126,22 @@ class LceCrossConfig(LceMapsConfig):
     def directions(self) -> tuple[bool, bool]:
         """See :attr:`MethodConfig.directions`."""
         return self.maps != "t12", self.maps != "t21"
+
+    @model_validator(mode="after")
+    def _inputs(self) -> "LceCrossConfig":
+        if self.old_embeddings is not None and self.old_model is not None:
+            raise ValueError("compat.old_embeddings, compat.old_model: both are given; mode cross-model takes one")
+        if self.new_bank is not None:
+            pairs = "with compat.new_bank, whose centres are aligned with those of compat.bank"
+            refuse_idle(self, "compat", ("old_embeddings", "old_model"), pairs)
+        if self.bank is None:
+            if not self.alignment_weight:
+                raise ValueError(
+                    "compat.alignment_weight: 0 trains nothing without compat.bank, which the boundary needs; set one"
+                )
+            if self.boundary_weight:
+                refuse_idle(self, "compat", ("boundary_weight",), "without compat.bank")
+        return self
 
 
 class WithOldConfig(MethodConfig):
