@@ -62,7 +62,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 class OnGpu(Tensor):
     """A tensor that claims to be on a GPU."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
 
 @pytest.mark.filterwarnings("ignore:Ignoring pin_memory")
