@@ -110,6 +110,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     named = argv[0] if argv else ""
     known = named in COMMANDS
     parser = build_parser([named] if known else COMMANDS, arguments=known)
+    if not argv:
+        parser.error("which command? `lce --help` lists them")
     if named in HINTS:
         parser.error(f"there is no command {named}: {HINTS[named]}")
     args, rest = parser.parse_known_args(argv)

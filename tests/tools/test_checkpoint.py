@@ -22,12 +22,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_info(run: Path, tmp_path: Path) -> None:
+def test_info(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "info", str(run), "--json", str(tmp_path / "info.json")]) == 0
     four, eight = json.loads((tmp_path / "info.json").read_text())
     assert (four["step"], eight["step"], eight["steps"], eight["classes"], eight["dim"]) == (4, 8, 8, 11, 6)
     assert four["bytes"] > 8 * four["numbers"] * 0.9
     assert not {"torch", "sympy"} & imported("checkpoint", "info", str(run))
+    capsys.readouterr()
+    assert main(["checkpoint", "info", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "\n  ranks: 1\n" in out
+    assert "KiB\n" in out
+    assert "\n  normalisation: mean " in out
+    assert not {"{", "none"} & set(out.split())
 
 
 def test_extract(run: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
+        ([], "`lce --help` lists them"),
         (["train", "x.yaml"], "lce launch trains"),
         (["launch", "x.yaml", "--lr", "0.1", "run.dir=runs/x"], "--lr: no such option; a setting of the configuration"),
         (["launch", "x.yaml", "--lr", "0.1"], "SECTION.lr=0.1"),
