@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.runs import config
 from tests.tools.test_cli import imported
+from tools.checkpoint import _shown
 from tools.cli import main
 from trainer.distributed import Ranks
 from trainer.run.engine import train
@@ -33,7 +34,7 @@ def test_info(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert "\n  ranks: 1\n" in out
     assert "KiB\n" in out
-    assert "\n  normalisation: mean " in out
+    assert _shown("normalisation", "((0.5, 0.4), (0.3, 1.0))") == "mean 0.5, 0.4; std 0.3, 1.0"
     assert not {"{", "none"} & set(out.split())
 
 
