@@ -391,8 +391,11 @@ def _nest(layer: dict[str, Any], override: str) -> None:
 
 def _refuse_unknown(node: Node, key: str, prefix: str, source: str) -> typing.NoReturn:
     known = node.all_keys()
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+    below = [
+        f"{section}.{key}" for section in known if (one := node.child(section, node.kinds[0])) and key in one.all_keys()
+    ]
+    near = below or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{f' or {prefix}'.join(near)}?" if near else f"known keys: {', '.join(known)}"
     raise ConfigError(f"{source}: unknown key {prefix}{key}; {hint}")
 
 
@@ -437,8 +440,17 @@ def _explain(problem: Any, layers: Layers, source: str) -> str:
         message = f"{message}; YAML takes a colon with a space behind it: {first}: {rest}"
     source = layers.source(key, layers.source(".".join(parts[:-1]), source))
     message = message.replace("Input should", "must")
+    if problem["type"] == "literal_error" and isinstance(value, str):
+        message += _near_value(value, re.findall(r"'([^']+)'", message))
     given = "is empty" if value is None else f"= {value!r}"
     return f"{source}: {key} {given}: {message[0].lower()}{message[1:]}"
+
+
+def _near_value(value: str, known: Sequence[str]) -> str:
+    """The known value that was meant; ``bf16`` and ``fp16`` are short for types of torch."""
+    whole = re.sub(r"^(bf|fp)(?=\d+$)", lambda short: {"bf": "bfloat", "fp": "float"}[short[1]], value.lower())
+    near = difflib.get_close_matches(whole, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 _PLAIN = {

@@ -32,6 +32,12 @@ def test_a_run_that_can_start_is_described(configured: Path, capsys: pytest.Capt
     assert "ranks: 2, updates: 10" in out
     assert "memory of a rank" in out
     assert "free" in out
+    assert "torchrun" not in out
+    assert main(["launch", str(configured), "--nproc", "2", "--check", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("20 images of 4 classes") < out.index("--nproc-per-node=2")
+    assert main(["launch", str(configured), "--check", "--dry-run", "data.path=nowhere"]) == 2
+    assert "torchrun" not in capsys.readouterr().out
     assert not (configured.parent / "run").exists()
 
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
         (["launch", "x.yaml", "--lr", "0.1"], "SECTION.lr=0.1"),
         (["launch", "--dry-run", "x.yaml", "a.b=1", "--nproc", "2", "optimizer.lr", "=", "0.05"], "without spaces"),
         (["launch", "x.yaml", "--nproc", "2", "optimizer.lr: 0.1"], "key=value without spaces"),
+        (["launch", "--nproc", "2"], "the following arguments are required: config\n"),
         (["check", "x", "--depp"], "lce check"),
     ],
 )
