@@ -236,6 +236,22 @@ class Layers:
         """Raise :class:`ConfigError` for a key of a variant that is not chosen."""
         self._check(self.root, self.tree, "")
 
+    def purpose(self, key: str) -> str:
+        """What a message adds to a dotted key that is missing: what it is for; of a section the keys that it needs."""
+        node: Node | None = self.root
+        tree: Any = self.tree
+        found = ""
+        for part in key.split("."):
+            if node is None or not isinstance(tree, Mapping):
+                return ""
+            kind = node.kind(tree, "", "")
+            found = (kind.model_fields[part].description or "") if part in kind.model_fields else ""
+            node, tree = node.child(part, kind), tree.get(part)
+        if node is None:
+            return found and f": {found}"
+        needed = [name for name, one in node.kind({}, "", "").model_fields.items() if one.is_required()]
+        return f"; give {', '.join(f'{key}.{name}' for name in needed)}" if needed else ""
+
     def source(self, key: str, default: str) -> str:
         """Where the value of a dotted key was given."""
         return self._given.get(key, (0, default))[1]
@@ -432,7 +448,7 @@ def _explain(problem: Any, layers: Layers, source: str) -> str:
     if problem["type"] == "missing":
         if parts[-1].isdecimal() and len(parts) > 1:
             return f"{layers.source('.'.join(parts[:-1]), source)}: {'.'.join(parts[:-1])}: has too few values"
-        return f"{layers.source(key, source)}: {key} is missing and has no default"
+        return f"{layers.source(key, source)}: {key} is missing and has no default{layers.purpose(key)}"
     if not key or (problem["type"] == "value_error" and isinstance(value, Mapping | Section)):
         return f"{layers.last_source(key, message, source)}: {message}"
     if value is None and ":" in parts[-1]:

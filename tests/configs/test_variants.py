@@ -179,6 +179,13 @@ def test_a_path_without_a_space_behind_its_name_is_explained(file: Path) -> None
         load_config(file, ["evaluate.sets={a:/nope}", "evaluate.every_steps=5"])
 
 
+def test_an_empty_file_is_told_which_keys_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(ConfigError, match=r"run is missing and has no default; give run\.dir") as error:
+        load_config(tmp_path / "empty.yaml")
+    assert "data is missing and has no default; give data.path" in str(error.value)
+
+
 def test_methods_and_lengths_replace_each_other(tmp_path: Path) -> None:
     lce = {"compat": {"method": "lce", "mode": "both", "bank": "b", "transform": {"name": "mlp", "hidden": 9}}}
     config = merged(tmp_path, lce, {"compat": {"method": "bct"}})

@@ -46,7 +46,11 @@ def test_a_run_that_can_start_is_described(configured: Path, capsys: pytest.Capt
     [
         ("data.path=nowhere", "no such data set folder"),
         ("backbone.name=resnet50", "known"),
-        ("backbone.weights=nowhere.pt", "nowhere.pt"),
+        ("backbone.weights=nowhere.pt", "backbone.weights = nowhere.pt: no such file"),
+        (
+            "compat.method=lce",
+            "compat.bank is missing and has no default: centre bank of the old model (`lce centers …`)",
+        ),
         ("data.labels=nowhere.npy", "nowhere.npy"),
         ("compat.method=lce compat.bank=nowhere", "nowhere"),
         ("evaluate.every_steps=1 evaluate.sets.unseen=nowhere", "nowhere"),

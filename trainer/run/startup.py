@@ -1,12 +1,12 @@
 """What is checked before anything is written: the inputs, the run folder, and that all ranks agree."""
 
+import contextlib
 import hashlib
 import platform
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,7 +54,7 @@ def prepare(config: Config, ranks: Ranks) -> Inputs:
     return inputs
 
 
-def allowing_outside(config: Config) -> AbstractContextManager[None]:
+def allowing_outside(config: Config) -> contextlib.AbstractContextManager[None]:
     """While a run opens its data sets, those it is evaluated on too."""
     return outside_allowed(isinstance(config.data, ImagesConfig) and config.data.allow_outside)
 
@@ -125,12 +125,25 @@ def _open(config: Config, ranks: Ranks, shown: bool) -> Inputs:
     zero.check(config)
     _check_sync(config, ranks.world_size)
     if config.head.weights is not None:
-        head_rows(config.head.weights, classes, config.backbone.dim)
-    weights = None if config.backbone.weights is None else matching_weights(backbone, config.backbone.weights)
+        with _named("head.weights"):
+            head_rows(config.head.weights, classes, config.backbone.dim)
+    weights = None
+    if config.backbone.weights is not None:
+        with _named("backbone.weights"):
+            weights = matching_weights(backbone, config.backbone.weights)
     _check_norms(config, usual_norm(backbone, weights))
     if ranks.is_main:
         check_writable(config.run.dir)
     return inputs
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the key that names a file before what is wrong with it."""
+    try:
+        yield
+    except LceError as error:
+        raise type(error)(f"{key} = {error}") from None
 
 
 def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, shown: bool) -> None:
