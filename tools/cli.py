@@ -155,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _outside_allowed(args):
             status = int(args.run(args))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # who read the output has enough (`| head -1`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at the end
@@ -167,12 +168,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lce {args.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
+        if isinstance(error, OSError) and (lost := _lost_output()) is not None:
+            print(f"lce {args.command}: standard output cannot be written: {lost}", file=sys.stderr)
+            return EXIT_USAGE
         missing = remedy(error) if isinstance(error, ModuleNotFoundError) else None
         if missing is not None:
             print(f"lce {args.command}: {missing}", file=sys.stderr)
             return EXIT_USAGE
         traceback.print_exc()
         return EXIT_CRASH
+
+
+def _lost_output() -> str | None:
+    """Why nothing more can be printed (a full disk), or None."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains at the end
+        return getattr(error, "strerror", None) or str(error)
+    except AttributeError:  # there is none
+        pass
+    return None
 
 
 def _outside_allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:

@@ -26,7 +26,9 @@ from trainer.reading import as_path, open_regular, read_json, regular
 _HUB_WEIGHTS = ("model.safetensors", "model.pt", "pytorch_model.bin")
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Reading | None = None) -> EmbeddingModel:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", reading: Reading | None = None, described: bool = True
+) -> EmbeddingModel:
     """Open a model folder, a run folder (its ``model/``, else its newest checkpoint), a checkpoint, an ONNX file, torch
     weights without a card (:mod:`trainer.models.foreign_weights`; also in a folder as Hugging Face's hub has them), or
     the description of a foreign model (``NAME.model.json``).
@@ -34,13 +36,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Re
     Args:
         reading: what is stated of a foreign model (one without a card of ours); it counts before what its description
             states. Models with a card are read as the card says.
+        described: False: the description next to a model file does not count.
 
     Raises:
         ModelError: nothing there, an unfinished run, damaged files, weights that do not fit the card, or an ONNX graph
             that does not map a batch of images to one embedding each.
     """
     path = as_path(path, "path", "the path of a model")
-    if is_description(path) or path.is_file() or path.suffix == ".onnx":
+    if is_description(path) or (described and (path.is_file() or path.suffix == ".onnx")):
         path, reading = with_description(path, reading or Reading())
     if path.suffix == ".onnx":
         from trainer.models.onnx import OnnxModel  # onnxruntime takes a second to import
