@@ -184,7 +184,7 @@ def _lost_output() -> str | None:
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at the end
         return getattr(error, "strerror", None) or str(error)
     except AttributeError:  # there is none
         pass

@@ -448,6 +448,11 @@ def _open(folder: Path, labels: Path | None, checks: Checks) -> Dataset:
                 f"(`lce check {folder} --seal` adds them)"
             )
     stated = folder / DESCRIPTION
+    if not stated.exists() and (folder / "pack.json").exists():
+        raise DataError(
+            f"{folder}: its packing is not finished, images are missing; run the same `lce pack` again (or remove "
+            "pack.json, to take the .rec files that are there for the whole)"
+        )
     if stated.exists():
         info, images, found = _open_described(folder)
     elif recs := sorted(folder.glob("*.rec")):
