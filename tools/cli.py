@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = argv  # for commands that start themselves again on all ranks
     with contextlib.suppress(AttributeError):  # names of files may hold bytes that are no characters
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    from trainer.errors import LceError
+    from trainer.errors import LceError, refused_by_system
     from trainer.extras import remedy
 
     try:
@@ -168,12 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lce {args.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        if isinstance(error, OSError) and (lost := _lost_output()) is not None:
-            print(f"lce {args.command}: standard output cannot be written: {lost}", file=sys.stderr)
-            return EXIT_USAGE
-        missing = remedy(error) if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None:
-            print(f"lce {args.command}: {missing}", file=sys.stderr)
+        reason = remedy(error) if isinstance(error, ModuleNotFoundError) else _lost_output() or refused_by_system(error)
+        if reason is not None:
+            print(f"lce {args.command}: {reason}", file=sys.stderr)
             return EXIT_USAGE
         traceback.print_exc()
         return EXIT_CRASH
@@ -185,7 +182,7 @@ def _lost_output() -> str | None:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at the end
-        return getattr(error, "strerror", None) or str(error)
+        return f"standard output cannot be written: {getattr(error, 'strerror', None) or error}"
     except AttributeError:  # there is none
         pass
     return None

@@ -231,6 +231,7 @@ def test_read_only_file_system_is_refused() -> None:
         ("run.device=cuda", "no usable CUDA device"),
         ("trian.steps=5", "did you mean train"),
         ("train.steps=x", "train.steps"),
+        (f"run.dir={'n' * 300}", "File name too long"),
     ],
 )
 def test_command_line_status_is_2(tmp_path: Path, override: str, words: str) -> None:

@@ -116,6 +116,17 @@ def test_a_run_folder_is_not_a_configuration(tmp_path: Path, capsys: pytest.Capt
     assert f"{tmp_path}: is a run folder; {tmp_path}/config.yaml continues the run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["check", "NAME"], ["split", "NAME", "out"], ["model", "describe", "NAME.onnx"], ["runs", "NAME"]]
+)
+def test_what_a_file_system_refuses_anywhere_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is too long, as a folder that one may not enter: met by whoever asks first whether it is there."""
+    assert main([word.replace("NAME", "n" * 300) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert "File name too long" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_an_output_that_is_lost_is_no_success(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
