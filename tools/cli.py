@@ -168,7 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lce {args.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        reason = remedy(error) if isinstance(error, ModuleNotFoundError) else _lost_output() or refused_by_system(error)
+        if isinstance(error, ModuleNotFoundError):
+            reason = remedy(error)
+        else:
+            nameless = isinstance(error, OSError) and error.filename is None
+            reason = (_lost_output() if nameless else None) or refused_by_system(error)
         if reason is not None:
             print(f"lce {args.command}: {reason}", file=sys.stderr)
             return EXIT_USAGE
@@ -179,12 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _lost_output() -> str | None:
     """Why nothing more can be printed (a full disk), or None."""
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except (OSError, ValueError) as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at the end
         return f"standard output cannot be written: {getattr(error, 'strerror', None) or error}"
-    except AttributeError:  # there is none
-        pass
     return None
 
 
