@@ -235,7 +235,7 @@ def test_read_only_file_system_is_refused() -> None:
     ],
 )
 def test_command_line_status_is_2(tmp_path: Path, override: str, words: str) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tmp_path / "run")))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tmp_path / "run", backbone__name="small")))
     done = forked.run(["-m", "trainer", str(tmp_path / "run.yaml"), override])
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
