@@ -438,6 +438,12 @@ def _open(folder: Path, labels: Path | None, checks: Checks) -> Dataset:
         raise MissingDataError(f"{folder}: no such data set folder; make one with `lce pack SOURCE {folder}`")
     if labels is not None and not labels.exists():
         raise MissingDataError(f"{labels}: no such file")
+    stated = folder / DESCRIPTION
+    if not stated.exists() and (folder / "pack.json").exists():
+        raise DataError(
+            f"{folder}: its packing is not finished, images are missing; run the same `lce pack` again (or remove "
+            "pack.json, to take the .rec files that are there for the whole)"
+        )
     if checks == "all":
         sums = checksums.read_sums(folder)
         if sums is not None:
@@ -447,12 +453,6 @@ def _open(folder: Path, labels: Path | None, checks: Checks) -> Dataset:
                 f"{folder}: was packed without checksums; damage that still decodes would not be noticed "
                 f"(`lce check {folder} --seal` adds them)"
             )
-    stated = folder / DESCRIPTION
-    if not stated.exists() and (folder / "pack.json").exists():
-        raise DataError(
-            f"{folder}: its packing is not finished, images are missing; run the same `lce pack` again (or remove "
-            "pack.json, to take the .rec files that are there for the whole)"
-        )
     if stated.exists():
         info, images, found = _open_described(folder)
     elif recs := sorted(folder.glob("*.rec")):
