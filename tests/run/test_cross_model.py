@@ -200,7 +200,8 @@ def uneven(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = np.where(labels < 5, 0.6, 0.01)[:, None] * rng.normal(size=(len(labels), OLD))
     np.save(folder / "old.npy", (np.load(scene / "old.npy") + noise).astype(np.float32))
     given = changes(scene, "new", **TERMS, compat__old_embeddings=str(folder / "old.npy"))
-    given |= {"train__steps": 150, "train__precision": "float32", "data__batch_size": 44, "optimizer__lr": 0.1}
+    given |= {"train__steps": 300, "train__precision": "float32", "data__batch_size": 44}
+    given |= {"optimizer__name": "adamw", "optimizer__lr": 0.01, "checkpoint__every_steps": 300}
     train(config(folder / "run", **given), Ranks())
     return folder
 
@@ -211,8 +212,9 @@ def test_what_t12_maps_worst_is_upgraded_first(scene: Path, uneven: Path, tmp_pa
     noisy = np.asarray(open_dataset(scene / "packed").labels) < 5
     expected, actual = model.distance(old), 1 - (model.transform("t12", old) * new).sum(1)
     assert expected.shape == (len(old),)
-    assert expected[noisy].mean() > 2 * expected[~noisy].mean()
-    assert expected.mean() == pytest.approx(actual.mean(), rel=0.5)
+    assert expected[noisy].mean() > 1.2 * expected[~noisy].mean()
+    assert np.corrcoef(expected, actual)[0, 1] > 0.8
+    assert expected.mean() == pytest.approx(actual.mean(), rel=0.1)
     np.save(tmp_path / "gallery.npy", 3 * old)  # of any length
     order = order_rows("distance", tmp_path / "gallery.npy", model=model)
     assert order is not None
