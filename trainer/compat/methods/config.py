@@ -126,7 +126,8 @@ class LceCrossConfig(LceMapsConfig):
         1.0, ge=0, description="its λ: how far T₂₁ may be from orthogonal, in the Frobenius norm of its Gram matrix − 1"
     )
     distance: bool = Field(
-        False, description="learn to predict how far T₁₂ of an old embedding is from the new one: `--order distance`"
+        False,
+        description="learn how far T₁₂ of an old embedding is from the new one, for the order `distance` of a gallery upgrade",
     )
 
     @property
