@@ -127,7 +127,7 @@ class LceCrossConfig(LceMapsConfig):
     )
     distance: bool = Field(
         False,
-        description="learn how far T₁₂ of an old embedding is from the new one, for the order `distance` of a gallery upgrade",
+        description="learn how far T₁₂ of an old embedding is from the new one, for `lce gallery upgrade` by distance",
     )
 
     @property
