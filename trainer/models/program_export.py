@@ -29,7 +29,7 @@ def export_folder(model: TorchModel, folder: str | Path, images: np.ndarray, car
     folder = Path(folder)
     refuse_foreign(folder)
     with owned(folder, ModelError), replaced(folder, ModelError) as partial:
-        save_model(partial, model.backbone, card, model.transforms, model.identities)
+        save_model(partial, model.backbone, card, model.transforms, model.identities, model.distance_head)
         loaded = load_model(partial)
         for direction, part in model.card.transforms.items():
             given = np.random.default_rng(0).normal(size=(64, part.dim_in)).astype(np.float32)
