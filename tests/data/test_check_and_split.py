@@ -228,6 +228,14 @@ def test_tables_and_seals_have_one_owner(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "none").exists()
 
 
+def test_tables_of_another_split_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = packed(tmp_path, 6, 4, (8, 8)), tmp_path / "tables"
+    assert cli.main(["split", str(data), str(out), "--unseen", "0.3"]) == 0
+    assert "of another split" not in capsys.readouterr().err
+    assert cli.main(["split", str(data), str(out)]) == 0
+    assert f"{out / 'unseen'}.npy: is of another split" in capsys.readouterr().err
+
+
 def test_the_tools_agree_with_the_library() -> None:
     assert split_tool.KINDS == KINDS
     assert check_tool.HELP

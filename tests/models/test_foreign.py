@@ -498,6 +498,10 @@ def test_a_description_is_kept_where_the_user_names_it(
     assert main(words) == 2
     assert "--force replaces it" in capsys.readouterr().err
     assert main([*words, "--force"]) == 0
+    kept = beside.read_bytes()
+    refused = ["--pixels", "normalised", "--data", str(packed), "--write", str(beside), "--force"]
+    assert main(["model", "describe", str(old), *refused]) == 2  # what is refused replaces nothing
+    assert beside.read_bytes() == kept
     assert load_model(elsewhere, reading=Reading(color="RGB")).card.color == "RGB"  # what is stated now counts first
     assert main(["model", "describe", str(elsewhere), "--data", str(packed), "--json", str(tmp_path / "d.json")]) == 0
     assert json.loads((tmp_path / "d.json").read_text())["color"] == "BGR"

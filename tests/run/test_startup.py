@@ -231,10 +231,11 @@ def test_read_only_file_system_is_refused() -> None:
         ("run.device=cuda", "no usable CUDA device"),
         ("trian.steps=5", "did you mean train"),
         ("train.steps=x", "train.steps"),
+        (f"run.dir={'n' * 300}", "File name too long"),
     ],
 )
 def test_command_line_status_is_2(tmp_path: Path, override: str, words: str) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tmp_path / "run")))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tmp_path / "run", backbone__name="small")))
     done = forked.run(["-m", "trainer", str(tmp_path / "run.yaml"), override])
     assert done.returncode == 2, done.stderr
     assert words in done.stderr

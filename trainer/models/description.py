@@ -110,12 +110,16 @@ def description_of(model: Path) -> Path:
     return model.with_name(model.stem + DESCRIPTION_SUFFIX)
 
 
-def write_description(path: Path, model: Path, reading: Reading) -> None:
-    """Keep what is stated of ``model``. Raises :class:`ModelError`: another kind of name, or it cannot be written."""
+def write_description(path: Path, model: Path, reading: Reading, content: Path | None = None) -> None:
+    """Keep what is stated of ``model``; ``content`` is where its bytes are while it does not have its name yet.
+
+    Raises:
+        ModelError: another kind of name, or it cannot be written.
+    """
     if not is_description(path):
         raise ModelError(f"{path}: the name of a description ends with {DESCRIPTION_SUFFIX}")
     file = os.path.relpath(model.resolve(), path.resolve().parent)
-    kept = Description(file=file, sha256=file_hash(model), **reading.model_dump())
+    kept = Description(file=file, sha256=file_hash(content or model), **reading.model_dump())
     with replaced(path, ModelError) as partial:
         partial.write_text(kept.model_dump_json(indent=1) + "\n", encoding="utf-8")
 

@@ -6,17 +6,22 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from trainer import __version__
+from trainer.compat.bank.matrices import Rows
 from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.cross import open_cross
 from trainer.compat.methods.inputs import Inputs, check_old, open_bank, open_old
-from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings
+from trainer.compat.methods.old_embeddings import SAMPLED_ROWS, ModelEmbeddings, OldEmbeddings
 from trainer.compat.methods.registry import check_methods
 from trainer.data import Dataset, open_dataset
 from trainer.data.config import ImagesConfig, SyntheticConfig
@@ -124,9 +129,10 @@ def _open(config: Config, ranks: Ranks, shown: bool) -> Inputs:
         backbone = build_backbone(config.backbone, size)
     zero.check(config)
     _check_sync(config, ranks.world_size)
+    rows = None
     if config.head.weights is not None:
         with _named("head.weights"):
-            head_rows(config.head.weights, classes, config.backbone.dim)
+            rows = head_rows(config.head.weights, classes, config.backbone.dim)
     weights = None
     if config.backbone.weights is not None:
         with _named("backbone.weights"):
@@ -134,7 +140,22 @@ def _open(config: Config, ranks: Ranks, shown: bool) -> Inputs:
     _check_norms(config, usual_norm(backbone, weights))
     if ranks.is_main:
         check_writable(config.run.dir)
-    return inputs
+    return replace(inputs, start=_start_text(weights, rows))
+
+
+def _start_text(weights: Mapping[str, Tensor] | None, rows: Rows | None) -> str:
+    """What :attr:`Inputs.start` says: checksums of all of the backbone, and of some rows of the head, which may be of
+    many gigabytes."""
+    said = []
+    if weights is not None:
+        crc = 0
+        for name, tensor in sorted(weights.items()):
+            crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+        said.append(f"backbone {crc:08x}")
+    if rows is not None:
+        numbers = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).astype(np.int64))
+        said.append(f"head {zlib.crc32(rows.take(numbers).numpy()):08x}")
+    return ", ".join(said) or "none"
 
 
 @contextlib.contextmanager
@@ -228,6 +249,7 @@ def identity(config: Config, inputs: Inputs) -> dict[str, str]:
         "centre bank": inputs.bank.fingerprint if inputs.bank else "none",
         "old embeddings": inputs.old.fingerprint if inputs.old else "none",
         "models": inputs.cross.fingerprint if inputs.cross else "none",
+        "set of start weights": inputs.start,
         "trainer version": __version__,
         "trainer code": code.hexdigest()[:16],
         "torch version": torch.__version__,

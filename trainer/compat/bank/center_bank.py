@@ -415,8 +415,11 @@ class BankWriter:
             centers=self._parts,
         )
         text = json.dumps(sealed(manifest.model_dump(mode="json")), indent=2)
-        (self._partial / "bank.json").write_text(text + "\n", encoding="utf-8")
-        replace_folder(self._partial, self.path)
+        try:
+            (self._partial / "bank.json").write_text(text + "\n", encoding="utf-8")
+            replace_folder(self._partial, self.path)
+        except OSError as problem:
+            raise CenterBankError(f"{self.path}: cannot be written: {problem.strerror}") from None
 
     def _write(self, stored: Tensor) -> None:
         """Append rows to the present shard, and begin the next where it is full."""
