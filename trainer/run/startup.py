@@ -150,12 +150,16 @@ def _start_text(weights: Mapping[str, Tensor] | None, rows: Rows | None) -> str:
     if weights is not None:
         crc = 0
         for name, tensor in sorted(weights.items()):
-            crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+            crc = zlib.crc32(_bytes(tensor), zlib.crc32(name.encode(), crc))
         said.append(f"backbone {crc:08x}")
     if rows is not None:
         numbers = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).astype(np.int64))
-        said.append(f"head {zlib.crc32(rows.take(numbers).numpy()):08x}")
+        said.append(f"head {zlib.crc32(_bytes(rows.take(numbers))):08x}")
     return ", ".join(said) or "none"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextlib.contextmanager
