@@ -21,7 +21,7 @@ from trainer.networks import build_backbone
 from trainer.networks.scale import fit_scale
 from trainer.networks.transform import build_distance_head, build_transform
 from trainer.networks.weights import SUFFIXES
-from trainer.reading import as_path, open_regular, read_json, regular
+from trainer.reading import as_path, open_regular, other_framework, read_json, regular, why_unreadable
 
 _HUB_WEIGHTS = ("model.safetensors", "model.pt", "pytorch_model.bin")
 
@@ -51,6 +51,8 @@ def load_model(
         return OnnxModel.open(path, device, reading)
     if path.suffix in SUFFIXES and not path.is_dir():
         return open_weights(path, device, reading or Reading())
+    if path.is_file() and (kind := why_unreadable(path) or other_framework(path)):
+        raise ModelError(f"{path}: {kind}")
     folder = path if (path / CARD_FILE).is_file() else path / "model"
     if not (folder / CARD_FILE).is_file():
         from trainer.models.checkpointed import is_checkpointed, open_checkpoint
