@@ -41,7 +41,7 @@ def write_json(figures: Any, target: str | Path | None) -> None:
         print(text, end="")
     else:
         with replaced(Path(target), LceError) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def size_text(size: float) -> str:

@@ -6,6 +6,7 @@ which ``lce model describe … --write`` makes. Where nothing is stated, the gra
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -121,7 +122,7 @@ def write_description(path: Path, model: Path, reading: Reading, content: Path |
     file = os.path.relpath(model.resolve(), path.resolve().parent)
     kept = Description(file=file, sha256=file_hash(content or model), **reading.model_dump())
     with replaced(path, ModelError) as partial:
-        partial.write_text(kept.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(kept.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
 
 
 def read_description(path: Path) -> tuple[Path, Reading]:

@@ -204,6 +204,10 @@ def _check_sync(config: Config, world_size: int) -> None:
 def check_writable(folder: Path) -> None:
     """Raise :class:`ConfigError` unless files can be made in ``folder`` (or it can be made); leaves nothing behind."""
     reason = why_unwritable(folder)
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:  # safetensors opens no such file, which the end of a run would be late to say
+        reason = "has a name that is not UTF-8"
     if reason is not None:
         raise ConfigError(f"run.dir = {folder}: {reason}; choose another run.dir")
 
