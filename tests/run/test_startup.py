@@ -212,13 +212,13 @@ def test_a_run_folder_that_ranks_do_not_share_is_refused(tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["one", "runs", "two"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_whose_name_is_no_utf8_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.dir = .*has a name that is not UTF-8; choose another run\.dir"):
         train(config(tmp_path / "a\udcff" / "run"), Ranks())
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="cannot be written"):
