@@ -14,6 +14,7 @@
 # TORCH_INDEX  where a CPU build of torch is looked for when pip's own configuration offers none; empty: nowhere else
 # TORCH        what to install as torch; `make TORCH=torch==2.13.0 demo` takes your index's default build (CUDA, on Linux)
 # DEMO         more arguments for the demo: `make demo DEMO="--seeds 3"`
+# WORKERS      how many processes share the files of tests, each with one thread for arithmetic
 # PYTHON       the interpreter to build .venv with; empty: the first of python3.14 … python3.11, python3, python that fits
 
 SHELL := /bin/sh
@@ -21,9 +22,11 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH ?= cpu
 PYTHON ?=
 DEMO ?=
+WORKERS ?= 2
 
 VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # DALI is built for Linux alone; elsewhere the torch loader reads the same data sets.
 comma := ,
@@ -38,10 +41,10 @@ demo: .venv/installed
 	$(BIN)/lce demo --data characters $(DEMO)
 
 test: lint .venv/extras
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 attack: .venv/extras
 	FULL=$(FULL) $(BIN)/python -m pytest -m "attack or tallied" --timeout=0 --durations=0 --durations-min=60

@@ -65,6 +65,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.relative_to(TESTS).as_posix() in SLOW:
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):  # processes share the files: slow ones first, so that quick ones fill the end
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
     if "attack" not in config.getoption("markexpr"):
         left_out = [item for item in items if item.get_closest_marker("attack")]
         config.hook.pytest_deselected(items=left_out)

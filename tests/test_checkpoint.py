@@ -59,6 +59,33 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+class OnGpu(Tensor):
+    """A tensor that claims to be on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.filterwarnings("ignore:Ignoring pin_memory")
+def test_tensors_on_a_gpu_are_copied_to_memory_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    checkpoints, _ = _written(tmp_path)
+    assert checkpoints._pinned_memory(_state(1)) is None
+    state = _state(1)
+    stager = checkpoints._pinned_memory({"a": state["a"].as_subclass(OnGpu)})
+    assert stager is not None
+    assert stager._config.use_pinned_memory
+    assert stager is checkpoints._pinned_memory(state)
+    staged = stager.stage(state)
+    assert isinstance(staged, dict)
+    first = staged["a"].clone()
+    state["a"] += 1
+    again = stager.stage(state)
+    assert isinstance(again, dict)
+    assert again["a"].data_ptr() == staged["a"].data_ptr() != state["a"].data_ptr()
+    assert torch.equal(again["a"], first + 1)
+
+
 def test_retention(tmp_path: Path) -> None:
     _written(tmp_path, *range(1, 9), keep_every=3)
     assert [p.name[-1] for p in list_checkpoints(tmp_path)] == ["3", "6", "7", "8"]

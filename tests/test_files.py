@@ -51,6 +51,7 @@ def test_what_a_kill_between_the_two_renames_left_is_put_back(tmp_path: Path) ->
         raise RuntimeError("before anything was written")
     assert (target / "content").read_text() == "old"
     _folder(tmp_path / f".model.{host}-4194306.old", "older still")
+    _folder(tmp_path / f"..model.{host}-4194305.partial.{host}-4194305.partial", "begun within one that was killed")
     _folder(tmp_path / f".model.{host}-{os.getppid()}.partial", "of a process that works on it")
     with replaced(target, DataError) as partial:
         _folder(partial, "new")

@@ -129,6 +129,7 @@ def _dataset(file: str) -> Callable[[Path, Callable[[Path], object]], Any]:
     def read(folder: Path, put: Callable[[Path], object]) -> Any:
         data = packed(folder, 2, 2)
         (data / "checksums.json").unlink()  # which would tell that the file is gone, before it is opened
+        (data / "pack.json").unlink()  # and that its packing is not finished
         (data / file).unlink(missing_ok=True)
         if file == "train.idx":
             (data / "train.offsets.npy").unlink()

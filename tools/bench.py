@@ -19,8 +19,8 @@ from trainer.errors import ConfigError
 
 HELP = "measure a part against its plain implementation"
 
-ONLY_IN_A_CLONE = ("chain", "changes", "compat", "criterion", "million", "results", "rows", "table")
-"""The files of tools/results, which the wheel leaves out: they only make docs/results.md again."""
+ONLY_IN_A_CLONE = ("chain", "changes", "compat", "criterion", "figures", "million", "results", "rows", "table")
+"""The files of tools/results, which the wheel leaves out: they only make pages of docs/ again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _not_installed(args: argparse.Namespace) -> int:
     raise ConfigError(
-        f"bench {args.benchmark} makes docs/results.md again and is not part of the installed package; "
+        f"bench {args.benchmark} makes a page of docs/ again and is not part of the installed package; "
         "run it in a clone of the repository"
     )
 

@@ -230,6 +230,7 @@ def _from_embeddings(args: argparse.Namespace) -> int:
 
 
 def _from_classifier(args: argparse.Namespace) -> int:
+    from tools.cli import translated
     from tools.progress import progress_bar
     from trainer.compat.bank.center_bank import BankInfo
     from trainer.compat.bank.classifiers import open_classifier
@@ -239,7 +240,7 @@ def _from_classifier(args: argparse.Namespace) -> int:
     new, old = (None if path is None else open_dataset(path) for path in (args.new_dataset, args.old_dataset))
     classifier = open_classifier(args.source, args.key, args.layout, args.old_classes, args.ranks)
     class_map = _class_map(args.map, new, old)
-    print(classifier.found, file=sys.stderr)
+    print(translated(classifier.found, args.parser), file=sys.stderr)
     if class_map is not None:
         print(class_map.summary, file=sys.stderr)
     info = BankInfo(

@@ -8,10 +8,11 @@ A run folder means all its checkpoints (extract: the newest); a single step-XXXX
 """
 
 import argparse
+import ast
 from pathlib import Path
 from typing import Any
 
-from tools.output import write_json
+from tools.output import size_text, write_json
 from tools.progress import progress_bars
 
 HELP = "look into checkpoints, verify them, or extract weights"
@@ -61,8 +62,22 @@ def _report(results: list[dict[str, Any]], path: Path | None) -> None:
     for result in results:
         print(result["folder"])
         for key, value in result.items():
-            if key != "folder":
-                print(f"  {key}: {value}")
+            if key != "folder" and value not in ({}, "none"):
+                print(f"  {_NAMES.get(key, key)}: {_shown(key, value)}")
+
+
+_NAMES = {"world_size": "ranks", "bytes": "size"}
+
+
+def _shown(key: str, value: Any) -> str:
+    """A value of :func:`_info` for people."""
+    if key == "bytes":
+        return size_text(value)
+    if key == "normalisation" and isinstance(found := ast.literal_eval(value), tuple) and len(found) == 2:
+        return "; ".join(f"{name} {', '.join(map(str, of))}" for name, of in zip(("mean", "std"), found, strict=True))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {of}" for name, of in value.items())
+    return f"{value:,}" if key == "numbers" else str(value)
 
 
 def _info(folder: Path) -> dict[str, Any]:

@@ -110,6 +110,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     named = argv[0] if argv else ""
     known = named in COMMANDS
     parser = build_parser([named] if known else COMMANDS, arguments=known)
+    if not argv:
+        parser.error("which command? `lce --help` lists them")
     if named in HINTS:
         parser.error(f"there is no command {named}: {HINTS[named]}")
     args, rest = parser.parse_known_args(argv)
@@ -147,13 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = argv  # for commands that start themselves again on all ranks
     with contextlib.suppress(AttributeError):  # names of files may hold bytes that are no characters
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    from trainer.errors import LceError
+    from trainer.errors import LceError, refused_by_system
     from trainer.extras import remedy
 
     try:
         with _outside_allowed(args):
             status = int(args.run(args))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # who read the output has enough (`| head -1`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at the end
@@ -165,12 +168,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lce {args.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        missing = remedy(error) if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None:
-            print(f"lce {args.command}: {missing}", file=sys.stderr)
+        if isinstance(error, ModuleNotFoundError):
+            reason = remedy(error)
+        else:
+            nameless = isinstance(error, OSError) and error.filename is None
+            reason = (_lost_output() if nameless else None) or refused_by_system(error)
+        if reason is not None:
+            print(f"lce {args.command}: {reason}", file=sys.stderr)
             return EXIT_USAGE
         traceback.print_exc()
         return EXIT_CRASH
+
+
+def _lost_output() -> str | None:
+    """Why nothing more can be printed (a full disk), or None."""
+    try:
+        print(flush=True)
+    except (OSError, ValueError) as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at the end
+        return f"standard output cannot be written: {getattr(error, 'strerror', None) or error}"
+    return None
 
 
 def _outside_allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:

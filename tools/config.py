@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what", nargs="?", metavar="SECTION|KEY|FILE", help="such as head.margin, or a configuration file"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="behind FILE; or a further YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="behind FILE; or a further YAML file"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--schema", action="store_true", help="a JSON schema of configuration files, for editors")
     form.add_argument("--markdown", action="store_true", help="the page docs/configuration.md")

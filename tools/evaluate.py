@@ -183,6 +183,8 @@ def run(args: argparse.Namespace) -> int:
         _write(args, result, datasets, runs)
         if args.json != "-":
             print_tables(result)
+            if args.report is not None:
+                print(f"report: {args.report}; its plots as files: {args.report.with_suffix('')}-plots")
         return 1 if args.fail_unsafe and result["verdict"]["answer"] != "SAFE" else 0
 
 

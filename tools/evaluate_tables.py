@@ -23,6 +23,7 @@ def tables(result: Mapping[str, Any]) -> "Iterator[Table]":
     """Labelled sets, pair lists, and template sets (1:1 and 1:N apart) of what ``lce evaluate`` measured."""
     for name, one in result["sets"].items():
         rows = {of["title"]: [*_tars(of), _number(of["rank"]["1"]["value"])] for of in one["cells"].values()}
+        rows |= _gain(one)
         title = f"{name}: {one['identities']:,} identities, {one['images']:,} images"
         yield _table(title, "query → gallery", [*_far_names(one["cells"]), "rank-1"], rows)
         yield _deployments(name, one)
@@ -48,6 +49,19 @@ def tables(result: Mapping[str, Any]) -> "Iterator[Table]":
             yield _table(title, "1:N", _search_names(searches), {c: _search(of) for c, of in searches.items()})
 
 
+def _gain(one: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The row of the update gain, where there is a paragon; a dash where the gain says nothing."""
+    from trainer.evaluation.compatibility import tar_name
+    from trainer.evaluation.report_sections import no_gain
+
+    metrics = [*(tar_name(entry["far"]) for entry in next(iter(one["cells"].values()))["tar"]), "rank-1"]
+    gains = [one["gain"].get(metric) for metric in metrics]
+    if not any(gains):
+        return {}
+    shown = [None if gain is None or no_gain(gain) else gain["update_gain"]["value"] for gain in gains]
+    return {"update gain": [_number(value) for value in shown]}
+
+
 def _deployments(name: str, one: Mapping[str, Any]) -> "Table":
     from trainer.evaluation.compatibility import rate_text
     from trainer.evaluation.report_sections import thresholds
@@ -59,34 +73,34 @@ def _deployments(name: str, one: Mapping[str, Any]) -> "Table":
         ]
         for entry in one["deployments"]
     }  # fmt: skip
-    head = [f"threshold for FAR {far}", f"TAR@FAR {far}", "rank-1", "verdict"]
+    head = [f"threshold for FAR {far}", f"TAR@FAR={far}", "rank-1", "verdict"]
     return _table(f"{name}: ways of deploying", "query → gallery", head, rows)
 
 
 def _pooled(name: str, one: Mapping[str, Any]) -> "Table":
-    from trainer.evaluation.compatibility import rate_text
+    from trainer.evaluation.compatibility import tar_name
 
     rows = {of["name"]: [*map(_number, of["tar"]), _number(of["rank1"]["value"])] for of in one["pooled"]}
-    head = [*(f"TAR@FAR {rate_text(far)}" for far in one["pooled"][0]["fars"]), "rank-1"]
+    head = [*(tar_name(far) for far in one["pooled"][0]["fars"]), "rank-1"]
     return _table(f"{name}, pooled by identity: {one['pooled'][0]['protocol']}", "query → gallery", head, rows)
 
 
 def _table(title: str, corner: str, head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> "Table":
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     starred = any(value.endswith("*") for row in rows.values() for value in row)
     caption = "* too few impostor pairs to resolve this FAR" if starred else None
-    table = Table(corner, *head, title=escape(title), caption=caption)
+    table = Table(Column(corner, overflow="fold"), *head, title=escape(title), caption=caption)
     for cell, values in rows.items():
         table.add_row(escape(cell.replace("->", " → ")), *values)
     return table
 
 
 def _far_names(cells: Mapping[str, Any]) -> list[str]:
-    from trainer.evaluation.compatibility import rate_text
+    from trainer.evaluation.compatibility import tar_name
 
-    return [f"TAR@FAR {rate_text(entry['far'])}" for entry in next(iter(cells.values()))["tar"]]
+    return [tar_name(entry["far"]) for entry in next(iter(cells.values()))["tar"]]
 
 
 def _tars(cell: Mapping[str, Any]) -> list[str]:

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Export and compare; returns the exit status."""
     from trainer.data.index import open_dataset
     from trainer.errors import ModelError
+    from trainer.models.card import IDENTITIES
     from trainer.models.graph import pick_images
     from trainer.models.model import TorchModel
 
@@ -79,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
             f"torch is {parity.largest_difference:.1e}, the smallest cosine {parity.smallest_cosine:.7f} "
             f"(allowed: {allowed})"
         )
+        identities = args.out.with_suffix(f".{IDENTITIES}")
+        if args.out.suffix == ".onnx" and args.only is None and model.identities is not None:
+            print(f"{identities}: hashes of the training identities, for `lce evaluate`; do not pass them on")
     return 0
 
 

@@ -112,9 +112,10 @@ def _add_upgrade(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--order",
         default="stored",
-        help="which rows come first: stored, random, confidence (least certain first; needs --images), highest:WHERE "
-        "or lowest:WHERE, where WHERE is a column of the table or a .npy of one number a row, such as how often it was "
-        "searched (default: %(default)s)",
+        help="which rows come first: stored, random, confidence (least certain first; needs --images), distance (what "
+        "T₁₂ is expected to map worst first; the model needs compat.distance), highest:WHERE or lowest:WHERE, where "
+        "WHERE is a column of the table or a .npy of one number a row, such as how often it was searched (default: "
+        "%(default)s)",
     )
     parser.add_argument("--batch", type=int, default=4096, help="rows at a time (default: %(default)s)")
     parser.add_argument("--rate", type=float, metavar="ROWS", help="at most so many rows per second")
@@ -320,7 +321,9 @@ def _file(args: argparse.Namespace) -> _Outcome:
     # An upgrade that continues has its order.
     order = None
     if fresh and args.order != "stored":
-        order = order_rows(args.order, path, open_dataset(args.images) if args.images else None)
+        images = open_dataset(args.images) if args.images else None
+        model = open_model(_model(args), args, "cpu") if args.order == "distance" else None
+        order = order_rows(args.order, path, images, model=model)
     with progress_bar("converting") as progress:
         state = files.upgrade(
             path, converter, order=order, batch=args.batch, rows_per_second=args.rate, progress=progress

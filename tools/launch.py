@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] config [key=value …]"
     parser.add_argument("config", type=Path, help="YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=0.05; or a further YAML file"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="for example optimizer.lr=0.05; or a further YAML file",
     )
     parser.add_argument("--nproc", type=whole_number(1), help="processes per node (default: one a GPU, or 1)")
     parser.add_argument(
@@ -50,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="torchrun",
         help="what starts the ranks, or the queue that the job is handed to (default: torchrun)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print exactly what would run")
+    parser.add_argument("--dry-run", action="store_true", help="print exactly what would run; with --check open it too")
     parser.add_argument(
         "--check", action="store_true", help="open all that the run needs, print what would be trained, start nothing"
     )
@@ -143,7 +147,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         _check_hosts(args, job)
     if args.check:
-        return _check(config, job, device)
+        _check(config, job, device)
+        if not args.dry_run:
+            return 0
     if not args.dry_run and not args.no_check and args.launcher != "kubernetes":  # its paths are the pods'
         _check_inputs(config, job)
     if args.launcher in QUEUES:
@@ -184,8 +190,8 @@ def _world(job: "Job") -> int:
     return job.nproc * int(job.nnodes.partition(":")[0])
 
 
-def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> int:
-    """Open everything in this process and print the plan; returns 0 (what is wrong raises)."""
+def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> None:
+    """Open everything in this process and print the plan. Raises :class:`LceError`: something is wrong."""
     import shutil
 
     from tools.output import size_text
@@ -217,7 +223,6 @@ def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> int:
     print(f"disk: {size_text(max(0, needed))} of checkpoints at most, {size_text(free)} free")
     if needed > free:
         raise ConfigError(f"run.dir = {config.run.dir}: {size_text(needed)} of checkpoints, {size_text(free)} free")
-    return 0
 
 
 def _check_hosts(args: argparse.Namespace, job: "Job") -> None:

@@ -49,27 +49,44 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from trainer.data import open_named
     from trainer.errors import ModelError
-    from trainer.models.description import description_of
+    from trainer.models.description import description_of, write_description
+    from trainer.models.model import check_distinct
+    from trainer.models.onnx import OnnxModel
     from trainer.models.tensorflow_js import convert_graph_model
+    from trainer.owner import owned
 
     target: Path | None = args.write
     if target is None or target.suffix != ".onnx":
         raise ModelError(f"{args.model}: say where it is written: --write NAME.onnx")
     kept = description_of(target)
-    if exists := next((path for path in (target, kept) if path.exists() and not args.force), None):
-        raise ModelError(f"{exists}: exists already; --force replaces it")
-    reading_of(args)  # refuses options that do not agree before anything is written
-    convert_graph_model(args.model, target, args.output)
-    kept.unlink(missing_ok=True)  # it was of the file that is replaced
-    args.model, args.output = target, None
-    stated = reading_of(args).model_dump(exclude_none=True, exclude_defaults=True)
-    args.write = kept if stated else None
-    return _describe(args)
+    stated = reading_of(args).model_copy(update={"output": None})  # the file has one output
+    data = None if args.data is None else open_named(args.data)
+    models = []
+
+    def accept(made: Path) -> None:
+        try:
+            model = OnnxModel.open(made, "cpu", stated)
+            if data is not None:
+                check_distinct(model, data)
+        except ModelError as error:
+            raise ModelError(str(error).replace(str(made), str(target))) from None
+        model.path, model.reading = target, model.reading.replace(str(made), str(target))
+        models.append(model)
+        if stated != type(stated)():  # first, so that no model is ever without what was stated of it
+            write_description(kept, target, stated, made)
+
+    with owned(target, ModelError):
+        if exists := next((path for path in (target, kept) if path.exists() and not args.force), None):
+            raise ModelError(f"{exists}: exists already; --force replaces it")
+        convert_graph_model(args.model, target, args.output, accept)
+        if stated == type(stated)():
+            kept.unlink(missing_ok=True)  # it was of the file that is replaced
+    return _say(args, models[0])
 
 
 def _describe(args: argparse.Namespace) -> int:
-    from tools.cli import translated
     from trainer.data import open_named
     from trainer.errors import ModelError
     from trainer.models.description import description_of, with_description, write_description
@@ -80,22 +97,28 @@ def _describe(args: argparse.Namespace) -> int:
     replaces = args.write is not None and args.write.exists()
     if replaces and not args.force:
         raise ModelError(f"{args.write}: exists already; --force replaces it")
-    if replaces and args.write.resolve() == description_of(args.model).resolve():
-        args.write.unlink()  # it may be of an earlier file; what counts is what is stated now
-    model = load_model(args.model, "cpu", stated)
+    # The one that is replaced may be of an earlier file; what counts is what is stated now.
+    anew = replaces and args.write.resolve() == description_of(args.model).resolve()
+    model = load_model(args.model, "cpu", stated, described=not anew)
     if args.data is not None:
         check_distinct(model, open_named(args.data))
     if args.write is not None:
         if not model.foreign:
             raise ModelError(f"{args.model}: carries a model card, which says how it is read; there is nothing to keep")
-        file, known = with_description(args.model, stated)
+        file, known = (args.model, stated) if anew else with_description(args.model, stated)
         write_description(args.write, file, known)
+    return _say(args, model)
+
+
+def _say(args: argparse.Namespace, model: "EmbeddingModel") -> int:
+    from tools.cli import translated
+
     figures = _figures(model)
     write_json(figures, args.json)
     if args.json != "-":
         print(
             translated(model.reading, args.parser)
-            or f"{args.model}: {figures['network']}, dimension {model.dim}; read as its card says"
+            or f"{model.path}: {figures['network']}, dimension {model.dim}; read as its card says"
         )
     return 0
 

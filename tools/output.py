@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +38,10 @@ def write_json(figures: Any, target: str | Path | None) -> None:
     text = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
     text = _NUMBERS.sub(lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text)
     if str(target) == "-":
-        sys.stdout.write(text)
+        print(text, end="")
     else:
         with replaced(Path(target), LceError) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def size_text(size: float) -> str:

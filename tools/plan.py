@@ -42,7 +42,9 @@ GPUS = {"A100": 79 * 2**30, "H100": 79 * 2**30, "H200": 139 * 2**30, "B200": 178
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce plan``."""
     parser.add_argument("config", nargs="?", help="YAML file (default: a run of the sizes below)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example head.sample_rate=0.1")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="for example head.sample_rate=0.1"
+    )
     sizes = parser.add_argument_group("sizes, where the configuration does not say or is to be overruled")
     sizes.add_argument("--classes", type=whole_number(1), metavar="C", help="all classes")
     sizes.add_argument("--dim", type=whole_number(1), help="D, the embedding's dimension")

@@ -146,12 +146,12 @@ def _print_list(runs: Sequence[Run], target: str | None) -> None:
 
     changed = differences(runs)
     table = Table(box=None, header_style="bold")
-    for name in ("run", "state"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("run", overflow="fold")
+    table.add_column("state", no_wrap=True)
     for name in ("step", "loss"):
         table.add_column(name, justify="right")
-    table.add_column("evaluation")
-    table.add_column("settings that differ")
+    for name in ("evaluation", "settings that differ"):
+        table.add_column(name, overflow="fold")
     for number, found in enumerate(runs):
         evaluated = ", ".join(f"{key} {value:.4g}" for key, value in found.last.items() if "." in key)
         own = ", ".join(f"{key}={values[number]}" for key, values in changed.items() if values[number] is not None)

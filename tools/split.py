@@ -20,6 +20,7 @@ Example:
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,11 @@ def run(args: argparse.Namespace) -> int:
     options = SplitOptions(args.kind, share, unseen, tune, args.seen, args.seed)
     tables = split(dataset, options, None if args.groups is None else _groups(args.groups))
     made_by = f"lce split {args.dataset} --kind {args.kind} --share {args.share} --unseen {args.unseen} "
-    save_tables(tables, args.out, dataset, made_by + f"--tune {args.tune} --seen {args.seen} --seed {args.seed}")
+    others = save_tables(
+        tables, args.out, dataset, made_by + f"--tune {args.tune} --seen {args.seen} --seed {args.seed}"
+    )
+    for name in others:
+        print(f"{args.out / name}.npy: is of another split; remove it if it is not wanted", file=sys.stderr)
     counts = {name: {"classes": len(table.classes), "images": table.images} for name, table in tables.items()}
     write_json(counts, args.json)
     if args.json != "-":

@@ -48,7 +48,7 @@ class Diverged(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``lce tune``."""
     parser.add_argument("config", type=Path, help="the new model's YAML file, as lce launch takes it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="or a further YAML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="or a further YAML file")
     parser.add_argument("--old", required=True, metavar="MODEL", help="the deployed model")
     parser.add_argument(
         "--validation", required=True, metavar="DATASET[@LABELS.npy]", help="identities that nobody trains on"

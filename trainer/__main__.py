@@ -28,6 +28,7 @@ from trainer.errors import (
     BrokenRunError,
     LceError,
     TrainingError,
+    refused_by_system,
 )
 from trainer.run.config import Config, load_config
 from trainer.run.watch import is_echo
@@ -103,6 +104,8 @@ def _end(error: BaseException) -> NoReturn:
         status = _refuse(
             error, everywhere=bool(notes) or broken, status=EXIT_CRASH if broken else EXIT_USAGE
         )  # notes are of the loop, where ranks fail alone
+    elif not notes and (reason := refused_by_system(error)) is not None:
+        status = _refuse(LceError(reason), everywhere=True)
     elif notes and is_echo(error):
         status = EXIT_PEER
         print("\n".join(notes), file=sys.stderr, flush=True)

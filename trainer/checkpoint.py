@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_now
@@ -158,6 +159,7 @@ class Checkpoints:
         self.folder, self.config, self.ranks, self.notify = folder, config, ranks, notify
         self.failures = 0
         self._saving: _Saving | None = None
+        self._stager: DefaultStager | None = None
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     @property
@@ -188,7 +190,8 @@ class Checkpoints:
         self._saving = _Saving(step, partial, seal, files)
         writer = FileSystemWriter(partial)
         if self.config.asynchronous and self._group is not None:
-            upload = async_save(state, storage_writer=writer, process_group=self._group)
+            stager = self._pinned_memory(state)
+            upload = async_save(state, storage_writer=writer, process_group=self._group, async_stager=stager)
             assert isinstance(upload, Future)
             upload.add_done_callback(lambda done: _resolve(files, done.result, partial, self.ranks.rank))
             return
@@ -200,6 +203,15 @@ class Checkpoints:
             self.ranks.rank,
         )
         self.settle()
+
+    def _pinned_memory(self, state: dict[str, Tensor]) -> DefaultStager | None:
+        """For tensors on a GPU, pinned host memory that is kept from save to save: the step waits for this copy, and a
+        copy to pageable memory goes through a buffer of the driver. None: torch's own copies.
+        """
+        if self._stager is None and any(tensor.is_cuda for tensor in state.values()):
+            pinned = StagingOptions(use_shared_memory=False, use_async_staging=False)
+            self._stager = DefaultStager(pinned)
+        return self._stager
 
     def settle(self) -> None:
         """Wait for a save under way, seal it, and remove what retention no longer keeps.

@@ -236,6 +236,22 @@ class Layers:
         """Raise :class:`ConfigError` for a key of a variant that is not chosen."""
         self._check(self.root, self.tree, "")
 
+    def purpose(self, key: str) -> str:
+        """What a message adds to a dotted key that is missing: what it is for; of a section the keys that it needs."""
+        node: Node | None = self.root
+        tree: Any = self.tree
+        found = ""
+        for part in key.split("."):
+            if node is None or not isinstance(tree, Mapping):
+                return ""
+            kind = node.kind(tree, "", "")
+            found = (kind.model_fields[part].description or "") if part in kind.model_fields else ""
+            node, tree = node.child(part, kind), tree.get(part)
+        if node is None:
+            return found and f": {found}"
+        needed = [name for name, one in node.kind({}, "", "").model_fields.items() if one.is_required()]
+        return f"; give {', '.join(f'{key}.{name}' for name in needed)}" if needed else ""
+
     def source(self, key: str, default: str) -> str:
         """Where the value of a dotted key was given."""
         return self._given.get(key, (0, default))[1]
@@ -391,8 +407,11 @@ def _nest(layer: dict[str, Any], override: str) -> None:
 
 def _refuse_unknown(node: Node, key: str, prefix: str, source: str) -> typing.NoReturn:
     known = node.all_keys()
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+    below = [
+        f"{section}.{key}" for section in known if (one := node.child(section, node.kinds[0])) and key in one.all_keys()
+    ]
+    near = below or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{f' or {prefix}'.join(near)}?" if near else f"known keys: {', '.join(known)}"
     raise ConfigError(f"{source}: unknown key {prefix}{key}; {hint}")
 
 
@@ -429,7 +448,7 @@ def _explain(problem: Any, layers: Layers, source: str) -> str:
     if problem["type"] == "missing":
         if parts[-1].isdecimal() and len(parts) > 1:
             return f"{layers.source('.'.join(parts[:-1]), source)}: {'.'.join(parts[:-1])}: has too few values"
-        return f"{layers.source(key, source)}: {key} is missing and has no default"
+        return f"{layers.source(key, source)}: {key} is missing and has no default{layers.purpose(key)}"
     if not key or (problem["type"] == "value_error" and isinstance(value, Mapping | Section)):
         return f"{layers.last_source(key, message, source)}: {message}"
     if value is None and ":" in parts[-1]:
@@ -437,8 +456,17 @@ def _explain(problem: Any, layers: Layers, source: str) -> str:
         message = f"{message}; YAML takes a colon with a space behind it: {first}: {rest}"
     source = layers.source(key, layers.source(".".join(parts[:-1]), source))
     message = message.replace("Input should", "must")
+    if problem["type"] == "literal_error" and isinstance(value, str):
+        message += _near_value(value, re.findall(r"'([^']+)'", message))
     given = "is empty" if value is None else f"= {value!r}"
     return f"{source}: {key} {given}: {message[0].lower()}{message[1:]}"
+
+
+def _near_value(value: str, known: Sequence[str]) -> str:
+    """The known value that was meant; ``bf16`` and ``fp16`` are short for types of torch."""
+    whole = re.sub(r"^(bf|fp)(?=\d+$)", lambda short: {"bf": "bfloat", "fp": "float"}[short[1]], value.lower())
+    near = difflib.get_close_matches(whole, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 _PLAIN = {

@@ -4,6 +4,9 @@ Command lines turn an :class:`LceError` into one line on standard error and exit
 ours and shows its traceback.
 """
 
+import errno
+import os
+
 EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED = 0, 2, 70, 71, 75, 130
 """The exit statuses of a rank; :mod:`trainer.run.watch` says when it ends with which."""
 
@@ -55,6 +58,21 @@ class TrainingError(LceError):
 
 DIVERGED = "training cannot go on: "
 """Stands before a :class:`TrainingError` in a run's output: its status is that of wrong use too."""
+
+
+_REFUSED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
+    | {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+)
+
+
+def refused_by_system(error: BaseException) -> str | None:
+    """One line for what a file system may refuse anywhere (no rights, no room, a name that is too long), which is no
+    defect of ours; None: the error is another."""
+    if not isinstance(error, OSError) or error.errno not in _REFUSED:
+        return None
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else "a file"
+    return f"{name}: {error.strerror}"
 
 
 def ranks_text(count: int) -> str:

@@ -28,13 +28,14 @@ def partial_of(target: Path) -> Path:
     missing (see :func:`replace_folder`).
     """
     stem = f".{target.name}.{socket.gethostname()}-"
-    for left in target.parent.glob(f"{glob.escape(stem)}*"):
-        owner, ending = left.name.removeprefix(stem).partition(".")[::2]
+    name = glob.escape(stem)
+    for left in [*target.parent.glob(f"{name}*"), *target.parent.glob(f".{name}*")]:  # the latter: of a partial one
+        owner, ending = left.name.partition(stem)[2].partition(".")[::2]
         if owner.isdigit() and int(owner) != os.getpid() and Path(f"/proc/{owner}").exists():
             continue
         if ending == "old" and not target.exists():
             left.rename(target)
-        elif ending in ("old", "partial"):
+        elif ending == "old" or ending.endswith("partial"):
             remove(left)
     return target.with_name(f"{stem}{os.getpid()}.partial")
 

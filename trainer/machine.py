@@ -58,6 +58,12 @@ def largest_share(total: int, world_size: int) -> int:
 
 def other_ranks(on_node: int) -> int:
     """The ranks (``python -m trainer``) on this machine besides the ``on_node`` that one launcher starts here."""
+    siblings, others = _ranks_besides_this()
+    return others + max(0, siblings - (on_node - 1))
+
+
+def _ranks_besides_this() -> tuple[int, int]:
+    """How many ranks this process's launcher has started besides it, and how many other launchers have."""
     launcher, siblings, others = os.getppid(), 0, 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -67,7 +73,7 @@ def other_ranks(on_node: int) -> int:
             continue  # it has ended, or is not ours to read
         if (b"-m", b"trainer") in pairwise(argv[:8]) and int(folder.name) not in (os.getpid(), launcher):
             siblings, others = siblings + (parent == launcher), others + (parent != launcher)
-    return others + max(0, siblings - (on_node - 1))
+    return siblings, others
 
 
 def threads_of_a_rank(on_node: int) -> int:

@@ -144,6 +144,25 @@ def is_pointer(data: bytes) -> bool:
     return data.startswith(_POINTER)
 
 
+_OTHERS = {
+    (".pdparams", ".pdmodel", ".pdiparams"): (
+        "a file of Paddle: paddle.onnx.export writes its network as ONNX, numpy.save the classifier that paddle.load "
+        "gives with return_numpy=True"
+    ),
+    (".params",): "a file of MXNet: mxnet.onnx.export_model writes the network as ONNX",
+    (".h5", ".keras", ".pb", ".tflite"): "a file of TensorFlow: tf2onnx writes the network as ONNX",
+    (".json",): "no ONNX file; `lce model convert` makes one of a TensorFlow.js graph model",
+    (".caffemodel", ".prototxt"): "a file of Caffe: export the network to ONNX",
+    (".dat",): "no file that is read; with dlib's network embed the images there and give the embeddings",
+}
+
+
+def other_framework(path: str | Path) -> str | None:
+    """What a file of another framework is, by its name, and how what it holds is brought here. None: of none known."""
+    suffix = Path(path).suffix.lower()
+    return next((text for suffixes, text in _OTHERS.items() if suffix in suffixes), None)
+
+
 def why_unreadable(path: str | Path) -> str | None:
     """What the matter is with a file that its reader does not take, as far as its first and last bytes show: a Git LFS
     pointer, a web page, nothing, or the beginning of a longer file. None: they do not."""

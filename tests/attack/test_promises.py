@@ -250,6 +250,16 @@ def cross(**changes: Any) -> Check:
     return check
 
 
+def predicts_distance(scene: Scene) -> None:
+    """The model says of which old embeddings T₁₂ errs more; its maps are as without."""
+    cross(compat__distance=True)(scene)
+    given = {f"compat__{name}_embeddings": str(scene.folder / f"{name}.npy") for name in ("old", "new")}
+    model = scene.run(compat__method="lce", compat__mode="cross-model", **given, compat__distance=True).model()
+    old, new = scene.old(), np.load(scene.folder / "new.npy")
+    expected, actual = model.distance(old), 1 - (model.transform("t12", old) * new).sum(1)
+    assert np.corrcoef(expected, actual)[0, 1] > 0.2
+
+
 def schedule(shape: Callable[[float], float], **changes: Any) -> Check:
     """After the climb the learning rate follows ``shape`` of the share of updates made, to within one update."""
 
@@ -459,6 +469,7 @@ PROMISES: dict[tuple[str, str], Check] = {
     ("compat.maps", "both"): cross(compat__maps="both"),
     ("compat.maps", "t21"): cross(compat__maps="t21"),
     ("compat.maps", "t12"): cross(compat__maps="t12"),
+    ("compat.distance", "true"): predicts_distance,
     ("compat.centers", "device"): compatible(**LCE, compat__centers="device"),
     ("compat.centers", "host"): same(0, STEPS, {**LCE, "compat__centers": "host"}, LCE, compatible(**LCE)),
     **{

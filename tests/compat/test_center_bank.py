@@ -178,3 +178,15 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> Non
         (folder / "centers-00000.safetensors").touch()
     written(tmp_path / "bank")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(p.name for p in kept), "bank"])
+
+
+def test_a_bank_of_a_file_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    """Its description keeps the bytes, and it can be told from others."""
+    prints = []
+    for name in ("a\udcff", "a\udcfe", "a\udcff"):
+        info = BankInfo(made_from="embeddings", source=name)
+        write_bank(tmp_path / "bank", **values(), info=info, overwrite=True)
+        bank = CenterBank.open(tmp_path / "bank")
+        assert bank.info.source == name
+        prints.append(bank.fingerprint)
+    assert prints[0] == prints[2] != prints[1]

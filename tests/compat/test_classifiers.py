@@ -23,8 +23,10 @@ from trainer.compat.bank.matrices import open_arrays, open_rows, read_labels
 from trainer.errors import CenterBankError
 from trainer.files import checksum
 from trainer.head.float8 import HALF, decode, encode
+from trainer.run.arcface_start import head_momentum
 
 CLASSES, DIM = 103, 16
+ORIGINS = Path(__file__).parents[1] / "models" / "origins"
 
 
 def weight(classes: int = CLASSES, dim: int = DIM) -> Tensor:
@@ -115,6 +117,48 @@ def test_the_classes_of_one_rank_are_not_taken_for_all(tmp_path: Path, capsys: p
             open_classifier(given)
     assert len(open_classifier(files[:1], ranks=1).rows) == len(open_classifier([alone], ranks=1).rows) < CLASSES
     assert len(open_classifier(files, ranks=4).rows) == CLASSES
+
+
+def test_files_that_arcface_torchs_own_code_wrote() -> None:
+    classifier = open_classifier([ORIGINS / "arcface_torch"])
+    parts = [torch.load(ORIGINS / f"arcface_torch/checkpoint_gpu_{rank}.pt", weights_only=True) for rank in range(2)]
+    assert torch.equal(all_rows(classifier), torch.cat([part["state_dict_softmax_fc"]["weight"] for part in parts]))
+    momentum = head_momentum(ORIGINS / "arcface_torch")
+    assert momentum is not None
+    assert momentum.read(0, 24).abs().min() > 0
+
+
+def test_cvlfaces_classifiers_of_its_ranks_without_their_padding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its PartialFC of 24 classes on 5 ranks has 25 rows; its FC is saved by rank 0, whole."""
+    folder = ORIGINS / "cvlface" / "partial_fc"
+    files = [folder / f"classifier_rank{rank}.pt" for rank in range(5)]
+    rows = torch.cat([torch.load(file, weights_only=True)["partial_fc.weight"] for file in files])
+    assert len(rows) == 25
+    for given in ([folder], files[::-1]):
+        assert torch.equal(all_rows(open_classifier(given, num_classes=24)), rows[:24])
+    assert main(["centers", "from-classifier", str(folder), str(tmp_path / "bank")]) == 0
+    assert "up to 4 of the last may be no class, which --old-classes settles" in capsys.readouterr().err
+    assert len(open_classifier([folder], ranks=5).rows) == 25
+    with pytest.raises(CenterBankError, match="rank 4 of 5 is missing"):
+        open_classifier(files[:4], num_classes=24)
+    with pytest.raises(CenterBankError, match=r"classifier_rank1.pt: a file of another rank next to the 1 given"):
+        open_classifier(files[:1])
+    with pytest.raises(CenterBankError, match="together, expected are 20"):
+        open_classifier([folder], num_classes=20)
+    whole = ORIGINS / "cvlface" / "fc" / "classifier_rank0.pt"
+    for one in (whole, whole.parent):
+        assert len(open_classifier([one], num_classes=24).rows) == 24
+
+
+@pytest.mark.parametrize("world", [2, 4, 7])
+def test_more_padding_than_one_rank_has(tmp_path: Path, world: int) -> None:
+    """CVLface gives 9 classes 5 + 5, 3 + 3 + 3 + 3 and 7 times 2 rows."""
+    rows = weight(-(-9 // world) * world)
+    for rank, part in enumerate(rows.split(len(rows) // world)):
+        torch.save({"partial_fc.weight": part.clone()}, tmp_path / f"classifier_rank{rank}.pt")
+    assert torch.equal(all_rows(open_classifier([tmp_path], num_classes=9)), rows[:9])
 
 
 def test_files_of_the_current_folder_are_named_by_its_full_name(

@@ -252,3 +252,47 @@ def test_masked_classes_contribute_nothing_even_when_they_are_nan() -> None:
     nothing = torch.zeros(C, dtype=torch.bool)
     assert losses.alignment(w, o, nothing).item() == 0
     assert losses.boundary(x, o[labels], b[labels], nothing[labels]).item() == 0
+
+
+def test_contrastive_loss_prefers_the_class_among_the_other_models_embeddings() -> None:
+    mapped, targets = randn(N, D1), randn(N, D1)
+    y, tau = torch.tensor([0, 1, 0, 2, 1, 0, 3, 3, 4]), 0.3
+    a, b = unit(mapped.detach().numpy()), unit(targets.detach().numpy())
+    expected = 0.0
+    for i in range(N):
+        q = [math.exp(a[i] @ b[j] / tau) for j in range(N)]
+        own = [j for j in range(N) if y[j] == y[i]]
+        expected -= sum(math.log(q[j] / sum(q)) for j in own) / len(own) / N
+    assert losses.contrastive(mapped, targets, y, tau).item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda m, t: losses.contrastive(m, t, y, tau), (mapped, targets))
+
+
+@pytest.mark.parametrize("shape", [(D1, D2), (D2, D1), (D1, D1)])
+def test_lambda_orthogonality_acts_above_its_threshold(shape: tuple[int, int]) -> None:
+    matrix = randn(*shape)
+    m = matrix.detach().numpy()
+    gram = m @ m.T if shape[0] <= shape[1] else m.T @ m
+    apart = math.sqrt(((gram - np.eye(len(gram))) ** 2).sum())
+    found = losses.gram_distance(matrix)
+    assert found.item() == pytest.approx(apart, rel=1e-12)
+    for threshold in (apart - 0.1, apart, apart + 2):
+        switch = 1 / (1 + math.exp(-losses.STEEPNESS * (apart - threshold)))
+        assert losses.orthogonality(found, threshold).item() == pytest.approx(switch * apart, rel=1e-9)
+    assert torch.autograd.gradcheck(lambda w: losses.orthogonality(losses.gram_distance(w), apart), matrix)
+    unturned = torch.eye(*shape, dtype=torch.float64, requires_grad=True)  # where maps start
+    losses.orthogonality(losses.gram_distance(unturned), 0.0).backward()
+    assert unturned.grad is not None
+    assert not unturned.grad.any()
+
+
+def test_expected_distance_is_least_at_the_mean_and_leaves_the_map_alone() -> None:
+    s, d = randn(N), torch.rand(N, dtype=torch.float64, requires_grad=True)
+    plain = [(math.exp(-a) * b + a) / 2 for a, b in zip(s.tolist(), d.tolist(), strict=True)]
+    value = losses.expected_distance(s, d)
+    assert value.item() == pytest.approx(sum(plain) / N, rel=1e-12)
+    value.backward()
+    assert d.grad is None
+    best = d.detach().mean().log().expand(N).clone().requires_grad_()
+    losses.expected_distance(best, d).backward()
+    assert best.grad is not None
+    assert best.grad.sum().item() == pytest.approx(0, abs=1e-12)

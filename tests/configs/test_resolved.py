@@ -14,7 +14,11 @@ from trainer.run.folder import changes_since, flat
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SNAPSHOT = json.loads(Path(__file__).with_name("resolved-0.1.json").read_text())
-NEW = {"log.line_seconds", "log.images", "train.matmul", "data.order", "data.allow_outside", "head.rows_residual"}
+NEW = {
+    *("log.line_seconds", "log.images", "train.matmul", "data.order", "data.allow_outside", "head.rows_residual"),
+    *("compat.contrastive_weight", "compat.contrastive_temperature", "compat.orthogonal_weight"),
+    *("compat.orthogonal_threshold", "compat.distance"),
+}
 """Keys that version 0.1 did not have."""
 
 

@@ -68,6 +68,19 @@ def file(tmp_path: Path) -> Path:
         ("evaluate.old=m", "evaluate.old: nothing is measured without evaluate.sets"),
         ("evaluate.every_steps=5", "nothing is measured without evaluate.sets"),
         (" ".join([*CROSS, "head.sample_rate=0.5"]), "head.sample_rate belongs to runs that train a network"),
+        (
+            " ".join([*CROSS, "compat.new_bank=b compat.contrastive_weight=1"]),
+            "compat.contrastive_weight: needs the two",
+        ),
+        (" ".join([*CROSS, "compat.new_bank=b compat.distance=true"]), "compat.distance: needs the two embeddings"),
+        (" ".join([*CROSS, "compat.maps=t21 compat.distance=true"]), "compat.distance: is of T₁₂"),
+        (" ".join([*CROSS, "compat.orthogonal_weight=1"]), "of a linear T₂₁; compat.maps is both, .*name rbt: set"),
+        (
+            " ".join([*CROSS, "compat.orthogonal_weight=1 compat.maps=t12 compat.transform.name=linear"]),
+            "of a linear T₂₁; compat.maps is t12",
+        ),
+        (" ".join([*CROSS, "compat.orthogonal_threshold=2"]), "no effect with compat.orthogonal_weight = 0"),
+        (" ".join([*CROSS, "compat.contrastive_temperature=2"]), "no effect with compat.contrastive_weight = 0"),
         (" ".join([*CROSS, "backbone.dim=64"]), "backbone.dim belongs to runs that train a network"),
         ("compat.bank=/does/not/exist compat.mode=both", "compat.bank belongs to lce, bct, .*; compat.method is none"),
         ("compat.method=bct compat.bank=b compat.mode=both", "compat.mode belongs to lce; compat.method is bct"),
@@ -200,6 +213,13 @@ def test_a_text_in_place_of_a_list_of_overrides_is_named(file: Path) -> None:
 def test_a_path_without_a_space_behind_its_name_is_explained(file: Path) -> None:
     with pytest.raises(ConfigError, match="YAML takes a colon with a space behind it: a: /nope"):
         load_config(file, ["evaluate.sets={a:/nope}", "evaluate.every_steps=5"])
+
+
+def test_an_empty_file_is_told_which_keys_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(ConfigError, match=r"run is missing and has no default; give run\.dir") as error:
+        load_config(tmp_path / "empty.yaml")
+    assert "data is missing and has no default; give data.path" in str(error.value)
 
 
 def test_methods_and_lengths_replace_each_other(tmp_path: Path) -> None:

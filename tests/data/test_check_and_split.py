@@ -21,6 +21,7 @@ from trainer.data.packing import PackOptions, pack
 from trainer.data.splitting import KINDS, SplitOptions, identity_list, save_tables, split
 from trainer.errors import DataError
 from trainer.owner import owned
+from trainer.reading import read_json
 
 
 def test_a_sound_set_is_counted(tmp_path: Path) -> None:
@@ -226,6 +227,22 @@ def test_tables_and_seals_have_one_owner(tmp_path: Path, capsys: pytest.CaptureF
         assert cli.main(["check", str(data), "--seal", *table]) == 0
     assert cli.main(["check", str(tmp_path / "none"), "--seal"]) == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_tables_of_another_split_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = packed(tmp_path, 6, 4, (8, 8)), tmp_path / "tables"
+    assert cli.main(["split", str(data), str(out), "--unseen", "0.3"]) == 0
+    assert "of another split" not in capsys.readouterr().err
+    assert cli.main(["split", str(data), str(out)]) == 0
+    assert f"{out / 'unseen'}.npy: is of another split" in capsys.readouterr().err
+
+
+def test_a_data_set_whose_name_is_no_utf8_is_checked_and_split(tmp_path: Path) -> None:
+    data = packed(tmp_path / "a\udcff\nb", 6, 4, (8, 8))
+    assert cli.main(["check", str(data), "--json", str(tmp_path / "report.json")]) == 0
+    assert read_json(tmp_path / "report.json", DataError)["dataset"] == str(data)
+    assert cli.main(["split", str(data), str(data.parent / "tables")]) == 0
+    assert cli.main(["check", str(data), "--labels", str(data.parent / "tables/old.npy")]) == 0
 
 
 def test_the_tools_agree_with_the_library() -> None:

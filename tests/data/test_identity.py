@@ -142,7 +142,7 @@ def test_an_index_cut_at_a_lines_end_is_refused(tmp_path: Path, layout: str) -> 
 
 def test_an_index_with_a_gap_is_a_choice_that_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = unsealed(packed(tmp_path, 2, 5))
-    for name in ("dataset.yaml", "train.offsets.npy"):
+    for name in ("dataset.yaml", "pack.json", "train.offsets.npy"):
         (folder / name).unlink()
     lines = (folder / "train.idx").read_text().splitlines(keepends=True)
     (folder / "train.idx").write_text("".join(lines[:3] + lines[5:]))

@@ -99,8 +99,8 @@ def test_an_interrupted_run_is_continued(people: Path, tmp_path: Path, monkeypat
         pack(listing, out, options)
     assert sorted(path.name for path in out.glob("*.rec")) == ["train-00000.rec", "train-00001.rec"]
     assert not list(out.glob(".*.tmp"))
-    with pytest.raises(DataError):
-        open_dataset(out / "missing")
+    with pytest.raises(DataError, match="its packing is not finished, images are missing"):
+        open_dataset(out)
     monkeypatch.setattr(packing, "_load", load)
     assert pack(listing, out, options).written_parts == 4
     again = pack(listing, out, options)

@@ -80,7 +80,8 @@ def evaluate(place, *extra, old="old", new="other", data=("unseen",)):
     return cli.main(["evaluate", *models, *(["--data", *sets] if sets else []), *fixed, *extra])
 
 
-def test_the_whole_command(place, capsys):
+def test_the_whole_command(place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     report, result = place / "out.html", place / "out.json"
     models = ["--paragon", str(place / "other"), "--runs", str(place / "run")]
     status = evaluate(
@@ -120,6 +121,10 @@ def test_the_whole_command(place, capsys):
     printed = capsys.readouterr().out
     assert "NOT SAFE" in printed
     assert "new → old" in printed
+    assert "update gain" in printed
+    assert "TAR@FAR=0.1" in printed
+    assert "…" not in printed  # nothing is cut at 80 columns
+    assert f"report: {report}; its plots as files: {report.with_suffix('')}-plots\n" in printed
     assert f"→ {found['verdict']['next'][0]}" in printed
     assert evaluate(place, "--report", str(report)) == 0
     page = report.read_text()

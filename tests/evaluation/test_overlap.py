@@ -11,7 +11,6 @@ import torch
 
 from tests.data.samples import identity_folders, packed
 from tests.evaluation.test_verdict import OPTIONS, upgrade
-from tests.models.test_export import images
 from tools import cli
 from trainer.data import Dataset, open_dataset
 from trainer.data.identities import identities, named_identities
@@ -22,7 +21,6 @@ from trainer.evaluation.results import measure_sets
 from trainer.models.card import ModelCard
 from trainer.models.folder import save_model
 from trainer.models.model import EmbeddingModel, TorchModel
-from trainer.models.onnx_export import export_onnx
 from trainer.models.open import load_model
 from trainer.networks import build_backbone
 from trainer.networks.config import BackboneConfig
@@ -114,9 +112,12 @@ def test_what_is_not_known_is_said(tables: Path) -> None:
     assert line == "Not known is whether identities were trained on: unseen by the old model (the model does not say)."
 
 
-def test_onnx_files_keep_the_hashes_beside_them(tables: Path) -> None:
+def test_onnx_files_keep_the_hashes_beside_them(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = open_dataset(tables / "packed", tables / "new.npy")
-    export_onnx(model(tables / "model", new), tables / "m.onnx", images(2))
+    model(tables / "model", new)
+    data = ["--dataset", str(tables / "packed"), "--images", "2"]
+    assert cli.main(["export", str(tables / "model"), str(tables / "m.onnx"), *data]) == 0
+    assert f"{tables / 'm.identities.npy'}: hashes of the training identities" in capsys.readouterr().out
     assert found(new, load_model(tables / "m.onnx")).shared == 6
     beside = tables / "m.identities.npy"
     whole = beside.read_bytes()

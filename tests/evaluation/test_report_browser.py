@@ -1,7 +1,11 @@
 """The report in headless Chromium: nothing on the console, every plot and picture there, no wider than a phone,
-light and dark; held to the accessibility rules of axe-core; printed as PDF."""
+light and dark; held to the accessibility rules of axe-core; printed as PDF.
+
+Screenshots are left in ``build/screenshots`` of the checkout, or in ``$LCE_ARTEFACTS/screenshots``.
+"""
 
 import html
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +20,8 @@ from trainer.evaluation.pdf import print_pdf
 from trainer.evaluation.report import RunRecord, write_report
 from trainer.evaluation.results import measure_sets
 
+ROOT = Path(__file__).resolve().parents[2]
+SCREENSHOTS = Path(os.environ.get("LCE_ARTEFACTS") or ROOT / "build") / "screenshots"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 
@@ -26,6 +32,7 @@ PROBE = r"""<script>addEventListener("load", async () => {
     broken: images.filter(i => !i.complete || i.naturalWidth === 0).length,
     overflow: document.documentElement.scrollWidth - innerWidth, width: innerWidth,
     narrow: images.filter(i => i.className === "plot" && innerWidth <= 400 && i.width < innerWidth - 40).length,
+    cut: [...document.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth).length,
     dark: matchMedia("(prefers-color-scheme: dark)").matches ? 1 : 0,
     back: parseInt(getComputedStyle(document.body).backgroundColor.match(/\d+/)[0]),
     requests: performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length};
@@ -40,7 +47,7 @@ PROBE = r"""<script>addEventListener("load", async () => {
 # A window of Chromium is never narrower than 500 pixels; a frame is.
 FRAME = """<!doctype html><title>frame</title><body style="margin:0"><script>
 addEventListener("message", event => { document.body.dataset.probe = event.data; });
-</script><iframe src="PAGE" style="border:0;width:WIDTHpx;height:900px"></iframe></body>"""
+</script><iframe src="PAGE" style="border:0;width:WIDTHpx;height:2400px"></iframe></body>"""
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +66,16 @@ def report(tmp_path_factory):
     return folder / "report.html"
 
 
-def open_page(page, width, folder, dark=False):
+def open_page(page, width, folder, dark=False, shot=None):
+    """What the console and the probe say of a page; ``shot``: the file that a screenshot goes to."""
     folder.mkdir()
     frame = folder / "frame.html"
     frame.write_text(FRAME.replace("PAGE", page.as_uri()).replace("WIDTH", str(width)))
     command = [
         CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
-        f"--user-data-dir={folder / 'profile'}", f"--window-size={max(width, 500)},900", "--virtual-time-budget=20000",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", frame.as_uri(),
+        f"--user-data-dir={folder / 'profile'}", f"--window-size={max(width, 500)},2400", "--virtual-time-budget=20000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom",
+        *([f"--screenshot={shot}", "--hide-scrollbars"] if shot else []), frame.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -81,7 +90,13 @@ def open_page(page, width, folder, dark=False):
 def test_the_report_opens_without_errors_and_fits(report, tmp_path, width, dark):
     page = report.with_name(f"probed-{width}-{dark}.html")
     page.write_text(report.read_text().replace("</body>", PROBE))
-    console, seen = open_page(page, width, tmp_path / "browser", dark)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    shot = SCREENSHOTS / f"report-{width}-{'dark' if dark else 'light'}.png"
+    shot.unlink(missing_ok=True)
+    console, seen = open_page(page, width, tmp_path / "browser", dark, shot)
+    with Image.open(shot) as picture:
+        assert picture.size == (max(width, 500), 2400)
+        assert (picture.convert("L").getpixel((width // 2, 5)) < 60) == dark
     assert console == []
     assert seen["width"] == width
     assert seen["dark"] == dark
@@ -92,6 +107,7 @@ def test_the_report_opens_without_errors_and_fits(report, tmp_path, width, dark)
     assert seen["broken"] == 0
     assert seen["requests"] == 0
     assert seen["overflow"] <= 0
+    assert width == 400 or seen["cut"] == 0  # on a phone wide tables are pushed sideways
 
 
 @pytest.mark.parametrize("dark", [False, True])

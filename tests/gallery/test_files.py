@@ -461,6 +461,7 @@ def test_what_is_searched_most_and_what_is_least_certain_come_first(tmp_path):
         ("highest", "expected stored, random"),
         ("random:x", "expected stored, random"),
         ("confidence", "needs the images' identities"),
+        ("distance", "needs the new model"),
         (f"lowest:{tmp_path / 'none.npy'}", "none.npy: no such file"),
     ):
         with pytest.raises(DataError, match=message):

@@ -404,8 +404,9 @@ def test_refusals(dsn):
         PostgresGallery(dsn, "nobody; DROP TABLE faces")
     with pytest.raises(DataError, match="no column nothing"):
         PostgresGallery(dsn, "faces", key="nothing")
-    with pytest.raises(DataError, match="lowest:COLUMN"):
-        PostgresGallery(dsn, "faces", order="confidence")
+    for order, column in (("confidence", "lowest:COLUMN"), ("distance", "highest:COLUMN")):
+        with pytest.raises(DataError, match=column):
+            PostgresGallery(dsn, "faces", order=order)
     with pytest.raises(DataError, match='column "nothing" does not exist'):
         PostgresGallery(dsn, "faces", order="highest:nothing").begin(Rotation())
     PostgresGallery(dsn, "faces").rollback()

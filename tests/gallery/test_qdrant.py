@@ -1,6 +1,10 @@
 """Upgrade of a Qdrant collection in the client's local mode: ids and payloads kept, killed, rolled back, refused."""
 
+import contextlib
+import functools
+import shutil
 import uuid
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +117,83 @@ def test_an_interrupted_upgrade_goes_on_and_takes_what_changed_meanwhile(store, 
     client.close()
     with pytest.raises(DataError, match=r"points were enrolled after the swap \(2002 and 0 more\)"):
         opened(store, lambda g: g.rollback())
+
+
+WRITES = ("create_collection", "delete_collection", "upsert", "delete", "update_collection_aliases")
+
+
+def cut(store, action, writes):
+    """The action, ended before a write as a kill would; whether it came to its end."""
+
+    def call(real, *args, **kwargs):
+        nonlocal writes
+        writes -= 1
+        if writes < 0:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    def limited(gallery):
+        for name in WRITES:
+            setattr(gallery._client, name, functools.partial(call, getattr(gallery._client, name)))
+        action(gallery)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        opened(store, limited)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("store", ["face"], indirect=True)
+@pytest.mark.parametrize("what", ["upgrade", "rollback"])
+def test_a_call_that_is_killed_before_any_of_its_writes_is_finished_by_the_next(store, tmp_path_factory, what):
+    """And a face that was enrolled in between, wherever the alias pointed, is not lost."""
+    actions = {"upgrade": lambda g: g.upgrade(Rotation(), batch=64), "rollback": lambda g: g.rollback()}
+    if what == "rollback":
+        opened(store, actions["upgrade"])
+    for writes in range(100):
+        copy = str(tmp_path_factory.mktemp("copy") / "store"), store[1]
+        shutil.copytree(store[0], copy[0])
+        if cut(copy, actions[what], writes):
+            break
+        client = qdrant_client.QdrantClient(path=copy[0])
+        alias = client.get_aliases().aliases[0].collection_name
+        face = named((VECTORS if alias == "v1" else NEW)[0].tolist(), store[1])
+        client.upsert("faces", [models.PointStruct(id=5001, vector=face, payload={})])
+        client.close()
+        if what == "rollback" and alias != "v1":
+            with pytest.raises(DataError, match="points were enrolled after the swap"):
+                opened(copy, actions[what])
+        else:
+            phase = opened(copy, lambda g: (actions[what](g), g.status().phase)[1])
+            assert phase == ("swapped" if what == "upgrade" else "none")
+        found = content(copy)
+        assert len(found) == 61, f"killed before write {writes + 1}"
+        new = what == "upgrade" or alias != "v1"
+        assert found[5001][0] == pytest.approx((NEW if new else VECTORS)[0], abs=1e-5)
+    assert writes >= 3
+
+
+def test_payload_indexes_are_made_by_the_next_call_too(store):
+    """Of a call that was killed when it had made the collection and not yet its indexes."""
+    asked = []
+
+    def indexed(gallery, action):
+        real = gallery._client.get_collection
+
+        def described(name):
+            info = real(name)
+            if name == "v1":
+                info.payload_schema = {"who": SimpleNamespace(params=None, data_type="keyword")}
+            return info
+
+        gallery._client.get_collection = described
+        gallery._client.create_payload_index = lambda *words, **more: asked.append((*words, more["field_schema"]))
+        action(gallery)
+
+    with pytest.raises(KeyboardInterrupt):
+        opened(store, lambda g: g.upgrade(Cut(), batch=16))
+    opened(store, lambda g: indexed(g, lambda g: g.upgrade(Rotation())))
+    assert [words[1:] for words in asked] == [("who", "keyword")]
 
 
 def test_points_that_come_faster_than_they_are_read_end_the_upgrade_with_a_message(store):

@@ -68,6 +68,22 @@ def test_undrawn_rows_of_sgd_move_as_with_a_dense_zero_gradient(
         assert len(optimizer.tables) == 1
 
 
+@pytest.mark.parametrize("rows", [1, 7, 20])
+def test_the_sweep_over_all_rows_is_the_same_in_blocks_of_any_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = drive("sgd", 9, [0.3] * 9)
+    monkeypatch.setattr(row_optimizer, "FLUSH_ROWS", {"cpu": rows})
+    sizes: list[int] = []
+    select = row_optimizer.SgdRows.select
+    monkeypatch.setattr(
+        row_optimizer.SgdRows, "select", lambda self, index: (sizes.append(len(index)), select(self, index))[1]
+    )
+    blocks, _ = drive("sgd", 9, [0.3] * 9)
+    assert sum(sizes[9:]) == 20
+    assert max(sizes[9:]) == rows
+    for one, other in zip(whole.tables, blocks.tables, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_strong_decay_does_not_lose_rows() -> None:
     """Decay that shrinks a row to nothing within the horizon is swept in time."""
     optimizer, given = drive("sgd", 80, [1.0] * 80)

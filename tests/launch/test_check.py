@@ -32,6 +32,12 @@ def test_a_run_that_can_start_is_described(configured: Path, capsys: pytest.Capt
     assert "ranks: 2, updates: 10" in out
     assert "memory of a rank" in out
     assert "free" in out
+    assert "torchrun" not in out
+    assert main(["launch", str(configured), "--nproc", "2", "--check", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("20 images of 4 classes") < out.index("--nproc-per-node=2")
+    assert main(["launch", str(configured), "--check", "--dry-run", "data.path=nowhere"]) == 2
+    assert "torchrun" not in capsys.readouterr().out
     assert not (configured.parent / "run").exists()
 
 
@@ -40,7 +46,11 @@ def test_a_run_that_can_start_is_described(configured: Path, capsys: pytest.Capt
     [
         ("data.path=nowhere", "no such data set folder"),
         ("backbone.name=resnet50", "known"),
-        ("backbone.weights=nowhere.pt", "nowhere.pt"),
+        ("backbone.weights=nowhere.pt", "backbone.weights = nowhere.pt: no such file"),
+        (
+            "compat.method=lce",
+            "compat.bank is missing and has no default: centre bank of the old model (`lce centers …`)",
+        ),
         ("data.labels=nowhere.npy", "nowhere.npy"),
         ("compat.method=lce compat.bank=nowhere", "nowhere"),
         ("evaluate.every_steps=1 evaluate.sets.unseen=nowhere", "nowhere"),

@@ -76,6 +76,9 @@ def test_dry_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--nnodes", "2:4", "--with", "mpirun"], "with torchrun and --rendezvous c10d alone"),
         (["--nnodes", "2:4", "--with", "slurm"], "with torchrun and --rendezvous c10d alone"),
         (["trian.steps=3"], "did you mean train"),
+        (["precision=fp16"], "did you mean train.precision?"),
+        (["train.precision=fp16"], "did you mean float16?"),
+        (["train.precision=bf16"], "did you mean bfloat16?"),
     ],
 )
 def test_wrong_use(path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:

@@ -1,7 +1,8 @@
 """Models of other trainers: ONNX graphs read by their operators whatever their form, torch weights by their layers.
 
 ``origins/`` holds narrow networks (2 to 4 channels at first) that the code of arcface_torch, AdaFace, CVLface, MagFace
-and PLSC built and saved, and ``expected.npz`` what that code's networks gave for :func:`pixels`, unit rows.
+and PLSC built and saved (see its README), and ``expected.npz`` what that code's networks gave for :func:`pixels`, unit
+rows.
 """
 
 import argparse
@@ -22,8 +23,9 @@ from safetensors.torch import save_file
 from tools.cli import main
 from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.bank.from_model import bank_from_model
+from trainer.compat.bank.matrices import open_arrays
 from trainer.data.index import open_dataset
-from trainer.errors import ModelError
+from trainer.errors import CenterBankError, ModelError
 from trainer.models.description import Reading
 from trainer.models.onnx import OnnxModel, providers
 from trainer.models.open import load_model
@@ -498,6 +500,10 @@ def test_a_description_is_kept_where_the_user_names_it(
     assert main(words) == 2
     assert "--force replaces it" in capsys.readouterr().err
     assert main([*words, "--force"]) == 0
+    kept = beside.read_bytes()
+    refused = ["--pixels", "normalised", "--data", str(packed), "--write", str(beside), "--force"]
+    assert main(["model", "describe", str(old), *refused]) == 2  # what is refused replaces nothing
+    assert beside.read_bytes() == kept
     assert load_model(elsewhere, reading=Reading(color="RGB")).card.color == "RGB"  # what is stated now counts first
     assert main(["model", "describe", str(elsewhere), "--data", str(packed), "--json", str(tmp_path / "d.json")]) == 0
     assert json.loads((tmp_path / "d.json").read_text())["color"] == "BGR"
@@ -736,6 +742,21 @@ def test_files_that_are_no_models_are_named_for_what_they_are(tmp_path: Path, na
         path.write_bytes(content)
         with pytest.raises(ModelError, match=f"{name}: {re.escape(words)}"):
             load_model(path)
+
+
+def test_files_of_other_frameworks_say_how_they_are_converted(tmp_path: Path) -> None:
+    for path, words in (
+        (ORIGINS / "plsc_latest.pdparams", "a file of Paddle: paddle.onnx.export writes its network as ONNX"),
+        (ORIGINS / "faceres" / "model.json", "`lce model convert` makes one of a TensorFlow.js graph model"),
+        (tmp_path / "model-0000.params", "a file of MXNet: mxnet.onnx.export_model"),
+        (tmp_path / "net.H5", "a file of TensorFlow: tf2onnx"),
+        (tmp_path / "dlib_face.dat", "with dlib's network embed the images there"),
+    ):
+        if path.parent == tmp_path:
+            path.write_bytes(b"\x00\x01")
+        for read, error in ((load_model, ModelError), (open_arrays, CenterBankError)):
+            with pytest.raises(error, match=f"{path.name}: .*{re.escape(words)}"):
+                read(path)
 
 
 def test_files_that_are_cut_short_say_so(tmp_path: Path) -> None:

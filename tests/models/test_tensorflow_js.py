@@ -59,6 +59,8 @@ def test_the_command_keeps_what_is_stated_and_wrong_pixels_are_an_error(
     assert "has 3 outputs (age, gender, embedding); name the one that is the embedding (--output)" in (
         capsys.readouterr().err
     )
+    assert main([*convert, "--output", "embedding", "--data", str(tmp_path / "set")]) == 2
+    assert f"{target}: embeddings of different images all but coincide" in capsys.readouterr().err
     assert not target.exists()
     assert main([*convert, "--output", "embedding"]) == 0
     evaluate = ["evaluate", "--old", str(target), "--new", str(target), "--data", f"unseen={tmp_path / 'set'}"]

@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 from tests.run.test_engine import tensors_of
 from tests.runs import Linear, config, losses_of, train_rank
 from trainer.distributed import Ranks
-from trainer.errors import LceError
+from trainer.errors import CheckpointError, LceError
 from trainer.run.engine import train
 
 CLASSES, DIM, OLD_RANKS = 11, 6, 3
@@ -116,3 +116,20 @@ def test_refusals(tmp_path: Path, case: str, words: str) -> None:
     with pytest.raises(LceError, match=words):
         train(config(tmp_path / "run", **changes), Ranks())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["state_dict_backbone", "state_dict_softmax_fc"])
+def test_weights_exchanged_under_the_same_name_are_not_those_of_the_run(tmp_path: Path, part: str) -> None:
+    """Neither is it "finished already", nor does it continue."""
+    arcface_run(tmp_path / "old")
+    changes = _changes(tmp_path / "old")
+    for _ in range(2):
+        assert train(config(tmp_path / "run", **changes), Ranks()).step == 8
+    file = tmp_path / "old/checkpoint_gpu_0.pt"
+    saved = torch.load(file, weights_only=True)
+    for value in saved[part].values():
+        value += 1e-3
+    torch.save(saved, file)
+    for steps in (8, 12):
+        with pytest.raises(CheckpointError, match=r"with another set of start weights .*; choose another run\.dir"):
+            train(config(tmp_path / "run", **changes, train__steps=steps), Ranks())

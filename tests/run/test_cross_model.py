@@ -23,12 +23,16 @@ from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.lce import Pairs, TransformedCompat
 from trainer.data import build_loader, open_dataset
 from trainer.distributed import Ranks, gather_batch
-from trainer.errors import CenterBankError, ConfigError, LceError, ModelError
+from trainer.errors import CenterBankError, ConfigError, DataError, LceError, ModelError
 from trainer.gallery.convert import Forward
+from trainer.gallery.orders import order_rows
 from trainer.models.card import ModelCard
 from trainer.models.folder import save_model
+from trainer.models.graph import graph_card
+from trainer.models.model import TorchModel
 from trainer.models.open import load_model
 from trainer.networks.config import BackboneConfig
+from trainer.networks.transform import build_distance_head
 from trainer.run import cross_model
 from trainer.run.cross_model import CrossModelTask, image_pairs_loss
 from trainer.run.engine import train
@@ -67,7 +71,12 @@ def changes(scene: Path, *given: str, **more: Any) -> dict[str, Any]:
     return base | method | files | more
 
 
+TERMS = {
+    **{"compat__transform": {"name": "linear"}, "compat__contrastive_weight": 0.5, "compat__distance": True},
+    **{"compat__orthogonal_weight": 0.1, "compat__orthogonal_threshold": 0.2},
+}
 CASES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("new", "old", "bank"), TERMS),
     (("new", "bank", "new_bank"), {}),
     (("new", "old", "bank"), {"compat__maps": "t21"}),
     (("new", "old", "bank"), {"compat__maps": "t12"}),
@@ -83,7 +92,7 @@ def steps(ranks: Ranks, scene: str, control: bool = False) -> list[dict[str, Any
     if control:
         patched.gather_batch = lambda rows, labels, world, capacity: whole(rows, labels, 1, capacity)
     found = []
-    for given, more in CASES[3:] if control else CASES:
+    for given, more in CASES[-1:] if control else CASES:
         settings = config(Path(scene) / "unused", **changes(Path(scene), *given, **more))
         inputs = prepare(settings, ranks)
         task = CrossModelTask(settings, inputs, ranks)
@@ -152,6 +161,118 @@ def test_image_pairs_are_the_plain_formula(maps: Any, authors: bool) -> None:
     torch.testing.assert_close(report["boundary"], b.detach(), rtol=1e-10, atol=1e-12)
     without, _ = image_pairs_loss(compat, x, e, known, None)
     torch.testing.assert_close(without, 0.7 * a, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("maps", ["t21", "t12", "both"])
+def test_contrast_is_added_and_a_head_moves_no_map(maps: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    given = {"mode": "cross-model", "maps": maps, "transform": {"name": "linear"}}
+    contrast = LceCrossConfig.model_validate({**given, "contrastive_weight": 0.6, "contrastive_temperature": 0.2})
+    plain = TransformedCompat(LceCrossConfig.model_validate(given), OLD, NEW).double()
+    compat = TransformedCompat(contrast, OLD, NEW).double()
+    compat.load_state_dict(plain.state_dict())
+    x, e = (torch.randn(7, dim, generator=generator, dtype=torch.float64) for dim in (NEW, OLD))
+    labels, known = torch.tensor([0, 1, 0, 2, 1, 0, -1]), torch.tensor([True] * 6 + [False])
+    (base, _), (got, report) = (image_pairs_loss(one, x, e, known, None, labels) for one in (plain, compat))
+    u, v, y = normalize(x[known]), normalize(e[known]), labels[known]
+    terms = [] if compat.t21 is None else [losses.contrastive(compat.t21(u), v, y, 0.2)]
+    terms += [] if compat.t12 is None else [losses.contrastive(compat.t12(v), u, y, 0.2)]
+    torch.testing.assert_close(got, base + 0.6 * torch.stack(terms).mean(), rtol=1e-10, atol=1e-12)
+    assert report["contrastive"] > 0
+    if compat.t12 is None:
+        return
+    head = build_distance_head(OLD).double()
+    with_head, report = image_pairs_loss(compat, x, e, known, None, labels, head)
+    d = 1 - losses.cosine(compat.t12(v), u)
+    torch.testing.assert_close(report["distance"], losses.expected_distance(head(v)[:, 0], d).detach())
+    torch.testing.assert_close(with_head, got + report["distance"])
+    parameters = list(compat.parameters())
+    pairs = zip(torch.autograd.grad(with_head, parameters), torch.autograd.grad(got, parameters), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.fixture(scope="module")
+def uneven(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all terms on the scene's embeddings, of whose old ones those of the first five classes are noisy;
+    these are ``old.npy`` next to it."""
+    folder = tmp_path_factory.mktemp("uneven")
+    labels, rng = np.asarray(open_dataset(scene / "packed").labels), np.random.default_rng(3)
+    noise = np.where(labels < 5, 0.6, 0.01)[:, None] * rng.normal(size=(len(labels), OLD))
+    np.save(folder / "old.npy", (np.load(scene / "old.npy") + noise).astype(np.float32))
+    given = changes(scene, "new", **TERMS, compat__old_embeddings=str(folder / "old.npy"))
+    given |= {"train__steps": 300, "train__precision": "float32", "data__batch_size": 44}
+    given |= {"optimizer__name": "adamw", "optimizer__lr": 0.01, "checkpoint__every_steps": 300}
+    train(config(folder / "run", **given), Ranks())
+    return folder
+
+
+def test_what_t12_maps_worst_is_upgraded_first(scene: Path, uneven: Path, tmp_path: Path) -> None:
+    model, old, new = load_model(uneven / "run"), np.load(uneven / "old.npy"), np.load(scene / "new.npy")
+    assert {"contrastive", "orthogonality", "distance"} <= log_of(uneven / "run")[-1].keys()
+    noisy = np.asarray(open_dataset(scene / "packed").labels) < 5
+    expected, actual = model.distance(old), 1 - (model.transform("t12", old) * new).sum(1)
+    assert expected.shape == (len(old),)
+    assert expected[noisy].mean() > 1.2 * expected[~noisy].mean()
+    assert np.corrcoef(expected, actual)[0, 1] > 0.8
+    assert expected.mean() == pytest.approx(actual.mean(), rel=0.1)
+    np.save(tmp_path / "gallery.npy", 3 * old)  # of any length
+    order = order_rows("distance", tmp_path / "gallery.npy", model=model)
+    assert order is not None
+    assert (np.diff(expected[order]) <= 1e-6).all()
+    command = ["gallery", "upgrade", str(tmp_path / "gallery.npy"), "--model", str(uneven / "run")]
+    assert main([*command, "--order", "distance", "--json", str(tmp_path / "done.json")]) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "gallery.npy"), model.transform("t12", old), atol=1e-5)
+    with pytest.raises(DataError, match="order distance is of the old model's vectors"):
+        order_rows("distance", tmp_path / "gallery.npy", model=model)  # they are converted
+
+
+def test_the_order_by_distance_is_one_of_the_backfill_curves(scene: Path, uneven: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "labels.npy", np.asarray(open_dataset(scene / "packed").labels))
+    words = ["--old-embeddings", str(uneven / "old.npy"), "--new-embeddings", str(scene / "new.npy")]
+    words += ["--labels", str(tmp_path / "labels.npy"), "--fars", "1e-1", "--replicates", "100"]
+    out, found = tmp_path / "result.json", []
+    for maps in (uneven / "run", scene / "run-without"):
+        if maps.parent == scene:
+            given = changes(scene, "new", "old", compat__transform={"name": "linear"}, train__steps=2)
+            train(config(maps, **given), Ranks())
+        report = ["--report", str(tmp_path / "r.html")] if maps.parent == uneven else []
+        assert main(["evaluate", *words, "--maps", str(maps), "--json", str(out), *report]) == 0
+        found.append({curve["order"] for curve in json.loads(out.read_text())["sets"]["embeddings"]["backfill"]})
+    assert found == [{"random", "confidence", "class", "distance"}, {"random", "confidence", "class"}]
+
+
+def test_a_head_goes_with_the_model_and_is_refused_when_damaged(uneven: Path, tmp_path: Path) -> None:
+    model = load_model(uneven / "run")
+    assert isinstance(model, TorchModel)
+    vectors = np.load(uneven / "old.npy")
+    copy = tmp_path / "copy"
+    save_model(copy, None, model.card, model.transforms, None, model.distance_head)
+    np.testing.assert_array_equal(load_model(copy).distance(vectors), model.distance(vectors))
+    with pytest.raises(ModelError, match="takes vectors"):
+        model.distance(vectors[:, 1:])
+    with pytest.raises(ModelError, match=r"the model card describes .*t12_distance"):
+        save_model(tmp_path / "none", None, model.card, model.transforms)
+    without = model.card.model_copy(update={"distance": False})
+    save_model(tmp_path / "without", None, without, model.transforms)
+    with pytest.raises(ModelError, match=r"compat\.mode = cross-model and compat\.distance = true"):
+        load_model(tmp_path / "without").distance(vectors)
+    assert not graph_card(model.card, None).distance
+    file = copy / "t12_distance.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ModelError, match=r"t12_distance\.safetensors"):
+        load_model(copy)
+
+
+def test_a_penalty_keeps_the_map_nearer_to_orthogonal(scene: Path, tmp_path: Path) -> None:
+    apart = []
+    for weight in (0.0, 1.0):
+        more = {"compat__orthogonal_weight": weight} | ({"compat__orthogonal_threshold": 0.5} if weight else {})
+        given = changes(scene, "new", "old", **more, compat__transform={"name": "linear"}, compat__maps="t21")
+        train(config(tmp_path / f"{weight}", **given, train__steps=60, compat__contrastive_weight=1.0), Ranks())
+        model = load_model(tmp_path / f"{weight}")
+        assert isinstance(model, TorchModel)
+        apart.append(losses.gram_distance(model.transforms["t21"].get_parameter("weight")).item())
+    assert apart[1] < 0.75 < apart[0], apart
 
 
 def test_maps_from_embeddings_learn_and_convert_a_gallery(scene: Path, tmp_path: Path) -> None:

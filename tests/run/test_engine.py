@@ -510,11 +510,18 @@ def test_a_deterministic_run_is_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     settings = tree(tmp_path / "run", run__deterministic=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings).replace("test_linear", "small"))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # what the user has set stays
+    short = ["data.synthetic_size=16", "train.steps=2"]
     try:
-        assert main([str(tmp_path / "run.yaml"), "data.synthetic_size=16", "train.steps=2"]) == 0
+        assert main([str(tmp_path / "run.yaml"), *short]) == 0
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert (
+            main([str(tmp_path / "run.yaml"), f"run.dir={tmp_path / 'other'}", "run.deterministic=false", *short]) == 0
+        )
+        assert torch.backends.cudnn.benchmark  # its quickest kernels, chosen by trying them
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
     changes = {"backbone__name": "small", "data__synthetic_size": 16, "train__steps": 2}
     train(config(tmp_path / "plain", **changes), Ranks())
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "plain")

@@ -212,6 +212,12 @@ def test_a_run_folder_that_ranks_do_not_share_is_refused(tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["one", "runs", "two"]
 
 
+def test_a_folder_whose_name_is_no_utf8_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir = .*has a name that is not UTF-8; choose another run\.dir"):
+        train(config(tmp_path / "a\udcff" / "run"), Ranks())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -231,10 +237,11 @@ def test_read_only_file_system_is_refused() -> None:
         ("run.device=cuda", "no usable CUDA device"),
         ("trian.steps=5", "did you mean train"),
         ("train.steps=x", "train.steps"),
+        (f"run.dir={'n' * 300}", "File name too long"),
     ],
 )
 def test_command_line_status_is_2(tmp_path: Path, override: str, words: str) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tmp_path / "run")))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tmp_path / "run", backbone__name="small")))
     done = forked.run(["-m", "trainer", str(tmp_path / "run.yaml"), override])
     assert done.returncode == 2, done.stderr
     assert words in done.stderr

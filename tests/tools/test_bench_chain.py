@@ -33,6 +33,7 @@ def _sources(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_each_model_follows_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, found = bench(tmp_path, "--methods", "lce+bct")
     assert status == 0

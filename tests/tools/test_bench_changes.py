@@ -34,6 +34,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_each_change_is_trained_once_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "CHANGES", TINY)
     status, figures = bench(tmp_path, "--methods", "lce,bct")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import forked
 from tools import cli
 from tools.results import comparison, compat
 from tools.results.paired import REPLICATES
@@ -66,19 +65,7 @@ def _sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compat.METHODS, "broken", broken)
 
 
-@pytest.fixture
-def _quick_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training runs in processes that need not import torch."""
-
-    def run(self: comparison.Children, command: Sequence[str], log: Path) -> int:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
-        return forked.run(command[1:], output=log).returncode
-
-    monkeypatch.setattr(comparison.Children, "run", run)
-
-
-@pytest.mark.usefixtures("_quick_starts")
+@pytest.mark.usefixtures("quick_starts")
 def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--methods", "independent,lce,broken", "--seeds", "1", "--markdown", str(tmp_path / "table.md")]
     status, figures = bench(tmp_path, *words)
@@ -138,6 +125,7 @@ def test_methods_are_chosen_measured_and_not_trained_twice(tmp_path: Path, monke
     assert "update_time" not in methods["lce"]
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_a_folder_of_data_sets_with_weights_chosen_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     patterns(tmp_path / "pictures", 0, 12, 6)
     for part in ("train", "validation", "unseen"):

@@ -21,6 +21,7 @@ from tests.models.test_export import images, saved
 from tests.ranks import run_ranks
 from tools.cli import main
 from trainer.compat.bank import from_model
+from trainer.compat.bank.bank_info import describe, summarise
 from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.bank.from_model import bank_from_model
 from trainer.data.index import open_dataset
@@ -189,6 +190,9 @@ def test_the_command_on_two_processes(stage: Path, tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "f.json").read_text())
     assert (figures["classes"], figures["images"], figures["masked"]) == (PEOPLE, IMAGES, 0)
     assert_right(stage, CenterBank.open(tmp_path / "bank"))
+    assert f"made from the model {stage / 'model'} and the images of {stage / 'data'}," in describe(
+        tmp_path / "bank", summarise(CenterBank.open(tmp_path / "bank")) | {"nearest_pairs": []}
+    )
     again = forked.run(["-m", "tools.cli", *words, "--nproc", "2"])
     assert again.returncode == 2
     assert again.stderr.count("exists already") == 1, "one rank speaks"

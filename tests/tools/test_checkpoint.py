@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.runs import config
 from tests.tools.test_cli import imported
+from tools.checkpoint import _shown
 from tools.cli import main
 from trainer.distributed import Ranks
 from trainer.run.engine import train
@@ -22,12 +23,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_info(run: Path, tmp_path: Path) -> None:
+def test_info(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "info", str(run), "--json", str(tmp_path / "info.json")]) == 0
     four, eight = json.loads((tmp_path / "info.json").read_text())
     assert (four["step"], eight["step"], eight["steps"], eight["classes"], eight["dim"]) == (4, 8, 8, 11, 6)
     assert four["bytes"] > 8 * four["numbers"] * 0.9
     assert not {"torch", "sympy"} & imported("checkpoint", "info", str(run))
+    capsys.readouterr()
+    assert main(["checkpoint", "info", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "\n  ranks: 1\n" in out
+    assert "KiB\n" in out
+    assert _shown("normalisation", "((0.5, 0.4), (0.3, 1.0))") == "mean 0.5, 0.4; std 0.3, 1.0"
+    assert not {"{", "none"} & set(out.split())
 
 
 def test_extract(run: Path, tmp_path: Path) -> None:

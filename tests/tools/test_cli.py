@@ -18,11 +18,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
+        ([], "`lce --help` lists them"),
         (["train", "x.yaml"], "lce launch trains"),
         (["launch", "x.yaml", "--lr", "0.1", "run.dir=runs/x"], "--lr: no such option; a setting of the configuration"),
         (["launch", "x.yaml", "--lr", "0.1"], "SECTION.lr=0.1"),
         (["launch", "--dry-run", "x.yaml", "a.b=1", "--nproc", "2", "optimizer.lr", "=", "0.05"], "without spaces"),
         (["launch", "x.yaml", "--nproc", "2", "optimizer.lr: 0.1"], "key=value without spaces"),
+        (["launch", "--nproc", "2"], "the following arguments are required: config\n"),
         (["check", "x", "--depp"], "lce check"),
     ],
 )
@@ -112,3 +114,26 @@ def test_a_run_folder_is_not_a_configuration(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "config.yaml").write_text("run: {dir: x}")
     assert main(["launch", str(tmp_path)]) == 2
     assert f"{tmp_path}: is a run folder; {tmp_path}/config.yaml continues the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["check", "NAME"], ["split", "NAME", "out"], ["model", "describe", "NAME.onnx"], ["runs", "NAME"]]
+)
+def test_what_a_file_system_refuses_anywhere_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is too long, as a folder that one may not enter: met by whoever asks first whether it is there."""
+    assert main([word.replace("NAME", "n" * 300) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert "File name too long" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_an_output_that_is_lost_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk behind ``lce … > FILE``; a standard output that is closed is nobody's wish to read."""
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["config"]) == 2
+    assert "lce config: standard output cannot be written: No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["config"]) == 0

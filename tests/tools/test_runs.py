@@ -1,10 +1,12 @@
 """`lce runs`: what it says of run folders as the trainer leaves them."""
 
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.runs import config
 from tools.cli import main
@@ -36,6 +38,14 @@ def test_finished_running_and_stopped_are_told_apart(runs: Path, tmp_path: Path)
     os.utime(rank, (1.0, 1.0))
     assert listed(runs, tmp_path / "list.json")["slow"]["state"] == "stopped"
     assert listed(runs, tmp_path / "list.json")["slow"]["step"] == 8  # of the last logged line
+
+
+def test_settings_are_not_cut_in_a_narrow_terminal(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("tools.runs.table_console", lambda target, width: Console(file=out, width=56))
+    monkeypatch.chdir(runs.parent)
+    assert main(["runs", runs.name]) == 0
+    assert "…" not in out.getvalue()
 
 
 def test_a_difference_names_the_changed_key_alone(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
     parser.add_argument("--fail-unsafe", action="store_true", help="exit status 1 unless every verdict is SAFE")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for all training runs, to try things out: train.steps=20"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="for all training runs, to try things out: train.steps=20",
     )
 
 

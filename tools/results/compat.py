@@ -171,7 +171,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, name: str, override: str 
     folder = f"bench-{name}"
     parser.add_argument("--out", type=Path, default=Path(folder), help=f"folder of all runs ({folder})")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"for all training runs: {override}")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help=f"for all training runs: {override}"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

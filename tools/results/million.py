@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="the recipe (configs/million_cpu.yaml)")
     parser.add_argument("--out", type=Path, help="an empty folder to keep everything in (default: nothing is kept)")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON (- for standard output)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example train.steps=60")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of the recipe, for example train.steps=60"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

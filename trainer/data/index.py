@@ -438,16 +438,21 @@ def _open(folder: Path, labels: Path | None, checks: Checks) -> Dataset:
         raise MissingDataError(f"{folder}: no such data set folder; make one with `lce pack SOURCE {folder}`")
     if labels is not None and not labels.exists():
         raise MissingDataError(f"{labels}: no such file")
+    stated, ours = folder / DESCRIPTION, (folder / "pack.json").exists()
     if checks == "all":
         sums = checksums.read_sums(folder)
         if sums is not None:
             checksums.verify(folder, sums, (BAD_RECORDS,))
-        elif (folder / "pack.json").exists():
+        elif ours and stated.exists():
             warn_once(
                 f"{folder}: was packed without checksums; damage that still decodes would not be noticed "
                 f"(`lce check {folder} --seal` adds them)"
             )
-    stated = folder / DESCRIPTION
+    if not stated.exists() and ours:
+        raise DataError(
+            f"{folder}: its packing is not finished, images are missing; run the same `lce pack` again (or remove "
+            "pack.json, to take the .rec files that are there for the whole)"
+        )
     if stated.exists():
         info, images, found = _open_described(folder)
     elif recs := sorted(folder.glob("*.rec")):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trainer.data.index import Dataset, describe_table
 from trainer.errors import DataError
-from trainer.files import write_array
+from trainer.files import partial_of, remove, write_array
 from trainer.owner import owned
 from trainer.reading import read_text
 
@@ -182,19 +182,37 @@ def _in_share(
     return np.isin(groups, chosen)
 
 
-def save_tables(tables: dict[str, Table], folder: Path, dataset: Dataset, made_by: str) -> None:
-    """Write NAME.npy (labels), NAME.classes.npy and, last, NAME.yaml for each table of ``dataset``.
+def save_tables(tables: dict[str, Table], folder: Path, dataset: Dataset, made_by: str) -> list[str]:
+    """Write NAME.npy (labels), NAME.classes.npy and NAME.yaml for each table of ``dataset``.
+
+    All are complete before the first gets its name, and those of an earlier split are gone by then: what is there
+    after a kill is of this split. Each NAME.npy comes last, so that none is without its description.
+
+    Returns:
+        Tables of other splits that the folder holds.
 
     Raises:
         DataError: another process writes tables there, or the folder cannot be written.
     """
     try:
         with owned(folder, DataError, lock=folder / ".owner"):
-            for name, table in tables.items():
-                labels, classes = folder / f"{name}.npy", folder / f"{name}.classes.npy"
-                write_array(labels, table.labels)
-                write_array(classes, table.classes)
-                describe_table(labels, dataset, len(table.classes), made_by, classes)
+            partial = partial_of(folder / "split")
+            try:
+                partial.mkdir()
+                for name, table in tables.items():
+                    labels, classes = partial / f"{name}.npy", partial / f"{name}.classes.npy"
+                    write_array(labels, table.labels)
+                    write_array(classes, table.classes)
+                    describe_table(labels, dataset, len(table.classes), made_by, classes)
+                for name in tables:
+                    (folder / f"{name}.npy").unlink(missing_ok=True)
+                for name in tables:
+                    for file in (f"{name}.yaml", f"{name}.classes.npy", f"{name}.npy"):
+                        (partial / file).rename(folder / file)
+            finally:
+                remove(partial)
+            names = {file.name.partition(".")[0] for file in folder.glob("*.classes.npy")}
+            return sorted(names - set(tables))
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror}") from None
 

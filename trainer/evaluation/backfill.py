@@ -10,8 +10,9 @@ from trainer.evaluation.arrays import FloatArray, IntArray, class_index
 from trainer.evaluation.compatibility import class_centres
 from trainer.evaluation.verification import BINS, PairList, PairScores, histogram
 
-ORDERS = ("random", "confidence", "class")
-"""random; least confident old embedding first; whole classes in random order."""
+ORDERS = ("random", "confidence", "class", "distance")
+"""random; least confident old embedding first; whole classes in random order; what T₁₂ is expected to map worst first
+(FastFill, Jaeckle et al., ICLR 2023)."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,14 @@ class BackfillCurve:
     area: dict[str, float]
 
 
+def distance_order(distances: FloatArray) -> IntArray:
+    """The order (n,) in which entries are re-encoded by their expected distances (n,): the largest first."""
+    return np.argsort(-distances, kind="stable")
+
+
 def backfill_order(name: str, old: FloatArray, labels: IntArray, seed: int) -> IntArray:
-    """The order (n,) in which gallery images are re-encoded. Confidence: the old embedding's cosine to its own
-    class's centre less that to the nearest other one, lowest first."""
+    """The order (n,) in which gallery images are re-encoded, by the old embeddings alone. Confidence: the old
+    embedding's cosine to its own class's centre less that to the nearest other one, lowest first."""
     generator = np.random.default_rng(seed)
     if name == "random":
         return generator.permutation(len(labels))

@@ -48,6 +48,15 @@ def check_links(models: Models) -> None:
                 )
 
 
+def predicted_distance(models: Models, vectors: Mapping[str, FloatArray]) -> FloatArray | None:
+    """How far the new model expects T₁₂ of the first deployed one's embeddings to be from its own, (n,); None where it
+    does not predict that, or its maps are to another model. vectors: role → (n, D) unit."""
+    new = models.get("new")
+    if new is None or not new.predicts_distance or anchors(models).get("new") != "old":
+        return None
+    return new.distance(vectors["old"])
+
+
 def carried(models: Models, vectors: Mapping[str, FloatArray]) -> dict[tuple[str, str], FloatArray]:
     """(model, space) → the model's embeddings in every other model's space that they reach, by the fewest steps.
 

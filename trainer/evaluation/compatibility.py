@@ -39,11 +39,13 @@ class Spaces:
     native: model → (n, D) unit embeddings. mapped: (model, space) → unit embeddings of ``model`` carried into the
     space of another by trained transformations (see :mod:`trainer.evaluation.chain`): ("new", "old") by T₂₁, ("old",
     "new") by T₁₂. norms: model → (n,) the embeddings' norms before they were made unit, where these were asked for.
+    distance: (n,) how far the new model expects T₁₂ of the old embeddings to be from its own, where it predicts that.
     """
 
     native: dict[str, FloatArray]
     mapped: dict[tuple[str, str], FloatArray] = field(default_factory=dict)
     norms: dict[str, FloatArray] = field(default_factory=dict)
+    distance: FloatArray | None = None
 
     def title(self, query: str, gallery: str) -> str:
         """``query → gallery`` with the map at the end that is carried: ``T₂₁(new) → old``, ``new → T₁₂(old)``."""

@@ -12,7 +12,7 @@ from trainer.data.index import Dataset
 from trainer.distributed import Ranks, on_main
 from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import FloatArray, IntArray, check_unit, class_index
-from trainer.evaluation.chain import carried, check_links
+from trainer.evaluation.chain import carried, check_links, predicted_distance
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.overlap import Declared, overlaps
 from trainer.evaluation.results import NamedSet
@@ -139,7 +139,7 @@ def embed_spaces(
                 )
             native[role] = native[role] / np.maximum(sizes[role], 1e-12)[:, None]
         check_unit(native[role], f"{name}, {role} model")
-    return Spaces(native, carried(models, native), sizes)
+    return Spaces(native, carried(models, native), sizes, predicted_distance(models, native))
 
 
 def embed_set(
@@ -194,7 +194,8 @@ def stored_set(
             raise DataError(f"{path}, row {kept[wrong[0]]}: a vector of norm {norms[wrong[0]]:g} has no direction")
         native[role] = vectors / norms[:, None]
     class_index(labels[kept], "the labels of the embeddings")
-    return NamedSet("embeddings", Spaces(native, carried(models, native)), labels[kept], kept), models
+    spaces = Spaces(native, carried(models, native), distance=predicted_distance(models, native))
+    return NamedSet("embeddings", spaces, labels[kept], kept), models
 
 
 def pool_spaces(

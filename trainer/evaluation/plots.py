@@ -22,7 +22,12 @@ CELL_STYLES: dict[str, tuple[str, str]] = {
     "paragon->paragon": ("#CC79A7", (0, (5, 1, 1, 1, 1, 1))),  # type: ignore[dict-item]
     "paragon->old": ("#D55E00", (0, (1, 2))),  # type: ignore[dict-item]
 }
-_ORDER_STYLES = {"random": ("#0072B2", "-", "o"), "confidence": ("#D55E00", "--", "s"), "class": ("#009E73", "-.", "^")}
+_ORDER_STYLES = {
+    "random": ("#0072B2", "-", "o"),
+    "confidence": ("#D55E00", "--", "s"),
+    "class": ("#009E73", "-.", "^"),
+    "distance": ("#CC79A7", ":", "D"),
+}
 _RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLE = {
     "font.size": 10,
@@ -174,7 +179,7 @@ def _backfill(one: Result) -> Figure:
         axes.set_ylabel(base if key == "rank1" else f"TAR at FAR {rate_text(one['far'])}")
     lower.xaxis.set_major_formatter(PercentFormatter(1.0))
     lower.set_xlabel("share of the gallery re-encoded")
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import IntArray, check_unit, class_index
-from trainer.evaluation.backfill import ORDERS, backfill_curve, backfill_order
+from trainer.evaluation.backfill import ORDERS, backfill_curve, backfill_order, distance_order
 from trainer.evaluation.bootstrap import draw_identities
 from trainer.evaluation.compatibility import (
     Cell,
@@ -355,7 +355,12 @@ def backfill(one: NamedSet, far: float, options: Options) -> list[Any]:
     labels, old = one.labels[kept], one.spaces.native["old"][kept]
     curves = []
     for name in ORDERS:
-        order = backfill_order(name, old, labels, options.seed)
+        if name != "distance":
+            order = backfill_order(name, old, labels, options.seed)
+        elif one.spaces.distance is not None:
+            order = distance_order(one.spaces.distance[kept])
+        else:
+            continue
         curves.append(backfill_curve(queries, gallery, labels, order, far, name))
     return curves
 

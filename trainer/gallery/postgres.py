@@ -128,10 +128,9 @@ class PostgresGallery:
 
     def _order(self, kind: str, column: str) -> str:
         """What rows are sorted by; an index over it makes taking a batch cheap."""
-        if kind == "confidence":
-            raise DataError(
-                f"{self.name}: in a database the order is lowest:COLUMN, by a column that holds confidences"
-            )
+        if kind in ("confidence", "distance"):
+            by = "lowest" if kind == "confidence" else "highest"
+            raise DataError(f"{self.name}: in a database the order is {by}:COLUMN, by a column that holds {kind}s")
         if kind in ("highest", "lowest"):
             return quoted(column) + (" DESC NULLS LAST" if kind == "highest" else "")
         if not self._table.key:

@@ -117,6 +117,15 @@ class QdrantGallery:
         return str(uuid.uuid5(uuid.NAMESPACE_URL, f"lce:{name}"))
 
     def _state(self) -> PointsState:
+        """What is saved, but where the alias points counts: a call may have been killed after it put the alias over,
+        and before it said so."""
+        state = self._saved()
+        if state.phase in ("converting", "swapped") and state.source != state.target:
+            phase = {state.source: "converting", state.target: "swapped"}.get(self._resolve(), state.phase)
+            state = replace(state, phase=phase)
+        return state
+
+    def _saved(self) -> PointsState:
         if not self._client.collection_exists(_STATES):
             return PointsState()
         found = self._client.retrieve(_STATES, [self._number(self._vector)])
@@ -216,8 +225,13 @@ class QdrantGallery:
         self._client.create_collection(
             state.target, vectors_config=vectors, sparse_vectors_config=params.sparse_vectors, **more
         )
-        for field, schema in (info.payload_schema or {}).items():
-            self._client.create_payload_index(state.target, field, field_schema=schema.params or schema.data_type)
+
+    def _index(self, state: PointsState) -> None:
+        """The payload indexes that the old collection has and the new one lacks."""
+        old, new = (self._client.get_collection(name).payload_schema or {} for name in (state.source, state.target))
+        for field, schema in old.items():
+            if field not in new:
+                self._client.create_payload_index(state.target, field, field_schema=schema.params or schema.data_type)
 
     def plan(self, converter: Converter, sample: int = 1000) -> dict[str, Any]:
         """Points, dimensions, and seconds estimated from a sample. Raises :class:`DataError`: it cannot be upgraded."""
@@ -266,11 +280,13 @@ class QdrantGallery:
             state = self._state()
             self._check_version(state, converter)
             if state.phase == "swapped":
+                self._save(state)
                 return state
             if state.phase != "converting":
                 state = self._begin(state, converter)
             if not self._client.collection_exists(state.target):
                 self._create(state)
+            self._index(state)
             total = self._client.count(state.source).count
             began, first = time.perf_counter(), state.done
             while state.done == 0 or state.offset is not None:
@@ -401,10 +417,10 @@ class QdrantGallery:
             DataError: no upgrade, or points that were enrolled after the swap.
         """
         with self._clear():
-            state = self._state()
+            state, saved = self._state(), self._saved()
             if state.phase not in ("converting", "swapped"):
                 raise DataError(f"{self.name}: has no upgrade to roll back")
-            if state.phase == "swapped":
+            if "swapped" in (state.phase, saved.phase) and self._client.collection_exists(state.target):
                 for records in self._batches(state.target, 4096, False):
                     ids = [record.id for record in records]
                     known = {r.id for r in self._client.retrieve(state.source, ids, with_payload=False)}

@@ -24,6 +24,8 @@ Direction = Literal["t21", "t12"]
 
 CARD_FILE = "model.json"
 IDENTITIES = "identities.npy"
+DISTANCE = "t12_distance"
+"""The head that predicts how far T₁₂ errs: the name of its file and in checkpoints."""
 
 
 class TransformCard(BaseModel):
@@ -62,6 +64,7 @@ class ModelCard(BaseModel):
     left_out: tuple[Direction, ...] = Field(
         (), description="transformations that the model has besides this graph, which holds none of them"
     )
+    distance: bool = Field(False, description="whether it predicts how far T₁₂ of an old embedding is from the new one")
     mode: str = Field(
         "", description="how it was made compatible: direct, backward, forward, both, cross-model or nothing"
     )

@@ -6,6 +6,7 @@ which ``lce model describe … --write`` makes. Where nothing is stated, the gra
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -110,14 +111,18 @@ def description_of(model: Path) -> Path:
     return model.with_name(model.stem + DESCRIPTION_SUFFIX)
 
 
-def write_description(path: Path, model: Path, reading: Reading) -> None:
-    """Keep what is stated of ``model``. Raises :class:`ModelError`: another kind of name, or it cannot be written."""
+def write_description(path: Path, model: Path, reading: Reading, content: Path | None = None) -> None:
+    """Keep what is stated of ``model``; ``content`` is where its bytes are while it does not have its name yet.
+
+    Raises:
+        ModelError: another kind of name, or it cannot be written.
+    """
     if not is_description(path):
         raise ModelError(f"{path}: the name of a description ends with {DESCRIPTION_SUFFIX}")
     file = os.path.relpath(model.resolve(), path.resolve().parent)
-    kept = Description(file=file, sha256=file_hash(model), **reading.model_dump())
+    kept = Description(file=file, sha256=file_hash(content or model), **reading.model_dump())
     with replaced(path, ModelError) as partial:
-        partial.write_text(kept.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(kept.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
 
 
 def read_description(path: Path) -> tuple[Path, Reading]:

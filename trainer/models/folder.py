@@ -1,5 +1,6 @@
 """Writing a model folder: ``model.json`` (the card and the checksums of all), ``backbone.safetensors`` and, where there
-are any, the maps ``t21.safetensors`` (new → old) and ``t12.safetensors`` (old → new)."""
+are any, the maps ``t21.safetensors`` (new → old) and ``t12.safetensors`` (old → new), and ``t12_distance.safetensors``,
+which predicts how far T₁₂ errs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import nn
 from trainer.data.identities import Identities, save_identities
 from trainer.errors import ModelError
 from trainer.files import checksum, replaced
-from trainer.models.card import CARD_FILE, IDENTITIES, Direction, ModelCard, card_text
+from trainer.models.card import CARD_FILE, DISTANCE, IDENTITIES, Direction, ModelCard, card_text
 from trainer.tensor_files import save_tensors
 
 
@@ -19,6 +20,7 @@ def save_model(
     card: ModelCard,
     transforms: Mapping[Direction, nn.Module] | None = None,
     identities: Identities | None = None,
+    distance: nn.Module | None = None,
 ) -> None:
     """Write a model folder, atomically; an earlier model folder of that name is replaced.
 
@@ -27,6 +29,7 @@ def save_model(
             holds maps alone, and the card names no backbone.
         transforms: the modules that ``card.transforms`` describes.
         identities: which the model was trained on, where known; hashes of them are kept.
+        distance: the head that ``card.distance`` announces.
 
     Raises:
         ModelError: the card and the modules do not fit each other, or the folder cannot be written.
@@ -34,9 +37,12 @@ def save_model(
     folder = Path(folder)
     modules: dict[str, nn.Module] = {} if backbone is None else {"backbone": backbone}
     modules.update((str(name), module) for name, module in (transforms or {}).items())
-    network = set() if card.backbone is None else {"backbone"}
-    if not modules or set(modules) != network | set(card.transforms):
-        raise ModelError(f"{folder}: the model card describes {sorted(card.transforms)}, given are {sorted(modules)}")
+    modules |= {} if distance is None else {DISTANCE: distance}
+    described = (
+        ({"backbone"} if card.backbone else set()) | set(card.transforms) | ({DISTANCE} if card.distance else set())
+    )
+    if not modules or set(modules) != described:
+        raise ModelError(f"{folder}: the model card describes {sorted(described)}, given are {sorted(modules)}")
     refuse_foreign(folder)
     if card.backbone is not None:
         card = card.model_copy(update={"backbone": card.backbone.model_copy(update={"weights": None})})

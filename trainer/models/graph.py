@@ -77,7 +77,8 @@ class ImageGraph(nn.Module):
 
 def graph_card(card: ModelCard, direction: Direction | None) -> ModelCard:
     """The card of a graph from images to embeddings, through ``direction`` where given: of what comes out of it, and
-    without transformations, of which such a graph has none to call."""
+    without transformations and predicted distances, of which such a graph has none to call."""
+    card = card.model_copy(update={"distance": False})
     if direction is not None:
         return card.model_copy(update={"dim": card.transforms[direction].dim_out, "transforms": {}})
     return card.model_copy(update={"transforms": {}, "left_out": tuple(card.transforms)})

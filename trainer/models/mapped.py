@@ -63,3 +63,12 @@ class MappedModel(EmbeddingModel):
     def transform(self, direction: Direction, vectors: np.ndarray) -> np.ndarray:
         """As the maps' own."""
         return self.maps.transform(direction, vectors)
+
+    @property
+    def predicts_distance(self) -> bool:
+        """As the maps do."""
+        return self.maps.predicts_distance
+
+    def distance(self, vectors: np.ndarray) -> np.ndarray:
+        """As the maps' own."""
+        return self.maps.distance(vectors)

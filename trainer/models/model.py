@@ -16,7 +16,7 @@ from trainer.data.identities import Identities
 from trainer.distributed import Ranks, agree, all_gather_rows
 from trainer.errors import LceError, ModelError
 from trainer.models.card import Color, Direction, ModelCard
-from trainer.networks.transform import transform_vectors
+from trainer.networks.transform import expected_distances, transform_vectors
 
 if TYPE_CHECKING:
     from trainer.data.index import Dataset
@@ -89,6 +89,22 @@ class EmbeddingModel(ABC):
             ModelError: the model has no such transformation, or vectors of another dimension.
         """
 
+    @property
+    def predicts_distance(self) -> bool:
+        """Whether :meth:`distance` can be called."""
+        return False
+
+    def distance(self, vectors: np.ndarray) -> np.ndarray:
+        """How far T₁₂ of old embeddings (n, D_in) is expected to be from the new ones: (n,) float32, 1 − cos.
+
+        Raises:
+            ModelError: the model does not predict it, or vectors of another dimension.
+        """
+        raise ModelError(
+            f"{self.path}: does not predict how far T₁₂ errs; train its maps with compat.mode = cross-model and "
+            "compat.distance = true, and give the run or its model folder"
+        )
+
 
 def _unit_and_norm(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -118,11 +134,13 @@ class TorchModel(EmbeddingModel):
         backbone: nn.Module,
         transforms: Mapping[Direction, nn.Module],
         device: str | torch.device,
+        distance: nn.Module | None = None,
     ) -> None:
         super().__init__(card, path, content_hash)
         self.device = torch.device(device)
         self.backbone = backbone.eval().requires_grad_(False).to(self.device)
         self.transforms = {d: t.eval().requires_grad_(False).to(self.device) for d, t in transforms.items()}
+        self.distance_head = None if distance is None else distance.eval().requires_grad_(False).to(self.device)
         self._mean = torch.tensor(card.mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(card.std, device=self.device).view(3, 1, 1)
 
@@ -140,12 +158,27 @@ class TorchModel(EmbeddingModel):
             raise ModelError(
                 f"{self.path}: has no transformation {direction}; it has {sorted(self.transforms) or 'none'}"
             )
-        if vectors.ndim != 2 or vectors.shape[1] != self.card.transforms[direction].dim_in:
-            wanted = self.card.transforms[direction].dim_in
-            raise ModelError(f"{self.path}: {direction} takes vectors (n, {wanted}), given are {vectors.shape}")
         with torch.no_grad():
-            given = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
-            return transform_vectors(self.transforms[direction], given).cpu().numpy()
+            return transform_vectors(self.transforms[direction], self._given(direction, vectors)).cpu().numpy()
+
+    def _given(self, direction: Direction, vectors: np.ndarray) -> Tensor:
+        """The map's input on the model's device. Raises :class:`ModelError`: of another dimension."""
+        wanted = self.card.transforms[direction].dim_in
+        if vectors.ndim != 2 or vectors.shape[1] != wanted:
+            raise ModelError(f"{self.path}: {direction} takes vectors (n, {wanted}), given are {vectors.shape}")
+        return torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
+
+    @property
+    def predicts_distance(self) -> bool:
+        """See :class:`EmbeddingModel`."""
+        return self.distance_head is not None
+
+    def distance(self, vectors: np.ndarray) -> np.ndarray:
+        """See :class:`EmbeddingModel`."""
+        if self.distance_head is None:
+            return super().distance(vectors)
+        with torch.no_grad():
+            return expected_distances(self.distance_head, self._given("t12", vectors)).cpu().numpy()
 
 
 COLLAPSED = 0.98

@@ -124,7 +124,7 @@ def export_transform(
     if not len(vectors):
         raise ModelError(f"{path}: an export is compared on real embeddings; none were given")
     metadata = {CARD_KEY: model.card.model_dump_json(), INPUT_KEY: VECTORS, "lce_direction": direction}
-    with replaced(path, ModelError) as partial:
+    with owned(path, ModelError), replaced(path, ModelError) as partial:
         example = torch.randn(2, vectors.shape[1])
         write_graph(_VectorGraph(model.transforms[direction]), example, partial, "vectors", metadata)
         return compare(lambda part: OnnxTransform(partial)(part), vectors, expected, path, partial, bound)

@@ -13,20 +13,22 @@ from torch import nn
 
 from trainer.data.identities import identities_of_run, load_identities
 from trainer.errors import ConfigError, ModelError
-from trainer.models.card import CARD_FILE, IDENTITIES, Direction, Files, ModelCard, read_folder_card
+from trainer.models.card import CARD_FILE, DISTANCE, IDENTITIES, Direction, Files, ModelCard, read_folder_card
 from trainer.models.description import Reading, is_description, with_description
 from trainer.models.foreign_weights import open_weights
 from trainer.models.model import EmbeddingModel, NoNetwork, TorchModel
 from trainer.networks import build_backbone
 from trainer.networks.scale import fit_scale
-from trainer.networks.transform import build_transform
+from trainer.networks.transform import build_distance_head, build_transform
 from trainer.networks.weights import SUFFIXES
-from trainer.reading import as_path, open_regular, read_json, regular
+from trainer.reading import as_path, open_regular, other_framework, read_json, regular, why_unreadable
 
 _HUB_WEIGHTS = ("model.safetensors", "model.pt", "pytorch_model.bin")
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Reading | None = None) -> EmbeddingModel:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", reading: Reading | None = None, described: bool = True
+) -> EmbeddingModel:
     """Open a model folder, a run folder (its ``model/``, else its newest checkpoint), a checkpoint, an ONNX file, torch
     weights without a card (:mod:`trainer.models.foreign_weights`; also in a folder as Hugging Face's hub has them), or
     the description of a foreign model (``NAME.model.json``).
@@ -34,13 +36,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Re
     Args:
         reading: what is stated of a foreign model (one without a card of ours); it counts before what its description
             states. Models with a card are read as the card says.
+        described: False: the description next to a model file does not count.
 
     Raises:
         ModelError: nothing there, an unfinished run, damaged files, weights that do not fit the card, or an ONNX graph
             that does not map a batch of images to one embedding each.
     """
     path = as_path(path, "path", "the path of a model")
-    if is_description(path) or path.is_file() or path.suffix == ".onnx":
+    if is_description(path) or (described and (path.is_file() or path.suffix == ".onnx")):
         path, reading = with_description(path, reading or Reading())
     if path.suffix == ".onnx":
         from trainer.models.onnx import OnnxModel  # onnxruntime takes a second to import
@@ -48,6 +51,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Re
         return OnnxModel.open(path, device, reading)
     if path.suffix in SUFFIXES and not path.is_dir():
         return open_weights(path, device, reading or Reading())
+    if path.is_file() and (kind := why_unreadable(path) or other_framework(path)):
+        raise ModelError(f"{path}: {kind}")
     folder = path if (path / CARD_FILE).is_file() else path / "model"
     if not (folder / CARD_FILE).is_file():
         from trainer.models.checkpointed import is_checkpointed, open_checkpoint
@@ -64,6 +69,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Re
     card, files = read_folder_card(folder)
     if card.backbone is None and not card.transforms:
         raise ModelError(f"{folder / CARD_FILE}: names no backbone")
+    if card.distance and "t12" not in card.transforms:
+        raise ModelError(f"{folder / CARD_FILE}: distance: is of T₁₂, which the card does not describe")
     _check_size(card, folder)
     try:
         backbone = NoNetwork(path) if card.backbone is None else build_backbone(card.backbone, card.image_size)
@@ -76,7 +83,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", reading: Re
     for direction, part in card.transforms.items():
         transforms[direction] = build_transform(part.config, part.dim_in, part.dim_out)
         _load_state(transforms[direction], folder / f"{direction}.safetensors", digest.update, files)
-    model = TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device)
+    distance: nn.Module | None = None
+    if card.distance:
+        distance = build_distance_head(card.transforms["t12"].dim_in)
+        _load_state(distance, folder / f"{DISTANCE}.safetensors", digest.update, files)
+    model = TorchModel(card, path, digest.hexdigest()[:16], backbone, transforms, device, distance)
     model.identities = load_identities(card.identities, folder / IDENTITIES) or identities_of_run(path)
     return model
 
@@ -113,6 +124,8 @@ def _check_size(card: ModelCard, folder: Path) -> None:
         parts["backbone"] = lambda: build_backbone(backbone, card.image_size)
     for direction, part in card.transforms.items():
         parts[direction] = lambda part=part: build_transform(part.config, part.dim_in, part.dim_out)  # type: ignore[misc]
+    if card.distance:
+        parts[DISTANCE] = lambda: build_distance_head(card.transforms["t12"].dim_in)
     for name, build in parts.items():
         try:
             with torch.device("meta"):

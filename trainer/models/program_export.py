@@ -15,6 +15,7 @@ from trainer.models.folder import refuse_foreign, save_model
 from trainer.models.graph import ImageGraph, Normalisation, Parity, compare, graph_card
 from trainer.models.model import TorchModel
 from trainer.models.open import load_model
+from trainer.owner import owned
 
 
 def export_folder(model: TorchModel, folder: str | Path, images: np.ndarray, card: ModelCard) -> Parity:
@@ -27,8 +28,8 @@ def export_folder(model: TorchModel, folder: str | Path, images: np.ndarray, car
     """
     folder = Path(folder)
     refuse_foreign(folder)
-    with replaced(folder, ModelError) as partial:
-        save_model(partial, model.backbone, card, model.transforms, model.identities)
+    with owned(folder, ModelError), replaced(folder, ModelError) as partial:
+        save_model(partial, model.backbone, card, model.transforms, model.identities, model.distance_head)
         loaded = load_model(partial)
         for direction, part in model.card.transforms.items():
             given = np.random.default_rng(0).normal(size=(64, part.dim_in)).astype(np.float32)
@@ -64,7 +65,7 @@ def export_program(
     graph = ImageGraph(model, normalisation, direction).eval()
     pixels = _feed(model.card, images, normalisation)
     example = pixels[:1].repeat(2, 1, 1, 1)
-    with replaced(path, ModelError) as partial:
+    with owned(path, ModelError), replaced(path, ModelError) as partial:
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         with partial.open("wb") as out:
             torch.export.save(

@@ -72,12 +72,15 @@ class _Graph:
 _OTHERWISE = "convert the model's source by tf2onnx instead"
 
 
-def convert_graph_model(path: Path, target: Path, output: str | None = None) -> str:
+def convert_graph_model(
+    path: Path, target: Path, output: str | None = None, accept: Callable[[Path], None] = lambda made: None
+) -> str:
     """Write a TensorFlow.js graph model as an ONNX file: a free batch of images, channels last, to one output.
 
     Args:
         path: ``model.json``; its weights lie next to it.
         output: the output of the signature that is the embedding, or any node; None: the graph's only output.
+        accept: called with the finished file before it gets its name; what it raises leaves no file.
 
     Returns:
         The node that is the ONNX file's output.
@@ -125,6 +128,7 @@ def convert_graph_model(path: Path, target: Path, output: str | None = None) -> 
         raise ModelError(f"{path}: its graph is damaged: {' '.join(str(error).split())[:200]}") from None
     with replaced(target, ModelError) as partial:
         onnx.save(proto, partial)
+        accept(partial)
     return output
 
 

@@ -96,6 +96,17 @@ def build_transform(config: TransformConfig, dim_in: int, dim_out: int) -> nn.Mo
     return nn.Sequential(first, norm, act, nn.Linear(hidden, dim_out))
 
 
+def build_distance_head(dim: int) -> nn.Module:
+    """From unit vectors (n, ``dim``) to the logarithm (n, 1) of how far their map is expected to be from its target:
+    Linear, BN, PReLU, Linear."""
+    return build_transform(MlpConfig(name="mlp"), dim, 1)
+
+
+def expected_distances(head: nn.Module, vectors: Tensor) -> Tensor:
+    """exp(head(n(v))) for (n, D) → (n,), in (1 − cos) units."""
+    return head(torch.nn.functional.normalize(vectors))[:, 0].exp()
+
+
 def transform_vectors(transform: nn.Module, vectors: Tensor) -> Tensor:
     """n(T(n(v))) for (n, D_in) → (n, D_out): what search compares."""
     return torch.nn.functional.normalize(transform(torch.nn.functional.normalize(vectors)))

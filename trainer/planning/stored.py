@@ -1,7 +1,7 @@
 """The table of what the package's own networks need, whatever the batch: its entries, written and read.
 
-The table (backbones.json) holds networks of the catalogue at dimension 512 and 112 × 112 pixels, so that a plan of one
-of them needs no torch. ``python -m trainer.planning.activations`` writes it anew; a test counts again and compares.
+The table (backbones.json) holds every network of the catalogue at dimension 512 and 112 × 112 pixels, so that a plan of
+one of them needs no torch. ``python -m trainer.planning.activations`` writes it anew; a test counts again and compares.
 What autograd keeps differs between releases of torch: the table says which one counted, and holds for that one alone.
 """
 

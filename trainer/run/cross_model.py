@@ -2,8 +2,11 @@
 
 The pairs to align are class centres where both banks are given (LCE, Meng et al., ICCV 2021, section 3.2, with the new
 model's centres in place of the classifier's rows), else the two embeddings of the same image. The boundary loss needs
-the old bank. Every rank gathers the global batch and computes the same loss of it (trainer/compat/methods/lce.py), so
-that the maps, their statistics and their gradients are equal on all ranks without an all-reduce.
+the old bank. Image pairs may also be contrasted by class, a linear T₂₁ be drawn toward an orthogonal one, and a head
+learn how far T₁₂ errs (:mod:`trainer.compat.methods.losses`).
+
+Every rank gathers the global batch and computes the same loss of it (trainer/compat/methods/lce.py), so that the maps,
+their statistics and their gradients are equal on all ranks without an all-reduce.
 """
 
 import copy
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from trainer.compat.bank.center_bank import BankRows
+from trainer.compat.methods import losses
 from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.cross import CrossInputs
 from trainer.compat.methods.inputs import Inputs
@@ -31,9 +35,10 @@ from trainer.data.identities import identities
 from trainer.distributed import Labels, Ranks, gather_batch, on_main, scale_gradient, send
 from trainer.head.partition import class_range
 from trainer.machine import largest_share
-from trainer.models.card import trained_card, transform_card
+from trainer.models.card import DISTANCE, trained_card, transform_card
 from trainer.models.folder import save_model
 from trainer.models.model import TorchModel
+from trainer.networks.transform import build_distance_head
 from trainer.run.config import Config
 from trainer.run.task import DTYPES, StepOutput
 
@@ -58,13 +63,15 @@ class CrossModelTask:
         torch.manual_seed(config.run.seed)
         self.compat = TransformedCompat(method, self.cross.dim_old, self.cross.dim_new)
         self.compat.to(ranks.device, self._dtype)
+        self.head = build_distance_head(self.cross.dim_old).to(ranks.device, self._dtype) if method.distance else None
         self.capacity = largest_share(config.data.batch_size, ranks.world_size)
         own = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
         self._centers, self._rows = _own_rows(self.cross, own.start, own.stop)
 
     def modules(self) -> dict[str, nn.Module]:
-        """See :class:`trainer.run.task.Task`: ``t21`` and ``t12``."""
-        return {str(direction): module for direction, module in self.compat.maps().items()}
+        """See :class:`trainer.run.task.Task`: ``t21``, ``t12`` and the head that predicts how far T₁₂ errs."""
+        maps: dict[str, nn.Module] = {str(direction): module for direction, module in self.compat.maps().items()}
+        return maps if self.head is None else maps | {DISTANCE: self.head}
 
     def wrapped(self) -> None:
         """See :class:`trainer.run.task.Task`: maps are not wrapped."""
@@ -84,7 +91,12 @@ class CrossModelTask:
             loss, report = self.compat(pairs, x)
         else:
             known = (labels >= 0) & (e != 0).any(1)
-            loss, report = image_pairs_loss(self.compat, x, e, known, pairs)
+            loss, report = image_pairs_loss(self.compat, x, e, known, pairs, labels, self.head)
+        if self.method.orthogonal_weight:
+            assert self.compat.t21 is not None
+            apart = losses.gram_distance(self.compat.t21.get_parameter("weight"))
+            penalty = losses.orthogonality(apart, self.method.orthogonal_threshold)
+            loss, report = loss + self.method.orthogonal_weight * penalty, {**report, "orthogonality": apart.detach()}
         finite = torch.isfinite(loss.detach())
         if loss.requires_grad:
             scale_gradient(loss, factor * weight).backward()
@@ -116,10 +128,11 @@ class CrossModelTask:
         on_main(lambda: self._write(folder, weights, step, figures), self.ranks)
 
     def _write(self, folder: Path, weights: dict[str, dict[str, Tensor]], step: int, figures: dict[str, float]) -> None:
-        maps = {direction: copy.deepcopy(module) for direction, module in self.compat.maps().items()}
-        for direction, module in maps.items():
-            module.load_state_dict(weights[direction])
+        modules = {name: copy.deepcopy(module) for name, module in self.modules().items()}
+        for name, module in modules.items():
+            module.load_state_dict(weights[name])
             module.float()
+        maps, head = {direction: modules[direction] for direction in self.compat.maps()}, modules.get(DISTANCE)
         cross, dataset = self.cross, self.inputs.dataset
         assert dataset is not None
         old = self._old_model()
@@ -128,6 +141,7 @@ class CrossModelTask:
                 direction: transform_card(self.method.transform, direction, cross.dim_new, cross.dim_old)
                 for direction in maps
             },
+            "distance": head is not None,
             "mode": "cross-model",
             "figures": figures,
         }
@@ -136,7 +150,7 @@ class CrossModelTask:
         if isinstance(cross.model, TorchModel):
             named = {"compatible_with": old[0], "compatible_with_hash": old[1]}
             card = cross.model.card.model_copy(update=known | named)
-            save_model(folder, cross.model.backbone, card, maps, both)
+            save_model(folder, cross.model.backbone, card, maps, both, head)
             return
         source = self.method.new_embeddings if cross.model is None else cross.model.path
         card = trained_card(
@@ -150,7 +164,7 @@ class CrossModelTask:
             notes=f"maps alone, of the embeddings of {source}",
             **known,
         )
-        save_model(folder, None, card, maps, both)
+        save_model(folder, None, card, maps, both, head)
 
     def _old_model(self) -> tuple[str | None, str | None]:
         """Name and hash of the old model, as far as known."""
@@ -173,9 +187,18 @@ def _own_rows(cross: CrossInputs, start: int, stop: int) -> tuple[BankRows | Non
 
 
 def image_pairs_loss(
-    compat: TransformedCompat, x: Tensor, e: Tensor, known: Tensor, classes: Pairs | None
+    compat: TransformedCompat,
+    x: Tensor,
+    e: Tensor,
+    known: Tensor,
+    classes: Pairs | None,
+    labels: Tensor | None = None,
+    head: nn.Module | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """λ_a L_a + λ_b L_b with the two embeddings of an image as the pairs to align; the same on every rank.
+
+    With ``contrastive_weight`` also its product with :func:`trainer.compat.methods.losses.contrastive`, the mean of the
+    maps; with a head, :func:`trainer.compat.methods.losses.expected_distance` of T₁₂'s, which does not move the maps.
 
     ``L_a``: mean over the images of ½ [1 − cos(T₂₁(n(x)), e)] + ½ [1 − cos(n(x), T₁₂(n(e)))], or of the one term there
     is. ``L_b`` as in LCE, over the images whose class has an old centre; 0 without ``classes``.
@@ -183,27 +206,33 @@ def image_pairs_loss(
     Args:
         x: (B, D2). e: (B, D1). known: (B,) bool, the images that have both embeddings.
         classes: the batch's classes with their old centres.
+        labels: (B,), for the contrastive loss. head: of T₁₂.
 
     Returns:
-        The loss, and ``alignment``, ``boundary``, ``t21_norm``, ``t12_norm`` (the smallest norm that the map gave)
-        detached; loss, alignment and boundary are 0 with fewer than two known images. ``center_cosines`` and
-        ``boundary_slack`` of the images with an old centre as in :class:`TransformedCompat`, where there are any.
+        The loss, and ``alignment``, ``boundary``, ``t21_norm``, ``t12_norm`` (the smallest norm that the map gave) and,
+        where asked for, ``contrastive`` and ``distance``, detached; loss, alignment and boundary are 0 with fewer than
+        two known images. ``center_cosines`` and ``boundary_slack`` of the images with an old centre as in
+        :class:`TransformedCompat`, where there are any.
     """
-    zero = x.new_zeros(())
+    zero, config = x.new_zeros(()), compat.config
+    assert isinstance(config, LceCrossConfig)
     if int(known.sum()) < 2:
         return zero, {"alignment": zero, "boundary": zero}
-    u, v, unit = normalize(x[known]), normalize(e[known]), not compat.config.authors_formula
+    u, v, unit = normalize(x[known]), normalize(e[known]), not config.authors_formula
     centers, row, has = _of_images(classes, known, v)
     terms, bound, more = [], zero, dict[str, Tensor]()
+    meetings = list[tuple[Tensor, Tensor]]()
     if compat.t21 is not None:
         mapped = compat.t21(u)
         more["t21_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, v, unit))
+        meetings.append((mapped, v))
         cosines = boundary_cosines(mapped[has], centers[row], unit)
     if compat.t12 is not None:
         mapped, mapped_centers = compat.t12(torch.cat([v, centers])).split([len(v), len(centers)])
         more["t12_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, u, unit))
+        meetings.append((mapped, u))
         if compat.t21 is None:
             cosines = boundary_cosines(u[has], mapped_centers[row], unit)
     align = torch.stack(terms).mean()
@@ -211,7 +240,17 @@ def image_pairs_loss(
         slack = cosines - classes.boundaries[classes.class_index_on_device()[known][has]]
         bound = (-slack).clamp_min(0).mean()
         more |= {"center_cosines": cosines.detach(), "boundary_slack": slack.detach()}
-    loss = compat.config.alignment_weight * align + compat.config.boundary_weight * bound
+    loss = config.alignment_weight * align + config.boundary_weight * bound
+    if config.contrastive_weight:
+        assert labels is not None
+        y, temperature = labels[known], config.contrastive_temperature
+        contrast = torch.stack([losses.contrastive(a, b, y, temperature) for a, b in meetings]).mean()
+        loss = loss + config.contrastive_weight * contrast
+        more["contrastive"] = contrast.detach()
+    if head is not None:
+        mapped, target = meetings[-1]  # T₁₂'s
+        likelihood = losses.expected_distance(head(v)[:, 0], 1 - losses.cosine(mapped, target))
+        loss, more["distance"] = loss + likelihood, likelihood.detach()
     return loss, {"alignment": align.detach(), "boundary": bound.detach(), **more}
 
 

@@ -332,7 +332,7 @@ class Engine:
     def check_origin(self, checkpoint: Checkpoint) -> None:
         """Raise :class:`trainer.errors.CheckpointError` when a checkpoint was taken with other data."""
         before, now = checkpoint.seal["identity"], identity(self.config, self.inputs)
-        for name in ("data set", "normalisation", "centre bank", "old embeddings", "models"):
+        for name in ("data set", "normalisation", "centre bank", "old embeddings", "models", "set of start weights"):
             if name in before and before[name] != now[name]:
                 raise CheckpointError(
                     f"{checkpoint.folder}: was taken with another {name} ({before[name]}, now {now[name]}); choose "

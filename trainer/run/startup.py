@@ -1,22 +1,27 @@
 """What is checked before anything is written: the inputs, the run folder, and that all ranks agree."""
 
+import contextlib
 import hashlib
 import platform
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from trainer import __version__
+from trainer.compat.bank.matrices import Rows
 from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.cross import open_cross
 from trainer.compat.methods.inputs import Inputs, check_old, open_bank, open_old
-from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings
+from trainer.compat.methods.old_embeddings import SAMPLED_ROWS, ModelEmbeddings, OldEmbeddings
 from trainer.compat.methods.registry import check_methods
 from trainer.data import Dataset, open_dataset
 from trainer.data.config import ImagesConfig, SyntheticConfig
@@ -54,7 +59,7 @@ def prepare(config: Config, ranks: Ranks) -> Inputs:
     return inputs
 
 
-def allowing_outside(config: Config) -> AbstractContextManager[None]:
+def allowing_outside(config: Config) -> contextlib.AbstractContextManager[None]:
     """While a run opens its data sets, those it is evaluated on too."""
     return outside_allowed(isinstance(config.data, ImagesConfig) and config.data.allow_outside)
 
@@ -124,13 +129,46 @@ def _open(config: Config, ranks: Ranks, shown: bool) -> Inputs:
         backbone = build_backbone(config.backbone, size)
     zero.check(config)
     _check_sync(config, ranks.world_size)
+    rows = None
     if config.head.weights is not None:
-        head_rows(config.head.weights, classes, config.backbone.dim)
-    weights = None if config.backbone.weights is None else matching_weights(backbone, config.backbone.weights)
+        with _named("head.weights"):
+            rows = head_rows(config.head.weights, classes, config.backbone.dim)
+    weights = None
+    if config.backbone.weights is not None:
+        with _named("backbone.weights"):
+            weights = matching_weights(backbone, config.backbone.weights)
     _check_norms(config, usual_norm(backbone, weights))
     if ranks.is_main:
         check_writable(config.run.dir)
-    return inputs
+    return replace(inputs, start=_start_text(weights, rows))
+
+
+def _start_text(weights: Mapping[str, Tensor] | None, rows: Rows | None) -> str:
+    """What :attr:`Inputs.start` says: checksums of all of the backbone, and of some rows of the head, which may be of
+    many gigabytes."""
+    said = []
+    if weights is not None:
+        crc = 0
+        for name, tensor in sorted(weights.items()):
+            crc = zlib.crc32(_bytes(tensor), zlib.crc32(name.encode(), crc))
+        said.append(f"backbone {crc:08x}")
+    if rows is not None:
+        numbers = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).astype(np.int64))
+        said.append(f"head {zlib.crc32(_bytes(rows.take(numbers))):08x}")
+    return ", ".join(said) or "none"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the key that names a file before what is wrong with it."""
+    try:
+        yield
+    except LceError as error:
+        raise type(error)(f"{key} = {error}") from None
 
 
 def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, shown: bool) -> None:
@@ -166,6 +204,10 @@ def _check_sync(config: Config, world_size: int) -> None:
 def check_writable(folder: Path) -> None:
     """Raise :class:`ConfigError` unless files can be made in ``folder`` (or it can be made); leaves nothing behind."""
     reason = why_unwritable(folder)
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:  # safetensors opens no such file, which the end of a run would be late to say
+        reason = "has a name that is not UTF-8"
     if reason is not None:
         raise ConfigError(f"run.dir = {folder}: {reason}; choose another run.dir")
 
@@ -215,6 +257,7 @@ def identity(config: Config, inputs: Inputs) -> dict[str, str]:
         "centre bank": inputs.bank.fingerprint if inputs.bank else "none",
         "old embeddings": inputs.old.fingerprint if inputs.old else "none",
         "models": inputs.cross.fingerprint if inputs.cross else "none",
+        "set of start weights": inputs.start,
         "trainer version": __version__,
         "trainer code": code.hexdigest()[:16],
         "torch version": torch.__version__,

@@ -109,13 +109,20 @@ class _Best:
         return [{"classes": sorted((i, j)), "cosine": round(value, 6)} for value, i, j in self._found]
 
 
+def _origin(made: dict[str, Any]) -> str:
+    """What a bank was made from, with the old model's name where that is known."""
+    if made["made_from"] == "model":
+        return f"model {made['model']} and the images of {made['source']}"
+    return f"{made['made_from']} {made['source']}" + (f" of the model {made['model']}" if made["model"] else "")
+
+
 def describe(path: Path, figures: dict[str, Any]) -> str:
     """The figures of :func:`summarise` and :func:`nearest_pairs` as text."""
     made, odd = figures["made"], figures["meaningless"]
     lines = [
         f"{path}: {figures['classes']} classes of dimension {figures['dim']}, stored as {figures['storage']}"
         + (f" (largest error {figures['largest_error']:.1e} in 1 − cos)" if figures["largest_error"] else ""),
-        f"made from {made['made_from']} {made['source']}, boundary: {made['boundary']}",
+        f"made from the {_origin(made)}, boundary: {made['boundary']}",
         f"{figures['images']} images; {figures['masked']} classes without a centre, {figures['single_image']} with one "
         f"image, {figures['unrestrained']} without a boundary",
     ]

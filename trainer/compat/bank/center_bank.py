@@ -175,7 +175,11 @@ class CenterBank:
     @property
     def fingerprint(self) -> str:
         """A short hash of the whole bank: of its description, which holds the checksum of every file."""
-        return f"{zlib.crc32(self._manifest.model_dump_json().encode()):08x}"
+        try:
+            text = self._manifest.model_dump_json()
+        except ValueError:  # a file name whose bytes are no UTF-8
+            text = json.dumps(self._manifest.model_dump(mode="json"))
+        return f"{zlib.crc32(text.encode()):08x}"
 
     def rows(self, start: int, stop: int) -> BankRows:
         """The classes [start, stop), copied out of the mapped files.
@@ -415,8 +419,11 @@ class BankWriter:
             centers=self._parts,
         )
         text = json.dumps(sealed(manifest.model_dump(mode="json")), indent=2)
-        (self._partial / "bank.json").write_text(text + "\n", encoding="utf-8")
-        replace_folder(self._partial, self.path)
+        try:
+            (self._partial / "bank.json").write_text(text + "\n", encoding="utf-8")
+            replace_folder(self._partial, self.path)
+        except OSError as problem:
+            raise CenterBankError(f"{self.path}: cannot be written: {problem.strerror}") from None
 
     def _write(self, stored: Tensor) -> None:
         """Append rows to the present shard, and begin the next where it is full."""

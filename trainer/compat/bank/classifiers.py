@@ -2,8 +2,9 @@
 
 Understood: arcface_torch's sharded head as saved per rank (``checkpoint_gpu_{rank}.pt``, key
 ``state_dict_softmax_fc``; older ``rank_{rank}_softmax_weight.pt``; and ``softmax_fc_gpu_{rank}.pt``, the head's state
-dict alone), any state dict (.pt, .safetensors) or array (.npy, .npz) with the weight's name given or guessed, classes
-× dimension or dimension × classes (as MagFace saves it), and this project's own checkpoints and runs.
+dict alone), CVLface's (``classifier_rank{rank}.pt``, key ``partial_fc.weight``), any state dict (.pt, .safetensors) or
+array (.npy, .npz) with the weight's name given or guessed, classes × dimension or dimension × classes (as MagFace saves
+it), and this project's own checkpoints and runs.
 """
 
 import io
@@ -11,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +30,12 @@ from trainer.reading import open_regular
 
 Layout = Literal["auto", "rows", "columns"]
 
-_RANK_FILE = re.compile(r"^(?:(?:checkpoint|softmax_fc)_gpu_(\d+)|rank_(\d+)_softmax_weight)\.pt$")
+_RANK_FILE = re.compile(
+    r"^(?:(?:checkpoint|softmax_fc)_gpu_(?P<a>\d+)|rank_(?P<b>\d+)_softmax_weight|classifier_rank(?P<c>\d+))\.pt$"
+)
+_EXACT = ("state_dict_softmax_fc.weight", "partial_fc.weight")  # of one rank's classes: arcface_torch's, CVLface's
+_PADDED = "partial_fc.weight"  # CVLface rounds the class count up to a multiple of the ranks
+_WHOLE = "classifier.weight"  # CVLface's head of all classes, which rank 0 alone saves
 _WEIGHT_NAMES = ("weight", "kernel", "array", "fc.weight", "head.weight", "head.kernel", "classifier.weight", "rows")
 _HEAD_WORDS = ("softmax_fc", "head", "fc", "classifier", "margin", "loss", "logits", "arcface", "metric")
 _USUAL_DIMS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
@@ -56,7 +63,8 @@ def open_classifier(
         project).
         key: the weight's name; None: guessed, and said in ``found``.
         layout: ``rows``: classes × dimension; ``columns``: the transpose; ``auto``: by the shape.
-        num_classes: C_old where it is known: settles guesses, and finds a missing last rank.
+        num_classes: C_old where it is known: settles guesses, finds a missing last rank, and drops the rows without a
+            class that CVLface's ranks have at the end.
         ranks: how many there were, where it is known: a file of one rank does not say.
 
     Raises:
@@ -68,16 +76,24 @@ def open_classifier(
         folder = files[0]
         if (folder / SEAL).is_file() or (folder / "checkpoints").is_dir():
             return _checked(_own_checkpoint(folder), num_classes, folder)
-        files = sorted(path for path in folder.glob("*.pt") if _RANK_FILE.match(path.name))
+        files = sorted(path for path in folder.glob("*.pt") if _rank_of(path) is not None)
         if not files:
-            raise CenterBankError(f"{folder}: holds no checkpoint_gpu_*.pt, rank_*_softmax_weight.pt or checkpoint")
-    if len(files) > 1 or _RANK_FILE.match(files[0].name):
+            raise CenterBankError(
+                f"{folder}: holds no checkpoint_gpu_*.pt, rank_*_softmax_weight.pt, classifier_rank*.pt or checkpoint"
+            )
+    if len(files) > 1 or (_rank_of(files[0]) is not None and _WHOLE not in open_arrays(files[0])):
         return _sharded(files, key, num_classes, ranks)
     name, weight = _find_weight(files[0], key, num_classes)
     weight, how = _oriented(weight, layout, num_classes, files[0], name)
     rows = Rows([weight], [str(files[0])])
     found = f"{files[0]}: {name!r} {how}"
     return _checked(Classifier(rows, f"{found}: {len(rows)} classes of dimension {rows.dim}"), num_classes, files[0])
+
+
+def _rank_of(path: Path) -> int | None:
+    """The rank that a file's name says it is of; None: no file of a rank."""
+    match = _RANK_FILE.match(path.name)
+    return int(match[match.lastindex]) if match and match.lastindex else None
 
 
 def _checked(classifier: Classifier, num_classes: int | None, where: Path) -> Classifier:
@@ -138,12 +154,12 @@ def _sharded(files: list[Path], key: str | None, num_classes: int | None, ranks:
     """One file per rank: ordered by rank, complete, and with sizes that one sharded head can have."""
     by_rank: dict[int, Path] = {}
     for path in files:
-        match = _RANK_FILE.match(path.name)
-        if not match:
+        rank = _rank_of(path)
+        if rank is None:
             raise CenterBankError(
-                f"{path}: several files must be called checkpoint_gpu_RANK.pt or rank_RANK_softmax_weight.pt"
+                f"{path}: several files must be called checkpoint_gpu_RANK.pt, rank_RANK_softmax_weight.pt or "
+                "classifier_rankRANK.pt"
             )
-        rank = int(match[1] or match[2])
         if rank in by_rank:
             raise CenterBankError(f"{path}: rank {rank} is given twice, also by {by_rank[rank]}")
         by_rank[rank] = path
@@ -154,11 +170,29 @@ def _sharded(files: list[Path], key: str | None, num_classes: int | None, ranks:
     _check_all_ranks(by_rank, num_classes, ranks)
     ordered = [by_rank[rank] for rank in range(len(by_rank))]
     found = [_find_weight(path, key, None) if key else _shard_weight(path) for path in ordered]
-    rows = Rows([weight for _, weight in found], [str(path) for path in ordered])
-    sizes = [len(weight) for _, weight in found]
+    name, weights = found[0][0], [weight for _, weight in found]
+    sizes = [len(weight) for weight in weights]
+    said = f"{folder}: {name!r} of {len(sizes)} ranks, {min(sizes)} … {max(sizes)} classes each"
+    padded = name == _PADDED and len(sizes) > 1
+    if padded and num_classes is not None and 0 <= sum(sizes) - num_classes < len(sizes):
+        weights = _first_rows(weights, num_classes)
+        sizes = [len(weight) for weight in weights]
     _check_sizes(folder, sizes, num_classes)
-    found_in = f"{folder}: {found[0][0]!r} of {len(sizes)} ranks, {min(sizes)} … {max(sizes)} classes each"
-    return Classifier(rows, f"{found_in}: {len(rows)} classes of dimension {rows.dim}")
+    rows = Rows(weights, [str(path) for path in ordered[: len(weights)]])
+    said += f": {len(rows)} classes of dimension {rows.dim}"
+    if padded and num_classes is None:
+        said += (
+            f"; CVLface rounds the count up to a multiple of the ranks: up to {len(found) - 1} of the last may be no "
+            "class, which `old_classes` settles"
+        )
+    return Classifier(rows, said)
+
+
+def _first_rows(weights: list[Tensor], count: int) -> list[Tensor]:
+    """The first ``count`` rows of matrices one below the other; those that have none of them are left out."""
+    starts = [0, *accumulate(len(weight) for weight in weights)]
+    kept = [weight[: max(0, count - start)] for weight, start in zip(weights, starts, strict=False)]
+    return [weight for weight in kept if len(weight)]
 
 
 def _check_all_ranks(by_rank: dict[int, Path], num_classes: int | None, ranks: int | None) -> None:
@@ -172,7 +206,7 @@ def _check_all_ranks(by_rank: dict[int, Path], num_classes: int | None, ranks: i
         return
     kind = re.sub(r"\d+", "*", first.name)
     more = [
-        path for path in sorted(first.parent.glob(kind)) if _RANK_FILE.match(path.name) and path not in by_rank.values()
+        path for path in sorted(first.parent.glob(kind)) if _rank_of(path) is not None and path not in by_rank.values()
     ]
     if more:
         raise CenterBankError(
@@ -189,19 +223,19 @@ def _check_all_ranks(by_rank: dict[int, Path], num_classes: int | None, ranks: i
 def rank_files(path: Path) -> list[Path]:
     """The per-rank files in a folder, by rank; of a file: itself, when it is one."""
     files = [path] if path.is_file() else path.glob("*.pt")
-    by_rank = {int(match[1] or match[2]): file for file in files if (match := _RANK_FILE.match(file.name))}
+    by_rank = {rank: file for file in files if (rank := _rank_of(file)) is not None}
     return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 def _shard_weight(path: Path) -> tuple[str, Tensor]:
     arrays = {name: array for name, array in open_arrays(path).items() if array.ndim == 2}
-    exact = "state_dict_softmax_fc.weight"  # older versions keep its momentum and the drawn rows next to it
-    if exact in arrays:
+    exact = next((name for name in _EXACT if name in arrays), None)  # older versions keep momentum and drawn rows too
+    if exact is not None:
         return exact, arrays[exact]
     own = {n: a for n, a in arrays.items() if n.startswith("state_dict_softmax_fc.") or n in ("array", "weight")}
     if len(own) != 1:
         raise CenterBankError(
-            f"{path}: one matrix under state_dict_softmax_fc is needed; it has {_listed(own or arrays)}"
+            f"{path}: one matrix under state_dict_softmax_fc or partial_fc is needed; it has {_listed(own or arrays)}"
         )
     return next(iter(own.items()))
 

@@ -22,7 +22,7 @@ from trainer.compat.bank.matrices import open_rows
 from trainer.data.index import Dataset, RowsInfo, describe_rows
 from trainer.distributed import Ranks, agree, barrier, on_main
 from trainer.errors import CenterBankError, ConfigError, LceError, ModelError
-from trainer.files import why_unwritable
+from trainer.files import why_unwritable, write_text
 from trainer.models.model import EmbeddingModel, check_distinct, embed_batches
 from trainer.owner import owned
 from trainer.reading import read_json
@@ -60,7 +60,7 @@ class _Work:
                 array = np.lib.format.open_memmap(self.embeddings, "w+", np.float32, (self.records, self.dim))
                 del array
                 self.done.write_bytes(bytes(self.blocks))
-                job_file.write_text(json.dumps(self.job, indent=1), encoding="utf-8")
+                write_text(job_file, json.dumps(self.job, indent=1))
             except OSError as error:
                 raise CenterBankError(f"{self.folder}: cannot be written: {error.strerror}") from None
         known = read_json(job_file, CenterBankError)
@@ -251,8 +251,6 @@ def bank_from_model(
                 **options,
             )
             if keep_embeddings is not None:
-                keep_embeddings.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(file, keep_embeddings)
                 rows = RowsInfo(
                     records=len(dataset),
                     dim=model.dim,
@@ -261,7 +259,13 @@ def bank_from_model(
                     dataset=str(dataset.path),
                     fingerprint=dataset.records_fingerprint,
                 )
-                describe_rows(keep_embeddings, rows)
+                try:
+                    keep_embeddings.parent.mkdir(parents=True, exist_ok=True)
+                    keep_embeddings.with_suffix(".yaml").unlink(missing_ok=True)  # of those that are replaced
+                    shutil.move(file, keep_embeddings)
+                    describe_rows(keep_embeddings, rows)
+                except OSError as error:
+                    raise CenterBankError(f"{keep_embeddings}: cannot be written: {error.strerror}") from None
             shutil.rmtree(work)
 
         on_main(convert, ranks)

@@ -20,7 +20,7 @@ from trainer import tensor_files
 from trainer.data.store import load_array
 from trainer.errors import CenterBankError, DataError
 from trainer.head.float8 import decode
-from trainer.reading import regular, why_unreadable
+from trainer.reading import other_framework, regular, why_unreadable
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -135,7 +135,8 @@ def open_arrays(path: str | Path) -> dict[str, Tensor]:
         reason = why_unreadable(path) or f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
         raise CenterBankError(f"{path}: {reason}") from None
     known = ".npy, .npz, .safetensors, " + ", ".join(TORCH_SUFFIXES)
-    raise CenterBankError(f"{path}: unknown kind of file; known are {known}")
+    kind = other_framework(path) or "unknown kind of file"
+    raise CenterBankError(f"{path}: {kind}; known are {known}")
 
 
 def load_torch(path: Path) -> Any:

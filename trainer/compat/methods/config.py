@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from trainer.config import Section, Variants, refuse_idle
-from trainer.networks.config import AnyTransform, OrthogonalConfig, RbtConfig
+from trainer.networks.config import AnyTransform, LinearConfig, OrthogonalConfig, RbtConfig
 
 _METHOD = "how the new model is made compatible with a deployed one; none: it is not"
 _MODE = "where the two models are compared: in one space (direct), or through maps between their spaces"
@@ -41,8 +41,8 @@ class MethodConfig(Section):
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "MethodConfig":
-        known = ("alignment_weight", "boundary_weight", "weight", "mix_share")
-        weights = [key for key in known if key in type(self).model_fields]
+        every = ("alignment_weight", "boundary_weight", "contrastive_weight", "weight", "mix_share")
+        weights = [key for key in every if key in type(self).model_fields]
         if weights and not any(getattr(self, key) for key in weights):
             names = " and ".join(f"compat.{key}" for key in weights)
             raise ValueError(f"{names}: 0 trains an incompatible model; set one above 0, or compat.method=none")
@@ -121,6 +121,20 @@ class LceCrossConfig(LceMapsConfig):
     )
     new_bank: Path | None = Field(None, description="centres of the new model, to align with those of bank")
     maps: Literal["both", "t21", "t12"] = Field("both", description="which maps are trained: t21 is new → old")
+    contrastive_weight: float = Field(
+        0.0, ge=0, description="weight of the supervised contrastive loss between mapped and stored embeddings"
+    )
+    contrastive_temperature: float = Field(0.1, gt=0, description="its temperature, by which cosines are divided")
+    orthogonal_weight: float = Field(
+        0.0, ge=0, description="weight of the λ-orthogonal penalty of a linear T₂₁ (the authors': 1)"
+    )
+    orthogonal_threshold: float = Field(
+        1.0, ge=0, description="its λ: how far T₂₁ may be from orthogonal, in the Frobenius norm of its Gram matrix − 1"
+    )
+    distance: bool = Field(
+        False,
+        description="learn how far T₁₂ of an old embedding is from the new one, for `lce gallery upgrade` by distance",
+    )
 
     @property
     def directions(self) -> tuple[bool, bool]:
@@ -135,12 +149,31 @@ class LceCrossConfig(LceMapsConfig):
             pairs = "with compat.new_bank, whose centres are aligned with those of compat.bank"
             refuse_idle(self, "compat", ("old_embeddings", "old_model"), pairs)
         if self.bank is None:
-            if not self.alignment_weight:
+            if not (self.alignment_weight or self.contrastive_weight):
                 raise ValueError(
                     "compat.alignment_weight: 0 trains nothing without compat.bank, which the boundary needs; set one"
                 )
             if self.boundary_weight:
                 refuse_idle(self, "compat", ("boundary_weight",), "without compat.bank")
+        return self
+
+    @model_validator(mode="after")
+    def _terms(self) -> "LceCrossConfig":
+        if self.new_bank is not None:
+            of_images = {"contrastive_weight": self.contrastive_weight, "distance": self.distance}
+            for key in (key for key, value in of_images.items() if value):
+                raise ValueError(f"compat.{key}: needs the two embeddings of each image; remove compat.new_bank")
+        if self.distance and self.maps == "t21":
+            raise ValueError("compat.distance: is of T₁₂, which compat.maps = t21 does not train; remove one of them")
+        if self.orthogonal_weight and (self.maps == "t12" or not isinstance(self.transform, LinearConfig)):
+            raise ValueError(
+                f"compat.orthogonal_weight: is of a linear T₂₁; compat.maps is {self.maps}, compat.transform.name "
+                f"{self.transform.name}: set compat.transform.name=linear and compat.maps=both or t21"
+            )
+        for key in ("contrastive_temperature", "orthogonal_threshold"):
+            weight = f"{key.partition('_')[0]}_weight"
+            if getattr(self, key) != type(self).model_fields[key].default and not getattr(self, weight):
+                raise ValueError(f"compat.{key} has no effect with compat.{weight} = 0: set that too, or remove it")
         return self
 
 

@@ -48,6 +48,7 @@ class Inputs:
         bank: the old model's centres, when the run is to be compatible.
         old: where the images' old embeddings come from, for the methods that need them.
         cross: what cross-model training works on; bank and old are then None.
+        start: of the weights that backbone and head begin with, a short text that tells them from others.
     """
 
     dataset: Dataset | None
@@ -56,6 +57,7 @@ class Inputs:
     bank: CenterBank | None
     old: OldEmbeddings | None = None
     cross: CrossInputs | None = None
+    start: str = "none"
 
     @property
     def old_dim(self) -> int | None:

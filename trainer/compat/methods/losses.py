@@ -277,6 +277,57 @@ def mixbct_choice(credible: Tensor, share: float, draws: Tensor) -> Tensor:
     return replaced
 
 
+def contrastive(mapped: Tensor, targets: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Supervised contrastive loss between two models' embeddings of the same images (Ricci et al., "λ-Orthogonality
+    Regularization for Compatible Representation Learning", NeurIPS 2025, eq. 8).
+
+    ``−mean_i Σ_j p_ij log q_ij`` with q_i the softmax over j of cos(m_i, t_j) / τ and p_i the same for all targets of
+    i's class, its own image among them, and 0 for the others. In their eq. 9 the mapped old embeddings meet the old
+    ones and the mapped new ones, as all of these lie in one space; here each map's output meets the embeddings that it
+    is searched with: T₂₁(x) the old ones, T₁₂(e) the new ones.
+
+    Args:
+        mapped: (n, D), targets: (n, D), image by image. labels: (n,). temperature: τ.
+    """
+    log_q = (normalize(mapped) @ normalize(targets).T / temperature).log_softmax(1)
+    same = labels[:, None] == labels[None, :]
+    return -_mean((log_q * same).sum(1) / same.sum(1))
+
+
+STEEPNESS = 10.0
+"""α of :func:`orthogonality`."""
+
+
+def gram_distance(matrix: Tensor) -> Tensor:
+    """‖M Mᵀ − I‖_F of a matrix, or ‖Mᵀ M − I‖_F where that is the smaller Gram matrix: 0 for orthonormal rows or
+    columns. The gradient there is 0."""
+    m = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return torch.linalg.matrix_norm(m @ m.T - torch.eye(len(m), dtype=m.dtype, device=m.device))
+
+
+def orthogonality(distance: Tensor, threshold: float) -> Tensor:
+    """λ-orthogonality (Ricci et al., NeurIPS 2025, eq. 6): ``σ(α (d − λ)) · d``, which draws a matrix toward an
+    orthogonal one while d, its :func:`gram_distance`, is above λ, and hardly below.
+
+    Their matrix is square, as they cut the longer embeddings; a rectangular one is taken as it is here. α is fixed
+    (:data:`STEEPNESS`).
+    """
+    return torch.sigmoid(STEEPNESS * (distance - threshold)) * distance
+
+
+def expected_distance(log_expected: Tensor, distances: Tensor) -> Tensor:
+    """What a head that predicts distances minimises: ``mean_i ½ [d_i e^(−s_i) + s_i]``, least where e^s = E[d].
+
+    It is the negative log-likelihood, per dimension and but for a constant, of a Gaussian whose variance is the same in
+    each of D dimensions: FastFill (Jaeckle et al., ICLR 2023) takes that for the error of a mapped old embedding. There
+    it trains the map as well; here ``distances`` come without gradient, so that the map is the same without a head.
+
+    Args:
+        log_expected: (n,), s. distances: (n,), ½ ‖·‖² of unit vectors, 1 − cos.
+    """
+    return _mean(distances.detach() * (-log_expected).exp() + log_expected) / 2
+
+
 def fct(mapped_old: Tensor, embeddings: Tensor) -> Tensor:
     """Forward-compatible training's map (Ramanujan et al., CVPR 2022, eq. 3): ``mean_i [1 − cos(h(e_i), x_i)]``.
 
