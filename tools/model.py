@@ -63,7 +63,7 @@ def _convert(args: argparse.Namespace) -> int:
     kept = description_of(target)
     stated = reading_of(args).model_copy(update={"output": None})  # the file has one output
     data = None if args.data is None else open_named(args.data)
-    models = []
+    models: list[OnnxModel] = []
 
     def accept(made: Path) -> None:
         try:

@@ -2,6 +2,7 @@
 or the whole of what it makes, or refused by name; the same command then makes the whole."""
 
 import contextlib
+import functools
 import random
 import shutil
 from collections.abc import Callable
@@ -121,7 +122,7 @@ def cases(base: Path, out: Path) -> dict[str, Case]:
     return {
         "split": Case(
             [*split, "0.5", "--seed", "1"],
-            [lambda name=name: table(data, made / f"{name}.npy") for name in tables],  # type: ignore[misc]
+            [functools.partial(table, data, made / f"{name}.npy") for name in tables],
             [*split, "0.3"],
         ),
         "pack": Case(
