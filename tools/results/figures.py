@@ -28,6 +28,8 @@ HELP = "draw docs/figures.md from a finished demo"
 QUERIES = {"old": "the old model", "paragon": "a new model, free", "new": "a new model, with LCE"}
 """Who searches the old gallery, by its role in the demo."""
 IDENTITIES, SLACK_IMAGES = 8, 4000
+ROUNDING = 1e-6
+"""Of the cosines: the image that a boundary was taken from lies on it."""
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#B8A900", "#0072B2", "#D55E00", "#CC79A7")
 _STYLES = {"old": ("#000000", "--"), "paragon": ("#D55E00", "-."), "new": ("#0072B2", "-")}
 
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     plane, share, images = space(models, data["unseen"], unseen)
     slacks = slack(models, data["train"], bank)
     curves, _ = figures({"verdict": {"sets": []}, "sets": {"unseen": unseen}}, {})["unseen-backfill"]
-    inside = {role: float(np.mean(found >= -1e-6)) for role, found in slacks.items()}
+    inside = {role: float(np.mean(found + ROUNDING >= 0)) for role, found in slacks.items()}
     captions = {
         "space": f"{IDENTITIES} of {unseen['identities']:,} identities that no model was trained on (the first ones of "
         f"the set), {images} images of them. Crosses: their old embeddings, as the gallery keeps them. Dots: the same "
@@ -202,10 +204,11 @@ def _slack_figure(slacks: Mapping[str, FloatArray]) -> "Figure":
     figure = Figure(figsize=(9.6, 3.3), layout="constrained")
     axes = figure.add_subplot()
     every = np.concatenate(list(slacks.values()))
-    edges = np.linspace(every.min(), every.max(), 81)
+    width = max(1e-6, float(np.ptp(every)) / 80)
+    edges = width * np.arange(np.floor(every.min() / width), np.ceil(every.max() / width) + 2)  # 0 is one of them
     axes.axvspan(0, edges[-1], color="#009E73", alpha=0.1, label="within the old class's boundary")
     for role, values in slacks.items():
-        shares = np.histogram(values, edges)[0] / len(values)
+        shares = np.histogram(values + ROUNDING, edges)[0] / len(values)
         colour, dash = _STYLES[role]
         axes.stairs(shares, edges, color=colour, linestyle=dash, linewidth=1.8, label=QUERIES[role])
     axes.set_xlabel("slack of the boundary: cos(x, o_y) − b_y")
