@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -87,7 +88,12 @@ def _end_stuck(heard: int, run_dir: Path, began: float) -> None:
             silence.forget()
 
 
-def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: Path | None) -> int:
+def run_launcher(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    run_dir: Path | None,
+    orphaned: signal.Signals = signal.SIGTERM,
+) -> int:
     """Run a launcher and wait for it.
 
     Ctrl-C and SIGTERM (or a closed terminal) make the ranks save and end; a second one ends them at once, and so does
@@ -96,6 +102,7 @@ def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: P
     Args:
         environment: in addition to this process's own.
         run_dir: the run folder; None: the launcher is ended at the first signal.
+        orphaned: what the kernel sends the launcher when this process is killed.
 
     Returns:
         The launcher's exit status, 70 where that tells of a rank that was killed; after a signal, and where the run has
@@ -107,7 +114,7 @@ def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: P
         argv,
         env=os.environ | dict(environment) | ({LAUNCHER: me} if started(os.getpid()) else {}),
         start_new_session=True,
-        preexec_fn=end_with_parent,
+        preexec_fn=partial(end_with_parent, orphaned),
     )
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -133,19 +140,24 @@ def run_launcher(argv: Sequence[str], environment: Mapping[str, str], run_dir: P
             signal.signal(number, handler)
     if asked:
         return stopped_status(asked, run_dir, began)
-    if status == 0 and run_dir is not None and not is_finished(run_dir, began):  # of DeepSpeed a part was killed
-        print(f"lce launch: {Path(argv[0]).name} ended before the run had; the same command continues", flush=True)
+    # The launcher itself was killed, or (0) a part of DeepSpeed's: its ranks save and end.
+    if status <= 0 and run_dir is not None and not is_finished(run_dir, began):
+        how = f"was killed by {signal.Signals(-status).name}" if status else "ended"
+        print(
+            f"lce launch: {Path(argv[0]).name} {how} before the run had ended; the same command continues", flush=True
+        )
         status = stopped_status(signal.SIGTERM, run_dir, began)
         return status if has_saved(run_dir, began) else EXIT_CRASH
     return _launchers_status(status)
 
 
 def _launchers_status(status: int) -> int:
-    """The launcher's own exit status, or 70 where it is a shell's way (128 + signal) to say that a rank was killed."""
-    number = -status if status < 0 else status - 128
+    """The launcher's own exit status, or 70 where it was killed, or says as a shell does (128 + signal) that a rank
+    was."""
+    number, who = (-status, "the launcher") if status < 0 else (status - 128, "a rank")
     if status == EXIT_INTERRUPTED or number not in set(signal.Signals):
         return status
-    print(f"lce launch: killed: a rank by {signal.Signals(number).name}", flush=True)
+    print(f"lce launch: killed: {who} by {signal.Signals(number).name}", flush=True)
     return EXIT_CRASH
 
 

