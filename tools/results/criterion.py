@@ -23,6 +23,8 @@ HELP = "the criterion new→old above old→old, for every mode and pair of dime
 
 MODES = ("direct", "backward", "forward", "both", "cross-model")
 CONTROL = "independent"
+CONTRASTIVE_WEIGHT = 5.0
+"""Of cross-model maps, as in configs/cross-model.yaml."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def _settings(folder: Path, case: Case, weights: tuple[float, float]) -> list[st
         alone = folder / f"alone-{case.new}"
         overrides += [f"compat.new_model={alone}", f"compat.new_embeddings={alone}.npy"]
         overrides += [f"compat.old_embeddings={folder / f'old-{case.old}.npy'}", "data.batch_size=512"]
+        overrides.append(f"compat.contrastive_weight={CONTRASTIVE_WEIGHT:g}")
         overrides += ["optimizer.name=adamw", "optimizer.lr=0.003", "optimizer.weight_decay=0.0001"]
     return overrides
 

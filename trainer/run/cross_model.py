@@ -197,8 +197,9 @@ def image_pairs_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """λ_a L_a + λ_b L_b with the two embeddings of an image as the pairs to align; the same on every rank.
 
-    With ``contrastive_weight`` also its product with :func:`trainer.compat.methods.losses.contrastive`, the mean of the
-    maps; with a head, :func:`trainer.compat.methods.losses.expected_distance` of T₁₂'s, which does not move the maps.
+    With ``contrastive_weight`` also its product with :func:`trainer.compat.methods.losses.contrastive`, through T₂₁
+    where there is one, as the boundary (T₁₂ found less with it); with a head,
+    :func:`trainer.compat.methods.losses.expected_distance` of T₁₂'s, which does not move the maps.
 
     ``L_a``: mean over the images of ½ [1 − cos(T₂₁(n(x)), e)] + ½ [1 − cos(n(x), T₁₂(n(e)))], or of the one term there
     is. ``L_b`` as in LCE, over the images whose class has an old centre; 0 without ``classes``.
@@ -243,8 +244,8 @@ def image_pairs_loss(
     loss = config.alignment_weight * align + config.boundary_weight * bound
     if config.contrastive_weight:
         assert labels is not None
-        y, temperature = labels[known], config.contrastive_temperature
-        contrast = torch.stack([losses.contrastive(a, b, y, temperature) for a, b in meetings]).mean()
+        mapped, target = meetings[0]  # T₂₁'s where there is one
+        contrast = losses.contrastive(mapped, target, labels[known], config.contrastive_temperature)
         loss = loss + config.contrastive_weight * contrast
         more["contrastive"] = contrast.detach()
     if head is not None:

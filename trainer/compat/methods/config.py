@@ -122,7 +122,7 @@ class LceCrossConfig(LceMapsConfig):
     new_bank: Path | None = Field(None, description="centres of the new model, to align with those of bank")
     maps: Literal["both", "t21", "t12"] = Field("both", description="which maps are trained: t21 is new → old")
     contrastive_weight: float = Field(
-        0.0, ge=0, description="weight of the supervised contrastive loss between mapped and stored embeddings"
+        0.0, ge=0, description="weight of the supervised contrastive loss of T₂₁, or of T₁₂ alone, within a batch"
     )
     contrastive_temperature: float = Field(0.1, gt=0, description="its temperature, by which cosines are divided")
     orthogonal_weight: float = Field(
@@ -162,7 +162,10 @@ class LceCrossConfig(LceMapsConfig):
         if self.new_bank is not None:
             of_images = {"contrastive_weight": self.contrastive_weight, "distance": self.distance}
             for key in (key for key, value in of_images.items() if value):
-                raise ValueError(f"compat.{key}: needs the two embeddings of each image; remove compat.new_bank")
+                raise ValueError(
+                    f"compat.{key}: needs the two embeddings of each image, and compat.new_bank has centres aligned; "
+                    "remove one of them"
+                )
         if self.distance and self.maps == "t21":
             raise ValueError("compat.distance: is of T₁₂, which compat.maps = t21 does not train; remove one of them")
         if self.orthogonal_weight and (self.maps == "t12" or not isinstance(self.transform, LinearConfig)):

@@ -283,8 +283,8 @@ def contrastive(mapped: Tensor, targets: Tensor, labels: Tensor, temperature: fl
 
     ``−mean_i Σ_j p_ij log q_ij`` with q_i the softmax over j of cos(m_i, t_j) / τ and p_i the same for all targets of
     i's class, its own image among them, and 0 for the others. In their eq. 9 the mapped old embeddings meet the old
-    ones and the mapped new ones, as all of these lie in one space; here each map's output meets the embeddings that it
-    is searched with: T₂₁(x) the old ones, T₁₂(e) the new ones.
+    ones and the mapped new ones, as all of these lie in one space; here a map's output meets the embeddings that it
+    is compared with at search time: T₂₁(x) the old ones, or T₁₂(e) the new ones.
 
     Args:
         mapped: (n, D), targets: (n, D), image by image. labels: (n,). temperature: τ.
