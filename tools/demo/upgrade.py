@@ -167,7 +167,7 @@ class DemoUpgrade:
             overrides += [f"compat.bank={self._path('pretrained-bank')}", f"compat.new_model={self._path('paragon')}"]
             overrides += [f"compat.old_embeddings={self._path('pretrained.npy')}"]
             overrides += [f"compat.new_embeddings={self._path('paragon.npy')}"]
-            overrides += ["data.batch_size=128", "train.steps=300", "compat.contrastive_weight=0"]  # few people
+            overrides += ["data.batch_size=128", "train.steps=300"]
             settings = [one for one in self._settings if not one.startswith(("backbone.", "head."))]  # it has neither
             return CONFIGS / "cross-model.yaml", [*overrides, *settings]
         if name == "new":

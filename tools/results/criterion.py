@@ -24,7 +24,7 @@ HELP = "the criterion new→old above old→old, for every mode and pair of dime
 MODES = ("direct", "backward", "forward", "both", "cross-model")
 CONTROL = "independent"
 CONTRASTIVE_WEIGHT = 5.0
-"""Of cross-model maps, as in configs/cross-model.yaml."""
+"""Of cross-model maps (docs/upgrades.md)."""
 
 
 @dataclass(frozen=True)
