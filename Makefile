@@ -47,7 +47,7 @@ test-fast: lint
 	$(PYTEST) -m "not slow"
 
 attack: .venv/extras
-	FULL=$(FULL) $(BIN)/python -m pytest -m "attack or tallied" --timeout=0 --durations=0 --durations-min=60
+	FULL=$(FULL) $(PYTEST) -m "attack or tallied" --timeout=0 --durations=0 --durations-min=60
 
 mutants: .venv/extras
 	$(BIN)/python -m tests.mutants

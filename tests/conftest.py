@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.attack import Table
 from tests.skips import register
 
 TESTS = Path(__file__).parent
@@ -85,5 +86,6 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """In CI, judge what is skipped."""
+    """In CI, judge what is skipped; print the table of ``make attack``."""
     register(config)
+    config.pluginmanager.register(Table(), "attacks")

@@ -10,6 +10,7 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,3 +65,29 @@ def table() -> str:
     rows.append(("all", str(sum(total.values())), *(str(total[o]) for o in OUTCOMES)))
     lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class Table:
+    """A plugin of pytest that prints the table at the end of ``make attack``, of all processes that share the tests."""
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Of a process of pytest-xdist: hand over what it counted."""
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["attacks"] = {kind: dict(counts) for kind, counts in _TALLY.items()}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Add what a process of pytest-xdist counted."""
+        for kind, counts in getattr(node, "workeroutput", {}).get("attacks", {}).items():
+            for outcome, count in counts.items():
+                tally(kind, outcome, count)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        """Print what came of the attempts; with FULL=1 keep it."""
+        text = table()
+        if not text or "attack" not in config.getoption("markexpr"):
+            return
+        terminalreporter.section("attacks")
+        terminalreporter.write_line(text)
+        if os.environ.get("FULL") == "1":
+            Path(__file__).with_name("table.md").write_text(text + "\n")
