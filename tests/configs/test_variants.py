@@ -161,6 +161,13 @@ def test_the_control_is_accepted(file: Path) -> None:
     assert load_config(file, CROSS).label == "cross-model"
 
 
+@pytest.mark.parametrize("given", ["compat.new_bank=c", "compat.old_model=m"])
+def test_what_is_aligned_replaces_what_the_recipe_aligns(given: str) -> None:
+    method = load_config("configs/cross-model.yaml", [given]).methods[0]
+    assert method.model_dump()["old_embeddings"] is None
+    assert method.model_dump()[given.partition("=")[0].removeprefix("compat.")] is not None
+
+
 def merged(tmp_path: Path, *layers: dict[str, Any], words: tuple[str, ...] = ()) -> Config:
     names = []
     for number, layer in enumerate((BASE, *layers)):

@@ -137,6 +137,7 @@ def test_image_pairs_are_the_plain_formula(maps: Any, authors: bool) -> None:
             "maps": maps,
             "alignment_weight": 0.7,
             "boundary_weight": 1.3,
+            "bank": "old-bank",
             "transform": {"name": "linear"},
             "authors_formula": authors,
         }

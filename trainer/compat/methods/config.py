@@ -6,7 +6,7 @@ too: its λ_a is ``alignment_weight · D / 2`` (λ_a = 100 at D = 2048 is 0.098 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -108,6 +108,8 @@ class LceTransformedConfig(LceMapsConfig):
 
 class LceCrossConfig(LceMapsConfig):
     """Two finished models: only the maps between their spaces are trained."""
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("old_embeddings", "old_model", "new_bank"),)
 
     mode: Literal["cross-model"] = Field("cross-model", description=_MODE)
     bank: Path | None = Field(None, description=f"{_BANK}; the boundary needs it")
