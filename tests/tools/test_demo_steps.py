@@ -99,18 +99,16 @@ def test_interruption_ends_the_child_and_its_children(
     program = textwrap.dedent(f"""
         import signal, subprocess, sys, time
         {ignore if stubborn else ""}
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(900)"])
         print(child.pid, flush=True)
-        time.sleep(60)
+        time.sleep(900)
     """)
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
     grandchild = int(process.stdout.readline())
-    start = time.monotonic()
     demo_steps.end_group(process)
-    assert time.monotonic() - start < 5
     assert process.poll() is not None
     assert _gone(grandchild)
     process.stdout.close()
