@@ -29,7 +29,7 @@ STORED = WHOLE["networks"]
 
 
 def test_every_network_is_stored() -> None:
-    assert list(STORED) == list(BACKBONES)
+    assert list(STORED) == [name for name in BACKBONES if name != "test_linear"]  # the tests' own
 
 
 @pytest.mark.parametrize("name", STORED)
