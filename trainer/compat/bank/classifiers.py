@@ -30,11 +30,9 @@ from trainer.reading import open_regular
 
 Layout = Literal["auto", "rows", "columns"]
 
-_RANK_FILE = re.compile(
-    r"^(?:(?:checkpoint|softmax_fc)_gpu_(?P<a>\d+)|rank_(?P<b>\d+)_softmax_weight|classifier_rank(?P<c>\d+))\.pt$"
-)
-_EXACT = ("state_dict_softmax_fc.weight", "partial_fc.weight")  # of one rank's classes: arcface_torch's, CVLface's
+_RANK_FILE = re.compile(r"^(?:(?:checkpoint|softmax_fc)_gpu_(\d+)|rank_(\d+)_softmax_weight|classifier_rank(\d+))\.pt$")
 _PADDED = "partial_fc.weight"  # CVLface rounds the class count up to a multiple of the ranks
+_EXACT = ("state_dict_softmax_fc.weight", _PADDED)  # of one rank's classes: arcface_torch's, CVLface's
 _WHOLE = "classifier.weight"  # CVLface's head of all classes, which rank 0 alone saves
 _WEIGHT_NAMES = ("weight", "kernel", "array", "fc.weight", "head.weight", "head.kernel", "classifier.weight", "rows")
 _HEAD_WORDS = ("softmax_fc", "head", "fc", "classifier", "margin", "loss", "logits", "arcface", "metric")
