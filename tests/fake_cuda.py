@@ -368,7 +368,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"lce {mode}": {**LCE, "compat__mode": mode} for mode in ("backward", "forward", "both")},
     "lce cross-model": {"cross": ("new", "bank", "new_bank")},
     "lce cross-model, images": {"cross": ("new", "old", "bank")},
-    **{f"rival {name}": {"compat__method": name} for name in ("bct", "l2", "mixbct", "advbct")},
+    **{f"rival {name}": {"compat__method": name} for name in ("bct", "l2", "fct", "mixbct", "advbct")},
 }
 CHUNKS = {"one chunk": 1, "eight chunks": 8}
 DIM, CLASSES, RECORDS = 8, 64, 256
@@ -407,7 +407,7 @@ def configuration(case: dict[str, Any], folder: Path, world: int, chunk: int) ->
         for name in ("old", "new"):
             np.save(folder / f"{name}.npy", torch.nn.functional.normalize(old).numpy())
         base["compat__bank"] = str(folder / "bank")
-        if method in ("l2", "mixbct", "advbct"):
+        if method in ("l2", "fct", "mixbct", "advbct"):
             base["compat__old_embeddings"] = str(folder / "old.npy")
     if cross:
         from tests.data.samples import packed

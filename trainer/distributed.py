@@ -427,6 +427,34 @@ class Labels:
         return cls(out)
 
 
+class MarkedLabels(Labels):
+    """Labels of all ranks of which some are marked, so that the host knows both by one copy.
+
+    Args:
+        codes: (B,) int64, every rank's :meth:`code`; −1 where a rank fills no place.
+    """
+
+    def __init__(self, codes: Tensor) -> None:
+        super().__init__(codes)
+        self.device = codes >> 1
+
+    @staticmethod
+    def code(labels: Tensor, marks: Tensor) -> Tensor:
+        """What a rank gives for its labels (n,) in [−1, C) and marks (n,) bool: (n,) int64."""
+        return 2 * labels + marks
+
+    @property
+    def host(self) -> NDArray[np.int64]:
+        """See :class:`Labels`."""
+        return super().host >> 1
+
+    @property
+    def marked(self) -> NDArray[np.int64]:
+        """The places of the marked samples that have a label, ascending; waits as ``host`` does."""
+        codes = super().host
+        return np.flatnonzero((codes >= 0) & (codes & 1 == 1))
+
+
 def upload(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:
     """Arrays (n_i,) of int64 on the device: one copy from pinned memory, which the host does not wait for."""
     whole = send(torch.from_numpy(np.concatenate(arrays)), device)

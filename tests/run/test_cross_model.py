@@ -146,21 +146,21 @@ def test_image_pairs_are_the_plain_formula(maps: Any, authors: bool) -> None:
     for parameter in compat.parameters():
         parameter.data += 0.3 * randn(*parameter.shape)
     x, e, centers = randn(7, NEW), randn(7, OLD), normalize(randn(4, OLD))
-    place, mask = torch.tensor([0, 3, -1, 1, 2, 0, 2]), torch.tensor([True, True, False, True])
+    place, mask = np.array([0, 3, -1, 1, 2, 0, 2]), torch.tensor([True, True, False, True])
     known = torch.tensor([True, True, True, False, True, True, True])
     boundaries = torch.rand(4, generator=generator, dtype=torch.float64)
-    classes = Pairs(torch.arange(4), x[:4, :0], centers, boundaries, mask, place)
-    got, report = image_pairs_loss(compat, x, e, known, classes)
+    classes = Pairs(np.arange(4), x[:4, :0], centers, boundaries, mask, place)
+    got, report = image_pairs_loss(compat, x, e, np.flatnonzero(known), classes)
     every = torch.ones(int(known.sum()), dtype=torch.bool)
     maps_given = {"t21": compat.t21, "t12": compat.t12}
     a = losses.alignment(x[known], normalize(e[known]), every, authors_formula=authors, **maps_given)
-    has = known & (place >= 0) & mask[place]
+    has = known & torch.from_numpy(place >= 0) & mask[place]
     unit = normalize(x)
     b = losses.boundary(unit, centers[place], boundaries[place], has, authors_formula=authors, **maps_given)
     torch.testing.assert_close(got, 0.7 * a + 1.3 * b, rtol=1e-10, atol=1e-12)
     assert b > 0
     torch.testing.assert_close(report["boundary"], b.detach(), rtol=1e-10, atol=1e-12)
-    without, _ = image_pairs_loss(compat, x, e, known, None)
+    without, _ = image_pairs_loss(compat, x, e, np.flatnonzero(known), None)
     torch.testing.assert_close(without, 0.7 * a, rtol=1e-10, atol=1e-12)
 
 
@@ -174,7 +174,8 @@ def test_contrast_is_added_and_a_head_moves_no_map(maps: Any) -> None:
     compat.load_state_dict(plain.state_dict())
     x, e = (torch.randn(7, dim, generator=generator, dtype=torch.float64) for dim in (NEW, OLD))
     labels, known = torch.tensor([0, 1, 0, 2, 1, 0, -1]), torch.tensor([True] * 6 + [False])
-    (base, _), (got, report) = (image_pairs_loss(one, x, e, known, None, labels) for one in (plain, compat))
+    both = np.flatnonzero(known)
+    (base, _), (got, report) = (image_pairs_loss(one, x, e, both, None, labels) for one in (plain, compat))
     u, v, y = normalize(x[known]), normalize(e[known]), labels[known]
     if compat.t21 is not None:
         contrast = losses.contrastive(compat.t21(u), v, y, 0.2)
@@ -186,7 +187,7 @@ def test_contrast_is_added_and_a_head_moves_no_map(maps: Any) -> None:
     if compat.t12 is None:
         return
     head = build_distance_head(OLD).double()
-    with_head, report = image_pairs_loss(compat, x, e, known, None, labels, head)
+    with_head, report = image_pairs_loss(compat, x, e, both, None, labels, head)
     d = 1 - losses.cosine(compat.t12(v), u)
     torch.testing.assert_close(report["distance"], losses.expected_distance(head(v)[:, 0], d).detach())
     torch.testing.assert_close(with_head, got + report["distance"])

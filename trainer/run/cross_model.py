@@ -10,9 +10,12 @@ their statistics and their gradients are equal on all ranks without an all-reduc
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -22,6 +25,7 @@ from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.cross import CrossInputs
 from trainer.compat.methods.inputs import Inputs
 from trainer.compat.methods.lce import (
+    Known,
     Pairs,
     TransformedCompat,
     boundary_cosines,
@@ -32,7 +36,7 @@ from trainer.compat.methods.lce import (
 )
 from trainer.data import Batch
 from trainer.data.identities import identities
-from trainer.distributed import Labels, Ranks, gather_batch, on_main, scale_gradient, send
+from trainer.distributed import Labels, MarkedLabels, Ranks, gather_batch, on_main, scale_gradient, send, upload
 from trainer.head.partition import class_range
 from trainer.machine import largest_share
 from trainer.models.card import DISTANCE, trained_card, transform_card
@@ -82,16 +86,17 @@ class CrossModelTask:
         """See :class:`trainer.run.task.Task`."""
         del step, last, measured
         parts = [source.of(batch).to(self._dtype) for source in (self.cross.new, self.cross.old) if source is not None]
-        whole, labels = gather_batch(torch.cat(parts, 1), batch.labels, self.ranks.world_size, self.capacity)
+        there = [(part != 0).any(1) for part in parts]  # zero rows: no embedding
+        codes = MarkedLabels.code(torch.where(there[0], batch.labels, -1), there[-1])
+        whole, codes = gather_batch(torch.cat(parts, 1), codes, self.ranks.world_size, self.capacity)
         x, e = whole[:, : self.cross.dim_new], whole[:, self.cross.dim_new :]
-        labels = torch.where((x != 0).any(1), labels, -1)  # zero rows: no embedding
-        pairs = self._pairs(Labels(labels))
+        labels = MarkedLabels(codes)
+        pairs = self._pairs(labels)
         if self.cross.old is None:
             assert pairs is not None
             loss, report = self.compat(pairs, x)
         else:
-            known = (labels >= 0) & (e != 0).any(1)
-            loss, report = image_pairs_loss(self.compat, x, e, known, pairs, labels, self.head)
+            loss, report = image_pairs_loss(self.compat, x, e, labels.marked, pairs, labels.device, self.head)
         if self.method.orthogonal_weight:
             assert self.compat.t21 is not None
             apart = losses.gram_distance(self.compat.t21.get_parameter("weight"))
@@ -190,7 +195,7 @@ def image_pairs_loss(
     compat: TransformedCompat,
     x: Tensor,
     e: Tensor,
-    known: Tensor,
+    known: NDArray[np.int64],
     classes: Pairs | None,
     labels: Tensor | None = None,
     head: nn.Module | None = None,
@@ -205,7 +210,7 @@ def image_pairs_loss(
     is. ``L_b`` as in LCE, over the images whose class has an old centre; 0 without ``classes``.
 
     Args:
-        x: (B, D2). e: (B, D1). known: (B,) bool, the images that have both embeddings.
+        x: (B, D2). e: (B, D1). known: (n,) places of the images that have both embeddings.
         classes: the batch's classes with their old centres.
         labels: (B,), for the contrastive loss. head: of T₁₂.
 
@@ -217,10 +222,11 @@ def image_pairs_loss(
     """
     zero, config = x.new_zeros(()), compat.config
     assert isinstance(config, LceCrossConfig)
-    if int(known.sum()) < 2:
+    if len(known) < 2:
         return zero, {"alignment": zero, "boundary": zero}
-    u, v, unit = normalize(x[known]), normalize(e[known]), not config.authors_formula
-    centers, row, has = _of_images(classes, known, v)
+    (places,) = upload([known], x.device)
+    u, v, unit = normalize(x[places]), normalize(e[places]), not config.authors_formula
+    of, centers = _old_centers(classes, known, v)
     terms, bound, more = [], zero, dict[str, Tensor]()
     meetings = list[tuple[Tensor, Tensor]]()
     if compat.t21 is not None:
@@ -228,24 +234,24 @@ def image_pairs_loss(
         more["t21_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, v, unit))
         meetings.append((mapped, v))
-        cosines = boundary_cosines(mapped[has], centers[row], unit)
+        cosines = boundary_cosines(mapped.index_select(0, of.samples), centers[of.among], unit)
     if compat.t12 is not None:
         mapped, mapped_centers = compat.t12(torch.cat([v, centers])).split([len(v), len(centers)])
         more["t12_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, u, unit))
         meetings.append((mapped, u))
         if compat.t21 is None:
-            cosines = boundary_cosines(u[has], mapped_centers[row], unit)
+            cosines = boundary_cosines(u[of.samples], mapped_centers.index_select(0, of.among), unit)
     align = torch.stack(terms).mean()
-    if classes is not None and bool(has.any()):
-        slack = cosines - classes.boundaries[classes.class_index_on_device()[known][has]]
+    if classes is not None and len(of.samples):
+        slack = cosines - classes.boundaries[of.places]
         bound = (-slack).clamp_min(0).mean()
         more |= {"center_cosines": cosines.detach(), "boundary_slack": slack.detach()}
     loss = config.alignment_weight * align + config.boundary_weight * bound
     if config.contrastive_weight:
         assert labels is not None
         mapped, target = meetings[0]  # T₂₁'s where there is one
-        contrast = losses.contrastive(mapped, target, labels[known], config.contrastive_temperature)
+        contrast = losses.contrastive(mapped, target, labels[places], config.contrastive_temperature)
         loss = loss + config.contrastive_weight * contrast
         more["contrastive"] = contrast.detach()
     if head is not None:
@@ -255,13 +261,10 @@ def image_pairs_loss(
     return loss, {"alignment": align.detach(), "boundary": bound.detach(), **more}
 
 
-def _of_images(classes: Pairs | None, known: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The old centres (k, D1) of the classes that have one; of the n known images, which belong to one (n,) bool, and
-    where it is among the centres."""
+def _old_centers(classes: Pairs | None, known: NDArray[np.int64], like: Tensor) -> tuple[Known, Tensor]:
+    """The classes and, of the n known images, those that have an old centre; those centres, unit, (V, D1)."""
     if classes is None:
-        none = torch.zeros(len(like), dtype=torch.bool, device=like.device)
-        return like.new_empty(0, like.shape[1]), torch.empty(0, dtype=torch.int64, device=like.device), none
-    row = classes.class_index_on_device()[known]
-    has = row >= 0
-    has[has.clone()] = classes.mask[row[has]]
-    return normalize(classes.centers[classes.mask]), torch.cumsum(classes.mask, 0)[row[has]] - 1, has
+        none = torch.empty(0, dtype=torch.int64, device=like.device)
+        return Known(none, none, none, none), like.new_empty(0, like.shape[1])
+    of = Known.of(replace(classes, class_index=classes.class_index[known]))
+    return of, normalize(classes.centers[of.classes])

@@ -39,10 +39,9 @@ class AdvBct(WithOld):
         """See :class:`CompatMethod`: ``adversarial`` is the discriminator's cross entropy, ``boundary`` in radians."""
         del rows, step
         adversarial = embeddings.new_zeros(())
-        if bool(self.known.any()):
-            adversarial = losses.adversarial(
-                embeddings[self.known], self.old[self.known], self.discriminator, self.config.weight
-            )
+        new, old = self.known(embeddings)
+        if len(new):
+            adversarial = losses.adversarial(new, old, self.discriminator, self.config.weight)
         pairs = gather_pairs(labels, None, self.bank, self.num_classes, self.ranks)
         known = Known.of(pairs)
         centers, limits = (t[known.places].to(embeddings.dtype) for t in (pairs.centers, pairs.boundaries))

@@ -65,7 +65,7 @@ class Bt2(WithOld):
         classifier's loss."""
         del rows
         mapped = transform_vectors(self.t21, embeddings)
-        part = losses.l2(mapped[self.known], self.old[self.known])
+        part = losses.l2(*self.known(mapped))
         judged, _ = self.classifier.loss(_Summed.apply(mapped), labels.device, step)
         judged = judged.to(part.dtype)
         return self.weight * (part + judged), {"old_part": part.detach(), "influence": judged.detach()}

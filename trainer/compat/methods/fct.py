@@ -37,9 +37,10 @@ class Fct(WithOld):
         """See :class:`CompatMethod`: ``map`` is 1 − cos(T₁₂(old), new), ``t12_norm`` the smallest norm that T₁₂ gave; 0
         and none with fewer than two images (batch statistics need two). The backbone gets no gradient of it."""
         del labels, rows, step
-        if int(self.known.sum()) < 2:
+        new, old = self.known(embeddings)
+        if len(new) < 2:
             zero = embeddings.new_zeros(())
             return zero, {"map": zero}
-        mapped = self.t12(normalize(self.old[self.known]))
-        value = losses.fct(mapped, embeddings[self.known])
+        mapped = self.t12(normalize(old))
+        value = losses.fct(mapped, new)
         return self.config.weight * value, {"map": value.detach(), "t12_norm": smallest_norm(mapped)}

@@ -19,5 +19,5 @@ class L2(WithOld):
     def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`CompatMethod`: ``l2`` is the mean of ½ ‖·‖² = 1 − cos."""
         del labels, rows, step
-        value = losses.l2(embeddings[self.known], self.old[self.known])
+        value = losses.l2(*self.known(embeddings))
         return self.config.weight * value, {"l2": value.detach()}

@@ -74,10 +74,6 @@ class Pairs:
     mask: Tensor
     class_index: NDArray[np.int64]
 
-    def class_index_on_device(self) -> Tensor:
-        """``class_index`` where the other tensors are."""
-        return upload([self.class_index], self.rows.device)[0]
-
 
 @dataclass(frozen=True)
 class Known:

@@ -258,7 +258,7 @@ def adversarial(embeddings: Tensor, old_embeddings: Tensor, discriminator: Map, 
             the gradient into the embeddings; the value returned is without it.
     """
     both = torch.cat([_Reverse.apply(normalize(embeddings), weight), normalize(old_embeddings)])
-    target = torch.cat([torch.ones(len(embeddings)), torch.zeros(len(old_embeddings))]).to(both)
+    target = torch.cat([both.new_ones(len(embeddings)), both.new_zeros(len(old_embeddings))])
     return binary_cross_entropy_with_logits(discriminator(both)[:, 0], target)
 
 
@@ -271,10 +271,8 @@ def mixbct_choice(credible: Tensor, share: float, draws: Tensor) -> Tensor:
             draws are replaced.
     """
     order = torch.where(credible, draws, torch.inf).argsort(stable=True)
-    count = min(int(share * len(credible)), int(credible.sum()))
-    replaced = torch.zeros_like(credible)
-    replaced[order[:count]] = True
-    return replaced
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return credible & (rank < int(share * len(credible)))
 
 
 def contrastive(mapped: Tensor, targets: Tensor, labels: Tensor, temperature: float) -> Tensor:

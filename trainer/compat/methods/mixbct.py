@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -11,7 +12,7 @@ from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.with_old import WithOld
 from trainer.data import Batch
 from trainer.data.draws import uniforms
-from trainer.distributed import Labels, Ranks, all_reduce_sum
+from trainer.distributed import Labels, MarkedLabels, Ranks, all_reduce_sum, send, upload
 from trainer.head.partition import class_range
 
 
@@ -37,28 +38,30 @@ class MixBct(WithOld):
         """See :class:`CompatMethod`: unit vectors for the classifier, new or old; no gradient where an old one
         stands."""
         records = batch.records.numpy()
-        draws = torch.from_numpy(uniforms(self.seed, step, records, np.zeros_like(records), 1)).to(embeddings)
+        draws = torch.from_numpy(uniforms(self.seed, step, records, np.zeros_like(records), 1))
         old = self.source.of(batch).to(embeddings)
-        labels = self.gather(torch.cat([old, draws], 1), batch.labels)
-        replaced = self._choose(self.old[:, :-1], labels, self.old[:, -1])
-        self.replaced = replaced.sum() / (labels >= 0).sum().clamp_min(1)
+        labels = self.gather(torch.cat([old, send(draws, old.device).to(old)], 1), batch.labels)
+        labelled = np.flatnonzero(labels.host >= 0)
+        replaced = self._choose(self.old[:, :-1], labels, labelled, self.old[:, -1])
+        self.replaced = replaced.sum() / max(1, len(labelled))
         first = self.ranks.rank * self.capacity
         mine = replaced[first : first + len(old), None]
         return torch.where(mine, normalize(old), normalize(embeddings))
 
-    def _choose(self, old: Tensor, labels: Tensor, draws: Tensor) -> Tensor:
+    def _choose(self, old: Tensor, labels: MarkedLabels, labelled: NDArray[np.int64], draws: Tensor) -> Tensor:
         """Which samples of the global batch are replaced, (B,) bool, equal on all ranks."""
-        c = self.classes
-        here = (self.known & (labels >= c.start) & (labels < c.stop)).nonzero()[:, 0]
-        local = (labels[here] - c.start).to(self.bank.centers.device)
-        centers, boundaries = self.bank.centers[local].to(old), self.bank.boundaries[local].to(old)
-        near = torch.linalg.vecdot(normalize(old[here]), centers) >= boundaries
-        credible = torch.zeros(len(labels), dtype=torch.float64, device=old.device)
-        credible[here] = (near & self.bank.mask[local].to(near.device)).double()
+        owned = labels.host[labels.marked]
+        mine = (owned >= self.classes.start) & (owned < self.classes.stop)
+        local = send(torch.from_numpy(owned[mine] - self.classes.start), self.bank.centers.device)
+        rows = (self.bank.centers[local], self.bank.boundaries[local], self.bank.mask[local])
+        centers, boundaries, mask = (send(values, old.device) for values in rows)
+        here, among = upload([labels.marked[mine], labelled], old.device)
+        near = torch.linalg.vecdot(normalize(old[here]), centers.to(old)) >= boundaries.to(old)
+        credible = torch.zeros(len(old), dtype=torch.float64, device=old.device)
+        credible[here] = (near & mask).double()
         sure = all_reduce_sum(credible) > 0
-        labelled = labels >= 0
         replaced = torch.zeros_like(sure)
-        replaced[labelled] = losses.mixbct_choice(sure[labelled], self.config.mix_share, draws[labelled])
+        replaced[among] = losses.mixbct_choice(sure[among], self.config.mix_share, draws[among])
         return replaced
 
     def loss(self, embeddings: Tensor, labels: Labels, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:

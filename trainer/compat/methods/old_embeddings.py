@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trainer.data import Batch, Dataset, DatasetInfo
 from trainer.data.index import rows_info
 from trainer.data.store import load_array
+from trainer.distributed import send
 from trainer.errors import ConfigError
 from trainer.models.model import EmbeddingModel, TorchModel
 from trainer.models.open import load_model
@@ -85,7 +86,7 @@ class StoredEmbeddings:
         """See :class:`OldEmbeddings`."""
         out = torch.empty(len(batch.records), self.dim)
         out.numpy()[:] = self.rows[batch.records.numpy()]
-        return out.to(batch.labels.device)
+        return send(out, batch.labels.device)
 
 
 class ModelEmbeddings:
@@ -124,4 +125,4 @@ class ModelEmbeddings:
             return self.old.backbone(((pixels - mean) / std).float()).float()
         images = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
         found = self.old.embed(images.cpu().numpy(), self.info.color)
-        return torch.from_numpy(found).to(batch.labels.device)
+        return send(torch.from_numpy(found), batch.labels.device)

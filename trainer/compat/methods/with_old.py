@@ -7,7 +7,7 @@ from trainer.compat.methods.config import WithOldConfig
 from trainer.compat.methods.inputs import Inputs, Sections
 from trainer.compat.methods.method import CompatMethod
 from trainer.data import Batch
-from trainer.distributed import Ranks, gather_batch
+from trainer.distributed import MarkedLabels, Ranks, gather_batch, upload
 from trainer.machine import largest_share
 
 
@@ -25,16 +25,22 @@ class WithOld(CompatMethod):
         self.capacity = largest_share(run.data.batch_size, ranks.world_size)
 
     def prepare(self, embeddings: Tensor, batch: Batch, step: int) -> Tensor:
-        """See :class:`CompatMethod`: gathers ``old`` (B, D1), in the order of the head's gathered batch, and ``known``
-        (B,), whether there is one for a labelled sample."""
+        """See :class:`CompatMethod`: gathers ``old`` (B, D1), in the order of the head's gathered batch, and which
+        labelled samples have one."""
         del step
         self.gather(self.source.of(batch).to(embeddings), batch.labels)
         return embeddings
 
-    def gather(self, old: Tensor, labels: Tensor) -> Tensor:
-        """Gather this rank's old embeddings (b, D1 or more columns); returns all ranks' labels (B,)."""
+    def gather(self, old: Tensor, labels: Tensor) -> MarkedLabels:
+        """Gather this rank's old embeddings (b, D1 or more columns); returns all ranks' labels, marked where there is
+        one."""
         with torch.no_grad():
-            whole, every = gather_batch(old, labels, self.ranks.world_size, self.capacity)
-        self.old = whole
-        self.known = (every >= 0) & (whole[:, : self.source.dim] != 0).any(1)
-        return every
+            codes = MarkedLabels.code(labels, (old[:, : self.source.dim] != 0).any(1))
+            self.old, every = gather_batch(old, codes, self.ranks.world_size, self.capacity)
+        self._labels = MarkedLabels(every)
+        return self._labels
+
+    def known(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, D), (n, D1): of the samples that have an old embedding the new one, with its gradient, and that."""
+        (places,) = upload([self._labels.marked], embeddings.device)
+        return embeddings.index_select(0, places), self.old.index_select(0, places)
