@@ -11,6 +11,7 @@ import torch
 
 from tools.benchmarks import head, ladder
 from tools.cli import main
+from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 
 
@@ -96,8 +97,25 @@ def test_lce_against_no_lce(lce: str, capsys: pytest.CaptureFixture[str]) -> Non
     sizes = ["--classes", "300", "--dim", "16", "--batch", "8", "--steps", "1", "--warmup", "1", "--rate", "0.5"]
     assert main(["bench", "head", *sizes, "--lce", lce, "--against-no-lce", "--json", "-"]) == 0
     figures = json.loads(capsys.readouterr().out)
+    assert figures["bound_seconds"] == max(figures["products_seconds"], figures["memory_seconds"])
     assert figures["ratio"] == pytest.approx(figures["reference"]["seconds"] / figures["ours"]["seconds"])
     assert (figures["impl"], figures["against"]) == ("auto", "ours without LCE")
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_bound_of_the_memory_counts_every_table_and_changes_none(momentum: float) -> None:
+    args = arguments("--classes", "300", "--dim", "16", "--batch", "8", "--rate", "0.5", "--lce", "direct")
+    args.momentum, args.world_size, args.centers = momentum, 1, "float32"
+    made = head._head("ours", args, Ranks())
+    rows, version = made.rows.clone(), made.rows._version
+    clock = iter([0.0, 1.0])  # the rows, 2 · 300 · 64 bytes, in a second
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head.time, "perf_counter", lambda: next(clock))
+        seconds = head.memory_seconds(150, made, 0)
+    passes = 3 + 2 * (momentum > 0) + 2  # rows read twice and written, the state read and written, centres read twice
+    assert seconds == pytest.approx(passes * 150 / (2 * 300))
+    assert torch.equal(made.rows, rows)
+    assert made.rows._version == version
 
 
 def test_another_implementation_takes_the_same_rows_as_ours_and_the_reference_float32() -> None:

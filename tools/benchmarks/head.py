@@ -1,10 +1,12 @@
 """Measure one step of the head (forward, backward, update of the rows) against the plain implementation.
 
 Each side runs in processes of its own, so that its peak memory is its own. The two take turns of two steps, of which
-the second is measured, and the figures are medians. "Bound" is the time of the four matrix products that the two passes
-need, at the speed of one such product measured after every step on a chunk that stays in cache. Where both sides do not
-fit into memory together, --sequential runs one after the other, and --only ours leaves the reference out. --ladder goes
-from 125,000 to 29,000,000 classes as far as they fit, next to the figures that others published.
+the second is measured, and the figures are medians. "Bound" is the larger of two times, both measured after every
+step: of the four matrix products that the two passes need, at the speed of one on a chunk that stays in cache; and of
+reading rows, momentum and old centres, the first and the last twice, and writing rows and momentum, at the speed at
+which a part of the rows is read and written. Where both sides do not fit into memory together, --sequential runs one
+after the other, and --only ours leaves the reference out. --ladder goes from 125,000 to 29,000,000 classes as far as
+they fit, next to the figures that others published.
 
 Examples:
   lce bench head --classes 1000000 --rate 0.1
@@ -37,6 +39,8 @@ STEPS_A_TURN = 2
 """Of which the last counts: the first finds memory that the other side's turn has made cold, as no training does."""
 REST_SECONDS = 0.4
 """Before each turn, until the other side's worker threads, which spin for a while after a step, have gone to sleep."""
+PART_BYTES = 1 << 26
+"""Of rows whose reading and writing is timed: more than the caches of a core hold."""
 IMPLEMENTATIONS = ("fused", "native", "triton", "reference")
 MAPPED = ("backward", "forward", "both")
 HELP = "time and memory of a step of the class-sharded head"
@@ -178,7 +182,8 @@ def summary(figures: dict[str, Any]) -> str:
         lines.append(f"  ratio {figures['ratio']:.2f}")
     if "bound_seconds" in figures:
         lines.append(
-            f"  {figures['times_bound']:.2f} × the bound of {figures['bound_seconds']:.4f} s; "
+            f"  {figures['times_bound']:.2f} × the bound of {figures['bound_seconds']:.4f} s (products "
+            f"{figures['products_seconds']:.4f} s, memory {figures['memory_seconds']:.4f} s); "
             f"peak {figures['times_state']:.2f} × the state of {figures['state_bytes'] / 2**30:.2f} GiB"
         )
     return "\n".join(lines)
@@ -226,8 +231,9 @@ def _ratios(args: argparse.Namespace, figures: dict[str, Any], seconds: dict[str
         out["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
     if "ours" in figures:
         ours = figures["ours"]
-        out["bound_seconds"] = ours.pop("bound_seconds")
-        out["state_bytes"] = ours.pop("state_bytes")
+        for name in ("products_seconds", "memory_seconds", "state_bytes"):
+            out[name] = ours.pop(name)
+        out["bound_seconds"] = max(out["products_seconds"], out["memory_seconds"])
         out["times_bound"] = ours["seconds"] / out["bound_seconds"]
         out["times_state"] = ours["peak_bytes"] / out["state_bytes"]
     return out
@@ -337,7 +343,7 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
         companion = optimizer = None
     generator = torch.Generator().manual_seed(rank)
     local = args.batch // args.world_size
-    bounds: list[float] = []  # the machine's speed changes while it works: measured after every step
+    bounds: list[tuple[float, float]] = []  # the machine's speed changes while it works: measured after every step
     while True:
         try:
             request = pipe.recv()
@@ -353,7 +359,7 @@ def _rank(name: str, args: argparse.Namespace, rank: int, store: str, pipe: Conn
             pipe.send(_timed_step(head, x, y, request, companion, optimizer))
             if name == "ours":  # while the other side rests before its step
                 rows = len(head.rows) if args.rate == 1 else round(args.rate * len(head.rows))
-                bounds.append(bound_seconds(rows, args, device))
+                bounds.append((products_seconds(rows, args, device), memory_seconds(rows, head, len(bounds))))
 
 
 def _config(args: argparse.Namespace, name: str) -> Any:
@@ -443,25 +449,51 @@ def _timed_step(head: Any, x: Any, y: Any, number: int, companion: Any = None, o
     return time.perf_counter() - began
 
 
-def _final(name: str, args: argparse.Namespace, head: Any, device: Any, bounds: list[float]) -> dict[str, Any]:
+def _final(
+    name: str, args: argparse.Namespace, head: Any, device: Any, bounds: list[tuple[float, float]]
+) -> dict[str, Any]:
     from trainer.distributed import peak_memory_bytes
     from trainer.head.kernels import why_eager
 
     peak = peak_memory_bytes(device)
     if name != "ours":
         return {"peak_bytes": peak}
-    state = sum(t.nbytes for t in head.softmax.tables().values())
-    if head.compat is not None:
-        state += head.compat.centers.numel() * head.compat.centers.element_size()
+    products, memory = zip(*bounds[STEPS_A_TURN * args.warmup :], strict=True)
     return {
         "peak_bytes": peak,
         "eager": why_eager(),
-        "state_bytes": state,
-        "bound_seconds": statistics.median(bounds[STEPS_A_TURN * args.warmup :]),
+        "state_bytes": sum(t.nbytes for t in head.softmax.tables().values()) + _center_bytes(head),
+        "products_seconds": statistics.median(products),
+        "memory_seconds": statistics.median(memory),
     }
 
 
-def bound_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
+def _center_bytes(head: Any) -> int:
+    return 0 if head.compat is None else int(head.compat.centers.nbytes)
+
+
+def memory_seconds(rows: int, head: Any, number: int) -> float:
+    """Seconds of the memory traffic that a step of ``rows`` rows cannot avoid, at the speed of one part of the rows,
+    the ``number``-th: rows and centres are read in both passes, the optimizer's state in one, and all but the centres
+    are written.
+    """
+    import torch
+
+    table = head.rows.data.view(torch.uint8)  # its version, which the optimizer watches, is to stay
+    parts = table.split(max(1, PART_BYTES // table.shape[1]))
+    part = parts[number % len(parts)]
+    if part.is_cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    part.bitwise_or_(0)
+    if part.is_cuda:
+        torch.cuda.synchronize()
+    speed = 2 * part.nbytes / (time.perf_counter() - began)
+    state = sum(t.nbytes for t in head.softmax.tables().values())
+    return (2 * state + table.nbytes + 2 * _center_bytes(head)) * rows / len(table) / speed
+
+
+def products_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
     """Seconds of four products of (rows × D) with (D × B), at the speed of one on a chunk that stays in cache."""
     import torch
 

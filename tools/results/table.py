@@ -82,6 +82,11 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """The table that people read."""
     first = rows[0]
+    older = (
+        "(rows whose JSON has no `memory_seconds`: the products)"
+        if any("memory_seconds" not in r for r in rows)
+        else ""
+    )
     lines = [
         "# The head against the plain implementation",
         "",
@@ -89,7 +94,8 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
         f"{first['dim']}, {first['margin']}. Made by `lce bench table`; each row is one run in which both sides take "
         "turns of two steps, the second of which counts; figures are medians. The reference is `impl: reference` in "
         "float32 (in the rows with `--against-no-lce`: ours without LCE). “Bound” is the time of four matrix products "
-        "at the speed of one in the same run. Peaks are of the whole process; the state is rows, momentum and, with "
+        "at the speed of one in the same run, or of the memory traffic that cannot be avoided where that is longer "
+        f"{older}. Peaks are of the whole process; the state is rows, momentum and, with "
         "LCE, centres.",
         "",
         "| command | reference: time, peak | ours: time, peak | ratio | × bound | peak / state | commit |",
