@@ -4,8 +4,10 @@ Command lines turn an :class:`LceError` into one line on standard error and exit
 ours and shows its traceback.
 """
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 
 EXIT_DONE, EXIT_USAGE, EXIT_CRASH, EXIT_PEER, EXIT_TERMINATED, EXIT_INTERRUPTED = 0, 2, 70, 71, 75, 130
 """The exit statuses of a rank; :mod:`trainer.run.watch` says when it ends with which."""
@@ -73,6 +75,24 @@ def refused_by_system(error: BaseException) -> str | None:
         return None
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else "a file"
     return f"{name}: {error.strerror}"
+
+
+@contextlib.contextmanager
+def named(**paths: object) -> Iterator[None]:
+    """Put the configuration key that named a file before what is wrong with the file.
+
+    Args:
+        paths: what each key says, with two underscores for the point of a nested key; None: nothing.
+    """
+    try:
+        yield
+    except LceError as error:
+        text = str(error)
+        for key, path in paths.items():
+            if path is not None and text.startswith(str(path)):
+                itself = text.startswith(f"{path}:")  # else a file within it
+                raise type(error)(f"{key.replace('__', '.')}{' =' if itself else ':'} {text}") from None
+        raise
 
 
 def ranks_text(count: int) -> str:

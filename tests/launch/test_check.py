@@ -44,16 +44,19 @@ def test_a_run_that_can_start_is_described(configured: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("data.path=nowhere", "no such data set folder"),
+        ("data.path=nowhere", "data.path = nowhere: no such data set folder"),
         ("backbone.name=resnet50", "known"),
         ("backbone.weights=nowhere.pt", "backbone.weights = nowhere.pt: no such file"),
         (
             "compat.method=lce",
             "compat.bank is missing and has no default: centre bank of the old model (`lce centers …`)",
         ),
-        ("data.labels=nowhere.npy", "nowhere.npy"),
-        ("compat.method=lce compat.bank=nowhere", "nowhere"),
-        ("evaluate.every_steps=1 evaluate.sets.unseen=nowhere", "nowhere"),
+        ("data.labels=nowhere.npy", "data.labels = nowhere.npy: no such file"),
+        ("compat.method=lce compat.bank=nowhere", "compat.bank = nowhere: no centre bank"),
+        ("compat.method=l2 compat.old_embeddings=nowhere", "compat.old_embeddings = nowhere: no such file"),
+        ("compat.method=l2 compat.old_model=nowhere", "compat.old_model = nowhere: no model"),
+        ("head.weights=nowhere", "launch: head.weights = nowhere: no such file"),
+        ("evaluate.every_steps=1 evaluate.sets.unseen=nowhere", "evaluate.sets.unseen = nowhere: no such data set"),
         ("run.dir=/proc/x", "run.dir"),
     ],
 )
@@ -131,3 +134,12 @@ def test_no_rank_is_none_to_start(configured: Path, started: list[Job], capsys: 
     assert ended.value.code == 2
     assert "--nproc" in capsys.readouterr().err.splitlines()[-1]
     assert not started
+
+
+def test_a_file_within_a_data_set_is_named_with_the_key_of_the_set(
+    configured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = Path(yaml.safe_load(configured.read_text())["data"]["path"]) / "labels.npy"
+    labels.unlink()
+    assert main(["launch", str(configured), "--check"]) == 2
+    assert f"launch: data.path: {labels}: " in capsys.readouterr().err

@@ -13,7 +13,7 @@ import numpy as np
 
 from trainer.data import Dataset, open_named
 from trainer.distributed import Ranks, gather_objects
-from trainer.errors import ConfigError, DataError, LceError
+from trainer.errors import ConfigError, DataError, LceError, named
 from trainer.evaluation.arrays import FloatArray, IntArray
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.config import EvaluateConfig
@@ -37,12 +37,14 @@ class PeriodicEvaluation:
 
     def __init__(self, config: EvaluateConfig, image_size: tuple[int, int], ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        self.old = None if config.old is None else load_model(config.old, ranks.device)
+        with named(evaluate__old=config.old):
+            self.old = None if config.old is None else load_model(config.old, ranks.device)
         self.pairs: dict[str, PairSet] = {}
         self.records: dict[str, IntArray] = {}
         self.datasets: dict[str, Dataset] = {}
         for name, path in config.sets.items():
-            self._open(name, path, image_size)
+            with named(**{f"evaluate.sets.{name}": path}):
+                self._open(name, path, image_size)
             if self.old is not None:
                 introduce(self.old, self.datasets[name], ranks.is_main)
         self._old: dict[str, FloatArray] = {}

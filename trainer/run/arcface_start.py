@@ -27,7 +27,7 @@ def head_rows(path: Path, num_classes: int, dim: int) -> Rows:
     try:
         rows = open_classifier([path], num_classes=num_classes).rows
     except CenterBankError as error:
-        raise ModelError(f"head.weights: {error}") from None
+        raise ModelError(str(error)) from None
     if rows.dim != dim:
         raise ModelError(f"head.weights = {path}: rows of dimension {rows.dim}, backbone.dim is {dim}")
     return rows

@@ -7,7 +7,7 @@ import socket
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +27,7 @@ from trainer.data import Dataset, open_dataset
 from trainer.data.config import ImagesConfig, SyntheticConfig
 from trainer.data.index import outside_allowed
 from trainer.distributed import Ranks, agree, gather_objects, on_main
-from trainer.errors import ConfigError, DataError, LceError, check_ranks
+from trainer.errors import ConfigError, DataError, LceError, check_ranks, named
 from trainer.evaluation.periodic import open_periodic
 from trainer.files import why_unwritable
 from trainer.models.model import introduce
@@ -107,7 +107,8 @@ def _open(config: Config, ranks: Ranks, shown: bool) -> Inputs:
         classes, size = data.synthetic_classes, (data.synthetic_size, data.synthetic_size)
     else:
         assert isinstance(data, ImagesConfig)
-        dataset = open_dataset(data.path, data.labels)
+        with named(data__labels=data.labels, data__path=data.path):
+            dataset = open_dataset(data.path, data.labels)
         classes, size = dataset.num_classes, dataset.info.image_size
         if len(dataset.kept) == 0:
             raise DataError(f"{dataset.path}: no record to train on (all labels are −1, or the data set is empty)")
@@ -131,11 +132,11 @@ def _open(config: Config, ranks: Ranks, shown: bool) -> Inputs:
     _check_sync(config, ranks.world_size)
     rows = None
     if config.head.weights is not None:
-        with _named("head.weights"):
+        with named(head__weights=config.head.weights):
             rows = head_rows(config.head.weights, classes, config.backbone.dim)
     weights = None
     if config.backbone.weights is not None:
-        with _named("backbone.weights"):
+        with named(backbone__weights=config.backbone.weights):
             weights = matching_weights(backbone, config.backbone.weights)
     _check_norms(config, usual_norm(backbone, weights))
     if ranks.is_main:
@@ -160,15 +161,6 @@ def _start_text(weights: Mapping[str, Tensor] | None, rows: Rows | None) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-@contextlib.contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Put the key that names a file before what is wrong with it."""
-    try:
-        yield
-    except LceError as error:
-        raise type(error)(f"{key} = {error}") from None
 
 
 def _introduce(sources: Sequence[OldEmbeddings | None], dataset: Dataset | None, shown: bool) -> None:

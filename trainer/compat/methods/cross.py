@@ -12,7 +12,7 @@ from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
 from trainer.data import Dataset
-from trainer.errors import CenterBankError, ConfigError
+from trainer.errors import CenterBankError, ConfigError, named
 from trainer.models.model import EmbeddingModel
 from trainer.models.open import load_model
 
@@ -87,14 +87,18 @@ def _embeddings(
 ) -> OldEmbeddings | None:
     """Stored embeddings where there are some (the model then only names itself), else the model run along."""
     if stored is not None:
-        return StoredEmbeddings(stored, len(dataset), f"compat.{which}_embeddings", dataset)
+        key = f"compat.{which}_embeddings"
+        with named(**{key: stored}):
+            return StoredEmbeddings(stored, len(dataset), key, dataset)
     if model is not None:
-        return ModelEmbeddings(model, dataset.info, device)
+        with named(**{f"compat.{which}_model": model}):
+            return ModelEmbeddings(model, dataset.info, device)
     return None
 
 
 def _bank(key: str, path: Path, dataset: Dataset) -> CenterBank:
-    bank = CenterBank.open(path)
+    with named(**{key: path}):
+        bank = CenterBank.open(path)
     bank.check_classes(dataset.num_classes, dataset, key)
     return bank
 
@@ -103,7 +107,8 @@ def _new_model(path: Path | None, new: OldEmbeddings, device: torch.device) -> E
     """The model that gives the new embeddings, where it is known. Raises :class:`ConfigError`: of another dimension."""
     if isinstance(new, ModelEmbeddings):
         return new.old
-    model = None if path is None else load_model(path, device)
+    with named(compat__new_model=path):
+        model = None if path is None else load_model(path, device)
     if model is not None and model.dim != new.dim:
         raise ConfigError(
             f"compat.new_model = {path}: gives dimension {model.dim}, compat.new_embeddings have {new.dim}; these are "

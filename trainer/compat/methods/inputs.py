@@ -12,7 +12,7 @@ from trainer.compat.methods.cross import CrossInputs
 from trainer.compat.methods.old_embeddings import ModelEmbeddings, OldEmbeddings, StoredEmbeddings
 from trainer.data import Dataset, DatasetInfo
 from trainer.data.config import DataConfig, SyntheticConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, named
 from trainer.head.config import HeadConfig
 from trainer.networks.config import BackboneConfig
 
@@ -82,7 +82,8 @@ def open_bank(methods: Sequence[MethodConfig], classes: int, dataset: Dataset | 
     path = next((one.bank for one in methods if one.bank is not None), None)
     if path is None:
         return None
-    bank = CenterBank.open(path)
+    with named(compat__bank=path):
+        bank = CenterBank.open(path)
     bank.check_classes(classes, dataset, "compat.bank")
     return bank
 
@@ -93,11 +94,13 @@ def open_old(
     """The one source of old embeddings that the methods name. Raises :class:`LceError`: missing, or not of the data."""
     for one in methods:
         if isinstance(one, WithOldConfig) and one.old_model is not None:
-            return ModelEmbeddings(one.old_model, dataset.info if dataset is not None else DatasetInfo(), device)
+            with named(compat__old_model=one.old_model):
+                return ModelEmbeddings(one.old_model, dataset.info if dataset is not None else DatasetInfo(), device)
         if isinstance(one, WithOldConfig | UniBctConfig):
             assert one.old_embeddings is not None
             records = data.synthetic_records if isinstance(data, SyntheticConfig) else len(dataset or ())
-            return StoredEmbeddings(one.old_embeddings, records, dataset=dataset)
+            with named(compat__old_embeddings=one.old_embeddings):
+                return StoredEmbeddings(one.old_embeddings, records, dataset=dataset)
     return None
 
 
