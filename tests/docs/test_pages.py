@@ -105,3 +105,7 @@ def test_the_readme_names_every_command_and_stays_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"`lce {command}" in text for command in COMMANDS)
     assert len(text.splitlines()) <= 120
+
+
+def test_the_table_of_attacks_is_the_one_that_they_wrote() -> None:
+    assert (ROOT / "tests/attack/table.md").read_text() in (DOCS / "reliability.md").read_text()

@@ -19,7 +19,8 @@ from trainer.run.watch import Vote
 CLASSES, SIZE, DIM = 11, 16, 6
 PLAIN = {"data__synthetic_classes": CLASSES, "data__synthetic_size": SIZE, "train__steps": 50}
 SMALL = PLAIN | {"backbone__name": "small", "train__precision": "float32", "head__rows": "float32"}
-LCE = {"compat__method": "lce", "compat__bank": "synthetic"}
+BANK, OLD = {"compat__bank": "synthetic"}, {"compat__old_embeddings": "synthetic"}
+LCE = BANK | {"compat__method": "lce"}
 CASES: dict[str, tuple[dict[str, Any], int | None]] = {
     "float64, batch that does not divide": (PLAIN, None),
     "DDP with batch norm": (SMALL | {"data__batch_size": 6}, None),
@@ -30,6 +31,12 @@ CASES: dict[str, tuple[dict[str, Any], int | None]] = {
     "compressed gradients": (SMALL | {"train__compress_gradients": True}, None),
     "reference head": (SMALL | {"head__impl": "reference"}, None),
     "reference head, direct LCE": (SMALL | LCE | {"head__impl": "reference"}, DIM),
+    "BCT": (SMALL | BANK | {"compat__method": "bct"}, DIM),
+    "L2": (SMALL | OLD | {"compat__method": "l2", "train__accumulate": 2}, DIM),
+    "MixBCT": (SMALL | BANK | OLD | {"compat__method": "mixbct"}, DIM),
+    "FCT": (SMALL | OLD | {"compat__method": "fct", "train__precision": "float64"}, 4),
+    "BT²": (SMALL | BANK | OLD | {"compat__method": "bt2"}, 4),
+    "rows that stay": (SMALL | BANK | {"compat__method": "frozen"}, DIM),
 }
 SHARDED = SMALL | {"backbone__name": "iresnet18", "train__parallel": "fsdp", "data__batch_size": 6}
 
@@ -81,14 +88,26 @@ def test_an_orthogonal_map_adds_no_statistics(tmp_path: Path) -> None:
     assert totals([one for one in found if one[0] == "all-reduce"]) == totals(reduces)
 
 
-def test_transformed_lce_stays_below_its_bound(tmp_path: Path) -> None:
-    changes = SMALL | LCE | {"compat__mode": "backward", "data__batch_size": 6}
-    (found,) = run_ranks(counted, 2, tmp_path, [(changes, 8)])[0]
-    plan = planned(setting_for(changes, 8, 2, tmp_path))
-    bound = next(c for c in plan if not c.exact)
-    gathers = [size for operation, size in found if operation == "all-gather"]
-    assert len(gathers) == 2  # the batch, then the pairs
-    assert 0 < gathers[1] <= bound.tensor_bytes
+BOUNDED: dict[str, tuple[dict[str, Any], int, int]] = {
+    "LCE through a map": (LCE | {"compat__mode": "backward"}, 8, 2),
+    "the authors' LCE": (LCE | {"compat__authors_formula": True}, DIM, 2),
+    "AdvBCT": (BANK | OLD | {"compat__method": "advbct"}, DIM, 3),
+}
+
+
+def test_what_depends_on_the_batch_stays_below_its_bound(tmp_path: Path) -> None:
+    cases = [(SMALL | changes | {"data__batch_size": 6}, dim) for changes, dim, _ in BOUNDED.values()]
+    for (changes, dim), found, (_, _, number) in zip(
+        cases, run_ranks(counted, 2, tmp_path, cases)[0], BOUNDED.values(), strict=True
+    ):
+        plan = planned(setting_for(changes, dim, 2, tmp_path))
+        bound = next(c for c in plan if not c.exact)
+        gathers = [size for operation, size in found if operation == "all-gather"]
+        assert len(gathers) == number  # the batch, perhaps its old embeddings, and the pairs
+        exact = [c.tensor_bytes for c in plan if c.operation == "all-gather" and c.exact]
+        pairs = sum(gathers) - sum(exact)
+        assert 0 < pairs <= bound.tensor_bytes, changes
+        assert len(found) == sum(c.count for c in plan), changes
 
 
 def test_a_wrong_plan_is_noticed(tmp_path: Path) -> None:

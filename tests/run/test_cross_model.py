@@ -7,13 +7,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.data.samples import packed
 from tests.models.test_foreign import graph_file
 from tests.ranks import run_ranks
-from tests.runs import Linear, config, log_of
+from tests.runs import Linear, config, log_of, losses_of
 from tools.cli import main
 from trainer.compat.bank.center_bank import BankInfo
 from trainer.compat.bank.convert import bank_from_embeddings
@@ -194,6 +195,24 @@ def test_contrast_is_added_and_a_head_moves_no_map(maps: Any) -> None:
     parameters = list(compat.parameters())
     pairs = zip(torch.autograd.grad(with_head, parameters), torch.autograd.grad(got, parameters), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_compiled_maps_learn_the_same(scene: Path, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    maps = {"compat__transform": {"blocks": 3, "paths": 2, "bottleneck": 4}, "compat__maps": "t21"}
+    settings = {**changes(scene, "new", "old", "bank", **maps), "train__steps": 5, "train__precision": "float64"}
+    train(config(tmp_path / "plain", **settings), Ranks())
+    before = counters["stats"]["unique_graphs"]
+    train(config(tmp_path / "compiled", **settings, train__compile=True), Ranks())
+    made = counters["stats"]["unique_graphs"] - before
+    assert 1 <= made <= 2, "one for the block between the dimensions, one for all the others"
+    plain, compiled = (losses_of(tmp_path / name) for name in ("plain", "compiled"))
+    np.testing.assert_allclose(compiled, plain, rtol=1e-9)
+    one, other = (load_file(tmp_path / name / "model" / "t21.safetensors") for name in ("plain", "compiled"))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-7)
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,11 @@ class Setting:
     records: int | None = None
 
     @property
+    def old_dim(self) -> int:
+        """D1: of the bank, else taken to be the new model's."""
+        return self.config.backbone.dim if self.bank_dim is None else self.bank_dim
+
+    @property
     def local_batch(self) -> int:
         """⌈B/W⌉, the most samples that a rank handles of a batch; collectives are padded to it."""
         return largest_share(self.config.data.batch_size, self.world_size)

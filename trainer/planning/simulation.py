@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.compat.bank.center_bank import BankRows, CenterBank
-from trainer.compat.methods.config import LceConfig
+from trainer.compat.methods.config import LceConfig, WithOldConfig
 from trainer.compat.methods.inputs import Inputs
 from trainer.data import Batch, build_loader
 from trainer.data.config import SyntheticConfig
@@ -103,6 +103,10 @@ class MadeUpBank:
     def __init__(self, num_classes: int, dim: int) -> None:
         self.num_classes, self.dim = num_classes, dim
 
+    def per_class(self, start: int, stop: int) -> dict[str, Tensor]:
+        """See :meth:`trainer.compat.bank.center_bank.CenterBank.per_class`; the masks alone."""
+        return {"mask": torch.ones(stop - start, dtype=torch.bool)}
+
     def rows(self, start: int, stop: int) -> BankRows:
         """See :meth:`trainer.compat.bank.center_bank.CenterBank.rows`."""
         n = stop - start
@@ -115,13 +119,26 @@ class MadeUpBank:
         )
 
 
+class MadeUpOld:
+    """Random old embeddings (b, D1) that are in no file."""
+
+    model, model_hash, fingerprint = None, None, "synthetic"
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def of(self, batch: Batch) -> Tensor:
+        """See :class:`trainer.compat.methods.old_embeddings.OldEmbeddings`."""
+        return torch.randn(len(batch.labels), self.dim, device=batch.labels.device)
+
+
 class Updates:
     """A run on synthetic data that writes nothing: real task, head, network and optimizer.
 
     Args:
         config: ``data.loader`` has to be ``synthetic``.
         ranks: who we are; the process group exists.
-        bank_dim: D1, with direct LCE or LCE through transformations against synthetic centres; None: without.
+        bank_dim: D1, with a method against synthetic centres and old embeddings; None: without.
 
     Raises:
         ConfigError: what the task refuses.
@@ -131,7 +148,9 @@ class Updates:
         data = config.data
         assert isinstance(data, SyntheticConfig)
         bank = None if bank_dim is None else cast(CenterBank, MadeUpBank(data.synthetic_classes, bank_dim))
-        inputs = Inputs(None, data.synthetic_classes, (data.synthetic_size, data.synthetic_size), bank)
+        size = (data.synthetic_size, data.synthetic_size)
+        old = MadeUpOld(bank_dim) if bank_dim and any(isinstance(m, WithOldConfig) for m in config.methods) else None
+        inputs = Inputs(None, data.synthetic_classes, size, bank, old)
         self.loader = build_loader(data, config.seed, None, ranks)
         self.task = TrainTask(config, inputs, ranks)
         self.engine = Engine(config, ranks, inputs, self.task, self.loader)

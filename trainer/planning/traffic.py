@@ -6,7 +6,19 @@ A test counts the collectives of real updates on 2 and 3 ranks and compares them
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.compat.methods.config import LceConfig, LceMapsConfig
+from trainer.compat.methods.config import (
+    AdvBctConfig,
+    BctConfig,
+    Bt2Config,
+    FctConfig,
+    LceConfig,
+    LceDirectConfig,
+    LceMapsConfig,
+    MixBctConfig,
+    NdppConfig,
+    UniBctConfig,
+    WithOldConfig,
+)
 from trainer.planning.backbones import BackboneSizes
 from trainer.planning.setting import Setting
 
@@ -80,29 +92,53 @@ def _softmax(setting: Setting) -> list[Collective]:
 
 
 def _compatibility(setting: Setting) -> list[Collective]:
-    """LCE through transformations gathers the rows and centres of the batch's classes; direct LCE adds nothing."""
-    dim = setting.config.backbone.dim
-    if setting.bank_dim is None or not setting.config.of(LceMapsConfig):
-        return []
-    width = (dim + setting.bank_dim + 2) * setting.work_bytes
-    count = setting.config.train.accumulate
-    most = setting.world_size * setting.gathered * width
-    return [Collective("rows and centres of the batch's classes", "all-gather", most, count, exact=False)]
+    """Of the compatibility methods; direct LCE adds nothing, and neither do rows that stay at the bank."""
+    dim, old, number = setting.config.backbone.dim, setting.old_dim, setting.embedding_bytes
+    count, gathered = setting.config.train.accumulate, setting.gathered
+    out: list[Collective] = []
+
+    def pairs(width: int) -> Collective:
+        most = setting.world_size * gathered * width
+        return Collective("rows and centres of the batch's classes", "all-gather", most, count, exact=False)
+
+    for method in setting.config.methods if setting.bank_dim is not None else ():
+        if isinstance(method, LceMapsConfig):
+            out.append(pairs((dim + old + 2) * setting.work_bytes))
+        elif isinstance(method, AdvBctConfig) or (isinstance(method, LceDirectConfig) and method.authors_formula):
+            out.append(pairs((old + 2) * 4))
+    for method in setting.config.methods:
+        if isinstance(method, WithOldConfig):
+            mixed = isinstance(method, MixBctConfig)
+            width = -(-((old + mixed) * number + 8) // 8) * 8
+            out.append(Collective(f"old embeddings ({method.method})", "all-gather", gathered * width, count))
+            if mixed:
+                out.append(Collective("which old embeddings are credible", "all-reduce", gathered * 8, count))
+        if isinstance(method, BctConfig | UniBctConfig | NdppConfig | Bt2Config):
+            out.append(Collective(f"old classifier's sums ({method.method})", "all-reduce", 3 * gathered * 8, count))
+        if isinstance(method, Bt2Config):
+            out.append(Collective("gradient of the old part (bt2)", "all-reduce", gathered * old * number, count))
+    return out
 
 
 def _map_buffers(setting: Setting) -> int:
-    """Numbers in the running statistics of LCE's transformations."""
-    method = setting.config.of(LceMapsConfig)
-    if setting.bank_dim is None or method is None:
-        return 0
+    """Numbers in the running statistics of the methods' transformations."""
     import torch
 
-    from trainer.compat.methods.lce import TransformedCompat
+    from trainer.networks.transform import build_transform
     from trainer.run.optim import running_statistics
 
-    with torch.device("meta"):
-        maps = TransformedCompat(method, setting.bank_dim, setting.config.backbone.dim)
-    return sum(value.numel() for value in running_statistics(maps))
+    dim, old, total = setting.config.backbone.dim, setting.old_dim, 0
+    for method in setting.config.methods:
+        if not isinstance(method, LceMapsConfig | FctConfig) or (
+            isinstance(method, LceMapsConfig) and setting.bank_dim is None
+        ):
+            continue
+        for asked, sizes in zip(method.directions, ((dim, old), (old, dim)), strict=True):
+            if asked:
+                with torch.device("meta"):
+                    made = build_transform(method.transform, *sizes)
+                total += sum(value.numel() for value in running_statistics(made))
+    return total
 
 
 def _backbone(setting: Setting, backbone: BackboneSizes) -> list[Collective]:

@@ -34,7 +34,7 @@ from trainer.config import Layers, Section, Variants, build, load, refuse_idle, 
 from trainer.data.config import AnyData
 from trainer.evaluation.config import EvaluateConfig
 from trainer.head.config import HeadConfig, SgdRowsConfig
-from trainer.networks.config import BackboneConfig
+from trainer.networks.config import BackboneConfig, RbtConfig
 from trainer.reading import as_path
 from trainer.run.idle import without_idle
 
@@ -186,7 +186,7 @@ class TrainConfig(Section):
     compress_gradients: bool = Field(
         False, description="ddp, zero: sum the backbone's gradients over ranks in bfloat16"
     )
-    compile: bool = Field(False, description="torch.compile the backbone")
+    compile: bool = Field(False, description="torch.compile the backbone, and maps of residual bottleneck blocks")
     channels_last: bool = Field(False, description="images and weights in the memory layout that convolutions prefer")
     sync_batchnorm: bool = Field(False, description="batch norm over the global batch; needs data.drop_last")
     activation_checkpointing: bool = Field(
@@ -381,9 +381,11 @@ class Config(Section):
                 f"train.parallel = {train.parallel}, train.precision = {train.precision}: cross-model training has "
                 "nothing to shard and no backbone to speed up; use ddp and float32 (or float64)"
             )
-        networks = ("compile", "channels_last", "sync_batchnorm", "activation_checkpointing", "compress_gradients")
+        networks = ("channels_last", "sync_batchnorm", "activation_checkpointing", "compress_gradients")
         without = "where no network is trained; compat.mode is cross-model"
         refuse_idle(train, "train", networks, without)
+        if not isinstance(self.of(LceCrossConfig).transform, RbtConfig):
+            refuse_idle(train, "train", ("compile",), f"{without} and compat.transform.name is not rbt")
         if isinstance(self.optimizer, SgdConfig):
             refuse_idle(self.optimizer, "optimizer", ("start_momentum",), without)
         if self.evaluate.sets:

@@ -44,6 +44,7 @@ from trainer.models.folder import save_model
 from trainer.models.model import TorchModel
 from trainer.networks.transform import build_distance_head
 from trainer.run.config import Config
+from trainer.run.parallel import compile_maps
 from trainer.run.task import DTYPES, StepOutput
 
 
@@ -67,6 +68,7 @@ class CrossModelTask:
         torch.manual_seed(config.run.seed)
         self.compat = TransformedCompat(method, self.cross.dim_old, self.cross.dim_new)
         self.compat.to(ranks.device, self._dtype)
+        compile_maps(self.compat.maps().values(), config.train, ranks)
         self.head = build_distance_head(self.cross.dim_old).to(ranks.device, self._dtype) if method.distance else None
         self.capacity = largest_share(config.data.batch_size, ranks.world_size)
         own = class_range(inputs.num_classes, ranks.rank, ranks.world_size)

@@ -32,7 +32,7 @@ from trainer.networks.weights import load_backbone_weights
 from trainer.run.arcface_start import head_momentum, head_rows
 from trainer.run.config import Config
 from trainer.run.optim import local_part, starts_momentum
-from trainer.run.parallel import autocast, embed, gradient_sync, wrap
+from trainer.run.parallel import autocast, compile_maps, embed, gradient_sync, wrap
 
 START_BLOCK = 65536
 """Rows that are read at once where training starts from given ones."""
@@ -134,6 +134,7 @@ class TrainTask:
         self.method = build_methods(config.methods, config, inputs, ranks)
         for module in self._extra().values():
             module.to(ranks.device, dtype)
+        compile_maps(self._transforms().values(), config.train, ranks)
         self.head = PartialFC(
             config.head,
             inputs.num_classes,
