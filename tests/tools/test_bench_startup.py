@@ -26,6 +26,13 @@ def test_it_reports_references_and_commands(tmp_path: Path, monkeypatch: pytest.
     assert 0 < found["reference"]["python"] < found["ours"]["lce --help"]
 
 
+def test_sources_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "part.py").write_text("")
+    startup.user_seconds(["-c", "import sys; sys.path.insert(0, '.'); import part"], 0, tmp_path)
+    assert list((tmp_path / "__pycache__").glob("part.*.pyc"))
+
+
 def test_a_command_that_fails_is_no_measurement(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="status 3, expected 0: no luck"):
         startup.user_seconds(["-c", "print('no luck'); raise SystemExit(3)"], 0, tmp_path)

@@ -1,7 +1,8 @@
 """Measure what the command itself costs: user CPU seconds of `lce` commands whose work is next to nothing.
 
 The references are an empty Python and one that imports torch, in the same turns. A data set of --records images, a
-gallery and a run of one update are made for it in a temporary folder.
+gallery and a run of one update are made for it in a temporary folder. A first turn is not counted: it may compile
+sources, as the first command after an installation does.
 
   lce bench startup
   lce bench startup --repeats 9 --json -
@@ -49,10 +50,12 @@ def run(args: argparse.Namespace) -> int:
         rows = commands()
         seconds: dict[str, list[float]] = {row: [] for row in rows}
         with progress_bars() as bars:
-            for number in range(args.repeats):
-                bars.update("measuring", number, args.repeats)
+            for number in range(args.repeats + 1):
+                bars.update("measuring", number, args.repeats + 1)
                 for row, (arguments, status) in rows.items():
                     seconds[row].append(user_seconds(arguments, status, folder))
+    for found in seconds.values():
+        del found[0]  # it may have compiled sources
     medians = {row: round(statistics.median(found), 3) for row, found in seconds.items()}
     reference = {row: medians.pop(row) for row in REFERENCES}
     figures: dict[str, Any] = {"bench": "startup", "repeats": args.repeats, "records": args.records, **origin()}
@@ -89,6 +92,7 @@ def user_seconds(arguments: Sequence[str], status: int, folder: Path) -> float:
         ConfigError: it did not end with ``status``; a measured failure is no measurement.
     """
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # sources are compiled once, as where a package is installed
     with tempfile.TemporaryFile() as out:
         command = [sys.executable, *arguments]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)

@@ -122,10 +122,10 @@ class MadeUpBank:
 class MadeUpOld:
     """Random old embeddings (b, D1) that are in no file."""
 
-    model, model_hash, fingerprint = None, None, "synthetic"
-
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        self.dim, self.fingerprint = dim, "synthetic"
+        self.model: tuple[str, str] | None = None
+        self.model_hash: str | None = None
 
     def of(self, batch: Batch) -> Tensor:
         """See :class:`trainer.compat.methods.old_embeddings.OldEmbeddings`."""

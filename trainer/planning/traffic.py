@@ -19,6 +19,7 @@ from trainer.compat.methods.config import (
     UniBctConfig,
     WithOldConfig,
 )
+from trainer.networks.config import TransformConfig
 from trainer.planning.backbones import BackboneSizes
 from trainer.planning.setting import Setting
 
@@ -122,23 +123,23 @@ def _compatibility(setting: Setting) -> list[Collective]:
 
 def _map_buffers(setting: Setting) -> int:
     """Numbers in the running statistics of the methods' transformations."""
+    dim, old, total = setting.config.backbone.dim, setting.old_dim, 0
+    for method in setting.config.methods:
+        if isinstance(method, FctConfig) or (isinstance(method, LceMapsConfig) and setting.bank_dim is not None):
+            sizes = zip(method.directions, ((dim, old), (old, dim)), strict=True)
+            total += sum(_statistics(method.transform, *pair) for asked, pair in sizes if asked)
+    return total
+
+
+def _statistics(transform: TransformConfig, dim_in: int, dim_out: int) -> int:
     import torch
 
     from trainer.networks.transform import build_transform
     from trainer.run.optim import running_statistics
 
-    dim, old, total = setting.config.backbone.dim, setting.old_dim, 0
-    for method in setting.config.methods:
-        if not isinstance(method, LceMapsConfig | FctConfig) or (
-            isinstance(method, LceMapsConfig) and setting.bank_dim is None
-        ):
-            continue
-        for asked, sizes in zip(method.directions, ((dim, old), (old, dim)), strict=True):
-            if asked:
-                with torch.device("meta"):
-                    made = build_transform(method.transform, *sizes)
-                total += sum(value.numel() for value in running_statistics(made))
-    return total
+    with torch.device("meta"):
+        made = build_transform(transform, dim_in, dim_out)
+    return sum(value.numel() for value in running_statistics(made))
 
 
 def _backbone(setting: Setting, backbone: BackboneSizes) -> list[Collective]:

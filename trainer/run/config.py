@@ -384,7 +384,8 @@ class Config(Section):
         networks = ("channels_last", "sync_batchnorm", "activation_checkpointing", "compress_gradients")
         without = "where no network is trained; compat.mode is cross-model"
         refuse_idle(train, "train", networks, without)
-        if not isinstance(self.of(LceCrossConfig).transform, RbtConfig):
+        method = self.of(LceCrossConfig)
+        if method is None or not isinstance(method.transform, RbtConfig):
             refuse_idle(train, "train", ("compile",), f"{without} and compat.transform.name is not rbt")
         if isinstance(self.optimizer, SgdConfig):
             refuse_idle(self.optimizer, "optimizer", ("start_momentum",), without)
