@@ -4,6 +4,7 @@ Examples:
   lce bench head --classes 1000000 --rate 0.1          # the class-sharded head against the plain one
   lce bench head --classes 100000 --rate 1.0 --json -
   lce bench input                                      # the loaders against a bare DALI pipeline
+  lce bench compat-step --method l2                    # what reading old embeddings costs an update
   lce bench compat --methods bct,lce --seeds 1         # ways to stay compatible against each other
   lce bench chain --methods lce,bct                    # five models after one another
   lce bench criterion                                  # new→old above old→old, all modes and dimensions
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             module = importlib.import_module(f"{package}.{found.name}")
             if hasattr(module, "add_arguments"):
                 sub = which.add_parser(
-                    found.name,
+                    getattr(module, "NAME", found.name),
                     help=module.HELP,
                     description=module.__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter,

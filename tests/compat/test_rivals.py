@@ -410,6 +410,39 @@ def test_refusals(changes: dict[str, Any], error: type[LceError], words: str, fo
     assert not (tmp_path / "run").exists()
 
 
+def test_rows_are_asked_for_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settings(tmp_path, "l2", 1, train__steps=9, **make_old(tmp_path))
+    told, at_once = list[int](), list[list[int]]()
+    read = StoredEmbeddings.read
+
+    def reading(self: StoredEmbeddings, records: Any) -> Any:
+        at_once.append([told.index(one) for one in records.tolist()] if told else [])
+        return read(self, records)
+
+    monkeypatch.setattr(StoredEmbeddings, "will_need", lambda self, records: told.extend(records.tolist()))
+    monkeypatch.setattr(StoredEmbeddings, "read", reading)
+    train(chosen, Ranks())
+    assert len([one for one in at_once if one]) == 9
+    assert len(told) == 3 * RECORDS, "twelve batches, four an epoch: three ahead of the ninth"
+
+
+def test_stored_rows_are_read_where_they_lie(tmp_path: Path) -> None:
+    path, rows = tmp_path / "old.npy", np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)
+    np.save(path, rows)
+    source = StoredEmbeddings(path, 50)
+    asked = np.array([3, 0, 49, 3])
+    source.will_need(asked)
+    np.testing.assert_array_equal(source.read(asked), rows[asked])
+    assert source.read(asked[:0]).shape == (0, 6)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 4)
+    with pytest.raises(DataError, match="row 49 is not there any more"):
+        source.read(asked)
+    np.save(path, np.asfortranarray(rows))
+    with pytest.raises(ConfigError, match=r"compat.old_embeddings = .*column by column"):
+        StoredEmbeddings(path, 50)
+
+
 def test_from_images_to_compatible_models(tmp_path: Path) -> None:
     """Real images: an old model, its bank and embeddings by record, then models trained with them and with it."""
     data = packed(tmp_path / "data", classes=6)

@@ -70,7 +70,9 @@ def mxnet_copy(name: str, folder: Path) -> Path:
     return Path(shutil.copytree(MXNET / name, folder / name))
 
 
-def loader_of(dataset: Dataset | None, kind: str, ranks: Ranks | None = None, seed: int = 3, **data: Any) -> Loader:
+def loader_of(
+    dataset: Dataset | None, kind: str, ranks: Ranks | None = None, seed: int = 3, images: bool = True, **data: Any
+) -> Loader:
     """A loader with batches of 8 and no augmentation unless said otherwise."""
     given = {
         "path": "unused",
@@ -80,7 +82,7 @@ def loader_of(dataset: Dataset | None, kind: str, ranks: Ranks | None = None, se
         "workers": 1,
         **data,
     }
-    return build_loader(variant(AnyData, **given), seed, dataset, ranks or Ranks())
+    return build_loader(variant(AnyData, **given), seed, dataset, ranks or Ranks(), images)
 
 
 def take(loader: Loader, count: int) -> list[Batch]:

@@ -20,6 +20,7 @@ from trainer.data import Batch, Dataset, Loader, dali, open_dataset, recordio
 from trainer.data.checking import check
 from trainer.data.config import AugmentConfig, BlocksConfig
 from trainer.data.dali import DaliLoader
+from trainer.data.loader import READ_AHEAD
 from trainer.distributed import Ranks
 from trainer.errors import BrokenRunError, ConfigError, DataError
 
@@ -272,6 +273,28 @@ print(loader.name, take(loader, 1)[0].images.shape)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "torch torch.Size([8, 3, 32, 32])", done.stderr
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "records", "synthetic"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_followers_are_told_of_batches_before_they_come(dataset: Dataset, kind: str, rank: int) -> None:
+    ranks, told = Ranks(rank, 2), list[list[int]]()
+    if kind == "synthetic":
+        loader = loader_of(None, kind, ranks, synthetic_classes=5, synthetic_records=45, synthetic_size=8)
+    elif kind == "records":
+        loader = loader_of(dataset, "torch", ranks, images=False)
+    else:
+        loader = loader_of(dataset, kind, ranks)
+    loader.load_state_dict({"epoch": 0, "samples": 16})
+    loader.follow(lambda records: told.append(records.tolist()))
+    came = []
+    for number, batch in enumerate(loader.batches()):
+        came.append(batch.records.tolist())
+        assert len(told) == number + READ_AHEAD
+        if number == 9:  # an epoch has six
+            break
+    loader.close()
+    assert told[:10] == came
 
 
 def test_synthetic_images_are_separable_and_any_number_of_classes() -> None:

@@ -4,6 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,9 @@ from trainer.distributed import send
 from trainer.errors import DataError
 
 log = logging.getLogger(__name__)
+
+READ_AHEAD = 4
+"""Batches ahead of the one at hand whose records the followers of a loader are told."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class Loader(Protocol):
         """Go to a position; running ``batches()`` iterators end. Raises :class:`DataError`: no such position."""
         ...
 
+    def follow(self, reader: Callable[[NDArray[np.int64]], None]) -> None:
+        """Have ``reader`` told the record numbers of this rank's part of each batch, :data:`READ_AHEAD` batches
+        before it is handed out."""
+        ...
+
     def close(self) -> None:
         """Release processes, threads and files."""
         ...
@@ -78,6 +87,7 @@ class PositionedLoader(ABC):
         self.bad_records: dict[int, str] = {}
         self._epoch, self._samples = 0, 0
         self._source: Generator[tuple[Slot, Batch], None, None] | None = None
+        self._followers: list[Callable[[NDArray[np.int64]], None]] = []
 
     @abstractmethod
     def _produce(self, epoch: int, samples: int) -> Generator[tuple[Slot, Batch], None, None]:
@@ -87,13 +97,28 @@ class PositionedLoader(ABC):
         """See :class:`Loader`."""
         self.close()
         source = self._source = self._produce(self._epoch, self._samples)
+        announced = self._announced(self._epoch, self._samples)
         try:
             while source is self._source:
+                next(announced)
                 slot, batch = next(source)
                 self._epoch, self._samples = slot.next_epoch, slot.next_samples
                 yield batch
         finally:
             source.close()
+
+    def follow(self, reader: Callable[[NDArray[np.int64]], None]) -> None:
+        """See :class:`Loader`."""
+        self._followers.append(reader)
+
+    def _announced(self, epoch: int, samples: int) -> Iterator[None]:
+        """Each step tells the followers of one more batch, the first of all that are near."""
+        coming = self.schedule.slots(epoch, samples) if self._followers else iter(())
+        for count in chain([READ_AHEAD], repeat(1)):
+            for slot in islice(coming, count):
+                for reader in self._followers:
+                    reader(slot.samples.records)
+            yield
 
     def sizes(self, count: int) -> list[int]:
         """See :class:`Loader`."""

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.compat.bank.center_bank import BankRows, CenterBank
 from trainer.compat.methods.config import LceConfig, WithOldConfig
 from trainer.compat.methods.inputs import Inputs
+from trainer.compat.methods.old_embeddings import OldEmbeddings
 from trainer.data import Batch, build_loader
 from trainer.data.config import SyntheticConfig
 from trainer.data.index import Dataset
@@ -139,17 +140,21 @@ class Updates:
         config: ``data.loader`` has to be ``synthetic``.
         ranks: who we are; the process group exists.
         bank_dim: D1, with a method against synthetic centres and old embeddings; None: without.
+        old: old embeddings that are to be taken instead of synthetic ones.
 
     Raises:
         ConfigError: what the task refuses.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, bank_dim: int | None = None) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks, bank_dim: int | None = None, old: OldEmbeddings | None = None
+    ) -> None:
         data = config.data
         assert isinstance(data, SyntheticConfig)
         bank = None if bank_dim is None else cast(CenterBank, MadeUpBank(data.synthetic_classes, bank_dim))
         size = (data.synthetic_size, data.synthetic_size)
-        old = MadeUpOld(bank_dim) if bank_dim and any(isinstance(m, WithOldConfig) for m in config.methods) else None
+        if bank_dim and old is None and any(isinstance(one, WithOldConfig) for one in config.methods):
+            old = MadeUpOld(bank_dim)
         inputs = Inputs(None, data.synthetic_classes, size, bank, old)
         self.loader = build_loader(data, config.seed, None, ranks)
         self.task = TrainTask(config, inputs, ranks)

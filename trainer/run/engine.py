@@ -382,6 +382,8 @@ def _start(config: Config, ranks: Ranks, inputs: Inputs, began: float) -> RunSum
     evaluation = together(lambda: open_periodic(config.evaluate, inputs.image_size, ranks))
     images = inputs.cross is None or inputs.cross.images
     loader = together(lambda: build_loader(config.data, config.seed, inputs.dataset, ranks, images))
+    for source in inputs.stored:
+        loader.follow(source.will_need)
     try:
         kind = TrainTask if inputs.cross is None else CrossModelTask
         try:

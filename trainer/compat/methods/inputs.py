@@ -66,6 +66,12 @@ class Inputs:
         return None if source is None else source.dim
 
     @property
+    def stored(self) -> list[StoredEmbeddings]:
+        """The files of embeddings of which every step reads its batch's rows."""
+        sources = (self.old,) if self.cross is None else (self.cross.new, self.cross.old)
+        return [source for source in sources if isinstance(source, StoredEmbeddings)]
+
+    @property
     def old_model(self) -> tuple[str | None, str | None]:
         """The name and the hash of the model to be compatible with, as far as they are known."""
         if self.old is not None and self.old.model is not None:

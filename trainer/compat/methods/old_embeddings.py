@@ -4,9 +4,11 @@ An array holds the old embedding of the stored image; the model run along sees t
 step (at the cost of its forward pass).
 """
 
+import os
+import weakref
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,9 +19,10 @@ from trainer.data import Batch, Dataset, DatasetInfo
 from trainer.data.index import rows_info
 from trainer.data.store import load_array
 from trainer.distributed import send
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.models.model import EmbeddingModel, TorchModel
 from trainer.models.open import load_model
+from trainer.reading import open_regular
 
 SAMPLED_ROWS = 1024
 
@@ -73,8 +76,16 @@ class StoredEmbeddings:
             self.model_hash = None if described is None else described.model_hash
             known = (None, None) if described is None else (described.fingerprint, described.dataset)
             dataset.check_numbering(f"{key} = {path}", *known)
+        if not self.rows.flags.c_contiguous:
+            raise ConfigError(f"{key} = {path}: is stored column by column; save numpy.ascontiguousarray of it")
+        self._offset, self._row_bytes = cast(np.memmap[Any, Any], self.rows).offset, self.dim * self.rows.itemsize
+        with open_regular(path, DataError) as file:
+            self._file = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._file)
+        # Rows are read here and there: what lies around them would be read in vain.
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         numbers = np.unique(np.linspace(0, records - 1, min(records, SAMPLED_ROWS)).astype(np.int64))
-        sample = self.rows[numbers]
+        sample = self.read(numbers)
         wrong = ~np.isfinite(sample).all(1)
         if wrong.any():
             raise ConfigError(f"{key} = {path}: row {numbers[wrong.argmax()]} is not finite; make it again")
@@ -82,11 +93,23 @@ class StoredEmbeddings:
             raise ConfigError(f"{key} = {path}: every row looked at is zero; make it again")
         self.fingerprint = f"{records} × {self.dim}, {zlib.crc32(sample.tobytes()):08x}"
 
+    def will_need(self, records: NDArray[np.int64]) -> None:
+        """Ask the system to read the rows of some records into its cache; nothing waits for it."""
+        for record in records.tolist():
+            start = self._offset + record * self._row_bytes
+            os.posix_fadvise(self._file, start, self._row_bytes, os.POSIX_FADV_WILLNEED)
+
+    def read(self, records: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The rows of some records, (n, D1). Raises :class:`DataError`: the file has become shorter."""
+        out = np.empty((len(records), self.dim), np.float32)
+        for row, record in zip(out, records.tolist(), strict=True):
+            if os.preadv(self._file, [row.data], self._offset + record * self._row_bytes) != self._row_bytes:
+                raise DataError(f"{self.path}: row {record} is not there any more; the file was cut while training")
+        return out
+
     def of(self, batch: Batch) -> Tensor:
         """See :class:`OldEmbeddings`."""
-        out = torch.empty(len(batch.records), self.dim)
-        out.numpy()[:] = self.rows[batch.records.numpy()]
-        return send(out, batch.labels.device)
+        return send(torch.from_numpy(self.read(batch.records.numpy())), batch.labels.device)
 
 
 class ModelEmbeddings:

@@ -38,7 +38,8 @@ class UniBct(Bct):
         for first in range(classes.start, classes.stop, PROTOTYPE_BLOCK):
             last = min(first + PROTOTYPE_BLOCK, classes.stop)
             low, high = np.searchsorted(sorted_labels, [first, last])
-            vectors = torch.from_numpy(old.rows[own[low:high]]).double()
+            old.will_need(own[low:high])
+            vectors = torch.from_numpy(old.read(own[low:high])).double()
             known = vectors.norm(dim=1) > 0
             y = torch.from_numpy(sorted_labels[low:high] - first)[known]
             made, mask = losses.unibct_prototypes(vectors[known], vectors[known], y, last - first)
