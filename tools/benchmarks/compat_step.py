@@ -25,7 +25,7 @@ from tools.measuring import origin, write_json
 NAME = "compat-step"
 HELP = "the share of an update that reading old embeddings takes"
 METHODS = ("l2", "fct", "mixbct", "advbct")
-WAYS = ("cold", "ahead", "memory")
+MODES = ("cold", "ahead", "memory")
 BLOCK = 65536
 
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=whole_number(2), default=128, help="B (128)")
     parser.add_argument("--dim", type=whole_number(1), default=512, help="D1 and D2 (512)")
     parser.add_argument("--steps", type=whole_number(1), default=10, help="updates that count of each turn (10)")
-    parser.add_argument("--turns", type=whole_number(1), default=3, help="turns of each way (3)")
+    parser.add_argument("--turns", type=whole_number(1), default=3, help="turns of each (3)")
     parser.add_argument("--out", type=Path, help="folder for the file (default: a temporary one)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - for standard output")
 
@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{args.method}, {args.classes:,} classes, rate {args.rate:g}, batch {args.batch}, {args.records:,} images"
         )
-        for way in WAYS:
-            one = figures[way]
+        for mode in MODES:
+            one = figures[mode]
             print(
-                f"  {way:7} update {one['update_seconds']:.4f} s, of it reading {one['reading_seconds']:.5f} s: "
+                f"  {mode:7} update {one['update_seconds']:.4f} s, of it reading {one['reading_seconds']:.5f} s: "
                 f"{one['share']:.1%}"
             )
     return 0
@@ -86,33 +86,33 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         updates = Updates(_config(args, Path(folder)), Ranks(), args.dim, source)
     coming: deque[np.ndarray[Any, Any]] = deque()
-    way = WAYS[0]
+    mode = MODES[0]
 
-    def told(records: np.ndarray[Any, Any]) -> None:
+    def announced(records: np.ndarray[Any, Any]) -> None:
         coming.append(records)
-        if way == "ahead":
+        if mode == "ahead":
             source.will_need(records)
 
-    updates.loader.follow(told)
+    updates.loader.follow(announced)
     _forget(path)
-    seconds: dict[str, list[tuple[float, float]]] = {one: [] for one in WAYS}
+    seconds: dict[str, list[tuple[float, float]]] = {one: [] for one in MODES}
     for _ in range(args.turns):
-        for way in WAYS:
-            for number in range(READ_AHEAD + 1 + args.steps):  # the first were announced in another way
-                if way == "memory" and coming:
+        for mode in MODES:
+            for number in range(READ_AHEAD + 1 + args.steps):  # the first were announced in another mode
+                if mode == "memory" and coming:
                     read(coming[0])
                 began = time.perf_counter()
                 updates.take()
                 taken = time.perf_counter() - began
                 coming.popleft()
                 if number > READ_AHEAD:
-                    seconds[way].append((taken, reading[-1]))
+                    seconds[mode].append((taken, reading[-1]))
     updates.close()
     names = ("method", "classes", "records", "rate", "batch", "dim")
     figures: dict[str, Any] = {"bench": NAME, **{name: getattr(args, name) for name in names}, **origin()}
-    for way, pairs in seconds.items():
+    for mode, pairs in seconds.items():
         update, within = (statistics.median(values) for values in zip(*pairs, strict=True))
-        figures[way] = {"update_seconds": update, "reading_seconds": within, "share": within / update}
+        figures[mode] = {"update_seconds": update, "reading_seconds": within, "share": within / update}
     return figures
 
 
