@@ -118,6 +118,22 @@ def test_the_bound_of_the_memory_counts_every_table_and_changes_none(momentum: f
     assert made.rows._version == version
 
 
+def test_maps_are_compiled_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.networks.transform import ResidualBottleneck
+
+    args = arguments("--classes", "300", "--dim", "16", "--lce", "both")
+    args.world_size, args.centers = 1, "float32"
+    for compiled in (False, True):
+        args.compile_maps = compiled
+        loss, _ = head._companion(args, Ranks())
+        maps = next(cell.cell_contents for cell in loss.__closure__ if hasattr(cell.cell_contents, "maps")).maps()
+        blocks = [one for module in maps.values() for one in module.modules() if isinstance(one, ResidualBottleneck)]
+        assert len(blocks) == 8
+        assert all((one._compiled_call_impl is not None) == compiled for one in blocks)
+    assert main(["bench", "head", "--classes", "300", "--lce", "direct", "--compile-maps"]) == 2
+    assert "--lce direct trains no map" in capsys.readouterr().err
+
+
 def test_another_implementation_takes_the_same_rows_as_ours_and_the_reference_float32() -> None:
     args = arguments("--rows", "bfloat16", "--impl", "native", "--against", "fused")
     configs = [head._config(args, side) for side in ("ours", "reference")]

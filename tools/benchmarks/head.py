@@ -13,6 +13,7 @@ Examples:
   lce bench head --classes 100000 --rate 1.0 --json -
   lce bench head --classes 100000 --rate 0.1 --lce direct --world-size 2
   lce bench head --classes 5500000 --rows bfloat16 --only ours
+  lce bench head --classes 100000 --rate 0.1 --lce both --against-no-lce --compile-maps
   lce bench head --classes 100000 --rate 0.1 --trace
   lce bench head --classes 1000000 --device cuda --batch 1024 --impl triton --against fused
   lce bench head --ladder --lce direct --centers mapped --markdown ladder.md --json ladder.json
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lce", choices=("none", "direct", *MAPPED), default="none", help="with LCE's losses, maps included (rbt)"
     )
+    parser.add_argument("--compile-maps", action="store_true", help="compile LCE's maps, as train.compile does")
     parser.add_argument(
         "--centers",
         choices=("float32", "bfloat16", "mapped"),
@@ -152,6 +154,8 @@ def _check(args: argparse.Namespace) -> None:
     classes = min(args.rungs) if args.ladder else args.classes
     if classes < args.world_size:
         raise ConfigError(f"{classes} classes for {args.world_size} rank(s): each needs one")
+    if args.compile_maps and args.lce not in MAPPED:
+        raise ConfigError(f"--compile-maps: --lce {args.lce} trains no map; say --lce backward, forward or both")
     if args.against_no_lce and args.against != "reference":
         raise ConfigError("--against-no-lce: the other side is ours; --against is of no use then")
     if args.device == "cuda" and torch.cuda.device_count() < args.world_size:
@@ -201,6 +205,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": f"rows {args.rows}, compute {args.compute}",
         "optimizer": args.optimizer,
         "impl": args.impl,
+        "compiled_maps": args.compile_maps,
         "against": "ours without LCE" if args.against_no_lce else args.against,
         "bfloat16": bfloat16_instructions() if args.device == "cpu" else None,
         "alternating": not args.sequential,
@@ -421,12 +426,15 @@ def _companion(args: argparse.Namespace, ranks: Any) -> tuple[Any, Any]:
     from trainer.compat.bank.center_bank import BankRows
     from trainer.compat.methods.config import LceTransformedConfig
     from trainer.compat.methods.lce import TransformedCompat, gather_pairs
+    from trainer.run.parallel import compile_blocks
 
     made_up = _bank(args, ranks)
     unknown = torch.zeros(len(made_up.mask), dtype=torch.int64)
     bank = BankRows(made_up.centers, made_up.boundaries, made_up.mask, unknown, unknown)
     compat = TransformedCompat(LceTransformedConfig(mode=args.lce, bank=Path("synthetic")), args.dim, args.dim)
     compat.to(ranks.device)
+    if args.compile_maps:
+        compile_blocks(compat.maps().values())
 
     def loss(embeddings: Any, labels: Any, rows: Any) -> Any:
         return compat(gather_pairs(labels, rows, bank, args.classes, ranks), embeddings)

@@ -98,10 +98,14 @@ def wrap(backbone: nn.Module, config: TrainConfig, ranks: Ranks, optimizer: Opti
 
 
 def compile_maps(maps: Iterable[nn.Module], config: TrainConfig, ranks: Ranks) -> None:
-    """With ``train.compile`` the residual bottleneck blocks of the maps are compiled in place, whose many small layers
-    take more time than their products; a block for all of its kind. Parameters keep their names."""
-    if not config.compile or not _can_compile(ranks):
-        return
+    """:func:`compile_blocks` where ``train.compile`` asks for it and it can work here."""
+    if config.compile and _can_compile(ranks):
+        compile_blocks(maps)
+
+
+def compile_blocks(maps: Iterable[nn.Module]) -> None:
+    """Compile the residual bottleneck blocks of maps in place, whose many small layers take more time than their
+    products: one of a kind for all. Parameters keep their names."""
     for block in (module for one in maps for module in one.modules()):
         if isinstance(block, ResidualBottleneck):
             block.compile(dynamic=True)  # a batch's classes vary in number
