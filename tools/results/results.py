@@ -519,7 +519,7 @@ def _plot_changes(known: dict[str, Any], path: Path) -> bool:
     figures = known["changes.json"]
     if figures is None:
         return False
-    axes, save = _axes("TAR at FAR 1e-4, unseen identities", "")
+    axes, save = _axes("TAR at FAR 1e-4, unseen identities", "", above=True)
     lines = figures["lines"][::-1]
     for index, (colour, name) in enumerate(zip(COLOURS[1:], figures["methods"], strict=False)):
         found = {
@@ -571,7 +571,7 @@ CAPTIONS = {
 }
 
 
-def _axes(x: str, y: str) -> tuple[Any, Callable[[Path], None]]:
+def _axes(x: str, y: str, above: bool = False) -> tuple[Any, Callable[[Path], None]]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -583,7 +583,10 @@ def _axes(x: str, y: str) -> tuple[Any, Callable[[Path], None]]:
     axes.grid(alpha=0.3)
 
     def save(path: Path) -> None:
-        axes.legend(fontsize="small")
+        if above:
+            figure.legend(loc="outside upper center", ncols=4, fontsize="small", markerscale=0.5)
+        else:
+            axes.legend(fontsize="small")
         figure.savefig(path, dpi=110, metadata={"Software": None})
         pyplot.close(figure)
 
