@@ -133,7 +133,8 @@ def _as_key(word: str, rest: Sequence[str]) -> str:
     follows = [other for other in rest[rest.index(word) + 1 :][:1] if not other.startswith("-")]
     if word.startswith("-"):
         example = f"{name.replace('-', '_')}={value or (follows[0] if follows else 'VALUE')}"
-        return f"; a setting of the configuration is written SECTION.{example}, see lce config"
+        section = "" if "." in name else "SECTION."
+        return f"; a setting of the configuration is written {section}{example}, see lce config"
     return "; a setting of the configuration is written key=value without spaces, see lce config"
 
 

@@ -216,19 +216,42 @@ def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> None
     if beyond := "" if plan.updates is None else config.beyond_end(plan.updates):
         raise ConfigError(beyond)
     print(f"ranks: {world}" + ("" if plan.updates is None else f", updates: {plan.updates:,}"))
+    _show_state(config, plan.updates)
+    if inputs.cross is not None:
+        print("memory and disk: not planned, as maps alone are trained; they are small")
+        return
     print(f"memory of a rank: {size_text(plan.device_bytes)} on {device}, by `lce plan`'s arithmetic")
     folder = next(path for path in (config.run.dir.absolute(), *config.run.dir.absolute().parents) if path.is_dir())
     there = sum(file.stat().st_size for file in folder.glob("checkpoints/step-*/*"))  # a continued run replaces them
     needed, free = plan.kept_bytes + plan.checkpoint_bytes - there, shutil.disk_usage(folder).free
-    print(f"disk: {size_text(max(0, needed))} of checkpoints at most, {size_text(free)} free")
+    print(f"disk: {size_text(max(0, needed))} of checkpoints, {size_text(free)} free")
     if needed > free:
         raise ConfigError(f"run.dir = {config.run.dir}: {size_text(needed)} of checkpoints, {size_text(free)} free")
+
+
+def _show_state(config: "Config", updates: int | None) -> None:
+    """Say what the run folder holds. Raises :class:`ConfigError`: a run that was finished with other settings."""
+    from trainer.checkpoint_folder import list_checkpoints
+    from trainer.run.engine import refuse_other_settings
+    from trainer.run.folder import read_summary
+
+    folder = config.run.dir
+    if updates is not None and read_summary(folder, updates) is not None:
+        refuse_other_settings(config)
+        print("run folder: finished already; there is nothing to do")
+    elif saved := list_checkpoints(folder / "checkpoints"):
+        print(f"run folder: continues from {saved[-1].name}, where that is a checkpoint of the same run")
 
 
 def _check_hosts(args: argparse.Namespace, job: "Job") -> None:
     """Refuse hosts that cannot be reached by what was given for them."""
     from trainer.errors import ConfigError
 
+    fewest, _, most = job.nnodes.partition(":")
+    if int(most or fewest) < int(fewest):
+        raise ConfigError(f"--nnodes {job.nnodes}: at least {fewest} and at most {most}")
+    if job.node_rank >= int(most or fewest):
+        raise ConfigError(f"--node-rank {job.node_rank}: {job.nnodes} machines have the numbers from 0 on")
     if job.many_nodes and args.launcher not in QUEUES and job.master:
         _check_master(job.master)
     if job.hostfile is not None and not job.hostfile.is_file():

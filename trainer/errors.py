@@ -82,17 +82,18 @@ def named(**paths: object) -> Iterator[None]:
     """Put the configuration key that named a file before what is wrong with the file.
 
     Args:
-        paths: what each key says, with two underscores for the point of a nested key; None: nothing.
+        paths: what each key says, with two underscores for the point of a nested key; None: nothing. What begins with
+            none of them is put down to the first.
     """
     try:
         yield
     except LceError as error:
-        text = str(error)
-        for key, path in paths.items():
-            if path is not None and text.startswith(str(path)):
-                itself = text.startswith(f"{path}:")  # else a file within it
-                raise type(error)(f"{key.replace('__', '.')}{' =' if itself else ':'} {text}") from None
-        raise
+        text, given = str(error), {key.replace("__", "."): str(path) for key, path in paths.items() if path is not None}
+        if not given or text.startswith(tuple(given)):
+            raise
+        key = next((key for key, path in given.items() if text.startswith(path)), next(iter(given)))
+        itself = text.startswith(f"{given[key]}:")  # else a file within it
+        raise type(error)(f"{key}{' =' if itself else ':'} {text}") from None
 
 
 def ranks_text(count: int) -> str:

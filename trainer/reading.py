@@ -219,7 +219,10 @@ def read_array(path: str | Path, error_type: type[LceError]) -> NDArray[Any]:
         with np.errstate(all="ignore"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy parses the header as Python does, and fails as variously
-        raise error_type(f"{path}: {why_unreadable(path) or f'is no readable .npy file: {_line(error)}'}") from None
+        with Path(path).open("rb") as file:
+            numpys = file.read(6) == b"\x93NUMPY"
+        other = f"is no readable .npy file: {_line(error)}" if numpys else "is no .npy file"
+        raise error_type(f"{path}: {why_unreadable(path) or other}") from None
     if not isinstance(array, np.ndarray):
         array.close()
         raise error_type(f"{path}: is no .npy file but an archive of arrays")

@@ -237,6 +237,15 @@ def test_tables_of_another_split_are_named(tmp_path: Path, capsys: pytest.Captur
     assert f"{out / 'unseen'}.npy: is of another split" in capsys.readouterr().err
 
 
+def test_a_configuration_next_to_the_tables_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = packed(tmp_path, 6, 4, (8, 8))
+    (tmp_path / "old.yaml").write_text("run: {dir: runs/old}\n")
+    assert cli.main(["split", str(data), str(tmp_path)]) == 2
+    assert "old.yaml: exists and describes no array" in capsys.readouterr().err
+    assert (tmp_path / "old.yaml").read_text() == "run: {dir: runs/old}\n"
+    assert not (tmp_path / "old.npy").exists()
+
+
 def test_a_data_set_whose_name_is_no_utf8_is_checked_and_split(tmp_path: Path) -> None:
     data = packed(tmp_path / "a\udcff\nb", 6, 4, (8, 8))
     assert cli.main(["check", str(data), "--json", str(tmp_path / "report.json")]) == 0

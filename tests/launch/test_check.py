@@ -57,6 +57,11 @@ def test_a_run_that_can_start_is_described(configured: Path, capsys: pytest.Capt
         ("compat.method=l2 compat.old_model=nowhere", "compat.old_model = nowhere: no model"),
         ("head.weights=nowhere", "launch: head.weights = nowhere: no such file"),
         ("evaluate.every_steps=1 evaluate.sets.unseen=nowhere", "evaluate.sets.unseen = nowhere: no such data set"),
+        ("evaluate.every_steps=1 evaluate.sets.unseen=here@nowhere.npy", "launch: evaluate.sets.unseen: "),
+        ("data.path=README.md", "data.path = README.md: is a file; give the data set's folder"),
+        ("data.labels=README.md", "data.labels = README.md: is no .npy file"),
+        ("--node-rank 2 --nnodes 2 --master localhost:29500", "--node-rank 2: 2 machines have the numbers from 0 on"),
+        ("--nnodes 2:1 --rendezvous c10d --master localhost:29500", "--nnodes 2:1: at least 2 and at most 1"),
         ("run.dir=/proc/x", "run.dir"),
     ],
 )
@@ -143,3 +148,38 @@ def test_a_file_within_a_data_set_is_named_with_the_key_of_the_set(
     labels.unlink()
     assert main(["launch", str(configured), "--check"]) == 2
     assert f"launch: data.path: {labels}: " in capsys.readouterr().err
+
+
+def test_the_state_of_the_run_folder_is_told(configured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.distributed import Ranks
+    from trainer.run.config import load_config
+    from trainer.run.engine import train
+
+    words = ["data.loader=torch", "data.workers=0", "log.tensorboard=false", "data.augment.flip=0"]
+    train(load_config(configured, words), Ranks())
+    capsys.readouterr()
+    assert main(["launch", str(configured), *words, "--check"]) == 0
+    assert "run folder: finished already; there is nothing to do" in capsys.readouterr().out
+    assert main(["launch", str(configured), *words, "--check", "optimizer.lr=0.3"]) == 2
+    assert "finished already, with other settings (optimizer.lr" in capsys.readouterr().err
+    assert main(["launch", str(configured), *words, "--check", "train.epochs=3"]) == 0
+    assert "run folder: continues from step-00000010" in capsys.readouterr().out
+
+
+def test_cross_model_training_gets_no_figures_of_a_network(
+    configured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import numpy as np
+
+    rows = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    for name in ("old", "new"):
+        np.save(configured.parent / f"{name}.npy", rows)
+    settings = yaml.safe_load(configured.read_text())
+    del settings["backbone"]
+    files = {f"{name}_embeddings": str(configured.parent / f"{name}.npy") for name in ("old", "new")}
+    settings["compat"] = {"method": "lce", "mode": "cross-model", **files}
+    configured.write_text(yaml.safe_dump(settings))
+    assert main(["launch", str(configured), "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "maps alone" in out
+    assert "lce plan" not in out

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.banks import write_bank
 from tests.ranks import run_ranks
 from tests.runs import config, log_of, losses_of, train_rank
+from trainer.compat.bank.center_bank import BankInfo
 from trainer.distributed import Ranks, scale_gradient
 from trainer.errors import ConfigError
 from trainer.models.open import load_model
@@ -84,6 +86,17 @@ def test_without_a_compiler_it_trains_all_the_same(
     train(config(tmp_path / "compile", train__compile=True), Ranks())
     assert losses_of(tmp_path / "compile") == losses_of(tmp_path / "plain")
     assert "no C++ compiler" in caplog.text
+
+
+def test_compiled_maps_next_to_a_network(tmp_path: Path) -> None:
+    known = {"boundaries": torch.full((11,), 0.5), "counts": torch.full((11,), 4), "mask": torch.ones(11).bool()}
+    centers = torch.nn.functional.normalize(torch.randn(11, 6))
+    write_bank(tmp_path / "bank", centers=centers, info=BankInfo(model="old"), **known)
+    maps = {"compat__transform": {"blocks": 1, "paths": 1, "bottleneck": 2}, "compat__mode": "both"}
+    lce = {"compat__method": "lce", "compat__bank": str(tmp_path / "bank"), "train__steps": 3, **maps}
+    train(config(tmp_path / "plain", **lce), Ranks())
+    train(config(tmp_path / "compiled", **lce, train__compile=True), Ranks())
+    np.testing.assert_allclose(losses_of(tmp_path / "compiled"), losses_of(tmp_path / "plain"), rtol=1e-9)
 
 
 def test_scale_gradient() -> None:

@@ -155,6 +155,21 @@ def test_kept_embeddings_are_refused_a_bad_place_at_once(stage: Path, tmp_path: 
     assert np.load(tmp_path / "mine.npy").shape == (IMAGES, model.dim)
 
 
+def test_a_configuration_next_to_kept_embeddings_stays(stage: Path, tmp_path: Path) -> None:
+    """`--embeddings old.npy` describes itself in old.yaml, which may be the old model's configuration."""
+    model, dataset = load_model(stage / "model"), open_dataset(stage / "data")
+    (tmp_path / "old.yaml").write_text("run: {dir: runs/old}\n")
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"old\.yaml: exists and describes no array"):
+            bank_from_model(
+                model, dataset, tmp_path / "bank", keep_embeddings=tmp_path / "old.npy", overwrite=overwrite
+            )
+    assert (tmp_path / "old.yaml").read_text() == "run: {dir: runs/old}\n"
+    assert not (tmp_path / "bank").exists()
+    for overwrite in (False, True):  # a description of ours is replaced
+        bank_from_model(model, dataset, tmp_path / "bank", keep_embeddings=tmp_path / "e.npy", overwrite=overwrite)
+
+
 def test_the_products_own_embeddings_fit_a_set_with_bad_records(stage: Path, tmp_path: Path) -> None:
     data, kept = Path(shutil.copytree(stage / "data", tmp_path / "data")), tmp_path / "e.npy"
     np.save(data / "bad_records.npy", np.array([3, 10]))

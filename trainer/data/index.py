@@ -137,6 +137,23 @@ def describe_rows(rows: Path, info: RowsInfo) -> None:
     write_text(rows.with_suffix(".yaml"), yaml.safe_dump(tree, sort_keys=False))
 
 
+def check_description(array: Path) -> None:
+    """Refuse to write NAME.npy where NAME.yaml is another's: the description of the array would take its place.
+
+    Raises:
+        DataError: there is such a file, and it describes no array.
+    """
+    file = array.with_suffix(".yaml")
+    if not file.exists():
+        return
+    tree = read_yaml(file, DataError)
+    if not isinstance(tree, dict) or "records" not in tree:
+        raise DataError(
+            f"{file}: exists and describes no array; the description of {array.name} would replace it: choose another "
+            "name for the array"
+        )
+
+
 def rows_info(rows: Path) -> RowsInfo | None:
     """What stands next to embeddings by record, or None; the embeddings are compared with their checksum, up to
     :data:`MOST_COMPARED_BYTES` of them. Raises :class:`DataError`: damage in either."""
@@ -434,6 +451,8 @@ def open_dataset(path: str | Path, labels: str | Path | None = None, *, verify: 
 
 
 def _open(folder: Path, labels: Path | None, checks: Checks) -> Dataset:
+    if folder.is_file():
+        raise MissingDataError(f"{folder}: is a file; give the data set's folder")
     if not folder.is_dir():
         raise MissingDataError(f"{folder}: no such data set folder; make one with `lce pack SOURCE {folder}`")
     if labels is not None and not labels.exists():

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.index import Dataset, describe_table
+from trainer.data.index import Dataset, check_description, describe_table
 from trainer.errors import DataError
 from trainer.files import partial_of, remove, write_array
 from trainer.owner import owned
@@ -196,6 +196,8 @@ def save_tables(tables: dict[str, Table], folder: Path, dataset: Dataset, made_b
     """
     try:
         with owned(folder, DataError, lock=folder / ".owner"):
+            for name in tables:
+                check_description(folder / f"{name}.npy")
             partial = partial_of(folder / "split")
             try:
                 partial.mkdir()

@@ -456,6 +456,23 @@ def _train(engine: Engine, began: float) -> RunSummary:
     return summary
 
 
+def refuse_other_settings(config: Config) -> list[str]:
+    """What a finished run's settings differ in, as far as nothing of its result depends on it.
+
+    Raises:
+        ConfigError: a setting differs that decides what comes out.
+    """
+    folder = config.run.dir
+    changes = changes_since(folder / "config.yaml", config, common=True)
+    decisive = [change for change in changes if not change.startswith(_INDIFFERENT)]
+    if decisive:
+        raise ConfigError(
+            f"{folder}: finished already, with other settings ({'; '.join(decisive[:5])}); choose another run.dir to "
+            "use the new ones"
+        )
+    return changes
+
+
 def _finished(engine: Engine) -> RunSummary | None:
     """The summary of a run that has made all its steps, and a word to people; None: there is something to do.
 
@@ -473,13 +490,7 @@ def _finished(engine: Engine) -> RunSummary | None:
         except CheckpointError:
             continue  # nothing is continued from it
         engine.check_origin(found)
-    changes = changes_since(folder / "config.yaml", engine.config, common=True)
-    decisive = [change for change in changes if not change.startswith(_INDIFFERENT)]
-    if decisive:
-        raise ConfigError(
-            f"{folder}: finished already, with other settings ({'; '.join(decisive[:5])}); choose another run.dir to "
-            "use the new ones"
-        )
+    changes = refuse_other_settings(engine.config)
     print(f"{folder}: finished already, {summary.step} steps; nothing to do", file=sys.stderr)
     for change in changes:
         print(f"{folder}: it was made with another setting, {change}", file=sys.stderr)

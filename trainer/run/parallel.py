@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -106,6 +107,8 @@ def compile_maps(maps: Iterable[nn.Module], config: TrainConfig, ranks: Ranks) -
 def compile_blocks(maps: Iterable[nn.Module]) -> None:
     """Compile the residual bottleneck blocks of maps in place, whose many small layers take more time than their
     products: one of a kind for all. Parameters keep their names."""
+    # Each method's gradient is asked for apart (together.Pulls), so that a backward pass may be made twice.
+    functorch_config.donated_buffer = False
     for block in (module for one in maps for module in one.modules()):
         if isinstance(block, ResidualBottleneck):
             block.compile(dynamic=True)  # a batch's classes vary in number

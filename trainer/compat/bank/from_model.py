@@ -19,7 +19,7 @@ from trainer.compat.bank.boundary import MINIMUM, BoundaryRule
 from trainer.compat.bank.center_bank import BankInfo, CenterBank
 from trainer.compat.bank.convert import Progress, bank_from_embeddings, check_centers
 from trainer.compat.bank.matrices import open_rows
-from trainer.data.index import Dataset, RowsInfo, describe_rows
+from trainer.data.index import Dataset, RowsInfo, check_description, describe_rows
 from trainer.distributed import Ranks, agree, barrier, on_main
 from trainer.errors import CenterBankError, ConfigError, LceError, ModelError
 from trainer.files import why_unwritable, write_text
@@ -277,6 +277,8 @@ def _check_targets(path: Path, embeddings: Path | None, overwrite: bool) -> None
     """Raise :class:`CenterBankError` unless the bank and the kept embeddings can be put where they are to go."""
     if embeddings is not None and (embeddings.is_dir() or embeddings == path):
         raise CenterBankError(f"{embeddings}: is a folder; name the .npy file that is to keep the embeddings")
+    if embeddings is not None:
+        check_description(embeddings)
     for target in (path, embeddings):
         if target is not None and target.exists() and not overwrite:
             raise CenterBankError(f"{target}: exists already; remove it or choose another place (`force` replaces it)")
