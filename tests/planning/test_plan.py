@@ -166,17 +166,27 @@ def test_time_and_checkpoint() -> None:
     assert plan.checkpoint_bytes == 1_000_000 * 512 * 4 * 2 + network * 4
 
 
-def test_a_real_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_real_checkpoint_is_as_large_as_planned(maps: bool, tmp_path: Path) -> None:
+    from tests.banks import write_bank
     from tests.runs import config
+    from trainer.compat.bank.center_bank import BankInfo
     from trainer.distributed import Ranks
     from trainer.run.engine import train
 
     changes = {"data__synthetic_classes": 5000, "backbone__dim": 64, "train__steps": 1, "head__rows": "float32"}
+    if maps:  # more numbers than the rows
+        wide = {"compat__transform": {"name": "mlp", "hidden": 4096}, "compat__mode": "both"}
+        changes |= {"compat__method": "lce", "compat__bank": str(tmp_path / "bank"), "train__ema": 0.9, **wide}
+        of_all = {"boundaries": torch.ones(5000), "counts": torch.ones(5000).long(), "mask": torch.ones(5000).bool()}
+        centers = torch.nn.functional.normalize(torch.randn(5000, 64))
+        write_bank(tmp_path / "bank", centers=centers, info=BankInfo(model="old"), **of_all)
     one = config(tmp_path / "run", **changes)
     train(one, Ranks())
     (folder,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     on_disk = sum(path.stat().st_size for path in folder.iterdir())
-    assert on_disk == pytest.approx(make_plan(Setting(one, 5000, (8, 8), 1, "cpu")).checkpoint_bytes, rel=0.02)
+    setting = Setting(one, 5000, (8, 8), 1, "cpu", 64 if maps else None)
+    assert on_disk == pytest.approx(make_plan(setting).checkpoint_bytes, rel=0.02)
 
 
 def test_512_ranks_are_simulated() -> None:

@@ -26,6 +26,7 @@ from trainer.compat.methods.config import (
 from trainer.head.config import SgdRowsConfig
 from trainer.head.sizes import COMPILE_FROM_ROWS, KEEP_SHARE, chunk_rows, native_covers
 from trainer.planning.backbones import BackboneSizes
+from trainer.planning.maps import map_sizes
 from trainer.planning.setting import BYTES, Setting
 
 Moment = Literal["always", "step", "load"]
@@ -223,12 +224,14 @@ def _network(setting: Setting, backbone: BackboneSizes) -> list[Part]:
         gathered = 2 * sum(units[-2:]) * number
     activations = backbone.saved_bytes + backbone.unit_bytes + LIVE_TENSORS * backbone.largest_bytes
     cpu = setting.device == "cpu"
+    maps = map_sizes(setting)
     local = setting.local_batch * 3 * setting.image_size[0] * setting.image_size[1]
     return [
         Part("backbone's parameters", part_of(weights, 1) + 2 * backbone.buffers * number),
         Part("backbone's gradients", part_of(backbone.parameters * number, 2)),
         Part("backbone's optimizer state", states * part_of(backbone.parameters * number, 4)),
-        Part("moving average", weights if train.ema else 0),
+        Part("the methods' maps: parameters, gradients, state", (2 + states) * maps.parameters * number),
+        Part("moving average", weights + maps.parameters * number if train.ema else 0),
         Part("parameters gathered for a unit", gathered, "step"),
         Part("images", 2 * local * number, "step"),
         Part("activations", activations, "step"),

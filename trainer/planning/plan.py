@@ -9,6 +9,7 @@ from trainer.compat.methods.config import LceDirectConfig
 from trainer.errors import ranks_text
 from trainer.head.config import SgdRowsConfig
 from trainer.planning.backbones import BackboneSizes, backbone_sizes
+from trainer.planning.maps import map_sizes
 from trainer.planning.memory import Part, class_bytes, peak_bytes, rank_memory
 from trainer.planning.setting import Setting
 from trainer.planning.traffic import Collective, update_traffic
@@ -113,10 +114,12 @@ def checkpoint_bytes(setting: Setting, backbone: BackboneSizes) -> int:
     out = rows * class_bytes(setting)
     if config.head.optimizer.name == "adamw":
         out += 4 * rows
-    weights = (backbone.parameters + backbone.fixed + backbone.buffers) * number
+    maps = map_sizes(setting)
+    parameters = backbone.parameters + maps.parameters
+    weights = (parameters + backbone.fixed + backbone.buffers + maps.fixed) * number
     optimizer = config.optimizer
     own = 2 if isinstance(optimizer, AdamWConfig) else int(optimizer.momentum > 0)
-    return out + weights * (2 if config.train.ema else 1) + own * backbone.parameters * number
+    return out + weights * (2 if config.train.ema else 1) + own * parameters * number
 
 
 @dataclass(frozen=True)

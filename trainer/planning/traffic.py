@@ -10,7 +10,6 @@ from trainer.compat.methods.config import (
     AdvBctConfig,
     BctConfig,
     Bt2Config,
-    FctConfig,
     LceConfig,
     LceDirectConfig,
     LceMapsConfig,
@@ -19,8 +18,8 @@ from trainer.compat.methods.config import (
     UniBctConfig,
     WithOldConfig,
 )
-from trainer.networks.config import TransformConfig
 from trainer.planning.backbones import BackboneSizes
+from trainer.planning.maps import map_sizes
 from trainer.planning.setting import Setting
 
 Operation = Literal["all-gather", "all-reduce", "reduce-scatter"]
@@ -58,7 +57,7 @@ def update_traffic(setting: Setting, backbone: BackboneSizes) -> list[Collective
         return []
     number = setting.embedding_bytes
     out = [*_head(setting), *_compatibility(setting), *_backbone(setting, backbone)]
-    buffers = backbone.buffers + _map_buffers(setting)
+    buffers = backbone.buffers + map_sizes(setting).statistics
     if buffers:
         out.append(Collective("running statistics", "all-reduce", buffers * number))
     out.append(Collective("stop and checkpoint vote", "all-reduce", 16, on_host=True))
@@ -119,27 +118,6 @@ def _compatibility(setting: Setting) -> list[Collective]:
         if isinstance(method, Bt2Config):
             out.append(Collective("gradient of the old part (bt2)", "all-reduce", gathered * old * number, count))
     return out
-
-
-def _map_buffers(setting: Setting) -> int:
-    """Numbers in the running statistics of the methods' transformations."""
-    dim, old, total = setting.config.backbone.dim, setting.old_dim, 0
-    for method in setting.config.methods:
-        if isinstance(method, FctConfig) or (isinstance(method, LceMapsConfig) and setting.bank_dim is not None):
-            sizes = zip(method.directions, ((dim, old), (old, dim)), strict=True)
-            total += sum(_statistics(method.transform, *pair) for asked, pair in sizes if asked)
-    return total
-
-
-def _statistics(transform: TransformConfig, dim_in: int, dim_out: int) -> int:
-    import torch
-
-    from trainer.networks.transform import build_transform
-    from trainer.run.optim import running_statistics
-
-    with torch.device("meta"):
-        made = build_transform(transform, dim_in, dim_out)
-    return sum(value.numel() for value in running_statistics(made))
 
 
 def _backbone(setting: Setting, backbone: BackboneSizes) -> list[Collective]:
