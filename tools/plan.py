@@ -289,7 +289,7 @@ def _describe(plan: "Plan", args: argparse.Namespace) -> list[str]:
     config = setting.config
     lines = [
         f"{setting.num_classes:,} classes, dimension {config.backbone.dim}, {config.backbone.name}, "
-        f"batch {config.data.batch_size:,} on {setting.world_size} × {setting.device}, "
+        f"global batch {config.data.batch_size:,} on {setting.world_size} × {setting.device}, "
         f"sample rate {_rates(config.head)}, rows {config.head.rows}",
         "",
         "memory of a rank" + ("" if setting.device == "cpu" else " (GPU)"),
