@@ -11,6 +11,7 @@ from tests.evaluation.test_verdict import OPTIONS, upgrade
 from trainer.errors import DataError
 from trainer.evaluation import pdf
 from trainer.evaluation.compatibility import Spaces
+from trainer.evaluation.next_steps import next_steps
 from trainer.evaluation.report import RunRecord, write_report
 from trainer.evaluation.report_sections import _gain, _matrix, table
 from trainer.evaluation.results import Options, measure_sets
@@ -42,7 +43,13 @@ def test_an_unsafe_upgrade_is_re_encoded_first_or_not_at_all():
     assert "re-encode the whole gallery from its images first" in steps[1]
     native = native | {"new": native["new"][::-1].copy()}  # of other people: good for nothing
     useless = dataclasses.replace(worse, spaces=dataclasses.replace(worse.spaces, native=native))
-    assert "Do not re-encode either" in measure_sets([useless], OPTIONS)["verdict"]["next"][1]
+    result = measure_sets([useless], OPTIONS)
+    assert "Do not re-encode either" in result["verdict"]["next"][1]
+    (alone,) = (entry for entry in result["sets"]["unseen"]["deployments"] if entry["way"] == "new → new")
+    assert alone["answer"] == "NOT SAFE"
+    alone["answer"] = "NOT ENOUGH DATA"  # as on a set that is too small or too easy
+    steps = next_steps(result["verdict"], result["sets"], result["options"]["rules"])
+    assert "Whether to re-encode is open" in steps[1]
 
 
 def test_too_few_identities_are_counted():

@@ -57,6 +57,13 @@ def _not_safe(judged: Sequence[Result], sets: Mapping[str, Result]) -> list[str]
     name, one = _strictest(judged, sets)
     old, new = one["cells"]["old->old"], one["cells"]["new->new"]
     if new["rank"]["1"]["value"] <= old["rank"]["1"]["value"]:
+        alone = next(entry["answer"] for entry in one["deployments"] if entry["way"] == "new → new")
+        if alone == "NOT ENOUGH DATA":
+            return [
+                keep,
+                f"Whether to re-encode is open: {name} cannot tell the new model alone (new → new) from the old one. "
+                "Evaluate on a larger or harder set before you decide.",
+            ]
         return [
             keep,
             f"Do not re-encode either: on {name} the new model alone (new → new) finds no more than the old one. Train "
