@@ -76,6 +76,11 @@ def train_job(job: Job, pods: Pods) -> dict[str, Any]:
             f"{', '.join(outside or files)}: the pods see {pods.mount} alone, where the claim {pods.claim} lies; name "
             "configurations relative to it"
         )
+    folder = next((w.partition("=")[2] for w in reversed(job.overrides) if w.startswith("run.dir=")), "")
+    if folder.startswith("/") and not folder.startswith(f"{pods.mount.rstrip('/')}/"):
+        raise ConfigError(
+            f"run.dir={folder}: is not in the claim, which is at {pods.mount}; the run would be lost with its pods"
+        )
     volumes = [
         {"name": "work", "persistentVolumeClaim": {"claimName": pods.claim}},
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": pods.shared_memory}},

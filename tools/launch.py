@@ -122,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.config}: is a run folder; {args.config / 'config.yaml'} continues the run in it")
     config = load_config(args.config, args.overrides)
     device, present = _devices(config, args)
+    if args.launcher in QUEUES and args.gpus and (args.nproc or 0) > args.gpus:
+        raise ConfigError(f"--nproc {args.nproc} --gpus {args.gpus}: each rank needs a GPU of its own")
     job = Job(
         config=args.config,
         overrides=tuple(args.overrides),

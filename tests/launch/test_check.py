@@ -61,6 +61,7 @@ def test_a_run_that_can_start_is_described(configured: Path, capsys: pytest.Capt
         ("data.path=README.md", "data.path = README.md: is a file; give the data set's folder"),
         ("data.labels=README.md", "data.labels = README.md: is no .npy file"),
         ("--node-rank 2 --nnodes 2 --master localhost:29500", "--node-rank 2: 2 machines have the numbers from 0 on"),
+        ("--with slurm --nproc 4 --gpus 2", "--nproc 4 --gpus 2: each rank needs a GPU of its own"),
         ("--nnodes 2:1 --rendezvous c10d --master localhost:29500", "--nnodes 2:1: at least 2 and at most 1"),
         ("run.dir=/proc/x", "run.dir"),
     ],

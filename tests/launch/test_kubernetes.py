@@ -104,6 +104,7 @@ def test_the_command_of_a_pod_runs(folder: Path, capsys: pytest.CaptureFixture[s
         (Job(Path("run.yaml")), Pods("lce", "Faces"), "--claim Faces: Kubernetes takes small letters"),
         (Job(Path("/home/me/run.yaml")), Pods("lce", "faces"), "/home/me/run.yaml: the pods see /work alone"),
         (Job(Path("../run.yaml")), Pods("lce", "faces"), "../run.yaml: the pods see /work alone"),
+        (Job(Path("run.yaml"), ("run.dir=/elsewhere/k",)), Pods("lce", "faces"), "run.dir=/elsewhere/k: is not in the"),
     ],
 )
 def test_what_no_pod_could_run_is_refused(job: Job, pods: Pods, message: str) -> None:
