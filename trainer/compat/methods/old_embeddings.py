@@ -109,7 +109,9 @@ class StoredEmbeddings:
 
     def of(self, batch: Batch) -> Tensor:
         """See :class:`OldEmbeddings`."""
-        return send(torch.from_numpy(self.read(batch.records.numpy())), batch.labels.device)
+        out = torch.empty(len(batch.records), self.dim)  # made by torch: an empty array of numpy's has other strides
+        out.numpy()[:] = self.read(batch.records.numpy())
+        return send(out, batch.labels.device)
 
 
 class ModelEmbeddings:
