@@ -13,7 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,6 +166,12 @@ def write_text(target: Path, text: str) -> None:
     """Write a text file that appears whole: UTF-8, and the bytes of file names that are not. Raises OSError."""
     with atomically(target) as partial:
         partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def advise(descriptor: int, start: int, size: int, advice: Literal["WILLNEED", "DONTNEED", "RANDOM"]) -> None:
+    """``posix_fadvise`` of a part of a file (size 0: to its end) where the system has it; macOS does not."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, getattr(os, f"POSIX_FADV_{advice}"))
 
 
 def write_array(target: Path, array: NDArray[Any]) -> None:

@@ -147,6 +147,8 @@ def _write(path: Path, records: int, dim: int) -> None:
 
 def _forget(path: Path) -> None:
     """Drop the file from the system's cache."""
+    from trainer.files import advise
+
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        advise(file.fileno(), 0, 0, "DONTNEED")

@@ -194,7 +194,8 @@ class DaliLoader(PositionedLoader):
             self.dataset.info, self.config, max(1, self.schedule.largest_slice), self.threads, self._device_id
         )
         held = _Held()
-        ahead = _Ahead(self._job(slot) for slot in slots_ahead(self.dataset, self.schedule, epoch, samples))
+        slots = self._announced(slots_ahead(self.dataset, self.schedule, epoch, samples))
+        ahead = _Ahead(self._job(slot) for slot in slots)
 
         def feed() -> None:
             job = ahead.next()

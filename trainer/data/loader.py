@@ -2,9 +2,9 @@
 
 import logging
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
 from typing import Protocol
 
 import numpy as np
@@ -64,7 +64,7 @@ class Loader(Protocol):
 
     def follow(self, reader: Callable[[NDArray[np.int64]], None]) -> None:
         """Have ``reader`` told the record numbers of this rank's part of each batch, :data:`READ_AHEAD` batches
-        before it is handed out."""
+        before it is made; a loader that makes batches in advance tells them earlier still."""
         ...
 
     def close(self) -> None:
@@ -97,10 +97,8 @@ class PositionedLoader(ABC):
         """See :class:`Loader`."""
         self.close()
         source = self._source = self._produce(self._epoch, self._samples)
-        announced = self._announced(self._epoch, self._samples)
         try:
             while source is self._source:
-                next(announced)
                 slot, batch = next(source)
                 self._epoch, self._samples = slot.next_epoch, slot.next_samples
                 yield batch
@@ -111,14 +109,17 @@ class PositionedLoader(ABC):
         """See :class:`Loader`."""
         self._followers.append(reader)
 
-    def _announced(self, epoch: int, samples: int) -> Iterator[None]:
-        """Each step tells the followers of one more batch, the first of all that are near."""
-        coming = self.schedule.slots(epoch, samples) if self._followers else iter(())
-        for count in chain([READ_AHEAD], repeat(1)):
-            for slot in islice(coming, count):
-                for reader in self._followers:
-                    reader(slot.samples.records)
-            yield
+    def _announced(self, slots: Iterator[Slot]) -> Iterator[Slot]:
+        """``slots``, held back so that the followers hear of each :data:`READ_AHEAD` before it goes on. One pass over
+        the order serves both: it keeps one epoch's permutation, and a loader may walk it in a thread of its own.
+        """
+        held = deque[Slot]()
+        for slot in slots:
+            for reader in self._followers:
+                reader(slot.samples.records)
+            held.append(slot)
+            if not self._followers or len(held) >= READ_AHEAD:
+                yield held.popleft()
 
     def sizes(self, count: int) -> list[int]:
         """See :class:`Loader`."""

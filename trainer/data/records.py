@@ -22,7 +22,7 @@ class RecordLoader(PositionedLoader):
         self.dataset, self.device = dataset, device
 
     def _produce(self, epoch: int, samples: int) -> Generator[tuple[Slot, Batch], None, None]:
-        for slot in self.schedule.slots(epoch, samples):
+        for slot in self._announced(self.schedule.slots(epoch, samples)):
             records = slot.samples.records
             images = torch.empty((len(records), 3, 0, 0), device=self.device)
             yield slot, Batch(images, labels_of(self.dataset, records, self.device), torch.from_numpy(records))

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from trainer.data import recordio
 from trainer.data.pixels import image_suffixes
 from trainer.errors import DataError
-from trainer.files import cache_folder, checksum, is_own, write_array, write_text
+from trainer.files import advise, cache_folder, checksum, is_own, write_array, write_text
 from trainer.reading import open_regular, read_array, read_bytes, read_json
 from trainer.seals import sealed, unsealed, warn_once
 
@@ -152,13 +152,13 @@ class Part:
         apart = np.flatnonzero(starts[1:] > stops[:-1] + _GAP_BYTES)
         firsts, lasts = starts[np.append(0, apart + 1)], stops[np.append(apart, len(rows) - 1)]
         for start, stop in zip(firsts.tolist(), lasts.tolist(), strict=True):
-            os.posix_fadvise(self._open(), start, stop - start, os.POSIX_FADV_WILLNEED)
+            advise(self._open(), start, stop - start, "WILLNEED")
         return len(firsts)
 
     def forget(self) -> None:
         """See :class:`Store`."""
         os.fsync(self._open())
-        os.posix_fadvise(self._open(), 0, 0, os.POSIX_FADV_DONTNEED)
+        advise(self._open(), 0, 0, "DONTNEED")
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -276,19 +276,19 @@ class FileStore:
         """See :class:`Store`."""
         ordered = np.unique(records).tolist()
         for record in ordered:
-            self._advise(record, os.POSIX_FADV_WILLNEED)
+            self._advise(record, "WILLNEED")
         return len(ordered)
 
     def forget(self) -> None:
         """See :class:`Store`."""
         for record in range(len(self)):
-            self._advise(record, os.POSIX_FADV_DONTNEED)
+            self._advise(record, "DONTNEED")
 
-    def _advise(self, record: int, advice: int) -> None:
+    def _advise(self, record: int, advice: Literal["WILLNEED", "DONTNEED"]) -> None:
         with contextlib.suppress(OSError, DataError), open_regular(self.paths[record], DataError) as file:
-            if advice == os.POSIX_FADV_DONTNEED:
+            if advice == "DONTNEED":
                 os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, advice)
+            advise(file.fileno(), 0, 0, advice)
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -37,7 +37,7 @@ class SyntheticLoader(PositionedLoader):
         self._noise = ring.as_strided((len(ring) - 3 * size * size, 3, size, size), (1, size * size, size, 1))
 
     def _produce(self, epoch: int, samples: int) -> Generator[tuple[Slot, Batch], None, None]:
-        for slot in self.schedule.slots(epoch, samples):
+        for slot in self._announced(self.schedule.slots(epoch, samples)):
             records = torch.from_numpy(slot.samples.records)
             labels = send(records % self.classes, self.device)
             yield slot, Batch(self._images(slot, labels), labels, records)

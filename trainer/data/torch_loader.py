@@ -99,8 +99,8 @@ def _shared_memory_problem(images: Tensor, error: RuntimeError) -> str:
 class _Slots(Sampler[Slot]):
     """Hands the schedule's slots to the workers."""
 
-    def __init__(self, dataset: index.Dataset, schedule: Schedule, epoch: int, samples: int) -> None:
-        self._slots = slots_ahead(dataset, schedule, epoch, samples)
+    def __init__(self, slots: Iterator[Slot]) -> None:
+        self._slots = slots
 
     def __iter__(self) -> Iterator[Slot]:
         return self._slots
@@ -133,7 +133,7 @@ class TorchLoader(PositionedLoader):
         loader = DataLoader(
             self._maker,
             batch_size=None,
-            sampler=_Slots(self.dataset, self.schedule, epoch, samples),
+            sampler=_Slots(self._announced(slots_ahead(self.dataset, self.schedule, epoch, samples))),
             num_workers=self.workers,
             multiprocessing_context=worker_context() if self.workers else None,
             pin_memory=self.device.type == "cuda",

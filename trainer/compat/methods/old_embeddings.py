@@ -20,6 +20,7 @@ from trainer.data.index import rows_info
 from trainer.data.store import load_array
 from trainer.distributed import send
 from trainer.errors import ConfigError, DataError
+from trainer.files import advise
 from trainer.models.model import EmbeddingModel, TorchModel
 from trainer.models.open import load_model
 from trainer.reading import open_regular
@@ -83,7 +84,7 @@ class StoredEmbeddings:
             self._file = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._file)
         # Rows are read here and there: what lies around them would be read in vain.
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+        advise(self._file, 0, 0, "RANDOM")
         numbers = np.unique(np.linspace(0, records - 1, min(records, SAMPLED_ROWS)).astype(np.int64))
         sample = self.read(numbers)
         wrong = ~np.isfinite(sample).all(1)
@@ -97,7 +98,7 @@ class StoredEmbeddings:
         """Ask the system to read the rows of some records into its cache; nothing waits for it."""
         for record in records.tolist():
             start = self._offset + record * self._row_bytes
-            os.posix_fadvise(self._file, start, self._row_bytes, os.POSIX_FADV_WILLNEED)
+            advise(self._file, start, self._row_bytes, "WILLNEED")
 
     def read(self, records: NDArray[np.int64]) -> NDArray[np.float32]:
         """The rows of some records, (n, D1). Raises :class:`DataError`: the file has become shorter."""
