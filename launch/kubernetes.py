@@ -70,14 +70,14 @@ def train_job(job: Job, pods: Pods) -> dict[str, Any]:
         if not _OBJECT.fullmatch(value):
             raise ConfigError(f"{option} {value}: Kubernetes takes small letters, digits, hyphens and dots")
     files = [str(job.config), *(word for word in job.overrides if is_layer(word))]
-    outside = [file for file in files if file.startswith("/") and not file.startswith(f"{pods.mount.rstrip('/')}/")]
+    outside = [file for file in files if _is_outside(file, pods)]
     if outside or any(".." in file.split("/") for file in files):
         raise ConfigError(
             f"{', '.join(outside or files)}: the pods see {pods.mount} alone, where the claim {pods.claim} lies; name "
             "configurations relative to it"
         )
     folder = next((w.partition("=")[2] for w in reversed(job.overrides) if w.startswith("run.dir=")), "")
-    if folder.startswith("/") and not folder.startswith(f"{pods.mount.rstrip('/')}/"):
+    if _is_outside(folder, pods):
         raise ConfigError(
             f"run.dir={folder}: is not in the claim, which is at {pods.mount}; the run would be lost with its pods"
         )
@@ -115,6 +115,11 @@ def train_job(job: Job, pods: Pods) -> dict[str, Any]:
             "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": spec}],
         },
     }
+
+
+def _is_outside(path: str, pods: Pods) -> bool:
+    """Whether an absolute path leads out of the claim."""
+    return path.startswith("/") and not path.startswith(f"{pods.mount.rstrip('/')}/")
 
 
 def text(job: Job, pods: Pods) -> str:

@@ -50,12 +50,13 @@ class MixBct(WithOld):
 
     def _choose(self, old: Tensor, labels: MarkedLabels, labelled: NDArray[np.int64], draws: Tensor) -> Tensor:
         """Which samples of the global batch are replaced, (B,) bool, equal on all ranks."""
-        owned = labels.host[labels.marked]
+        marked = labels.marked
+        owned = labels.host[marked]
         mine = (owned >= self.classes.start) & (owned < self.classes.stop)
         local = send(torch.from_numpy(owned[mine] - self.classes.start), self.bank.centers.device)
         rows = (self.bank.centers[local], self.bank.boundaries[local], self.bank.mask[local])
         centers, boundaries, mask = (send(values, old.device) for values in rows)
-        here, among = upload([labels.marked[mine], labelled], old.device)
+        here, among = upload([marked[mine], labelled], old.device)
         near = torch.linalg.vecdot(normalize(old[here]), centers.to(old)) >= boundaries.to(old)
         credible = torch.zeros(len(old), dtype=torch.float64, device=old.device)
         credible[here] = (near & mask).double()
