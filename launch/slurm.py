@@ -18,6 +18,11 @@ _FIXED = {
     "signal": "SIGTERM to the script is how a run saves before its time ends",
 }
 """What ``--sbatch`` and ``--header`` cannot change, and why."""
+_SWITCHES = (
+    "contiguous exclusive get-user-env hold ignore-pbs nice no-kill no-requeue overcommit oversubscribe parsable propagate quiet "
+    "reboot requeue spread-job stepmgr test-only use-min-nodes verbose wait"
+).split()
+"""The options of sbatch that go without a value."""
 _SHORT = {"-N": "nodes", "-n": "ntasks", "-a": "array"}
 LAST_SECONDS = 60
 """How long the other nodes may go on once the ranks of one have ended."""
@@ -132,6 +137,8 @@ def _header(job: Job, allocation: Allocation) -> tuple[list[str], list[str]]:
             raise ConfigError(f"--sbatch {option!r}: expected KEY=VALUE, or the KEY of a switch, as sbatch has them")
         if key in _FIXED:
             raise ConfigError(f"--sbatch {option}: {_FIXED[key]}")
+        if not value and key not in _SWITCHES:
+            raise ConfigError(f"--sbatch {option}: sbatch takes a value there: --sbatch {key}=VALUE")
         settings.pop(key, None)
         settings[key] = f"--{key}{equals}{shlex.quote(value) if value else ''}"
     own = allocation.header.splitlines()

@@ -11,6 +11,8 @@ The same command continues an interrupted run, on any number of ranks. Exit stat
 """
 
 import argparse
+import os
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +34,14 @@ _OF: dict[tuple[str, ...], str] = {
     ("torchrun", *QUEUES): "max_restarts",
 }
 """Launchers → the options that only they heed."""
+_MEMORY = {
+    "slurm": (r"(?i:\d+[kmgt]?)", "64G, without i or B"),
+    "kubernetes": (r"\d+(\.\d+)?([KMGTP]i|[kMGTP])?", "64Gi"),
+}
+"""What each queue takes as an amount of memory, and an example."""
+_TIME = re.compile(r"(?i:infinite|unlimited)|\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
+_HOSTS = {"SLURM_JOB_ID", "PBS_NODEFILE", "LSB_HOSTS", "LSB_DJOB_HOSTFILE", "PE_HOSTFILE", "OMPI_MCA_orte_default_hostfile"}
+"""By one of these mpirun learns of the machines without a hostfile."""
 HELP = "train as a configuration says, on one or many processes and machines"
 
 
@@ -118,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check_nodes(args)
     _check_idle(args)
+    _check_options(args)
     if (args.config / "config.yaml").is_file():
         raise ConfigError(f"{args.config}: is a run folder; {args.config / 'config.yaml'} continues the run in it")
     config = load_config(args.config, args.overrides)
@@ -144,9 +155,9 @@ def run(args: argparse.Namespace) -> int:
         from trainer.distributed import choose_device
 
         choose_device(config.run.device, job.nproc - 1)  # refuses more ranks than GPUs
-    if job.many_nodes and args.launcher == "torchrun" and ":" not in job.master:
+    if job.many_nodes and args.launcher == "torchrun" and not job.master:
         raise ConfigError(f"--nnodes {job.nnodes}: needs --master HOST:PORT, the first machine as all others reach it")
-    if not args.dry_run:
+    if not args.dry_run or args.check:
         _check_hosts(args, job)
     if args.check:
         _check(config, job, device)
@@ -258,6 +269,11 @@ def _check_hosts(args: argparse.Namespace, job: "Job") -> None:
         _check_master(job.master)
     if job.hostfile is not None and not job.hostfile.is_file():
         raise ConfigError(f"--hostfile {job.hostfile}: no such file; it has a line `host slots=N` for each machine")
+    if job.many_nodes and args.launcher == "mpirun" and job.hostfile is None and not _HOSTS.intersection(os.environ):
+        raise ConfigError(
+            f"--nnodes {job.nnodes}: mpirun needs --hostfile, with a line `host slots=N` for each machine; without it all "
+            "ranks would start on this one"
+        )
 
 
 def _check_master(master: str) -> None:
@@ -267,8 +283,6 @@ def _check_master(master: str) -> None:
     from trainer.errors import ConfigError
 
     host, _, port = master.rpartition(":")
-    if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"--master {master}: expected HOST:PORT with a port from 1 to 65535")
     try:
         socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -305,6 +319,30 @@ def _check_nodes(args: argparse.Namespace) -> None:
         raise ConfigError(f"--nnodes {args.nnodes}: a number of machines, or MIN:MAX with --rendezvous c10d")
     if len(numbers) == 2 and (args.launcher != "torchrun" or args.rendezvous != "c10d"):
         raise ConfigError(f"--nnodes {args.nnodes}: machines come and go with torchrun and --rendezvous c10d alone")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, and values that only the queue or torchrun would refuse, later."""
+    from trainer.errors import ConfigError
+
+    if args.check and args.no_check:
+        raise ConfigError("--check --no-check: one of them")
+    port = args.master.rpartition(":")[2]
+    if args.master and (":" not in args.master or not port.isdecimal() or not 0 < int(port) < 65536):
+        raise ConfigError(f"--master {args.master}: expected HOST:PORT with a port from 1 to 65535")
+    if args.launcher in QUEUES and args.mem:
+        amount, example = _MEMORY[args.launcher]
+        if not re.fullmatch(amount, args.mem):
+            raise ConfigError(f"--mem {args.mem}: {args.launcher} takes an amount such as {example}")
+    if args.time and not _TIME.fullmatch(args.time):
+        raise ConfigError(
+            f"--time {args.time}: sbatch takes minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
+        )
+    for bind in args.bind:
+        if not re.fullmatch(r"[^:]+:/[^:]*(:[^:]+)?", bind):
+            raise ConfigError(f"--bind {bind}: expected HOST:FOLDER, a folder here and its place in the container")
+    if args.script is not None and not args.script.absolute().parent.is_dir():
+        raise ConfigError(f"--script {args.script}: the folder {args.script.absolute().parent} does not exist")
 
 
 def _check_idle(args: argparse.Namespace) -> None:

@@ -73,6 +73,7 @@ def test_dry_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--nnodes", "2"], "--master HOST:PORT"),
         (["--nnodes", "two", "--master", "h:1"], "--nnodes two: a number of machines"),
         (["--nnodes", "0"], "--nnodes 0: a number of machines"),
+        (["--nnodes", "2", "--with", "mpirun"], "--nnodes 2: mpirun needs --hostfile"),
         (["--nnodes", "2:4", "--with", "mpirun"], "with torchrun and --rendezvous c10d alone"),
         (["--nnodes", "2:4", "--with", "slurm"], "with torchrun and --rendezvous c10d alone"),
         (["trian.steps=3"], "did you mean train"),
@@ -120,9 +121,18 @@ def test_a_header_cannot_change_what_the_script_depends_on(line: str) -> None:
         (["--with", "slurm", "--node-rank", "1"], "--node-rank: has no effect with slurm"),
         (["--with", "mpirun", "--max-restarts", "1"], "--max-restarts: has no effect with mpirun"),
         (["--hostfile", "hosts"], "--hostfile: has no effect with torchrun"),
+        (["--check", "--no-check"], "--check --no-check: one of them"),
+        (["--nnodes", "2", "--master", "node0:99999"], "--master node0:99999: expected HOST:PORT with a port"),
+        (["--nnodes", "2", "--master", "node0"], "--master node0: expected HOST:PORT"),
+        (["--with", "slurm", "--mem", "400Gi"], "--mem 400Gi: slurm takes an amount such as 64G"),
+        (["--with", "kubernetes", "--mem", "64GB"], "--mem 64GB: kubernetes takes an amount such as 64Gi"),
+        (["--with", "slurm", "--time", "tomorrow"], "--time tomorrow: sbatch takes minutes"),
+        (["--with", "slurm", "--sbatch", "reservation"], "--sbatch reservation: sbatch takes a value there"),
+        (["--with", "slurm", "--container", "i", "--bind", "/data"], "--bind /data: expected HOST:FOLDER"),
+        (["--with", "slurm", "--script", "/no/such/job"], "--script /no/such/job: the folder /no/such does not exist"),
     ],
 )
-def test_options_of_another_launcher_are_refused(
+def test_options_that_would_fail_later_or_do_nothing_are_refused(
     path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["launch", str(path), *words, "--dry-run"]) == 2
