@@ -18,10 +18,11 @@ _FIXED = {
     "signal": "SIGTERM to the script is how a run saves before its time ends",
 }
 """What ``--sbatch`` and ``--header`` cannot change, and why."""
-_SWITCHES = (
-    "contiguous exclusive get-user-env hold ignore-pbs nice no-kill no-requeue overcommit oversubscribe parsable propagate quiet "
-    "reboot requeue spread-job stepmgr test-only use-min-nodes verbose wait"
-).split()
+_SWITCHES = {
+    *("contiguous", "exclusive", "get-user-env", "hold", "ignore-pbs", "nice", "no-kill", "no-requeue", "overcommit"),
+    *("oversubscribe", "parsable", "propagate", "quiet", "reboot", "requeue", "spread-job", "stepmgr", "test-only"),
+    *("use-min-nodes", "verbose", "wait"),
+}
 """The options of sbatch that go without a value."""
 _SHORT = {"-N": "nodes", "-n": "ntasks", "-a": "array"}
 LAST_SECONDS = 60

@@ -21,6 +21,7 @@ from tools.arguments import whole_number
 
 if TYPE_CHECKING:
     from launch.job import Job
+    from trainer.compat.methods.inputs import Inputs
     from trainer.run.config import Config
 
 QUEUES = ("slurm", "kubernetes")
@@ -40,7 +41,14 @@ _MEMORY = {
 }
 """What each queue takes as an amount of memory, and an example."""
 _TIME = re.compile(r"(?i:infinite|unlimited)|\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
-_HOSTS = {"SLURM_JOB_ID", "PBS_NODEFILE", "LSB_HOSTS", "LSB_DJOB_HOSTFILE", "PE_HOSTFILE", "OMPI_MCA_orte_default_hostfile"}
+_HOSTS = {
+    "SLURM_JOB_ID",
+    "PBS_NODEFILE",
+    "LSB_HOSTS",
+    "LSB_DJOB_HOSTFILE",
+    "PE_HOSTFILE",
+    "OMPI_MCA_orte_default_hostfile",
+}
 """By one of these mpirun learns of the machines without a hostfile."""
 HELP = "train as a configuration says, on one or many processes and machines"
 
@@ -229,7 +237,7 @@ def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> None
     if beyond := "" if plan.updates is None else config.beyond_end(plan.updates):
         raise ConfigError(beyond)
     print(f"ranks: {world}" + ("" if plan.updates is None else f", updates: {plan.updates:,}"))
-    _show_state(config, plan.updates)
+    _show_state(config, inputs, plan.updates)
     if inputs.cross is not None:
         print("memory and disk: not planned, as maps alone are trained; they are small")
         return
@@ -242,18 +250,38 @@ def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> None
         raise ConfigError(f"run.dir = {config.run.dir}: {size_text(needed)} of checkpoints, {size_text(free)} free")
 
 
-def _show_state(config: "Config", updates: int | None) -> None:
-    """Say what the run folder holds. Raises :class:`ConfigError`: a run that was finished with other settings."""
-    from trainer.checkpoint_folder import list_checkpoints
-    from trainer.run.engine import refuse_other_settings
+def _show_state(config: "Config", inputs: "Inputs", updates: int | None) -> None:
+    """Say what the run folder holds.
+
+    Raises:
+        ConfigError: a run that was finished with other settings, or checkpoints that ``checkpoint.resume`` refuses.
+        CheckpointError: checkpoints of other data.
+    """
+    from trainer.checkpoint_folder import Checkpoint, list_checkpoints, read_seal
+    from trainer.errors import CheckpointError
+    from trainer.run.engine import refuse_other_settings, refuse_used
     from trainer.run.folder import read_summary
+    from trainer.run.startup import check_origin
 
     folder = config.run.dir
-    if updates is not None and read_summary(folder, updates) is not None:
+    finished = updates is not None and read_summary(folder, updates) is not None
+    saved = list_checkpoints(folder / "checkpoints")
+    if not finished:
+        refuse_used(config, bool(saved))
+    newest: Checkpoint | None = None
+    for path in reversed(saved):
+        try:
+            newest = Checkpoint(path, read_seal(path))
+            break
+        except CheckpointError as error:
+            print(f"run folder: {error}")
+    if newest is not None:
+        check_origin(newest, config, inputs)
+    if finished:
         refuse_other_settings(config)
         print("run folder: finished already; there is nothing to do")
-    elif saved := list_checkpoints(folder / "checkpoints"):
-        print(f"run folder: continues from {saved[-1].name}, where that is a checkpoint of the same run")
+    elif newest is not None:
+        print(f"run folder: continues from {newest.folder.name}, if its files are whole")
 
 
 def _check_hosts(args: argparse.Namespace, job: "Job") -> None:
@@ -271,8 +299,8 @@ def _check_hosts(args: argparse.Namespace, job: "Job") -> None:
         raise ConfigError(f"--hostfile {job.hostfile}: no such file; it has a line `host slots=N` for each machine")
     if job.many_nodes and args.launcher == "mpirun" and job.hostfile is None and not _HOSTS.intersection(os.environ):
         raise ConfigError(
-            f"--nnodes {job.nnodes}: mpirun needs --hostfile, with a line `host slots=N` for each machine; without it all "
-            "ranks would start on this one"
+            f"--nnodes {job.nnodes}: mpirun needs --hostfile, with a line `host slots=N` for each machine; without it "
+            "all ranks would start on this one"
         )
 
 

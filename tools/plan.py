@@ -316,14 +316,15 @@ def _holds(plan: "Plan", args: argparse.Namespace, one: "Holds | None") -> list[
     """How many classes a rank's memory holds: the one that is given, on a GPU else an H200's."""
     if one is None:
         return []
+    from trainer.compat.methods.config import LceConfig
+
     on_host = "" if one.lce_on_host is None else f", {one.lce_on_host:,} with them in host memory"
     what = f"{size_text(one.memory_bytes)}" + ("" if args.memory else ", an H200's,")
     ranks = "" if plan.setting.world_size == 1 else f" on each of {plan.setting.world_size} ranks"
-    return [
-        "",
-        f"{what}{ranks} would hold {one.classes:,} classes",
-        f"  with LCE's centres: {one.lce:,} with them next to the rows{on_host}",
-    ]
+    methods = plan.setting.config.methods
+    centres = f"  with LCE's centres: {one.lce:,} with them next to the rows{on_host}"
+    shown = not methods or any(isinstance(method, LceConfig) for method in methods)
+    return ["", f"{what}{ranks} would hold {one.classes:,} classes", *([centres] if shown else [])]
 
 
 def _held(plan: "Plan", args: argparse.Namespace) -> "Holds | None":

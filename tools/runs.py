@@ -62,14 +62,14 @@ def run(args: argparse.Namespace) -> int:
     action, folders = (args.runs[0], args.runs[1:]) if args.runs[0] in ACTIONS else ("list", args.runs)
     if action == "plot":
         if len(folders) < 2 or not folders[-1].endswith(".html"):
-            raise DataError("lce runs plot: needs runs and then the page to write, such as curves.html")
+            raise DataError("plot: needs runs and then the page to write, such as curves.html")
         folders, page = folders[:-1], Path(folders[-1])
     if not folders:
-        raise DataError(f"lce runs {action}: name at least one run folder")
+        raise DataError(f"{action}: name at least one run folder")
     runs = [read_run(folder) for name in folders for folder in find_runs(Path(name))]
     if action == "diff":
         if len(runs) != 2:
-            raise DataError(f"lce runs diff: compares two runs, given are {len(runs)}")
+            raise DataError(f"diff: compares two runs, {len(runs)} given")
         _print_difference(runs, args.json)
     elif action == "plot":
         write_page(runs, page)

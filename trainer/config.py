@@ -362,10 +362,12 @@ def refuse_idle(section: Section, name: str, keys: Sequence[str], reason: str) -
         name: of the section. reason: why none of the ``keys`` has one, such as ``without evaluate.sets``.
     """
     for key in keys:
-        value = getattr(section, key)
-        if value != type(section).model_fields[key].get_default(call_default_factory=True):
-            shown = str(value).lower() if isinstance(value, bool) else value
-            raise ValueError(f"{name}.{key} = {shown}: has no effect {reason}; remove it")
+        value, default = getattr(section, key), type(section).model_fields[key].get_default(call_default_factory=True)
+        if value != default:
+            shown, usual = (str(one).lower() if isinstance(one, bool) else one for one in (value, default))
+            plain = isinstance(default, bool | int | float | str)
+            over = f", or put {name}.{key}={usual} over a file that sets it" if plain else ""
+            raise ValueError(f"{name}.{key} = {shown}: has no effect {reason}; remove it{over}")
 
 
 def unit(name: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ MOST_LEVELS = 100
 MOST_VALUES = 10_000_000
 """With what YAML repeats by reference counted each time."""
 _LARGEST_FILE = 1 << 50  # what announces more was not cut but made so
+_MAGIC = {".npy": (b"\x93NUMPY", "array of numpy"), ".npz": (b"PK", "archive of numpy arrays")}
+"""How files of some suffixes begin, and what they are."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -179,6 +181,11 @@ def why_unreadable(path: str | Path) -> str | None:
         return "is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned"
     if _WEB_PAGE.match(begin):
         return "is a web page: a download gave that and not the file"
+    magic, kind = _MAGIC.get(Path(path).suffix, (b"", ""))
+    if not begin.startswith(magic[: len(begin)]):
+        return f"is no {kind}: it does not begin as one"
+    if Path(path).suffix == ".safetensors" and len(begin) > 8 and begin[8:9] != b"{":
+        return "is no safetensors file: it does not begin as one"
     cut = f"is cut short or damaged ({size:,} bytes, without the end that such a file has); copy it again"
     if begin.startswith(b"PK\x03\x04"):
         return None if zipfile.is_zipfile(path) else cut

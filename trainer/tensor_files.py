@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -99,6 +100,8 @@ def load_torch(path: Path, error_type: type[LceError]) -> Any:
     except Exception as error:
         if shown := why_unreadable(path):
             raise error_type(f"{path}: {shown}") from None
+        if _is_foreign(path):
+            raise error_type(f"{path}: is no file of PyTorch: it does not begin as one") from None
         if "TorchScript archive" in str(error):
             raise error_type(
                 f"{path}: a TorchScript archive, which is a program and is not run; export the network to ONNX, or "
@@ -109,6 +112,16 @@ def load_torch(path: Path, error_type: type[LceError]) -> Any:
             f"{path}: refused: it is no file of plain tensors ({reason}); nothing of it was executed. "
             "Save the weights alone (a state dict, or .safetensors) and try again"
         ) from None
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file begins as none of torch's do: zip archives, pickles, and (before 0.1.10) tar archives."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(2)
+        return not begin.startswith((b"PK", b"\x80")) and not tarfile.is_tarfile(path)
+    except OSError:
+        return False
 
 
 def _reason(error: Exception) -> str:

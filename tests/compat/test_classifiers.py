@@ -199,10 +199,14 @@ def test_single_files_in_both_layouts(tmp_path: Path, kind: str, transposed: boo
 def test_unclear_files_are_not_guessed(tmp_path: Path) -> None:
     path = tmp_path / "two.safetensors"
     save_file({"head.weight": weight(30, 64), "fc.weight": weight(40, 64)}, path)
-    with pytest.raises(CenterBankError, match=r"give `key`; it has .*head.weight \(30, 64\)"):
+    with pytest.raises(
+        CenterBankError, match=r"its `key`, or a file that holds it alone; it has .*head.weight \(30, 64\)"
+    ):
         open_classifier([path])
     assert len(open_classifier([path], num_classes=30).rows) == 30
     assert len(open_classifier([path], key="fc.weight").rows) == 40
+    with pytest.raises(CenterBankError, match=r"has no matrix with 50 classes; it has .*head.weight \(30, 64\)"):
+        open_classifier([path], num_classes=50)
     with pytest.raises(CenterBankError, match="no matrix 'nothing'"):
         open_classifier([path], key="nothing")
     save_file({"weight": weight(60, 70)}, path)
@@ -265,9 +269,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"x" * 40)
     (tmp_path / "a.npz").write_bytes(b"x" * 40)
     for name, reason in (
-        ("a.npy", "cannot be read"),
-        ("a.npz", "cannot be read"),
-        ("a.safetensors", "cannot be read"),
+        ("a.npy", "is no array of numpy"),
+        ("a.npz", "is no archive of numpy arrays"),
+        ("a.safetensors", "is no safetensors file"),
         ("a.txt", "unknown kind"),
         ("absent.npy", "no such file"),
     ):

@@ -384,7 +384,7 @@ def test_the_old_model_run_along(tmp_path: Path) -> None:
         ({"compat__method": "l2", "old": "zeros.npy"}, ConfigError, "is zero"),
         ({"compat__method": "l2", "old": "nan.npy"}, ConfigError, "row 3 is not finite"),
         ({"compat__method": "advbct", "bank": True, "old": "wide.npy"}, ConfigError, "dimension 6.*have 9"),
-        ({"compat__method": "l2", "compat__old_model": "absent"}, ModelError, "no model"),
+        ({"compat__method": "l2", "compat__old_model": "absent"}, ModelError, "no such file or folder"),
         (
             {"compat__method": "mixbct", "bank": True, "old": "old.npy", "head__margin": {"name": "magface"}},
             ConfigError,

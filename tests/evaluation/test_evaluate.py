@@ -344,7 +344,7 @@ def test_wrong_use_is_one_line_and_status_2(place, capsys):
         return text
 
     assert "dimension 24 against 16" in refused(new="wide")
-    assert "no model" in refused(new="nothing")
+    assert "no such file or folder" in refused(new="nothing")
     assert "nothing" in refused(data=("nothing",))
     assert "nothing to measure on" in refused(data=())
     assert "expected numbers" in refused("--fars", "a,b")

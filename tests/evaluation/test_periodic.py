@@ -1,6 +1,7 @@
 """Evaluation while training: its figures are those of the finished model, at any world size; the best is kept."""
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,27 @@ def test_a_set_may_have_a_label_table(sets: dict[str, str], tmp_path: Path) -> N
     config = EvaluateConfig(every_steps=1, sets={"few": Path(f"{sets['unseen']}@{tmp_path / 'few.npy'}")})
     evaluation = PeriodicEvaluation(config, (32, 32), Ranks())
     assert len(evaluation.records["few"]) == (labels >= 0).sum()
+
+
+def test_images_that_are_trained_on_are_told(sets: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    """By the images, not the folder's name; images that the training's label table leaves out are not trained on."""
+    folder = Path(sets["unseen"])
+    labels = np.load(folder / "labels.npy")
+    copied, first, rest = (folder.parent / name for name in ("copied", "first.npy", "rest.npy"))
+    shutil.copytree(folder, copied)
+    np.save(first, np.where(labels < 3, labels, -1))
+    np.save(rest, np.where(labels < 3, -1, labels - 3))
+    for trained, path, said in (
+        (open_dataset(folder), copied, f"{len(labels)} of its {len(labels)} images are trained on"),
+        (open_dataset(folder, first), Path(f"{copied}@{first}"), f"{(labels < 3).sum()} of its"),
+        (open_dataset(folder, first), Path(f"{copied}@{rest}"), ""),
+        (open_dataset(packed(folder.parent / "others", size=(16, 16))), copied, ""),
+    ):
+        caplog.clear()
+        config = EvaluateConfig(every_steps=1, sets={"x": path})
+        PeriodicEvaluation(config, (32, 32), Ranks(), trained)
+        assert said in caplog.text
+        assert ("trained on" in caplog.text) == bool(said)
 
 
 def test_figures_are_those_of_the_model(sets: dict[str, str], tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ def test_a_run_that_can_start_is_described(configured: Path, capsys: pytest.Capt
             "compat.bank is missing and has no default: centre bank of the old model (`lce centers …`)",
         ),
         ("data.labels=nowhere.npy", "data.labels = nowhere.npy: no such file"),
-        ("compat.method=lce compat.bank=nowhere", "compat.bank = nowhere: no centre bank"),
+        ("compat.method=lce compat.bank=nowhere", "compat.bank = nowhere: no such folder"),
         ("compat.method=l2 compat.old_embeddings=nowhere", "compat.old_embeddings = nowhere: no such file"),
-        ("compat.method=l2 compat.old_model=nowhere", "compat.old_model = nowhere: no model"),
+        ("compat.method=l2 compat.old_model=nowhere", "compat.old_model = nowhere: no such file or folder"),
         ("head.weights=nowhere", "launch: head.weights = nowhere: no such file"),
         ("evaluate.every_steps=1 evaluate.sets.unseen=nowhere", "evaluate.sets.unseen = nowhere: no such data set"),
         ("evaluate.every_steps=1 evaluate.sets.unseen=here@nowhere.npy", "launch: evaluate.sets.unseen: "),
@@ -165,6 +165,11 @@ def test_the_state_of_the_run_folder_is_told(configured: Path, capsys: pytest.Ca
     assert "finished already, with other settings (optimizer.lr" in capsys.readouterr().err
     assert main(["launch", str(configured), *words, "--check", "train.epochs=3"]) == 0
     assert "run folder: continues from step-00000010" in capsys.readouterr().out
+    assert main(["launch", str(configured), *words, "--check", "train.epochs=3", "checkpoint.resume=never"]) == 2
+    assert "has checkpoints and checkpoint.resume=never" in capsys.readouterr().err
+    other = f"data.path={packed(configured.parent / 'other', classes=4, images=6, size=(16, 16))}"
+    assert main(["launch", str(configured), *words, "--check", "train.epochs=3", other]) == 2
+    assert "was taken with another data set" in capsys.readouterr().err
 
 
 def test_cross_model_training_gets_no_figures_of_a_network(

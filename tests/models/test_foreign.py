@@ -731,17 +731,41 @@ def test_resized_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
-@pytest.mark.parametrize("name", ["m.onnx", "m.pt", "m.ckpt", "m.safetensors"])
+NO_TENSORS = {
+    "m.onnx": "or no ONNX file: no whole graph is in it",
+    "m.safetensors": "is no safetensors file: it does not begin as one",
+    **dict.fromkeys(("m.pt", "m.ckpt", "m.bin"), "is no file of PyTorch: it does not begin as one"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TENSORS)
 def test_files_that_are_no_models_are_named_for_what_they_are(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     for content, words in (
         (POINTER, "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page: a download gave that"),
         (b"", "is empty"),
+        (b"a note on where the model is kept", NO_TENSORS[name]),
     ):
         path.write_bytes(content)
-        with pytest.raises(ModelError, match=f"{name}: {re.escape(words)}"):
+        with pytest.raises(ModelError, match=f"{name}: .*{re.escape(words)}"):
             load_model(path)
+
+
+def test_what_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    for name in ("old", "old.onnx", "old.pt"):
+        with pytest.raises(ModelError, match=f"{name}: no such file"):
+            load_model(tmp_path / name)
+    (tmp_path / "old").write_text("none")
+    with pytest.raises(ModelError, match=r"no model \(a file of no kind that is known\); give"):
+        load_model(tmp_path / "old")
+    for path, words in ((tmp_path / "old", "a file; a bank is a folder"), (tmp_path / "bank", "no such folder")):
+        with pytest.raises(CenterBankError, match=words):
+            CenterBank.open(path)
+    for name, words in (("a.npy", "is no array of numpy"), ("a.npz", "is no archive of numpy arrays")):
+        (tmp_path / name).write_text("none")
+        with pytest.raises(CenterBankError, match=words):
+            open_arrays(tmp_path / name)
 
 
 def test_files_of_other_frameworks_say_how_they_are_converted(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_classifiers_maps_and_info_on_the_command_line(
     ("words", "reason"),
     [
         (["from-model", "MODEL", "DATA", "OUT", "--quantile", "2"], "quantile is in"),
-        (["from-model", "absent", "DATA", "OUT"], "no model"),
+        (["from-model", "absent", "DATA", "OUT"], "no such file or folder"),
         (["from-model", "MODEL", "absent", "OUT"], "absent"),
         (["from-embeddings", "E", "OUT"], "--labels FILE or --dataset FOLDER"),
         (["from-embeddings", "E", "OUT", "--dataset", "DATA"], "3 embeddings but 60 labels"),

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and report."""
+    """Measure and report. Raises :class:`ConfigError`: too few records for files that nobody has read yet."""
+    _check(args)
     with tempfile.TemporaryDirectory(prefix="lce-bench-", dir=args.out) as folder:
         path = Path(folder) / "old.npy"
         _write(path, args.records, args.dim)
@@ -61,6 +62,18 @@ def run(args: argparse.Namespace) -> int:
                 f"{one['share']:.1%}"
             )
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from trainer.data.loader import READ_AHEAD
+    from trainer.errors import ConfigError
+
+    read = args.turns * len(MODES) * (READ_AHEAD + 1 + args.steps) * args.batch
+    if args.records < read:
+        raise ConfigError(
+            f"--records {args.records}: the turns read {read:,} vectors, some of them twice then, from memory; give "
+            f"--records {read} or more, or fewer --steps, --turns or a smaller --batch"
+        )
 
 
 def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:

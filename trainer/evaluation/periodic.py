@@ -6,12 +6,14 @@ images, and each set is scored on one rank. Figures are named ``SET.metric``: ``
 ``tar_to_old``, the new model's queries against the old model's gallery.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from trainer.data import Dataset, open_named
+from trainer.data.index import same_records
 from trainer.distributed import Ranks, gather_objects
 from trainer.errors import ConfigError, DataError, LceError, named
 from trainer.evaluation.arrays import FloatArray, IntArray
@@ -22,6 +24,8 @@ from trainer.evaluation.verification import FOLDS, fold_accuracy, score_pairs
 from trainer.models.model import EmbeddingModel, embed_dataset, introduce
 from trainer.models.open import load_model
 
+log = logging.getLogger(__name__)
+
 
 class PeriodicEvaluation:
     """The sets of a run's ``evaluate`` section, opened and checked.
@@ -30,12 +34,21 @@ class PeriodicEvaluation:
         config: the section.
         image_size: (H, W) that the network takes.
         ranks: who we are.
+        trained: the training set; a set that shows its images is said to.
+        shown: log that, and how a foreign old model is read.
 
     Raises:
         LceError: a set or the old model is missing, damaged, or of another image size.
     """
 
-    def __init__(self, config: EvaluateConfig, image_size: tuple[int, int], ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        image_size: tuple[int, int],
+        ranks: Ranks,
+        trained: Dataset | None = None,
+        shown: bool = True,
+    ) -> None:
         self.config, self.ranks = config, ranks
         with named(evaluate__old=config.old):
             self.old = None if config.old is None else load_model(config.old, ranks.device)
@@ -46,7 +59,13 @@ class PeriodicEvaluation:
             with named(**{f"evaluate.sets.{name}": path}):
                 self._open(name, path, image_size)
             if self.old is not None:
-                introduce(self.old, self.datasets[name], ranks.is_main)
+                introduce(self.old, self.datasets[name], shown)
+            known = trained_images(self.datasets[name], self.records[name], trained) if trained and shown else 0
+            if known:
+                log.warning(
+                    "evaluate.sets.%s = %s: %s of its %s images are trained on; it says little about other people",
+                    *(name, path, f"{known:,}", f"{len(self.records[name]):,}"),
+                )
         self._old: dict[str, FloatArray] = {}
 
     def _open(self, name: str, path: Path, image_size: tuple[int, int]) -> None:
@@ -138,6 +157,24 @@ def some_identities(dataset: Dataset, limit: int) -> IntArray:
     return records[np.isin(labels, identities[taken])]
 
 
-def open_periodic(config: EvaluateConfig, image_size: tuple[int, int], ranks: Ranks) -> PeriodicEvaluation | None:
-    """The evaluation that a run asks for, if any."""
-    return PeriodicEvaluation(config, image_size, ranks) if config.every_steps and config.sets else None
+def trained_images(dataset: Dataset, records: IntArray, trained: Dataset) -> int:
+    """How many of a set's ``records`` are records of the training set that have a class there."""
+    if len(dataset.store) != len(trained.store):
+        return 0
+    if dataset.path.resolve() != trained.path.resolve() and not same_records(
+        dataset.records_fingerprint, trained.records_fingerprint
+    ):
+        return 0
+    return int((np.asarray(trained.labels[records]) >= 0).sum())
+
+
+def open_periodic(
+    config: EvaluateConfig,
+    image_size: tuple[int, int],
+    ranks: Ranks,
+    trained: Dataset | None = None,
+    shown: bool = True,
+) -> PeriodicEvaluation | None:
+    """The evaluation that a run asks for, if any; arguments and errors are those of :class:`PeriodicEvaluation`."""
+    wanted = config.every_steps and config.sets
+    return PeriodicEvaluation(config, image_size, ranks, trained, shown) if wanted else None

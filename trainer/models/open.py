@@ -53,6 +53,8 @@ def load_model(
         return open_weights(path, device, reading or Reading())
     if path.is_file() and (kind := why_unreadable(path) or other_framework(path)):
         raise ModelError(f"{path}: {kind}")
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder")
     folder = path if (path / CARD_FILE).is_file() else path / "model"
     if not (folder / CARD_FILE).is_file():
         from trainer.models.checkpointed import is_checkpointed, open_checkpoint
@@ -61,7 +63,8 @@ def load_model(
             return open_checkpoint(path, device)
         if (path / "config.json").is_file() or any(path.glob("model.safetensors*")):
             return _open_hub_folder(path, device, reading or Reading())
-        reason = "the run has no checkpoint yet" if (path / "checkpoints").is_dir() else f"no {CARD_FILE} in it"
+        kind = f"no {CARD_FILE} in it" if path.is_dir() else "a file of no kind that is known"
+        reason = "the run has no checkpoint yet" if (path / "checkpoints").is_dir() else kind
         raise ModelError(
             f"{path}: no model ({reason}); give a model folder, a run folder, a checkpoint, "
             "an .onnx file or torch weights"

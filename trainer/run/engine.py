@@ -39,7 +39,7 @@ from trainer.run.cross_model import CrossModelTask
 from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, owned_run, read_summary
 from trainer.run.monitor import Monitor
 from trainer.run.optim import Average, LossScale, Statistics, learning_rate, starts_momentum
-from trainer.run.startup import allowing_outside, identity, prepare, together
+from trainer.run.startup import allowing_outside, check_origin, identity, prepare, together
 from trainer.run.task import Embeds, Task, TrainTask
 from trainer.run.watch import Vote, Watch
 from trainer.run.zero import build_updater
@@ -314,30 +314,17 @@ class Engine:
     def resume(self, checkpoints: Checkpoints) -> str:
         """Continue from the newest whole checkpoint, if there is one; says what was done, for people."""
         if self.config.checkpoint.resume == "never":
-            if broadcast_object(any(self.folder.glob("checkpoints/step-*"))):
-                raise ConfigError(
-                    f"run.dir = {self.folder}: has checkpoints and checkpoint.resume=never; choose another"
-                )
+            refuse_used(self.config, broadcast_object(bool(list_checkpoints(self.folder / "checkpoints"))))
             return "starting"
         checkpoint = checkpoints.newest()
         if checkpoint is None:
             return "starting"
-        self.check_origin(checkpoint)
+        check_origin(checkpoint, self.config, self.inputs)
         self._check_updates(checkpoint)
         self.state.load(checkpoint)
         self._saved_step = self.state.step
         self.continued = checkpoint.seal.get("config")
         return f"continuing from {checkpoint.folder} (written by {ranks_text(checkpoint.seal['world_size'])})"
-
-    def check_origin(self, checkpoint: Checkpoint) -> None:
-        """Raise :class:`trainer.errors.CheckpointError` when a checkpoint was taken with other data."""
-        before, now = checkpoint.seal["identity"], identity(self.config, self.inputs)
-        for name in ("data set", "normalisation", "centre bank", "old embeddings", "models", "set of start weights"):
-            if name in before and before[name] != now[name]:
-                raise CheckpointError(
-                    f"{checkpoint.folder}: was taken with another {name} ({before[name]}, now {now[name]}); choose "
-                    "another run.dir"
-                )
 
     def _check_updates(self, checkpoint: Checkpoint) -> None:
         """Raise :class:`CheckpointError` when the updates made do not count as those to come, in a run by epochs."""
@@ -379,7 +366,8 @@ def train(config: Config, ranks: Ranks) -> RunSummary:
 
 
 def _start(config: Config, ranks: Ranks, inputs: Inputs, began: float) -> RunSummary:
-    evaluation = together(lambda: open_periodic(config.evaluate, inputs.image_size, ranks))
+    size, trained = inputs.image_size, inputs.dataset
+    evaluation = together(lambda: open_periodic(config.evaluate, size, ranks, trained, ranks.is_main))
     images = inputs.cross is None or inputs.cross.images
     loader = together(lambda: build_loader(config.data, config.seed, inputs.dataset, ranks, images))
     for source in inputs.stored:
@@ -456,6 +444,12 @@ def _train(engine: Engine, began: float) -> RunSummary:
     return summary
 
 
+def refuse_used(config: Config, used: bool) -> None:
+    """Raise :class:`ConfigError` where a run is to start from nothing and its folder has checkpoints (is ``used``)."""
+    if used and config.checkpoint.resume == "never":
+        raise ConfigError(f"run.dir = {config.run.dir}: has checkpoints and checkpoint.resume=never; choose another")
+
+
 def refuse_other_settings(config: Config) -> list[str]:
     """What a finished run's settings differ in, as far as nothing of its result depends on it.
 
@@ -489,7 +483,7 @@ def _finished(engine: Engine) -> RunSummary | None:
             found = Checkpoint(checkpoint, read_seal(checkpoint))
         except CheckpointError:
             continue  # nothing is continued from it
-        engine.check_origin(found)
+        check_origin(found, engine.config, engine.inputs)
     changes = refuse_other_settings(engine.config)
     print(f"{folder}: finished already, {summary.step} steps; nothing to do", file=sys.stderr)
     for change in changes:

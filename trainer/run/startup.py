@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer import __version__
+from trainer.checkpoint_folder import Checkpoint
 from trainer.compat.bank.matrices import Rows
 from trainer.compat.methods.config import LceCrossConfig
 from trainer.compat.methods.cross import open_cross
@@ -27,7 +28,7 @@ from trainer.data import Dataset, open_dataset
 from trainer.data.config import ImagesConfig, SyntheticConfig
 from trainer.data.index import outside_allowed
 from trainer.distributed import Ranks, agree, gather_objects, on_main
-from trainer.errors import ConfigError, DataError, LceError, check_ranks, named
+from trainer.errors import CheckpointError, ConfigError, DataError, LceError, check_ranks, named
 from trainer.evaluation.periodic import open_periodic
 from trainer.files import why_unwritable
 from trainer.models.model import introduce
@@ -77,7 +78,7 @@ def check(config: Config, world_size: int, shown: bool = True) -> Inputs:
     """
     with allowing_outside(config):
         inputs = _open(config, Ranks(world_size=world_size), shown)
-        open_periodic(config.evaluate, inputs.image_size, Ranks())
+        open_periodic(config.evaluate, inputs.image_size, Ranks(), inputs.dataset, shown)
         return inputs
 
 
@@ -255,6 +256,17 @@ def identity(config: Config, inputs: Inputs) -> dict[str, str]:
         "torch version": torch.__version__,
         "python version": platform.python_version(),
     }
+
+
+def check_origin(checkpoint: Checkpoint, config: Config, inputs: Inputs) -> None:
+    """Raise :class:`CheckpointError` when a checkpoint was taken with other data."""
+    before, now = checkpoint.seal["identity"], identity(config, inputs)
+    for name in ("data set", "normalisation", "centre bank", "old embeddings", "models", "set of start weights"):
+        if name in before and before[name] != now[name]:
+            raise CheckpointError(
+                f"{checkpoint.folder}: was taken with another {name} ({before[name]}, now {now[name]}); choose another "
+                "run.dir"
+            )
 
 
 def _synthetic(config: Config) -> str:

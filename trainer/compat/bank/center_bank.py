@@ -256,7 +256,9 @@ def _expected_shapes(per_class: bool, storage: Storage, rows: int, dim: int) -> 
 def _read_manifest(folder: Path) -> _Manifest:
     path = folder / "bank.json"
     if not path.is_file():
-        raise CenterBankError(f"{folder}: no centre bank (bank.json is missing); make one with `lce centers`")
+        found = "bank.json is missing" if folder.is_dir() else "a file; a bank is a folder" if folder.exists() else ""
+        reason = f"no centre bank ({found})" if found else "no such folder"
+        raise CenterBankError(f"{folder}: {reason}; make one with `lce centers`")
     try:
         tree = unsealed(read_json(path, CenterBankError), path, CenterBankError, "centre bank")
         manifest = _Manifest.model_validate(tree)

@@ -110,9 +110,14 @@ def _find_weight(path: Path, key: str | None, num_classes: int | None) -> tuple[
     candidates = {name: m for name, m in matrices.items() if num_classes is None or num_classes in m.shape}
     if len(candidates) > 1:
         candidates = {name: m for name, m in candidates.items() if _looks_like_head(name)} or candidates
-    if len(candidates) != 1:
-        wanted = "" if num_classes is None else f" with {num_classes} classes"
-        raise CenterBankError(f"{path}: which matrix{wanted} is the classifier? give `key`; it has {_listed(matrices)}")
+    wanted = "" if num_classes is None else f" with {num_classes} classes"
+    if not candidates:
+        raise CenterBankError(f"{path}: has no matrix{wanted}; it has {_listed(matrices)}")
+    if len(candidates) > 1:
+        raise CenterBankError(
+            f"{path}: which matrix{wanted} is the classifier? give its `key`, or a file that holds it alone; it has "
+            f"{_listed(matrices)}"
+        )
     return next(iter(candidates.items()))
 
 
