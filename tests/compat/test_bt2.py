@@ -1,5 +1,6 @@
 """BT²: the plain float64 formula on any number of ranks, a whole run, and what the exported map is."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ from tests.compat.test_rivals import (
     one_step,
     own_keys,
 )
+from tests.data.samples import packed
 from tests.ranks import run_ranks
 from tests.runs import config, losses_of, train_rank
+from tools.cli import main
 from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.methods import losses
+from trainer.data import open_dataset
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
+from trainer.evaluation.verification import score_pairs
+from trainer.models.model import embed_dataset
 from trainer.models.open import load_model
 from trainer.networks.config import OrthogonalConfig
 from trainer.networks.transform import build_transform
@@ -84,6 +90,32 @@ def test_a_whole_run_exports_the_old_part(tmp_path: Path) -> None:
     basis = torch.nn.Module.get_submodule(model.transforms["t21"], "linear").weight.detach().numpy()  # type: ignore[attr-defined]
     np.testing.assert_allclose(basis @ basis.T, np.eye(OLD_DIM), atol=1e-5)
     assert np.abs(basis - axes[:OLD_DIM]).max() > 1e-4, "it was trained"
+
+
+def test_evaluate_and_onnx_carry_the_old_part(tmp_path: Path) -> None:
+    """From the trained run and from its ONNX file `lce evaluate` finds the same in the old gallery, and that is what
+    the run's map finds there."""
+    data = packed(tmp_path / "data")
+    given = {"data__loader": "torch", "data__path": str(data), "data__workers": 0, "data__batch_size": 9}
+    train(config(tmp_path / "old", **given, backbone__dim=OLD_DIM), Ranks())
+    files = {"bank": str(tmp_path / "bank"), "old_embeddings": str(tmp_path / "old.npy")}
+    words = ["centers", "from-model", str(tmp_path / "old"), str(data), files["bank"]]
+    assert main([*words, "--embeddings", files["old_embeddings"]]) == 0
+    method = {"compat__method": "bt2", **{f"compat__{key}": path for key, path in files.items()}}
+    train(config(tmp_path / "new", **given, **method), Ranks())
+    graph = str(tmp_path / "new.onnx")
+    assert main(["export", str(tmp_path / "new"), graph, "--dataset", str(data), "--transform", "t21"]) == 0
+    found = []
+    for new in (str(tmp_path / "new"), graph):
+        words = ["evaluate", "--old", str(tmp_path / "old"), "--new", new, "--data", f"x={data}", "--fars", "1e-1"]
+        assert main([*words, "--replicates", "100", "--cache", "none", "--json", str(tmp_path / "found.json")]) == 0
+        found.append(json.loads((tmp_path / "found.json").read_text())["sets"]["x"]["cells"]["new->old"])
+    assert [one["title"] for one in found] == ["T₂₁(new) → old", "new → old"]
+    model, dataset = load_model(tmp_path / "new"), open_dataset(data)
+    queries = model.transform("t21", embed_dataset(model, dataset))
+    expected = score_pairs(queries, np.asarray(dataset.labels), np.load(files["old_embeddings"])).tar_at(0.1)
+    for one in found:
+        np.testing.assert_allclose(one["tar"][0]["value"], expected, atol=1e-9)
 
 
 def test_it_needs_more_dimensions(tmp_path: Path) -> None:
