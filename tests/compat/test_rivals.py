@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 from tests.runs import Linear, config, log_of, losses_of, train_rank
 from trainer.compat.bank.center_bank import BankInfo, CenterBank
 from trainer.compat.bank.from_model import bank_from_model
-from trainer.compat.methods import losses, ndpp
+from trainer.compat.methods import losses, ndpp, neighbours
 from trainer.compat.methods.advbct import AdvBct
 from trainer.compat.methods.bct import bank_rows
 from trainer.compat.methods.config import AnyMethod
@@ -237,18 +237,18 @@ def test_centres_are_moved_apart_block_by_block(
     rows: int, columns: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the blocks: the plain formula; near centres come apart, and no push changes nothing."""
-    monkeypatch.setattr(ndpp, "ROWS", rows)
-    monkeypatch.setattr(ndpp, "COLUMNS", columns)
+    monkeypatch.setattr(neighbours, "ROWS", rows)
+    monkeypatch.setattr(neighbours, "COLUMNS", columns)
     bank = CenterBank.open(folder / "bank")
     whole = bank.rows(0, CLASSES)
     mask, o = whole.mask, torch.nn.functional.normalize(whole.centers.double())
-    for neighbours, push in ((1, 0.5), (3, 0.8), (99, 2.0), (3, 0.0)):
+    for nearest, push in ((1, 0.5), (3, 0.8), (99, 2.0), (3, 0.0)):
         moved = []
         for world in (1, 3):
             own = [bank_rows(bank, class_range(CLASSES, r, world), torch.float64) for r in range(world)]
             cpu = torch.device("cpu")
-            moved.append(torch.cat([ndpp.move_apart(one, bank, neighbours, push, cpu) for one in own]))
-        expected = losses.ndpp_prototypes(o, mask, neighbours, push)[mask]
+            moved.append(torch.cat([ndpp.move_apart(one, bank, nearest, push, cpu) for one in own]))
+        expected = losses.ndpp_prototypes(o, mask, nearest, push)[mask]
         for one in moved:
             torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-14)
         nearest = [(v @ v.T).fill_diagonal_(-1).max() for v in (expected, o[mask])]

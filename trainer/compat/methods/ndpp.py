@@ -1,8 +1,6 @@
 """NDPP (after Zhou et al., arXiv:2503.14824): the old centres, moved away from their near neighbours, judge the new
 embeddings."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -11,12 +9,10 @@ from trainer.compat.bank.center_bank import CenterBank
 from trainer.compat.methods.bct import Bct, bank_rows
 from trainer.compat.methods.config import NdppConfig
 from trainer.compat.methods.inputs import Inputs, Sections
+from trainer.compat.methods.neighbours import blocks, nearest
 from trainer.distributed import Ranks
 from trainer.head.frozen import FrozenRows
 from trainer.head.partition import ClassRange
-
-ROWS, COLUMNS = 2048, 16384
-"""Own classes by the bank's classes that are compared at a time: 128 MiB of cosines in float32."""
 
 
 class Ndpp(Bct):
@@ -24,7 +20,8 @@ class Ndpp(Bct):
 
     The formula is :func:`trainer.compat.methods.losses.ndpp_prototypes`. Each rank moves its own classes' rows once, at
     the start: it reads the bank block by block and keeps the nearest of what has come by, so that no collective is
-    needed and no rank holds more than its own rows, their sums, and one block. Time: C²/W products of length D.
+    needed and no rank holds more than its own rows, their sums, and one block. Time: C²/W products of length D; for
+    more than 131,072 centres on a CPU the search is approximate (:mod:`trainer.compat.methods.neighbours`).
     """
 
     def __init__(self, config: NdppConfig, run: Sections, inputs: Inputs, ranks: Ranks) -> None:
@@ -48,31 +45,11 @@ def move_apart(own: FrozenRows, bank: CenterBank, neighbours: int, push: float, 
     count = min(neighbours, others)
     if count < 1 or not len(rows):
         return own.rows
-    near = torch.full((len(rows), count), -torch.inf, dtype=rows.dtype, device=device)
-    who = torch.full((len(rows), count), -1, dtype=torch.int64, device=device)
-    for first, block, known in _blocks(bank, rows):
-        for start in range(0, len(rows), ROWS):
-            part = slice(start, start + ROWS)
-            cosines = rows[part] @ block.T
-            cosines[numbers[part, None] == first + known] = -torch.inf  # a class is no neighbour of itself
-            whom = (first + known).expand(len(cosines), -1)
-            best = torch.cat([near[part], cosines], 1).topk(count)
-            near[part] = best.values
-            who[part] = torch.cat([who[part], whom], 1).gather(1, best.indices)
-    weights = near.clamp_min(0) / count
+    found = nearest(rows, numbers, bank, count)
+    weights = found.near.clamp_min(0) / count
     pulled = torch.zeros_like(rows)
-    for first, block, known in _blocks(bank, rows):
-        places = torch.searchsorted(known, (who - first).clamp(0, COLUMNS))
-        found = (who >= first) & (who < first + COLUMNS)
-        row, column = found.nonzero(as_tuple=True)
+    for first, block, known in blocks(bank, rows):
+        row, column = ((found.who >= first) & (found.who <= first + known[-1])).nonzero(as_tuple=True)
+        places = torch.searchsorted(known, found.who - first)
         pulled.index_add_(0, row, weights[row, column, None] * block[places[row, column]])
     return normalize(rows + push * (weights.sum(1, keepdim=True) * rows - pulled)).to(own.rows.device)
-
-
-def _blocks(bank: CenterBank, like: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first class, centres (k, D) of those that have one, which these are (k,) from the first on), block by block."""
-    for first in range(0, bank.num_classes, COLUMNS):
-        rows = bank.rows(first, min(first + COLUMNS, bank.num_classes))
-        known = rows.mask.nonzero()[:, 0]
-        if len(known):
-            yield first, normalize(rows.centers[known].to(like)), known.to(like.device)
