@@ -39,7 +39,7 @@ class Allocation:
         time: limit as SLURM writes it (``2-00:00:00``).
         partition, account, qos, constraint: as named on the cluster. mem: per node, such as ``64G``.
         exclusive: no other job on the nodes, and all their cores.
-        options: further options of sbatch, ``KEY=VALUE`` or ``KEY``; they go over those above.
+        options: further options of sbatch, ``KEY=VALUE`` or ``KEY``.
         header: lines for the head of the script: ``#SBATCH`` lines, and shell lines that every node needs.
         modules: loaded by ``module load``.
         container: an image for ``srun --container-image`` (pyxis), in which ``lce`` is on the PATH.
@@ -128,6 +128,7 @@ def _header(job: Job, allocation: Allocation) -> tuple[list[str], list[str]]:
         "open-mode": "append",
     }
     settings = {key: f"--{key}={shlex.quote(value)}" for key, value in options.items() if value}
+    own = {key for key in ("mem", "time", "partition", "account", "qos", "constraint") if options[key]}
     settings["requeue"] = "--requeue"
     if allocation.exclusive:
         settings["exclusive"] = "--exclusive"
@@ -140,16 +141,18 @@ def _header(job: Job, allocation: Allocation) -> tuple[list[str], list[str]]:
             raise ConfigError(f"--sbatch {option}: {_FIXED[key]}")
         if not value and key not in _SWITCHES:
             raise ConfigError(f"--sbatch {option}: sbatch takes a value there: --sbatch {key}=VALUE")
+        if key in own:
+            raise ConfigError(f"--sbatch {option}: --{key} {options[key]} is given too; one of them")
         settings.pop(key, None)
         settings[key] = f"--{key}{equals}{shlex.quote(value) if value else ''}"
-    own = allocation.header.splitlines()
-    directives = [line for line in own if line.startswith("#SBATCH")]
+    lines = allocation.header.splitlines()
+    directives = [line for line in lines if line.startswith("#SBATCH")]
     for line in directives:
         for word in shlex.split(line.removeprefix("#SBATCH"), comments=True):
             key = _SHORT.get(word[:2]) or word.removeprefix("--").partition("=")[0]
             if word.startswith("-") and key in _FIXED:
                 raise ConfigError(f"--header: {line}: {_FIXED[key]}")
-    preamble = [line for line in own if not line.startswith(("#SBATCH", "#!"))]
+    preamble = [line for line in lines if not line.startswith(("#SBATCH", "#!"))]
     return [*(f"#SBATCH {setting}" for setting in settings.values()), *directives], preamble
 
 

@@ -41,6 +41,8 @@ _MEMORY = {
 }
 """What each queue takes as an amount of memory, and an example."""
 _TIME = re.compile(r"(?i:infinite|unlimited)|\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
+_HOST = re.compile(r"\S+(\s+(slots|max[_-]slots)\s*=\s*\d+)*")
+"""A line of a host file."""
 _HOSTS = {
     "SLURM_JOB_ID",
     "PBS_NODEFILE",
@@ -81,11 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not open data and models here before anything starts: they lie on the computing machines alone",
     )
-    parser.add_argument("--max-restarts", type=int, default=0, help="start the ranks again after a failure, this often")
+    parser.add_argument(
+        "--max-restarts", type=whole_number(0), default=0, help="start the ranks again after a failure, this often"
+    )
     parser.add_argument("--interface", default="", help="network interface for gloo and NCCL, such as eth0")
     nodes = parser.add_argument_group("many machines")
     nodes.add_argument("--nnodes", default="1", help="machines; MIN:MAX with --rendezvous c10d")
-    nodes.add_argument("--node-rank", type=int, default=0, help="this machine's number (static rendezvous)")
+    nodes.add_argument("--node-rank", type=whole_number(0), default=0, help="this machine's number (static rendezvous)")
     nodes.add_argument("--master", default="", metavar="HOST:PORT", help="where the ranks meet")
     nodes.add_argument(
         "--rendezvous", choices=("static", "c10d"), default="static", help="c10d: machines may come and go"
@@ -95,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     queue = parser.add_argument_group("SLURM and Kubernetes")
     queue.add_argument("--gpus", type=whole_number(0), default=0, help="GPUs per node")
     queue.add_argument(
-        "--cpus", type=whole_number(0), default=0, help="CPUs per node (default: 2 and the decoders, for each rank)"
+        "--cpus", type=whole_number(1), default=0, help="CPUs per node (default: 2 and the decoders, for each rank)"
     )
     queue.add_argument("--mem", default="", help="memory per node, such as 64G (SLURM) or 64Gi (Kubernetes)")
     queue.add_argument("--script", type=Path, help="the file to write (default: lce.sbatch, lce.trainjob.yaml)")
@@ -134,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
     from trainer.errors import ConfigError
     from trainer.run.config import load_config
 
-    _check_nodes(args)
     _check_idle(args)
+    _check_nodes(args)
     _check_options(args)
     if (args.config / "config.yaml").is_file():
         raise ConfigError(f"{args.config}: is a run folder; {args.config / 'config.yaml'} continues the run in it")
@@ -227,7 +231,9 @@ def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> None
     bank_dim = None if inputs.bank is None else inputs.bank.dim
     plan = make_plan(Setting(config, inputs.num_classes, inputs.image_size, world, device, bank_dim, records))
     print(f"run folder: {config.run.dir}")
-    if inputs.dataset is not None:
+    if inputs.dataset is None:
+        print(f"data: synthetic, {inputs.num_classes:,} classes")
+    else:
         print(f"data: {inputs.dataset.path}, {records:,} images of {inputs.num_classes:,} classes")
     if inputs.bank is not None:
         print(f"centre bank: of the model {inputs.bank.info.model}, dimension {inputs.bank.dim}")
@@ -255,19 +261,22 @@ def _show_state(config: "Config", inputs: "Inputs", updates: int | None) -> None
 
     Raises:
         ConfigError: a run that was finished with other settings, or checkpoints that ``checkpoint.resume`` refuses.
-        CheckpointError: checkpoints of other data.
+        CheckpointError: checkpoints of other data or of another network.
     """
+    import torch
+
+    from trainer.checkpoint import check_shapes
     from trainer.checkpoint_folder import Checkpoint, list_checkpoints, read_seal
     from trainer.errors import CheckpointError
+    from trainer.networks import build_backbone
     from trainer.run.engine import refuse_other_settings, refuse_used
-    from trainer.run.folder import read_summary
-    from trainer.run.startup import check_origin
+    from trainer.run.folder import changes_since, read_summary
+    from trainer.run.startup import check_goal, check_origin
 
     folder = config.run.dir
     finished = updates is not None and read_summary(folder, updates) is not None
     saved = list_checkpoints(folder / "checkpoints")
-    if not finished:
-        refuse_used(config, bool(saved))
+    refuse_used(config, bool(saved))
     newest: Checkpoint | None = None
     for path in reversed(saved):
         try:
@@ -281,27 +290,45 @@ def _show_state(config: "Config", inputs: "Inputs", updates: int | None) -> None
         refuse_other_settings(config)
         print("run folder: finished already; there is nothing to do")
     elif newest is not None:
+        if updates is not None:
+            check_goal(newest, updates)
+        if inputs.cross is None:
+            with torch.device("meta"):
+                network = build_backbone(config.backbone, inputs.image_size).state_dict()
+            check_shapes(newest, {f"module.backbone.{name}": tensor for name, tensor in network.items()})
         print(f"run folder: continues from {newest.folder.name}, if its files are whole")
+        for change in changes_since(newest.seal.get("config", {}), config):
+            print(f"changed since then: {change}")
 
 
 def _check_hosts(args: argparse.Namespace, job: "Job") -> None:
     """Refuse hosts that cannot be reached by what was given for them."""
     from trainer.errors import ConfigError
 
-    fewest, _, most = job.nnodes.partition(":")
-    if int(most or fewest) < int(fewest):
-        raise ConfigError(f"--nnodes {job.nnodes}: at least {fewest} and at most {most}")
-    if job.node_rank >= int(most or fewest):
-        raise ConfigError(f"--node-rank {job.node_rank}: {job.nnodes} machines have the numbers from 0 on")
     if job.many_nodes and args.launcher not in QUEUES and job.master:
         _check_master(job.master)
-    if job.hostfile is not None and not job.hostfile.is_file():
-        raise ConfigError(f"--hostfile {job.hostfile}: no such file; it has a line `host slots=N` for each machine")
+    if job.hostfile is not None:
+        _check_hostfile(job.hostfile)
     if job.many_nodes and args.launcher == "mpirun" and job.hostfile is None and not _HOSTS.intersection(os.environ):
         raise ConfigError(
             f"--nnodes {job.nnodes}: mpirun needs --hostfile, with a line `host slots=N` for each machine; without it "
             "all ranks would start on this one"
         )
+
+
+def _check_hostfile(path: Path) -> None:
+    from trainer.errors import ConfigError
+    from trainer.reading import read_text
+
+    needed = "a line `host slots=N` for each machine"
+    try:
+        lines = [line.partition("#")[0].strip() for line in read_text(path, ConfigError).splitlines()]
+    except ConfigError as error:
+        raise ConfigError(f"--hostfile {error}; it has {needed}") from None
+    wrong = next((n for n, line in enumerate(lines, 1) if line and not _HOST.fullmatch(line)), None)
+    if wrong is not None or not any(lines):
+        where = "names no machine" if wrong is None else f"line {wrong}: {lines[wrong - 1]!r}"
+        raise ConfigError(f"--hostfile {path}: {where}; it has {needed}")
 
 
 def _check_master(master: str) -> None:
@@ -343,10 +370,15 @@ def _check_nodes(args: argparse.Namespace) -> None:
     from trainer.errors import ConfigError
 
     numbers = args.nnodes.split(":")
+    fewest, most = numbers[0], numbers[-1]
     if not all(number.isdecimal() and int(number) > 0 for number in numbers) or len(numbers) > 2:
         raise ConfigError(f"--nnodes {args.nnodes}: a number of machines, or MIN:MAX with --rendezvous c10d")
     if len(numbers) == 2 and (args.launcher != "torchrun" or args.rendezvous != "c10d"):
         raise ConfigError(f"--nnodes {args.nnodes}: machines come and go with torchrun and --rendezvous c10d alone")
+    if int(most) < int(fewest):
+        raise ConfigError(f"--nnodes {args.nnodes}: at least {fewest} and at most {most}")
+    if args.node_rank >= int(most):
+        raise ConfigError(f"--node-rank {args.node_rank}: {args.nnodes} machines have the numbers from 0 on")
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -412,7 +444,8 @@ def _slurm(args: argparse.Namespace, job: "Job", cpus: int) -> int:
     try:
         header = args.header.read_text(encoding="utf-8") if args.header is not None else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--header {args.header}: cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or "is no UTF-8 text"
+        raise ConfigError(f"--header {args.header}: cannot be read: {reason}") from None
     allocation = slurm.Allocation(
         gpus=args.gpus,
         cpus=cpus,

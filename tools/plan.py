@@ -295,6 +295,9 @@ def _describe(plan: "Plan", args: argparse.Namespace) -> list[str]:
         "memory of a rank" + ("" if setting.device == "cpu" else " (GPU)"),
         *_parts(plan, False),
     ]
+    for method in config.methods:
+        if (old := getattr(method, "old_model", None)) is not None:
+            lines.append(f"not counted: {old}, which is run along on every batch (compat.old_model)")
     if plan.host_bytes:
         lines += ["host memory of a rank", *_parts(plan, True)]
     if plan.traffic:
@@ -390,8 +393,8 @@ def parse_bytes(text: str) -> int:
     """A size such as ``80GiB`` or ``80GB`` in bytes, or a GPU's name. Raises :class:`argparse.ArgumentTypeError`."""
     if text.upper() in GPUS:
         return GPUS[text.upper()]
-    found = re.fullmatch(r"([\d.]+)\s*(|K|M|G|T|Ki|Mi|Gi|Ti)B?", text)
-    if not found:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|K|M|G|T|Ki|Mi|Gi|Ti)B?", text)
+    if not found or (not found[2] and float(found[1]) < 2**20):  # 80 is meant as something else
         raise argparse.ArgumentTypeError(f"{text}: expected a size such as 80GiB or 80GB")
     size = float(found[1]) * _UNITS[found[2]]
     if not 1 <= size < 2**63:

@@ -38,7 +38,7 @@ class Run:
     """A run folder as it lies there.
 
     Attributes:
-        state: finished, running, or stopped (a call of the same command continues it).
+        state: finished, running, failed (its command said why), or stopped (a call of the same command continues it).
         steps: updates that the run has in all, where that is known.
         last: the last logged figures. settings: the resolved configuration by dotted key.
     """
@@ -113,9 +113,13 @@ def read_run(folder: Path) -> Run:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     now = time.time()
     alive = any(now - status.stat().st_mtime < ALIVE_SECONDS for status in folder.glob("ranks/rank-*.json"))
-    state = "finished" if summary.get("status") == "finished" else "running" if alive else "stopped"
+    failed = (folder / "ranks" / "failed").is_file()
+    ended = "finished" if summary.get("status") == "finished" else "failed" if failed else "stopped"
+    state = "running" if alive and ended == "stopped" else ended
     steps = summary.get("steps") or settings.get("train", {}).get("steps")
-    step = int(summary.get("step") or last.get("step", 0))
+    saved = (path.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*"))
+    steps_saved = [int(number) for number in saved if number.isdecimal()]
+    step = int(summary.get("step") or max([int(last.get("step", 0)), *steps_saved]))
     return Run(str(folder), state, step, steps, last, flat(settings))
 
 
@@ -141,10 +145,17 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {key: given for key, given in values.items() if any(value != given[0] for value in given)}
 
 
+def _told_apart(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Those of :func:`differences` in which runs that have the key differ: a key that comes with another's value, such
+    as those of one loader, says nothing more."""
+    known = {key: [value for value in values if value is not None] for key, values in differences(runs).items()}
+    return {key: values for key, values in differences(runs).items() if any(one != known[key][0] for one in known[key])}
+
+
 def _print_list(runs: Sequence[Run], target: str | None) -> None:
     from rich.table import Table
 
-    changed = differences(runs)
+    changed = _told_apart(runs)
     table = Table(box=None, header_style="bold")
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
@@ -154,7 +165,7 @@ def _print_list(runs: Sequence[Run], target: str | None) -> None:
         table.add_column(name, overflow="fold")
     for number, found in enumerate(runs):
         evaluated = ", ".join(f"{key} {value:.4g}" for key, value in found.last.items() if "." in key)
-        own = ", ".join(f"{key}={values[number]}" for key, values in changed.items() if values[number] is not None)
+        own = "\n".join(f"{key}={values[number]}" for key, values in changed.items() if values[number] is not None)
         loss = f"{found.last['loss']:.4g}" if "loss" in found.last else "–"
         step = str(found.step) if found.steps is None else f"{found.step}/{found.steps}"
         table.add_row(found.path, found.state, step, loss, evaluated or "–", own or "–")

@@ -12,7 +12,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,11 +110,11 @@ def read_index(folder: Path) -> Metadata:
     return metadata
 
 
-def load_tensors(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
-    """Read a checkpoint into the tensors of ``state``, in place. All ranks call it.
+def check_shapes(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of tensors (on any device) with those of a checkpoint.
 
     Raises:
-        CheckpointError: it lacks one of the tensors, has it with another shape, or cannot be read on some rank.
+        CheckpointError: it lacks one of the tensors, or has it with another shape; or its index cannot be read.
     """
     index = read_index(checkpoint.folder).state_dict_metadata
     for name, tensor in state.items():
@@ -126,6 +126,15 @@ def load_tensors(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
                 f"{checkpoint.folder}: {name} is {tuple(entry.size)}, this run needs {tuple(tensor.shape)}; "
                 "use another run folder for another model or data set"
             )
+
+
+def load_tensors(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
+    """Read a checkpoint into the tensors of ``state``, in place. All ranks call it.
+
+    Raises:
+        CheckpointError: it lacks one of the tensors, has it with another shape, or cannot be read on some rank.
+    """
+    check_shapes(checkpoint, state)
     # Saved dtypes may differ (float32 weights into a float64 run): torch's reader copies element by element.
     try:
         load_in_place(dict(state), storage_reader=SafeReader(checkpoint.folder), no_dist=not dist.is_initialized())

@@ -477,5 +477,7 @@ _PLAIN = {
     "dict_type": "expected a mapping, such as {name: value}",
     "bool_type": "expected true or false",
     "bool_parsing": "expected true or false",
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "expected a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "expected a number"),
 }
 """What pydantic says in terms of Python."""

@@ -101,7 +101,12 @@ def file(tmp_path: Path) -> Path:
         ("schedule.name=step schedule.milestones=[]", "schedule.milestones = .*at least one"),
         ("schedule.name=step schedule.warmup=0.5", "schedule.milestones: the first, 0.5, is not behind"),
         ("schedule.name=step schedule.gamma=1", "schedule.gamma = 1: must be less than 1"),
-        ("log.progress=false log.line_seconds=5", "log.line_seconds = 5.0: has no effect with log.progress=false"),
+        (
+            "log.progress=false log.line_seconds=5",
+            "5.0: has no effect with .*; remove it, or put log.line_seconds=30.0 over",
+        ),
+        ("train.steps=ten", "train.steps = 'ten': expected a whole number"),
+        ("optimizer.lr=high", "optimizer.lr = 'high': expected a number"),
         ("log.tensorboard=false log.images=false", "log.images = false: has no effect without"),
         ("head.impl=reference head.update=deferred", "head.update = deferred: has no effect"),
         ("head.weights=w head.init_std=0.5", "head.init_std = 0.5: has no effect with head.weights"),

@@ -9,6 +9,7 @@ import yaml
 from launch.job import Job
 from tests.data.samples import packed
 from tools.cli import main
+from trainer.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +87,27 @@ def test_a_bank_is_named(configured: Path, capsys: pytest.CaptureFixture[str]) -
     bank = f"compat.bank={configured.parent / 'bank'}"
     assert main(["launch", str(configured), "--check", "compat.method=lce", bank]) == 0
     assert "centre bank: of the model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("node0 slots=2\nmachines of the lab", "line 2: 'machines of the lab'; it has a line `host slots=N`"),
+        ("# none\n", "names no machine"),
+        (None, "is a folder, not a file; it has a line `host slots=N`"),
+    ],
+)
+def test_a_host_file_is_read(
+    configured: Path, text: str | None, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts = configured.parent / "hosts"
+    words = ["launch", str(configured), "--with", "mpirun", "--nnodes", "2", "--hostfile", str(hosts), "--check"]
+    hosts.write_text("node0 slots=2 max_slots=4 # the first\nnode1\n")
+    assert main(words) == 0
+    hosts.unlink()
+    hosts.mkdir() if text is None else hosts.write_text(text)
+    assert main(words) == 2
+    assert f"--hostfile {hosts}: {reason}" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -166,7 +188,22 @@ def test_the_state_of_the_run_folder_is_told(configured: Path, capsys: pytest.Ca
     assert main(["launch", str(configured), *words, "--check", "train.epochs=3"]) == 0
     assert "run folder: continues from step-00000010" in capsys.readouterr().out
     assert main(["launch", str(configured), *words, "--check", "train.epochs=3", "checkpoint.resume=never"]) == 2
-    assert "has checkpoints and checkpoint.resume=never" in capsys.readouterr().err
+    assert "was used before, and checkpoint.resume=never" in capsys.readouterr().err
+    assert main(["launch", str(configured), *words, "--check", "checkpoint.resume=never"]) == 2
+    assert "was used before, and checkpoint.resume=never" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"was used before, and checkpoint\.resume=never"):
+        train(load_config(configured, [*words, "checkpoint.resume=never"]), Ranks())
+    assert main(["launch", str(configured), *words, "--check", "train.epochs=3", "backbone.dim=6"]) == 2
+    assert "module.backbone.embed.weight is (4, 32), this run needs (6, 32)" in capsys.readouterr().err
+    assert main(["launch", str(configured), *words, "--check", "train.epochs=3", "optimizer.lr=0.3"]) == 0
+    assert "changed since then: optimizer.lr: 0.1 → 0.3" in capsys.readouterr().out
+    (configured.parent / "run" / "summary.json").unlink()
+    fewer = [*words, "train.steps=7"]
+    assert main(["launch", str(configured), *fewer, "--check"]) == 2
+    said = "step-00000010: has made 10 updates, and this run is to have 7: "
+    assert said in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=said):
+        train(load_config(configured, fewer), Ranks())
     other = f"data.path={packed(configured.parent / 'other', classes=4, images=6, size=(16, 16))}"
     assert main(["launch", str(configured), *words, "--check", "train.epochs=3", other]) == 2
     assert "was taken with another data set" in capsys.readouterr().err

@@ -121,6 +121,12 @@ def test_a_header_cannot_change_what_the_script_depends_on(line: str) -> None:
         (["--with", "slurm", "--node-rank", "1"], "--node-rank: has no effect with slurm"),
         (["--with", "mpirun", "--max-restarts", "1"], "--max-restarts: has no effect with mpirun"),
         (["--hostfile", "hosts"], "--hostfile: has no effect with torchrun"),
+        (["--nnodes", "2", "--master", "n:1", "--node-rank", "2"], "--node-rank 2: 2 machines have the numbers from 0"),
+        (["--nnodes", "4:2", "--rendezvous", "c10d", "--master", "n:1"], "--nnodes 4:2: at least 4 and at most 2"),
+        (
+            ["--with", "slurm", "--time", "2:00", "--sbatch", "time=1:00"],
+            "--sbatch time=1:00: --time 2:00 is given",
+        ),
         (["--check", "--no-check"], "--check --no-check: one of them"),
         (["--nnodes", "2", "--master", "node0:99999"], "--master node0:99999: expected HOST:PORT with a port"),
         (["--nnodes", "2", "--master", "node0"], "--master node0: expected HOST:PORT"),

@@ -300,6 +300,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         "--dim 0",
         "--records 0",
         "--memory 0GiB",
+        "--memory 80",
     ],
 )
 def test_sizes_that_cannot_be_meant_are_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,3 +368,17 @@ def test_what_is_assumed_is_marked_and_all_kept_checkpoints_are_counted(capsys: 
     assert "(assumed: 100,000 records)" in out
     assert main([*words, "--records", "5000"]) == 0
     assert "assumed: " not in capsys.readouterr().out.split("updates:")[1]
+
+
+def test_an_old_model_that_is_run_along_is_said_not_to_be_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "plan",
+        str(Path(__file__).parents[2] / "configs" / "base.yaml"),
+        "run.dir=x",
+        "data.loader=synthetic",
+        "data.synthetic_classes=100",
+    ]
+    assert main([*words, "compat.method=l2", f"compat.old_model={tmp_path / 'old'}"]) == 0
+    assert f"not counted: {tmp_path / 'old'}, which is run along" in capsys.readouterr().out

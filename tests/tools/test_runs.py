@@ -38,6 +38,12 @@ def test_finished_running_and_stopped_are_told_apart(runs: Path, tmp_path: Path)
     os.utime(rank, (1.0, 1.0))
     assert listed(runs, tmp_path / "list.json")["slow"]["state"] == "stopped"
     assert listed(runs, tmp_path / "list.json")["slow"]["step"] == 8  # of the last logged line
+    (runs / "slow/checkpoints/step-00000011").mkdir()
+    assert listed(runs, tmp_path / "list.json")["slow"]["step"] == 11
+    (runs / "slow/checkpoints/step-00000011").rmdir()
+    (runs / "slow/ranks/failed").touch()
+    assert listed(runs, tmp_path / "list.json")["slow"]["state"] == "failed"
+    (runs / "slow/ranks/failed").unlink()
 
 
 def test_settings_are_not_cut_in_a_narrow_terminal(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

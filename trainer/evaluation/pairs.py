@@ -20,7 +20,7 @@ from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray
 from trainer.evaluation.bootstrap import interval
 from trainer.evaluation.compatibility import Spaces, cell_pairs
 from trainer.evaluation.verification import fold_accuracy, resample_pairs, scores_of
-from trainer.reading import open_regular, read_text
+from trainer.reading import open_regular, read_text, why_unreadable
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ def read_bin(path: Path, image_size: tuple[int, int]) -> PairSet:
             content = _BytesUnpickler(file, encoding="bytes").load()
     except DataError:
         raise
-    except Exception as error:  # damaged pickles raise nearly anything
-        raise DataError(f"{path}: is no verification .bin: {error}") from None
+    except Exception:  # damaged pickles raise nearly anything
+        reason = why_unreadable(path) or "is no verification .bin, or a damaged one"
+        raise DataError(f"{path}: {reason}") from None
     if (
         not isinstance(content, (tuple, list))
         or len(content) != 2

@@ -60,8 +60,9 @@ class PeriodicEvaluation:
                 self._open(name, path, image_size)
             if self.old is not None:
                 introduce(self.old, self.datasets[name], shown)
-            known = trained_images(self.datasets[name], self.records[name], trained) if trained and shown else 0
-            if known:
+            if trained is None or not shown:
+                continue
+            if known := trained_images(self.datasets[name], self.records[name], trained):
                 log.warning(
                     "evaluate.sets.%s = %s: %s of its %s images are trained on; it says little about other people",
                     *(name, path, f"{known:,}", f"{len(self.records[name]):,}"),

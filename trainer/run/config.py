@@ -196,7 +196,7 @@ class TrainConfig(Section):
     max_nonfinite_steps: int = Field(
         10,
         ge=0,
-        description="skipped non-finite updates in a row before the run stops",
+        description="the run stops after more skipped non-finite updates in a row (seen when a line is logged)",
         json_schema_extra=unit("updates"),
     )
 

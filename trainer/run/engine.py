@@ -39,7 +39,7 @@ from trainer.run.cross_model import CrossModelTask
 from trainer.run.folder import SUMMARY, RunSummary, changes_since, open_folder, owned_run, read_summary
 from trainer.run.monitor import Monitor
 from trainer.run.optim import Average, LossScale, Statistics, learning_rate, starts_momentum
-from trainer.run.startup import allowing_outside, check_origin, identity, prepare, together
+from trainer.run.startup import allowing_outside, check_goal, check_origin, identity, prepare, together
 from trainer.run.task import Embeds, Task, TrainTask
 from trainer.run.watch import Vote, Watch
 from trainer.run.zero import build_updater
@@ -277,8 +277,9 @@ class Engine:
         limit, streak = self.config.train.max_nonfinite_steps, int(self.state.streak)
         if streak > limit:
             raise TrainingError(
-                f"{streak} updates in a row were not finite up to step {self.state.step} (loss {line['loss']}); they "
-                "changed nothing. Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
+                f"{self.folder}: {streak} updates in a row were not finite up to step {self.state.step} (loss "
+                f"{line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}); they changed nothing. "
+                "Lower optimizer.lr, set optimizer.clip_norm, or look at the data "
                 f"(limit: train.max_nonfinite_steps={limit})"
             )
         for number, (name, key) in enumerate((("T₂₁", "t21_norm"), ("T₁₂", "t12_norm"))):
@@ -320,6 +321,7 @@ class Engine:
         if checkpoint is None:
             return "starting"
         check_origin(checkpoint, self.config, self.inputs)
+        check_goal(checkpoint, self.steps)
         self._check_updates(checkpoint)
         self.state.load(checkpoint)
         self._saved_step = self.state.step
@@ -445,9 +447,9 @@ def _train(engine: Engine, began: float) -> RunSummary:
 
 
 def refuse_used(config: Config, used: bool) -> None:
-    """Raise :class:`ConfigError` where a run is to start from nothing and its folder has checkpoints (is ``used``)."""
+    """Raise :class:`ConfigError` where a run is to start from nothing and its folder was ``used``: has checkpoints."""
     if used and config.checkpoint.resume == "never":
-        raise ConfigError(f"run.dir = {config.run.dir}: has checkpoints and checkpoint.resume=never; choose another")
+        raise ConfigError(f"run.dir = {config.run.dir}: was used before, and checkpoint.resume=never; choose another")
 
 
 def refuse_other_settings(config: Config) -> list[str]:
@@ -478,6 +480,7 @@ def _finished(engine: Engine) -> RunSummary | None:
     summary = read_summary(folder, engine.steps)
     if summary is None:
         return None
+    refuse_used(engine.config, True)
     for checkpoint in list_checkpoints(folder / "checkpoints")[-1:]:
         try:
             found = Checkpoint(checkpoint, read_seal(checkpoint))

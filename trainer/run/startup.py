@@ -269,6 +269,15 @@ def check_origin(checkpoint: Checkpoint, config: Config, inputs: Inputs) -> None
             )
 
 
+def check_goal(checkpoint: Checkpoint, steps: int) -> None:
+    """Raise :class:`CheckpointError` when a checkpoint has made more updates than the run is to have."""
+    if checkpoint.step > steps:
+        raise CheckpointError(
+            f"{checkpoint.folder}: has made {checkpoint.step} updates, and this run is to have {steps}: it would be of "
+            "neither schedule; choose another run.dir, or more updates"
+        )
+
+
 def _synthetic(config: Config) -> str:
     data = config.data
     assert isinstance(data, SyntheticConfig)
