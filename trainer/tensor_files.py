@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from trainer.errors import LceError
-from trainer.reading import why_unreadable
+from trainer.reading import other_framework, why_unreadable
 
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 
@@ -101,7 +101,8 @@ def load_torch(path: Path, error_type: type[LceError]) -> Any:
         if shown := why_unreadable(path):
             raise error_type(f"{path}: {shown}") from None
         if _is_foreign(path):
-            raise error_type(f"{path}: is no file of PyTorch: it does not begin as one") from None
+            kind = other_framework(path) or "is no file of PyTorch: it does not begin as one"
+            raise error_type(f"{path}: {kind}; known are PyTorch's files and .safetensors") from None
         if "TorchScript archive" in str(error):
             raise error_type(
                 f"{path}: a TorchScript archive, which is a program and is not run; export the network to ONNX, or "

@@ -30,6 +30,11 @@ def sets(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_an_at_without_a_table_is_refused() -> None:
+    with pytest.raises(DataError, match=r"packed@: no label table behind the @, such as packed@unseen\.npy"):
+        open_named("packed@")
+
+
 def test_a_table_of_the_same_images_in_another_order_is_refused(sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, other = sets / "splits" / "old.npy", sets / "packed2"
     for call in (lambda: open_dataset(other, table), lambda: open_named(f"{other}@{table}")):

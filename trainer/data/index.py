@@ -523,6 +523,8 @@ def open_named(text: str | Path) -> Dataset:
     """The data set that ``FOLDER``, or ``FOLDER@LABELS.npy`` with a label table, names. Raises: as
     :func:`open_dataset`."""
     folder, separator, labels = str(text).rpartition("@")
+    if separator and not labels:
+        raise DataError(f"{text}: no label table behind the @, such as {folder}@unseen.npy")
     return open_dataset(folder, labels) if separator and labels.endswith(".npy") else open_dataset(text)
 
 
