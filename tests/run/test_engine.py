@@ -66,7 +66,12 @@ class Stopped(Exception):
 
 def _train_until(ranks: Ranks, folder: Path, changes: dict[str, Any], last: int) -> None:
     """A rank that dies when it asks for batch number ``last``."""
-    build = trainer.run.engine.build_loader
+    build, made = trainer.run.engine.build_loader, list[Checkpoints]()
+
+    class Kept(Checkpoints):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
 
     def build_dying(*args: Any) -> Any:
         loader = build(*args)
@@ -76,19 +81,20 @@ def _train_until(ranks: Ranks, folder: Path, changes: dict[str, Any], last: int)
             for number, batch in enumerate(whole()):
                 if number == last:
                     raise Stopped
-                if number == 4:
-                    time.sleep(1.0)  # the checkpoint of step 4 is written meanwhile, and sealed after step 6
+                end = time.monotonic() + 120
+                while number == 4 and not made[0].idle and time.monotonic() < end:
+                    time.sleep(0.05)  # until the checkpoint of step 4 is written; it is sealed after step 6
                 yield batch
 
         loader.batches = batches  # type: ignore[method-assign]
         return loader
 
-    trainer.run.engine.build_loader = build_dying
+    trainer.run.engine.build_loader, trainer.run.engine.Checkpoints = build_dying, Kept  # type: ignore[misc]
     try:
         with pytest.raises(Stopped):
             train_rank(ranks, folder, changes)
     finally:
-        trainer.run.engine.build_loader = build
+        trainer.run.engine.build_loader, trainer.run.engine.Checkpoints = build, Checkpoints  # type: ignore[misc]
 
 
 def _unscaled_rank(ranks: Ranks, folder: Path, changes: dict[str, Any]) -> None:
