@@ -7,11 +7,24 @@ import pytest
 
 from tools import cli
 from tools.results import criterion
+from tools.results.comparison import Comparison, source_of
+from trainer.run.config import load_config
 
 
 def test_cases_end_with_the_control_and_direct_needs_equal_dimensions() -> None:
     cases = [(case.mode, case.old, case.new) for case in criterion._cases("direct,backward", "64:64,128:64")]
     assert cases == [("direct", 64, 64), ("backward", 64, 64), ("backward", 128, 64), ("independent", 64, 64)]
+
+
+def test_every_case_is_a_run_that_can_be_configured(tmp_path: Path) -> None:
+    """Also where all training runs are given a network of another size."""
+    comparison = Comparison(tmp_path, source_of("characters"), 40, 20, 8, 8, ("backbone.width=4",))
+    for case in criterion._cases("all", "64:64,128:64,64:128")[:-1]:
+        recipe = "cross-model" if case.mode == "cross-model" else "paragon"
+        config, overrides = comparison._recipe(0, recipe, tmp_path / case.name)
+        run = load_config(config, [*overrides, *criterion._settings(comparison.folder(0), case, (12.5, 10.0))])
+        assert run.methods[0].mode == case.mode
+        assert case.mode == "cross-model" or run.backbone.dim == case.new
 
 
 @pytest.mark.parametrize(("direct", "control", "status"), [(True, False, 0), (False, False, 1), (True, True, 1)])

@@ -238,7 +238,7 @@ class Comparison:
         """Train a model in ``seed-N/NAME``, or find that it is there.
 
         Args:
-            recipe: ``old`` or ``paragon``. overrides: of the recipe, after those that every run here has.
+            recipe: ``old``, ``paragon`` or ``cross-model``. overrides: of it, after those that every run here has.
             old_model: the training whose centres or embeddings the overrides name; with another one it is trained anew,
                 as with other content of a label table or centre bank that the overrides name.
 
@@ -267,6 +267,9 @@ class Comparison:
         overrides = [f"data.path={self.dataset(seed, 'old' if old and not known else 'train')}"]
         overrides += [f"data.labels={known / OLD_LABELS}"] if old and known else []
         overrides += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
+        if recipe == "cross-model":  # trains no network
+            settings = [one for one in self.settings if not one.startswith(("backbone.", "head."))]
+            return CONFIGS / "cross-model.yaml", [*overrides, *QUIET, *settings]
         return CONFIGS / f"{self.source.config}-{recipe}.yaml", [*overrides, *QUIET, *self.settings]
 
     def _run(self, seed: int, name: str, config: Path, overrides: Sequence[str]) -> None:

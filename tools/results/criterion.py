@@ -130,7 +130,8 @@ def check(
         def compatible(one: tuple[int, Case]) -> None:
             if one[1].mode != CONTROL:
                 settings = _settings(comparison.folder(one[0]), one[1], weights)
-                comparison.train(one[0], one[1].name, "paragon", settings, f"old-{one[1].old}")
+                recipe = "cross-model" if one[1].mode == "cross-model" else "paragon"
+                comparison.train(one[0], one[1].name, recipe, settings, f"old-{one[1].old}")
             comparison.measure(one[0], "unseen", f"old-{one[1].old}", one[1].name)
             count()
 
@@ -142,15 +143,16 @@ def check(
 
 
 def _settings(folder: Path, case: Case, weights: tuple[float, float]) -> list[str]:
-    overrides = [f"backbone.dim={case.new}", "compat.method=lce", f"compat.mode={case.mode}"]
+    overrides = ["compat.method=lce", f"compat.mode={case.mode}"]
     overrides += [f"compat.alignment_weight={weights[0]}", f"compat.boundary_weight={weights[1]}"]
     overrides.append(f"compat.bank={folder / f'old-{case.old}-bank'}")
     if case.mode == "cross-model":
         alone = folder / f"alone-{case.new}"
         overrides += [f"compat.new_model={alone}", f"compat.new_embeddings={alone}.npy"]
-        overrides += [f"compat.old_embeddings={folder / f'old-{case.old}.npy'}", "data.batch_size=512"]
+        overrides.append(f"compat.old_embeddings={folder / f'old-{case.old}.npy'}")
         overrides.append(f"compat.contrastive_weight={CONTRASTIVE_WEIGHT:g}")
-        overrides += ["optimizer.name=adamw", "optimizer.lr=0.003", "optimizer.weight_decay=0.0001"]
+    else:
+        overrides.append(f"backbone.dim={case.new}")
     return overrides
 
 
