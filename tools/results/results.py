@@ -144,12 +144,6 @@ SECTIONS = (
         _compat,
     ),
     Section(
-        "Two methods together",
-        "compat-together.json",
-        ("bench compat --methods lce,lce+bct --seeds 3 --out {work}/compat --json {json}",),
-        _compat,
-    ),
-    Section(
         "The same with all Hangul syllables",
         "compat-hangul.json",
         (
