@@ -74,6 +74,9 @@ def test_damaged_and_missing_bins_are_refused(tmp_path):
         (tmp_path / "cut.bin").write_bytes(whole[:cut])
         with pytest.raises(DataError, match=r"no verification \.bin"):
             read_bin(tmp_path / "cut.bin", (16, 16))
+    (tmp_path / "cut.bin").write_text("where the pairs are kept")
+    with pytest.raises(DataError, match=r"cut.bin: is no verification \.bin, or a damaged one$"):
+        read_bin(tmp_path / "cut.bin", (16, 16))
 
 
 def test_text_lists_name_records_or_files(tmp_path):

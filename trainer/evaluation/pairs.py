@@ -33,6 +33,10 @@ class PairSet:
     genuine: BoolArray
 
 
+class _Refused(Exception):
+    """A pickle asks for what is not built."""
+
+
 class _BytesUnpickler(pickle.Unpickler):
     """Builds containers, bytes, booleans and numbers only."""
 
@@ -40,11 +44,11 @@ class _BytesUnpickler(pickle.Unpickler):
         """Refuse every name but the one that stands for bytes."""
         if (module, name) == ("_codecs", "encode"):
             return _latin1  # how Python 3 writes bytes in pickles that Python 2 can read
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only bytes and booleans are built")
+        raise _Refused(f"it asks for {module}.{name}; only bytes and booleans are built")
 
     def persistent_load(self, pid: Any) -> Any:
         """Refuse."""
-        raise pickle.UnpicklingError("it refers to objects outside the file")
+        raise _Refused("it refers to objects outside the file")
 
 
 def _latin1(text: Any, encoding: Any) -> bytes:
@@ -106,9 +110,11 @@ def read_bin(path: Path, image_size: tuple[int, int]) -> PairSet:
             content = _BytesUnpickler(file, encoding="bytes").load()
     except DataError:
         raise
+    except _Refused as error:
+        raise DataError(f"{path}: is no verification .bin: {error}") from None
     except Exception:  # damaged pickles raise nearly anything
-        reason = why_unreadable(path) or "is no verification .bin, or a damaged one"
-        raise DataError(f"{path}: {reason}") from None
+        reason = f": it {shown}" if (shown := why_unreadable(path)) else ", or a damaged one"
+        raise DataError(f"{path}: is no verification .bin{reason}") from None
     if (
         not isinstance(content, (tuple, list))
         or len(content) != 2
