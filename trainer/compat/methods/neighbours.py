@@ -30,6 +30,8 @@ CHUNK = 1 << 17
 """Rows at a time that are searched in lists."""
 RECALL = 0.97
 """The share of the true neighbours that the lists are to hold."""
+HELPS = 0.2
+"""Lists are searched up to this share of them: a cosine there takes a few times as long as one of all."""
 SAMPLED = 1000
 """Centres whose true neighbours are searched to find how many lists that takes."""
 ITERATIONS, SAMPLES_OF_A_LIST = 5, 32
@@ -143,7 +145,7 @@ def _nearest_list(rows: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _probes(lists: list[_Lists], bank: CenterBank, like: Tensor, count: int) -> int | None:
-    """How many lists hold :data:`RECALL` of the true neighbours of some centres; None: more than half of them."""
+    """How many lists hold :data:`RECALL` of the true neighbours of some centres; None: too many to help."""
     known = bank.per_class()["mask"].nonzero()[:, 0]
     sampled = known[torch.linspace(0, len(known) - 1, min(SAMPLED, len(known))).long()]
     rows = normalize(torch.cat([bank.rows(n, n + 1).centers for n in sampled.tolist()]).to(like))
@@ -159,7 +161,7 @@ def _probes(lists: list[_Lists], bank: CenterBank, like: Tensor, count: int) -> 
         places = torch.where(inside, order.gather(1, of[at]), places)
     probes = int(places.flatten().double().quantile(RECALL, interpolation="higher")) + 1
     total, found = max(len(one.ends) for one in lists), float((places < probes).double().mean())
-    if probes > total / 2:
+    if probes > HELPS * total:
         log.warning("neighbours of %s centres: lists do not help; all are compared", f"{len(known):,}")
         return None
     log.warning(
