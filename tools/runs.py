@@ -98,6 +98,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder. Raises :class:`DataError` when its configuration cannot be read."""
     import yaml
 
+    from trainer.checkpoint_folder import list_checkpoints
     from trainer.run.folder import flat
 
     try:
@@ -117,9 +118,8 @@ def read_run(folder: Path) -> Run:
     ended = "finished" if summary.get("status") == "finished" else "failed" if failed else "stopped"
     state = "running" if alive and ended == "stopped" else ended
     steps = summary.get("steps") or settings.get("train", {}).get("steps")
-    saved = (path.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*"))
-    steps_saved = [int(number) for number in saved if number.isdecimal()]
-    step = int(summary.get("step") or max([int(last.get("step", 0)), *steps_saved]))
+    saved = [int(path.name.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints")[-1:]]
+    step = int(summary.get("step") or max([int(last.get("step", 0)), *saved]))
     return Run(str(folder), state, step, steps, last, flat(settings))
 
 
@@ -148,8 +148,9 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def _told_apart(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Those of :func:`differences` in which runs that have the key differ: a key that comes with another's value, such
     as those of one loader, says nothing more."""
-    known = {key: [value for value in values if value is not None] for key, values in differences(runs).items()}
-    return {key: values for key, values in differences(runs).items() if any(one != known[key][0] for one in known[key])}
+    found = differences(runs)
+    known = {key: [value for value in values if value is not None] for key, values in found.items()}
+    return {key: found[key] for key, values in known.items() if any(value != values[0] for value in values)}
 
 
 def _print_list(runs: Sequence[Run], target: str | None) -> None:

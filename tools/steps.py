@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from trainer import __version__
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """The recipes: a folder next to the packages, in a clone and where the wheel is installed."""
 
+CROSS_MODEL = CONFIGS / "cross-model.yaml"
+"""The recipe of maps alone."""
 STOP_SECONDS = (8.5, 0.7)  # how long children may take to end after SIGINT, and then after SIGTERM
 
 
@@ -33,6 +35,11 @@ class StepFailed(Exception):
     def __init__(self, command: str, status: int) -> None:
         super().__init__(f"`{command}` ended with exit status {status}; the same command continues from here")
         self.status = status
+
+
+def without_network(settings: Iterable[str]) -> list[str]:
+    """Those of a network's overrides that :data:`CROSS_MODEL` takes, which trains none."""
+    return [setting for setting in settings if not setting.startswith(("backbone.", "head."))]
 
 
 class Steps:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.pictures import sources
-from tools.steps import CONFIGS, Steps, run_lce
+from tools.steps import CONFIGS, CROSS_MODEL, Steps, run_lce, without_network
 from trainer import files
 from trainer.errors import ConfigError
 from trainer.run.config import dump_config, load_config
@@ -168,8 +168,7 @@ class DemoUpgrade:
             overrides += [f"compat.old_embeddings={self._path('pretrained.npy')}"]
             overrides += [f"compat.new_embeddings={self._path('paragon.npy')}"]
             overrides += ["data.batch_size=128", "train.steps=300"]
-            settings = [one for one in self._settings if not one.startswith(("backbone.", "head."))]  # it has neither
-            return CONFIGS / "cross-model.yaml", [*overrides, *settings]
+            return CROSS_MODEL, [*overrides, *without_network(self._settings)]
         if name == "new":
             overrides.append(f"compat.bank={self._path('bank')}")
         return CONFIGS / f"demo-{self.plan.recipe}-{name}.yaml", [*overrides, *self._settings]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tools.steps import CONFIGS, Steps, end_group
+from tools.steps import CONFIGS, CROSS_MODEL, Steps, end_group, without_network
 from trainer.errors import ConfigError, LceError
 from trainer.files import checksum
 
@@ -268,8 +268,7 @@ class Comparison:
         overrides += [f"data.labels={known / OLD_LABELS}"] if old and known else []
         overrides += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
         if recipe == "cross-model":  # trains no network
-            settings = [one for one in self.settings if not one.startswith(("backbone.", "head."))]
-            return CONFIGS / "cross-model.yaml", [*overrides, *QUIET, *settings]
+            return CROSS_MODEL, [*overrides, *QUIET, *without_network(self.settings)]
         return CONFIGS / f"{self.source.config}-{recipe}.yaml", [*overrides, *QUIET, *self.settings]
 
     def _run(self, seed: int, name: str, config: Path, overrides: Sequence[str]) -> None:
