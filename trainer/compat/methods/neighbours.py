@@ -1,10 +1,9 @@
-"""The nearest centres of a bank to some of its own: exactly, or, for many on a CPU, in inverted lists.
+"""The nearest centres of a bank to some of its own: exactly, or, for many on a CPU, by products of fewer dimensions.
 
-Inverted lists (Sivic and Zisserman, ICCV 2003; as IVF in Johnson, Douze, Jégou, "Billion-scale similarity search with
-GPUs", 2017): the bank's centres are listed under the nearest of some centroids, and a row is compared with those of its
-nearest lists alone. How many lists that are is not set but found: for some centres the true neighbours are searched,
-and so many lists are taken as hold :data:`RECALL` of them. All of it follows from the bank alone, so that any number of
-ranks finds the same.
+All centres are turned to the axes along which they differ most, and the first of these axes alone say which of them may
+be near: in bfloat16 where the processor multiplies it. Those are then compared in full. How many axes that takes is not
+set but found: for some centres the true neighbours are searched, and so many axes are taken as find :data:`RECALL` of
+them. All of it follows from the bank alone, so that any number of ranks finds the same.
 """
 
 import logging
@@ -14,30 +13,33 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from trainer.compat.bank.center_bank import CenterBank
+from trainer.head.products import bfloat16_instructions
 
 log = logging.getLogger(__name__)
 
 ROWS, COLUMNS = 2048, 16384
 """Rows by the bank's classes that are compared at a time: 128 MiB of cosines in float32."""
 EXACT = 1 << 34
-"""So many cosines are taken on a CPU in about two minutes; above that many it searches in lists."""
-LISTED = 1 << 20
-"""Of the bank's classes at a time in lists: 2 GiB of centres of dimension 512 in float32."""
-CHUNK = 1 << 17
-"""Rows at a time that are searched in lists."""
+"""So many cosines are taken on a CPU in about two minutes; above that many it looks at fewer dimensions first."""
+BLOCK = 1 << 20
+"""Of the bank's classes at a time in the search by fewer dimensions: 2 GiB of centres of dimension 512 in float32."""
+TILE_ROWS, TILE, GROUP = 1024, 1 << 15, 64
+"""Rows by classes of one of its products, and how many of these are asked for their largest at a time: at most 2 GiB of
+products in bfloat16, 4 in float32."""
+CANDIDATES = 3
+"""So many centres are compared in full for each neighbour that is wanted."""
 RECALL = 0.97
-"""The share of the true neighbours that the lists are to hold."""
-HELPS = 0.2
-"""Lists are searched up to this share of them: a cosine there takes a few times as long as one of all."""
+"""The share of the true neighbours that is to be found."""
 SAMPLED = 1000
-"""Centres whose true neighbours are searched to find how many lists that takes."""
-ITERATIONS, SAMPLES_OF_A_LIST = 5, 32
-"""Of k-means."""
+"""Centres whose true neighbours are searched to find how many axes that takes."""
+AXES = 16
+"""Into so many parts are all axes divided when it is tried how many of them suffice."""
 SAID_EVERY = 30.0
 """Seconds between two lines about how far a long search is."""
+INTEGER = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 @dataclass
@@ -55,17 +57,24 @@ class Nearest:
         near = torch.full(shape, -torch.inf, dtype=rows.dtype, device=device)
         return Nearest(near, torch.full(shape, -1, dtype=torch.int64, device=device))
 
-    def take(self, which: Tensor | slice, numbers: Tensor, cosines: Tensor, classes: Tensor) -> None:
+    def take(self, which: slice, numbers: Tensor, cosines: Tensor, classes: Tensor) -> None:
         """Let the rows ``which``, of the classes ``numbers`` (k',), see ``classes`` (c,) int64, in ascending order, at
         ``cosines`` (k', c), which are changed."""
         at = torch.searchsorted(classes, numbers).clamp_max(len(classes) - 1)
         itself = classes[at] == numbers
         cosines[itself.nonzero()[:, 0], at[itself]] = -torch.inf
-        count = self.near.shape[1]
-        block = cosines.topk(min(count, len(classes)))  # few of many; then of few, so that little is moved
-        best = torch.cat([self.near[which], block.values], 1).topk(count)
-        known = torch.cat([self.who[which], classes[block.indices]], 1)
-        self.near[which], self.who[which] = best.values, known.gather(1, best.indices)
+        best = cosines.topk(min(self.near.shape[1], len(classes)))
+        self._merge(which, best.values, classes[best.indices])
+
+    def take_some(self, which: slice, numbers: Tensor, cosines: Tensor, classes: Tensor) -> None:
+        """The same where every row sees other classes: ``classes`` (k', c) int64, each at most once, −1 for none."""
+        none = (classes == numbers[:, None]) | (classes < 0)
+        self._merge(which, cosines.masked_fill(none, -torch.inf), classes.masked_fill(none, -1))
+
+    def _merge(self, which: slice, cosines: Tensor, classes: Tensor) -> None:
+        best = torch.cat([self.near[which], cosines], 1).topk(self.near.shape[1])
+        self.near[which] = best.values
+        self.who[which] = torch.cat([self.who[which], classes], 1).gather(1, best.indices)
 
 
 def blocks(bank: CenterBank, like: Tensor, columns: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -82,19 +91,17 @@ def blocks(bank: CenterBank, like: Tensor, columns: int | None = None) -> Iterat
 def nearest(rows: Tensor, numbers: Tensor, bank: CenterBank, count: int) -> Nearest:
     """The ``count`` nearest centres of a bank to some of its classes, a class being no neighbour of itself.
 
-    Exact, unless more than :data:`EXACT` cosines would be taken on a CPU: then :data:`RECALL` of them, or about that.
+    Exact, unless more than :data:`EXACT` cosines would be taken on a CPU: then :data:`RECALL` of them or more are found
+    among those with a positive cosine, and the cosines of those that are found are exact.
 
     Args:
         rows: (k, D) unit centres of classes. numbers: (k,) int64, which those are.
         count: at most the bank's other centres.
     """
     centres = int(bank.per_class()["mask"].sum())
-    if rows.device.type == "cpu" and centres * centres > EXACT:
-        lists = [_listed(first, block, known) for first, block, known in blocks(bank, rows, LISTED)]
-        probes = _probes(lists, bank, rows, count)
-        if probes is not None:
-            return _in_lists(rows, numbers, bank, count, lists, probes)
-    return exact(rows, numbers, bank, count)
+    if rows.device.type != "cpu" or centres * centres <= EXACT:
+        return exact(rows, numbers, bank, count)
+    return by_axes(rows, numbers, bank, count, enough_axes(bank, rows, count))
 
 
 def exact(rows: Tensor, numbers: Tensor, bank: CenterBank, count: int) -> Nearest:
@@ -108,88 +115,86 @@ def exact(rows: Tensor, numbers: Tensor, bank: CenterBank, count: int) -> Neares
     return out
 
 
-@dataclass(frozen=True)
-class _Lists:
-    """Some classes of a bank, listed.
-
-    ``centroids`` (L, D); ``members``: places in the block in the order of their lists; ``ends``: of the lists, (L,).
-    """
-
-    first: int
-    centroids: Tensor
-    members: Tensor
-    ends: list[int]
-
-    def part(self, number: int) -> Tensor:
-        """Which places of the block are in a list."""
-        return self.members[self.ends[number - 1] if number else 0 : self.ends[number]]
-
-
-def _listed(first: int, block: Tensor, known: Tensor) -> _Lists:
-    """List (n, D) centres under about 4 √n centroids, found by spherical k-means on some of them."""
-    size = min(len(block), max(1, round(4 * len(block) ** 0.5)))
-    generator = torch.Generator().manual_seed(first)
-    drawn = block[torch.randperm(len(block), generator=generator)[: size * SAMPLES_OF_A_LIST]]
-    centroids = drawn[:size].clone()
-    for _ in range(ITERATIONS):
-        own = _nearest_list(drawn, centroids)
-        sums = torch.zeros_like(centroids).index_add_(0, own, drawn)
-        empty = torch.bincount(own, minlength=size) == 0
-        centroids = torch.where(empty[:, None], centroids, normalize(sums))
-    where = _nearest_list(block, centroids)
-    return _Lists(first, centroids, where.argsort(stable=True), where.bincount(minlength=size).cumsum(0).tolist())
-
-
-def _nearest_list(rows: Tensor, centroids: Tensor) -> Tensor:
-    return torch.cat([(part @ centroids.T).argmax(1) for part in rows.split(ROWS)])
-
-
-def _probes(lists: list[_Lists], bank: CenterBank, like: Tensor, count: int) -> int | None:
-    """How many lists hold :data:`RECALL` of the true neighbours of some centres; None: too many to help."""
+def enough_axes(bank: CenterBank, like: Tensor, count: int) -> Tensor:
+    """The axes (D, d) along which a bank's centres differ most, as few as find :data:`RECALL` of the ``count`` nearest
+    of some centres."""
     known = bank.per_class()["mask"].nonzero()[:, 0]
+    moments = torch.zeros(bank.dim, bank.dim, dtype=like.dtype)
+    for _, block, _ in blocks(bank, like):
+        moments += block.T @ block
+    axes = torch.linalg.eigh(moments.double()).eigenvectors.flip(1).to(like.dtype)
     sampled = known[torch.linspace(0, len(known) - 1, min(SAMPLED, len(known))).long()]
     rows = normalize(torch.cat([bank.rows(n, n + 1).centers for n in sampled.tolist()]).to(like))
     true = exact(rows, sampled, bank, count)
-    places = torch.zeros_like(true.who)  # of the neighbour's list among the lists of its block, by nearness to the row
-    for one, (first, block, those) in zip(lists, blocks(bank, like, LISTED), strict=True):
-        of = torch.empty(len(block), dtype=torch.int64)
-        sizes = torch.tensor(one.ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
-        of[one.members] = torch.arange(len(sizes)).repeat_interleave(sizes)
-        at = torch.searchsorted(those, (true.who - first).clamp(0, LISTED)).clamp_max(len(those) - 1)
-        inside = (true.who >= first) & (true.who < first + LISTED)
-        order = (rows @ one.centroids.T).argsort(1, descending=True).argsort(1)
-        places = torch.where(inside, order.gather(1, of[at]), places)
-    probes = int(places.flatten().double().quantile(RECALL, interpolation="higher")) + 1
-    total, found = max(len(one.ends) for one in lists), float((places < probes).double().mean())
-    if probes > HELPS * total:
-        log.warning("neighbours of %s centres: lists do not help; all are compared", f"{len(known):,}")
-        return None
+
+    def share(some: Tensor) -> float:
+        found = by_axes(rows, sampled, bank, count, some).who
+        hits = (true.who[:, :, None] == found[:, None]).any(2)[true.near > 0]
+        return float(hits.double().mean()) if len(hits) else 1.0
+
+    few, many = 0, AXES  # parts: few are too few, many suffice, since all of them miss only what rounding hides
+    enough, holds = axes, share(axes)
+    while many - few > 1:
+        middle = (few + many) // 2
+        some = axes[:, : -(-bank.dim * middle // AXES)]
+        if (now := share(some)) >= RECALL:
+            many, enough, holds = middle, some, now
+        else:
+            few = middle
     log.warning(
-        "neighbours of %s centres: searched in %s of %s lists, which hold %.1f%% of those of %s of them",
-        *(f"{len(known):,}", f"{probes:,}", f"{total:,}", 100 * found, f"{len(sampled):,}"),
+        "neighbours of %s centres: searched along %d of %d axes, which find %.1f%% of those of %s of them",
+        *(f"{len(known):,}", enough.shape[1], bank.dim, 100 * holds, f"{len(sampled):,}"),
     )
-    return probes
+    return enough
 
 
-def _in_lists(rows: Tensor, numbers: Tensor, bank: CenterBank, count: int, lists: list[_Lists], probes: int) -> Nearest:
-    out, done = Nearest.none(rows, count), 0
-    said = _Progress("searching in lists", len(lists) * len(rows))
-    for one, (first, block, known) in zip(lists, blocks(bank, rows, LISTED), strict=True):
-        for start in range(0, len(rows), CHUNK):
-            part = rows[start : start + CHUNK]
-            wanted = torch.zeros(len(one.ends), len(part), dtype=torch.bool)
-            for begin in range(0, len(part), ROWS):
-                near = (part[begin : begin + ROWS] @ one.centroids.T).topk(min(probes, len(one.ends)), sorted=False)
-                wanted[:, begin : begin + ROWS].scatter_(0, near.indices.T, True)
-            for number in range(len(one.ends)):
-                members, which = one.part(number), wanted[number].nonzero()[:, 0]
-                if not len(members) or not len(which):
-                    continue
-                seen = start + which
-                out.take(seen, numbers[seen], part[which] @ block[members].T, first + known[members])
-                said.at(done + len(part) * number // len(one.ends))
-            done += len(part)
+def by_axes(rows: Tensor, numbers: Tensor, bank: CenterBank, count: int, axes: Tensor) -> Nearest:
+    """:func:`nearest` by comparing along ``axes`` (D, d), and in full what seems nearest there."""
+    out, said = Nearest.none(rows, count), _Progress("comparing along some axes", bank.num_classes * len(rows))
+    dtype = torch.bfloat16 if bfloat16_instructions() else torch.float32
+    turned = (rows @ axes).to(dtype)
+    for first, block, known in blocks(bank, rows, BLOCK):
+        seen = _Tiles((block @ axes).to(dtype))
+        for start in range(0, len(rows), TILE_ROWS):
+            part = slice(start, start + TILE_ROWS)
+            places = seen.candidates(turned[part], CANDIDATES * count + 1)  # the class itself is one
+            real = places < len(block)
+            among = block[places.clamp_max(len(block) - 1)]  # (k', c, D)
+            cosines = (among @ rows[part, :, None])[:, :, 0]
+            classes = (first + known[places.clamp_max(len(block) - 1)]).masked_fill(~real, -1)
+            out.take_some(part, numbers[part], cosines, classes)
+            said.at(first * len(rows) + len(block) * start)
     return out
+
+
+class _Tiles:
+    """Some centres (n, d) whose products with rows are taken tile by tile."""
+
+    def __init__(self, block: Tensor) -> None:
+        self.size = min(TILE, -(-len(block) // GROUP) * GROUP)
+        self._tiles = pad(block, (0, 0, 0, -len(block) % self.size)).split(self.size)
+        self._products = block.new_empty(len(self._tiles), TILE_ROWS, self.size)
+
+    def candidates(self, rows: Tensor, count: int) -> Tensor:
+        """The places of about the ``count`` largest positive products with ``rows`` (k, d), of the same dtype: (k, ≤
+        count) int64, those from n on being of no centre.
+
+        The largest of a group of products is found first: as integers, whose order is that of positive numbers of
+        floating point, since processors are quick at that. The ``count`` largest lie in the ``count`` best groups.
+        """
+        products = self._products[:, : len(rows)]
+        for tile, out in zip(self._tiles, products, strict=True):
+            torch.mm(rows, tile.T, out=out)
+        width = self.size // GROUP
+        grouped = products.view(INTEGER[rows.dtype]).view(len(products), len(rows), GROUP, width)
+        best = grouped.amax(2).transpose(0, 1).flatten(1)  # (k, tiles × width)
+        groups = best.topk(min(count, best.shape[1]), sorted=False).indices
+        tile, column = groups // width, groups % width
+        columns = (column[:, :, None] + width * torch.arange(GROUP)).flatten(1)  # (k, groups × GROUP)
+        tile = tile.repeat_interleave(GROUP, 1)
+        values = products[tile, torch.arange(len(rows))[:, None], columns]
+        inside = values.topk(min(count, values.shape[1]), sorted=False).indices
+        return (tile * self.size + columns).gather(1, inside)
 
 
 class _Progress:
