@@ -62,7 +62,7 @@ def shared(found: Nearest, true: Nearest) -> float:
     return float((found.who[:, :, None] == true.who[:, None]).any(1).double().mean())
 
 
-@pytest.mark.parametrize(("block", "rows", "tile"), [(1 << 20, 1024, 1 << 15), (700, 100, 128), (650, 2048, 320)])
+@pytest.mark.parametrize(("block", "rows", "tile"), [(1 << 20, 4096, 1 << 14), (700, 100, 128), (650, 2048, 320)])
 @pytest.mark.parametrize("instructions", [None, "amx_bf16"])
 def test_all_axes_are_the_plain_search(
     block: int,
@@ -74,7 +74,7 @@ def test_all_axes_are_the_plain_search(
     seed: int,
 ) -> None:
     """Whatever the blocks and tiles; in bfloat16 but for what its rounding hides."""
-    for name, value in {"BLOCK": block, "TILE_ROWS": rows, "TILE": tile, "ROWS": 64, "COLUMNS": 90}.items():
+    for name, value in {"BLOCK": block, "TILE_ROWS": rows, "TILE": tile, "SOME": 32, "ROWS": 64, "COLUMNS": 90}.items():
         monkeypatch.setattr(neighbours, name, value)
     monkeypatch.setattr(neighbours, "bfloat16_instructions", lambda: instructions)
     bank = bank_of(tmp_path, 150, seed)

@@ -138,42 +138,46 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
-def demo_with_maps(model: Path, *settings: str) -> "upgrade.DemoUpgrade":
+def demo_towards(model: Path, *settings: str) -> "upgrade.DemoUpgrade":
     """Of the 75 people, in ``out`` next to the pretrained model."""
     return upgrade.DemoUpgrade("people", 0, model.parent / "out", 2, lambda line: None, settings, None, model)
 
 
-def test_the_maps_to_a_pretrained_model_are_commands_that_parse_and_configurations_that_load(
+def test_the_ways_to_meet_a_pretrained_model_are_commands_that_parse_and_configurations_that_load(
     tmp_path: Path, asked: list[list[str]]
 ) -> None:
     """What each command does is tested where the command is; here only that the demo asks for it rightly."""
     model = graph_file(tmp_path / "old.onnx")
-    assert demo_with_maps(model, "train.steps=20", "backbone.width=4").run().pretrained == {}
-    assert [argv[0] for argv in asked[-5:]] == ["evaluate", "centers", "centers", "launch", "evaluate"]
-    assert [argv[argv.index("--old") + 1] for argv in asked if argv[0] == "evaluate"] == [
-        str(tmp_path / "out" / "old"), str(tmp_path / "out" / "old"), str(tmp_path / "old.onnx"),
-    ]  # fmt: skip
+    found = demo_towards(model, "train.steps=20", "backbone.width=4").run().pretrained
+    assert found == {"maps": {}, "backward": {}, "forward": {}, "both": {}}
+    assert [argv[0] for argv in asked[-11:]] == ["evaluate", *["centers"] * 2, *["launch"] * 4, *["evaluate"] * 4]
+    out = tmp_path / "out"
+    judged = [[argv[argv.index(word) + 1] for word in ("--old", "--new")] for argv in asked if argv[0] == "evaluate"]
+    assert judged[2:] == [[str(tmp_path / "old.onnx"), str(out / way)] for way in found]
+    assert [pair[0] for pair in judged[:2]] == [str(out / "old")] * 2
     runs = [load_config(argv[1], [word for word in argv if "=" in word]) for argv in asked if argv[0] == "launch"]
-    assert [run.train.steps for run in runs] == [20] * 4
+    assert [run.train.steps for run in runs] == [20] * 7
+    assert [run.compat.mode for run in runs[2:]] == ["direct", "cross-model", "backward", "forward", "both"]
+    assert {str(run.compat.bank) for run in runs[3:]} == {str(out / "pretrained-bank")}
 
 
 def test_what_is_stated_of_a_pretrained_model_is_part_of_what_its_figures_are_made_from(
     tmp_path: Path, asked: list[list[str]]
 ) -> None:
     model = graph_file(tmp_path / "old.onnx")
-    demo_with_maps(model).run()
+    demo_towards(model).run()
     asked.clear()
-    demo_with_maps(model).run()
+    demo_towards(model).run()
     assert asked == []
     write_description(description_of(model), model, Reading(pixels="0..255"))
-    demo_with_maps(model).run()
-    assert [argv[0] for argv in asked] == ["centers", "centers", "launch", "evaluate"]
+    demo_towards(model).run()
+    assert [argv[0] for argv in asked] == [*["centers"] * 2, *["launch"] * 4, *["evaluate"] * 4]
 
 
 def test_a_pretrained_model_that_is_none_is_refused_before_the_first_training_run(tmp_path: Path) -> None:
     (tmp_path / "old.onnx").write_bytes(b"weights")
     with pytest.raises(ModelError, match=r"old\.onnx"):
-        demo_with_maps(tmp_path / "old.onnx")
+        demo_towards(tmp_path / "old.onnx")
 
 
 @pytest.fixture
@@ -314,16 +318,21 @@ def test_a_pretrained_model_has_its_own_table_sentence_and_verdict(capsys: pytes
     for one in maps["sets"].values():
         for name, cell in one["cells"].items():
             cell["title"] = {"new->old": "T₂₁(new) → old"}.get(name, name.replace("->", " → "))
-    outcome = summarise("people", [replace(outcome_of(0, own, own, "SAFE"), pretrained=maps)])
-    assert outcome["spread"]["pretrained"]["seen: T₂₁(new) → old rank-1"]["mean"] == 0.94
-    assert outcome["seeds"][0]["pretrained"]["answer"] == "NOT SAFE"
+    worse = json.loads(json.dumps(maps).replace("0.94", "0.74"))
+    ways = {"maps": maps, "backward": worse}
+    outcome = summarise("people", [replace(outcome_of(0, own, own, "SAFE"), pretrained=ways)])
+    spread = outcome["spread"]["pretrained"]
+    assert [spread[f"seen: T₂₁(new) → old, {way} rank-1"]["mean"] for way in ways] == [0.94, 0.74]
+    assert [way["answer"] for way in outcome["seeds"][0]["pretrained"]["ways"].values()] == ["NOT SAFE"] * 2
     assert outcome["safe"] == 1  # of the own old model
     _print(Console(width=200), outcome)
     shown = capsys.readouterr().out
-    assert "finds 94.0% of their other images in the old gallery at rank 1, but 55.0% of the images of unseen" in shown
-    assert "where the old model finds 95.0%" in shown
-    assert "unseen: T₂₁(new) → old" in shown
-    assert "pretrained.html" in shown
+    for way, found in (("maps", "94.0%"), ("backward", "74.0%")):
+        assert f"{way}: fitted on 30 people, finds {found} of their other images in the old gallery at rank 1" in shown
+        assert f"unseen: T₂₁(new) → old, {way}" in shown
+        assert f"pretrained-{way}.html" in shown
+    assert shown.count("but 55.0% of the images of unseen people, where the old model finds 95.0%") == 2
+    assert sum("unseen: old → old" in line for line in shown.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

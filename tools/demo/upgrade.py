@@ -1,5 +1,5 @@
 """What `lce demo` runs: pictures → old model → centre bank → new model → evaluation → export, for one seed; on request
-a pretrained old model and maps to it as well.
+with a pretrained old model of another dimension as well: maps to it, and new models with LCE through maps.
 
 Every step is a command of the product (`lce pack`, `lce launch`, `lce centers`, `lce evaluate`, `lce export`); what is
 particular to the demo is only the order, the folders and the pictures.
@@ -53,6 +53,11 @@ PLANS = {
 }
 
 
+LCE_MODES = ("backward", "forward", "both")
+WAYS = ("maps", *LCE_MODES)
+"""How a pretrained old model is met: by maps alone, or by a new model that is trained with LCE in one of its modes."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The outcome for one seed.
@@ -60,7 +65,8 @@ class Outcome:
     Attributes:
         evaluation: what ``lce evaluate --json`` reports. onnx: the same with the exported model as the new one.
         export: what ``lce export --json`` reports. report: the HTML file. seconds: by step.
-        pretrained: what ``lce evaluate --json`` reports of maps to a pretrained old model, if there is one.
+        pretrained: what ``lce evaluate --json`` reports against a pretrained old model, if there is one, by
+            :data:`WAYS`.
     """
 
     seed: int
@@ -84,7 +90,7 @@ class DemoUpgrade:
         settings: overrides of every run's configuration (``train.steps=20``), for trying things out; maps have no
             ``backbone`` and no ``head``.
         stdout: where the commands' own output goes (:func:`tools.steps.run_lce`).
-        pretrained: a model file that serves as a second old model: maps between it and the paragon are trained.
+        pretrained: a model file that serves as a second old model, which is met in all of :data:`WAYS`.
 
     Raises:
         ConfigError: the configurations or the model file are not there, or a setting is not one of theirs.
@@ -111,8 +117,7 @@ class DemoUpgrade:
             )
         if pretrained is not None and not pretrained.is_file():
             raise ConfigError(f"{pretrained}: no such model file")
-        trainings = ("old", "paragon", "new") if pretrained is None else ("old", "paragon", "new", "maps")
-        for name in trainings:
+        for name in ("old", "paragon", "new", *(WAYS if pretrained is not None else ())):
             load_config(*self._training(name))  # a wrong override is refused now, not after the first training
         self._pretrained_hash = ""
         if pretrained is not None:  # likewise a file that is no model
@@ -131,8 +136,8 @@ class DemoUpgrade:
         self._evaluate()
         pretrained = None
         if self._pretrained is not None:
-            self._maps(self._pretrained)
-            pretrained = self._read("pretrained")
+            self._meet(self._pretrained)
+            pretrained = {way: self._read(f"pretrained-{way}") for way in WAYS}
         evaluation, onnx, export = (self._read(name) for name in ("evaluation", "onnx", "export"))
         report = self.folder / "report.html"
         return Outcome(self.seed, evaluation, onnx, export, report, self._steps.seconds, pretrained)
@@ -171,6 +176,9 @@ class DemoUpgrade:
             return CROSS_MODEL, [*overrides, *without_network(self._settings)]
         if name == "new":
             overrides.append(f"compat.bank={self._path('bank')}")
+        if name in LCE_MODES:
+            overrides += [f"compat.bank={self._path('pretrained-bank')}", f"compat.mode={name}"]
+            name = "new"
         return CONFIGS / f"demo-{self.plan.recipe}-{name}.yaml", [*overrides, *self._settings]
 
     def _train(self, name: str, title: str, nproc: int | None = None) -> None:
@@ -207,8 +215,9 @@ class DemoUpgrade:
         argv = ["--new", self._path("new.onnx"), "--replicates", "100", "--json", self._path("onnx.json")]
         self._command("onnx", "the old gallery searched by the ONNX model", [*common, sets[0], *argv], ["onnx.json"])
 
-    def _maps(self, model: Path) -> None:
-        """Fit maps between a pretrained old model and the paragon, neither trained further, and measure them."""
+    def _meet(self, model: Path) -> None:
+        """Meet a pretrained old model: by maps between it and the paragon, neither trained further, and by new models
+        with LCE through maps; measure each."""
         for name, path, title in (
             ("pretrained", str(model), "the pretrained model's"),
             ("paragon", self._path("paragon"), "the paragon's"),
@@ -219,11 +228,15 @@ class DemoUpgrade:
             title = f"{title} embeddings of the training images"
             self._command(f"{name}-bank", title, argv, products, self._stdout, [self._pretrained_hash])
         self._train("maps", "maps between the two", nproc=1)
-        argv = ["evaluate", "--old", str(model), "--new", self._path("maps"), "--cache", self._path("embeddings")]
-        argv += ["--fars", ",".join(f"{far:g}" for far in self.plan.fars), "--data"]
-        argv += [f"{name}={self._path(f'data/{name}')}" for name in self.plan.reported]
-        argv += ["--report", self._path("pretrained.html"), "--json", self._path("pretrained.json")]
-        self._command("pretrained", "evaluation of the maps", argv, ["pretrained.html", "pretrained.json"])
+        for mode in LCE_MODES:
+            self._train(mode, f"a new model with LCE in {mode} mode, towards the pretrained one")
+        for way in WAYS:
+            argv = ["evaluate", "--old", str(model), "--new", self._path(way), "--cache", self._path("embeddings")]
+            argv += ["--fars", ",".join(f"{far:g}" for far in self.plan.fars), "--data"]
+            argv += [f"{name}={self._path(f'data/{name}')}" for name in self.plan.reported]
+            products = [f"pretrained-{way}.html", f"pretrained-{way}.json"]
+            argv += ["--report", self._path(products[0]), "--json", self._path(products[1])]
+            self._command(f"pretrained-{way}", f"evaluation against the pretrained model: {way}", argv, products)
 
     def _command(
         self,

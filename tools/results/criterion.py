@@ -23,8 +23,6 @@ HELP = "the criterion new→old above old→old, for every mode and pair of dime
 
 MODES = ("direct", "backward", "forward", "both", "cross-model")
 CONTROL = "independent"
-CONTRASTIVE_WEIGHT = 5.0
-"""Of cross-model maps (docs/upgrades.md)."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,6 @@ def _settings(folder: Path, case: Case, weights: tuple[float, float]) -> list[st
         alone = folder / f"alone-{case.new}"
         overrides += [f"compat.new_model={alone}", f"compat.new_embeddings={alone}.npy"]
         overrides.append(f"compat.old_embeddings={folder / f'old-{case.old}.npy'}")
-        overrides.append(f"compat.contrastive_weight={CONTRASTIVE_WEIGHT:g}")
     else:
         overrides.append(f"backbone.dim={case.new}")
     return overrides

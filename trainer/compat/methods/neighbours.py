@@ -26,9 +26,10 @@ EXACT = 1 << 34
 """So many cosines are taken on a CPU in about two minutes; above that many it looks at fewer dimensions first."""
 BLOCK = 1 << 20
 """Of the bank's classes at a time in the search by fewer dimensions: 2 GiB of centres of dimension 512 in float32."""
-TILE_ROWS, TILE, GROUP = 1024, 1 << 15, 64
-"""Rows by classes of one of its products, and how many of these are asked for their largest at a time: at most 2 GiB of
-products in bfloat16, 4 in float32."""
+TILE_ROWS, TILE, GROUP = 4096, 1 << 14, 32
+"""Rows by classes of one of its products, and how many of these classes are asked for their largest at a time."""
+SOME = 128
+"""Rows whose candidates are looked at one by one at a time, so that few are in memory."""
 CANDIDATES = 3
 """So many centres are compared in full for each neighbour that is wanted."""
 RECALL = 0.97
@@ -154,47 +155,61 @@ def by_axes(rows: Tensor, numbers: Tensor, bank: CenterBank, count: int, axes: T
     dtype = torch.bfloat16 if bfloat16_instructions() else torch.float32
     turned = (rows @ axes).to(dtype)
     for first, block, known in blocks(bank, rows, BLOCK):
-        seen = _Tiles((block @ axes).to(dtype))
+        groups = _Groups((block @ axes).to(dtype))
+        memory = block.new_empty(0)
         for start in range(0, len(rows), TILE_ROWS):
             part = slice(start, start + TILE_ROWS)
-            places = seen.candidates(turned[part], CANDIDATES * count + 1)  # the class itself is one
-            real = places < len(block)
-            among = block[places.clamp_max(len(block) - 1)]  # (k', c, D)
-            cosines = (among @ rows[part, :, None])[:, :, 0]
-            classes = (first + known[places.clamp_max(len(block) - 1)]).masked_fill(~real, -1)
-            out.take_some(part, numbers[part], cosines, classes)
+            candidates = groups.candidates(turned[part], CANDIDATES * count + 1)  # the class itself is one
+            for begin, places in zip(range(start, len(rows), SOME), candidates.split(SOME), strict=False):
+                some = slice(begin, begin + len(places))
+                real, places = places < len(block), places.clamp_max(len(block) - 1)
+                among = _rows(block, places, memory)  # (k', c, D)
+                cosines = (among @ rows[some, :, None])[:, :, 0]
+                out.take_some(some, numbers[some], cosines, (first + known[places]).masked_fill(~real, -1))
             said.at(first * len(rows) + len(block) * start)
     return out
 
 
-class _Tiles:
-    """Some centres (n, d) whose products with rows are taken tile by tile."""
+class _Groups:
+    """Some centres (n, d), :data:`GROUP` in a row being a group."""
 
     def __init__(self, block: Tensor) -> None:
-        self.size = min(TILE, -(-len(block) // GROUP) * GROUP)
-        self._tiles = pad(block, (0, 0, 0, -len(block) % self.size)).split(self.size)
-        self._products = block.new_empty(len(self._tiles), TILE_ROWS, self.size)
+        self._centres = pad(block, (0, 0, 0, -len(block) % GROUP))
+        self._products, self._members = block.new_empty(TILE * TILE_ROWS), block.new_empty(0)
 
     def candidates(self, rows: Tensor, count: int) -> Tensor:
         """The places of about the ``count`` largest positive products with ``rows`` (k, d), of the same dtype: (k, ≤
         count) int64, those from n on being of no centre.
 
-        The largest of a group of products is found first: as integers, whose order is that of positive numbers of
+        The largest product of each group is found first: as an integer, whose order is that of positive numbers of
         floating point, since processors are quick at that. The ``count`` largest lie in the ``count`` best groups.
         """
-        products = self._products[:, : len(rows)]
-        for tile, out in zip(self._tiles, products, strict=True):
-            torch.mm(rows, tile.T, out=out)
-        width = self.size // GROUP
-        grouped = products.view(INTEGER[rows.dtype]).view(len(products), len(rows), GROUP, width)
-        best = grouped.amax(2).transpose(0, 1).flatten(1)  # (k, tiles × width)
-        groups = best.topk(min(count, best.shape[1]), sorted=False).indices
-        tile, column = groups // width, groups % width
-        columns = (column[:, :, None] + width * torch.arange(GROUP)).flatten(1)  # (k, groups × GROUP)
-        tile = tile.repeat_interleave(GROUP, 1)
-        values = products[tile, torch.arange(len(rows))[:, None], columns]
-        inside = values.topk(min(count, values.shape[1]), sorted=False).indices
-        return (tile * self.size + columns).gather(1, inside)
+        size = len(self._centres) // GROUP
+        best = torch.empty(size, len(rows), dtype=INTEGER[rows.dtype])
+        for start in range(0, len(self._centres), TILE):
+            tile = self._centres[start : start + TILE]
+            products = self._products[: len(tile) * len(rows)].view(len(tile), len(rows))
+            torch.mm(tile, rows.T, out=products)
+            grouped = products.view(best.dtype).view(-1, GROUP, len(rows))
+            torch.amax(grouped, 1, out=best[start // GROUP :][: len(grouped)])
+        groups = best.T.contiguous().topk(min(count, size), sorted=False).indices
+        found = []
+        for some, which in zip(rows.split(SOME), groups.split(SOME), strict=True):
+            members = _rows(self._centres.view(size, -1), which, self._members)
+            values = (members.view(len(some), -1, rows.shape[1]) @ some[:, :, None])[:, :, 0]
+            inside = values.topk(min(count, values.shape[1]), sorted=False).indices
+            found.append(which.gather(1, inside // GROUP) * GROUP + inside % GROUP)
+        return torch.cat(found)
+
+
+def _rows(table: Tensor, places: Tensor, memory: Tensor) -> Tensor:
+    """The rows of a table (n, d) at ``places`` (k, c), as (k, c, d), in ``memory``, which is made as large as it must
+    be: new memory for each would take longer than the copies."""
+    wanted = places.numel() * table.shape[1]
+    if memory.numel() < wanted:
+        memory.resize_(wanted)
+    found = memory[:wanted].view(-1, table.shape[1])
+    return torch.index_select(table, 0, places.flatten(), out=found).view(*places.shape, -1)
 
 
 class _Progress:
