@@ -157,8 +157,9 @@ def test_the_ways_to_meet_a_pretrained_model_are_commands_that_parse_and_configu
     assert [pair[0] for pair in judged[:2]] == [str(out / "old")] * 2
     runs = [load_config(argv[1], [word for word in argv if "=" in word]) for argv in asked if argv[0] == "launch"]
     assert [run.train.steps for run in runs] == [20] * 7
-    assert [run.compat.mode for run in runs[2:]] == ["direct", "cross-model", "backward", "forward", "both"]
-    assert {str(run.compat.bank) for run in runs[3:]} == {str(out / "pretrained-bank")}
+    lce = [run.methods[0].model_dump() for run in runs[2:]]
+    assert [one["mode"] for one in lce] == ["direct", "cross-model", "backward", "forward", "both"]
+    assert {str(one["bank"]) for one in lce[1:]} == {str(out / "pretrained-bank")}
 
 
 def test_what_is_stated_of_a_pretrained_model_is_part_of_what_its_figures_are_made_from(
