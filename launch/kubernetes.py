@@ -23,6 +23,10 @@ WAIT_SECONDS = 600
 """How long a pod waits for the first one to have an address."""
 _JOB = re.compile(r"[a-z]([-a-z0-9]{0,43}[a-z0-9])?")
 """Short: the controllers append to it, and the pods' names may have 63 letters."""
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_IMAGE = re.compile(r"([A-Za-z0-9.-]+(:\d+)?/)?[a-z0-9._/-]+(:[\w.-]+)?(@sha256:[0-9a-f]{64})?")
+_MOUNT = re.compile(r"/[^:]*")
+_SIZE = re.compile(r"\d+(\.\d+)?([KMGTPE]i?|k|m)?")
 _OBJECT = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
 
 
@@ -69,6 +73,14 @@ def train_job(job: Job, pods: Pods) -> dict[str, Any]:
     for option, value in (("--claim", pods.claim), ("--runtime", pods.runtime)):
         if not _OBJECT.fullmatch(value):
             raise ConfigError(f"{option} {value}: Kubernetes takes small letters, digits, hyphens and dots")
+    for option, value, form, expected in (
+        ("--image", pods.image, _IMAGE, "[HOST/]NAME[:TAG], NAME in small letters"),
+        ("--mount", pods.mount, _MOUNT, "an absolute path"),
+        ("--shared-memory", pods.shared_memory, _SIZE, "an amount, such as 16Gi"),
+        ("--namespace", pods.namespace or "default", _NAMESPACE, "up to 63 small letters, digits and hyphens"),
+    ):
+        if not form.fullmatch(value):
+            raise ConfigError(f"{option} {value}: Kubernetes takes {expected}")
     files = [str(job.config), *(word for word in job.overrides if is_layer(word))]
     outside = [file for file in files if _is_outside(file, pods)]
     if outside or any(".." in file.split("/") for file in files):

@@ -17,7 +17,10 @@ def command(job: Job) -> list[str]:
     """The ``mpirun`` command line of this job."""
     nodes = int(job.nnodes)
     argv = ["mpirun", "-n", str(job.nproc * nodes), "--bind-to", "none"]
-    argv += ["--hostfile", str(job.hostfile)] if job.hostfile else ["--map-by", ":OVERSUBSCRIBE"]
+    if job.hostfile:  # else the first machine's slots would be filled first
+        argv += ["--hostfile", str(job.hostfile), "--map-by", f"ppr:{job.nproc}:node"]
+    else:
+        argv += ["--map-by", ":OVERSUBSCRIBE"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         argv.append("--allow-run-as-root")
     for name, value in job.environment.items():

@@ -75,13 +75,14 @@ def script(job: Job, allocation: Allocation) -> str:
     --full`` it would reach this script again, and srun, which kills the step.
 
     Raises:
-        ConfigError: an option that is none of sbatch's form, or that the script depends on.
+        ConfigError: an option that is none of sbatch's form, or that the script depends on; a configuration that the
+            container does not see.
     """
     directives, preamble = _header(job, allocation)
     if allocation.modules:
         preamble = [f"module load {shlex.join(allocation.modules)}", *preamble]
     # Ranks that have saved end with 75; --kill-on-bad-exit would kill those of a node that is a second later.
-    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LAST_SECONDS}", *_container(allocation)]
+    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LAST_SECONDS}", *_container(job, allocation)]
     # A login shell knows `module`; the others inherit the environment that the job was submitted from.
     return f"""#!/bin/bash{" -l" if allocation.modules else ""}
 {_lines(directives)}
@@ -156,13 +157,21 @@ def _header(job: Job, allocation: Allocation) -> tuple[list[str], list[str]]:
     return [*(f"#SBATCH {setting}" for setting in settings.values()), *directives], preamble
 
 
-def _container(allocation: Allocation) -> list[str]:
+def _container(job: Job, allocation: Allocation) -> list[str]:
     if not allocation.container:
         return []
-    folder = str(allocation.folder.absolute())
-    mounts = ",".join(allocation.mounts) or f"{folder}:{folder}"
+    folder = allocation.folder.absolute()
+    mounts = list(allocation.mounts)
+    if not any(folder.is_relative_to(mount.split(":")[1]) for mount in mounts):
+        mounts.insert(0, f"{folder}:{folder}")
+    places = [mount.split(":")[1] for mount in mounts]
+    for file in (Path(word).absolute() for word in (str(job.config), *filter(is_layer, job.overrides))):
+        if not any(file.is_relative_to(place) for place in places):
+            raise ConfigError(
+                f"{file}: the container sees {', '.join(places)} alone; add --bind {file.parent}:{file.parent}"
+            )
     image = f"--container-image={allocation.container}"
-    return [image, f"--container-mounts={mounts}", f"--container-workdir={folder}"]
+    return [image, f"--container-mounts={','.join(mounts)}", f"--container-workdir={folder}"]
 
 
 def _command(job: Job, allocation: Allocation) -> list[str]:

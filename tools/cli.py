@@ -53,6 +53,8 @@ DATASETS = ("dataset", "new_dataset", "old_dataset", "data", "images", "validati
 """The arguments that name data sets."""
 ALLOW_OUTSIDE = "follow names in a dataset.yaml that lead out of its folder (training: data.allow_outside)"
 
+OUTPUTS = ("json", "report", "pdf", "markdown")
+"""Options that name a file for a command's outcome."""
 MODULES = {"demo": "tools.demo.command", "characters": "tools.demo.characters"}
 """Where a command's module is not ``tools.NAME``."""
 
@@ -122,20 +124,47 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not hasattr(args, "overrides"):
             args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if wrong:
-            args.parser.error(f"{wrong[0]}: no such option{_as_key(wrong[0], rest)}")
+            args.parser.error(f"{wrong[0]}: no such option{_meant(wrong[0], rest, args.parser)}")
         args.overrides = [*args.overrides, *rest]
     return args
 
 
-def _as_key(word: str, rest: Sequence[str]) -> str:
-    """How a setting that was given as an option (``--lr 0.1``) or as YAML (``lr: 0.1``) is written."""
+def _meant(word: str, rest: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """What is near to an option that is none, or how a setting that was given as an option (``--lr 0.1``) or as YAML
+    (``lr: 0.1``) is written."""
+    import difflib
+
     name, _, value = word.lstrip("-").partition("=")
+    options = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(word.partition("=")[0], options, n=1, cutoff=0.8) if word.startswith("--") else []
+    if near:
+        return f"; did you mean {near[0]}?"
     follows = [other for other in rest[rest.index(word) + 1 :][:1] if not other.startswith("-")]
     if word.startswith("-"):
-        example = f"{name.replace('-', '_')}={value or (follows[0] if follows else 'VALUE')}"
-        section = "" if "." in name else "SECTION."
-        return f"; a setting of the configuration is written {section}{example}, see lce config"
+        key = name.replace("-", "_")
+        keys = [key] if "." in key else _keys(key) or [f"SECTION.{key}"]
+        value = value or (follows[0] if follows else "VALUE")
+        examples = " or ".join(f"{key}={value}" for key in keys)
+        return f"; a setting of the configuration is written {examples}, see lce config"
     return "; a setting of the configuration is written key=value without spaces, see lce config"
+
+
+def _keys(name: str) -> list[str]:
+    """The keys of a configuration that end with a name."""
+    from trainer.config import Node, in_sections
+    from trainer.run.config import Config
+
+    return in_sections(Node((Config,)), name)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse files that a command could not write its outcome to (:data:`OUTPUTS`)."""
+    from tools.output import check_writable
+
+    for option in OUTPUTS:
+        target = getattr(args, option, None)
+        if isinstance(target, str | Path) and str(target) != "-":
+            check_writable(f"--{option}", Path(target))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trainer.extras import remedy
 
     try:
+        _check_outputs(args)
         with _outside_allowed(args):
             status = int(args.run(args))
         if sys.stdout is not None:  # closed by whoever started us

@@ -268,8 +268,6 @@ def _check_outputs(args: argparse.Namespace) -> None:
     for option, file in (*files, ("--json", None if args.json in (None, "-") else Path(args.json))):
         if file is not None and not file.absolute().parent.is_dir():
             raise LceError(f"{option} {file}: the folder {file.absolute().parent} does not exist; make it first")
-        if file is not None and file.is_dir():
-            raise LceError(f"{option} {file}: is a folder; name a file in it")
 
 
 class _Evaluation:

@@ -41,7 +41,7 @@ _MEMORY = {
 }
 """What each queue takes as an amount of memory, and an example."""
 _TIME = re.compile(r"(?i:infinite|unlimited)|\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
-_HOST = re.compile(r"\S+(\s+(slots|max[_-]slots)\s*=\s*\d+)*")
+_HOST = re.compile(r"([^\s-]\S*)(\s+(slots|max[_-]slots)\s*=\s*\d+)*")
 """A line of a host file."""
 _HOSTS = {
     "SLURM_JOB_ID",
@@ -250,7 +250,7 @@ def _check(config: "Config", job: "Job", device: Literal["cpu", "cuda"]) -> None
     print(f"memory of a rank: {size_text(plan.device_bytes)} on {device}, by `lce plan`'s arithmetic")
     folder = next(path for path in (config.run.dir.absolute(), *config.run.dir.absolute().parents) if path.is_dir())
     there = sum(file.stat().st_size for file in folder.glob("checkpoints/step-*/*"))  # a continued run replaces them
-    needed, free = plan.kept_bytes + plan.checkpoint_bytes - there, shutil.disk_usage(folder).free
+    needed, free = plan.most_checkpoints * plan.checkpoint_bytes - there, shutil.disk_usage(folder).free
     print(f"disk: {size_text(max(0, needed))} of checkpoints, {size_text(free)} free")
     if needed > free:
         raise ConfigError(f"run.dir = {config.run.dir}: {size_text(needed)} of checkpoints, {size_text(free)} free")
@@ -307,8 +307,10 @@ def _check_hosts(args: argparse.Namespace, job: "Job") -> None:
 
     if job.many_nodes and args.launcher not in QUEUES and job.master:
         _check_master(job.master)
+    if job.interface and args.launcher not in QUEUES:
+        _check_interface(job.interface)
     if job.hostfile is not None:
-        _check_hostfile(job.hostfile)
+        _check_hostfile(job.hostfile, job)
     if job.many_nodes and args.launcher == "mpirun" and job.hostfile is None and not _HOSTS.intersection(os.environ):
         raise ConfigError(
             f"--nnodes {job.nnodes}: mpirun needs --hostfile, with a line `host slots=N` for each machine; without it "
@@ -316,7 +318,20 @@ def _check_hosts(args: argparse.Namespace, job: "Job") -> None:
         )
 
 
-def _check_hostfile(path: Path) -> None:
+def _check_interface(asked: str) -> None:
+    """Refuse an interface that this machine does not have (the others look for themselves when they start)."""
+    import socket
+
+    from trainer.errors import ConfigError
+    from trainer.machine import interfaces
+
+    there, names = [name for _, name in socket.if_nameindex()], interfaces(asked)
+    if names and not set(names).intersection(there):
+        raise ConfigError(f"--interface {asked}: this machine has no such network interface; it has {', '.join(there)}")
+
+
+def _check_hostfile(path: Path, job: "Job") -> None:
+    """Refuse a host file that cannot be read, or whose machines are too few for the job."""
     from trainer.errors import ConfigError
     from trainer.reading import read_text
 
@@ -325,10 +340,25 @@ def _check_hostfile(path: Path) -> None:
         lines = [line.partition("#")[0].strip() for line in read_text(path, ConfigError).splitlines()]
     except ConfigError as error:
         raise ConfigError(f"--hostfile {error}; it has {needed}") from None
-    wrong = next((n for n, line in enumerate(lines, 1) if line and not _HOST.fullmatch(line)), None)
-    if wrong is not None or not any(lines):
-        where = "names no machine" if wrong is None else f"line {wrong}: {lines[wrong - 1]!r}"
-        raise ConfigError(f"--hostfile {path}: {where}; it has {needed}")
+    slots: dict[str, int | None] = {}
+    for number, line in enumerate(lines, 1):
+        found = _HOST.fullmatch(line)
+        given = re.search(r"\sslots\s*=\s*(\d+)", line)
+        if line and (not found or (given and not int(given[1]))):
+            raise ConfigError(f"--hostfile {path}: line {number}: {line!r}; it has {needed}")
+        if found and found[1] in slots:
+            raise ConfigError(f"--hostfile {path}: line {number}: {found[1]} stands there twice; it has {needed}")
+        if found:
+            slots[found[1]] = int(given[1]) if given else None
+    if not slots:
+        raise ConfigError(f"--hostfile {path}: names no machine; it has {needed}")
+    wanted = int(job.nnodes.partition(":")[0])
+    enough = sum(count is None or count >= job.nproc for count in slots.values())
+    if enough < wanted:
+        raise ConfigError(
+            f"--hostfile {path}: names {len(slots)} machine(s), {enough} of them with {job.nproc} or more slots; "
+            f"--nnodes {job.nnodes} --nproc {job.nproc} needs {wanted}"
+        )
 
 
 def _check_master(master: str) -> None:

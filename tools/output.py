@@ -1,6 +1,7 @@
 """Figures of a command: as JSON, and as tables."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,27 @@ def write_json(figures: Any, target: str | Path | None) -> None:
     else:
         with replaced(Path(target), LceError) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def check_writable(option: str, target: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose outcome it is to hold. Where its folder does not
+    exist nothing is said: some commands make it.
+
+    Raises:
+        LceError: with the option.
+    """
+    from trainer.errors import LceError
+
+    if target.is_dir():
+        raise LceError(f"{option} {target}: is a folder; name a file in it")
+    folder = target.absolute().parent
+    tried = folder / f".lce-{os.getpid()}"
+    if folder.exists():
+        try:
+            os.close(os.open(tried, os.O_CREAT | os.O_WRONLY, 0o600))
+            tried.unlink()
+        except OSError as error:
+            raise LceError(f"{option} {target}: {folder} cannot be written to: {error.strerror}") from None
 
 
 def size_text(size: float) -> str:

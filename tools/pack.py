@@ -82,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
 
     from trainer.data.listing import list_source
     from trainer.data.packing import PackOptions, pack
+    from trainer.errors import ConfigError
 
+    if args.out.is_file():
+        raise ConfigError(f"{args.out}: is a file; name a folder for the data set")
     options = PackOptions(
         size=args.size,
         encode=args.encode,

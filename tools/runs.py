@@ -8,14 +8,16 @@ Examples:
   lce runs runs/ --json -
   lce runs diff runs/old runs/new
   lce runs plot runs/ curves.html
+
+Exit status: 0 done; 1 done, but for run folders that are damaged, which are named; 2 wrong use.
 """
 
 import argparse
 import base64
-import contextlib
 import html
 import io
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """List, compare or plot; returns 0."""
+    """List, compare or plot; returns 0, or 1 where damaged run folders were left out."""
     action, folders = (args.runs[0], args.runs[1:]) if args.runs[0] in ACTIONS else ("list", args.runs)
     if action == "plot":
         if len(folders) < 2 or not folders[-1].endswith(".html"):
@@ -66,7 +68,14 @@ def run(args: argparse.Namespace) -> int:
         folders, page = folders[:-1], Path(folders[-1])
     if not folders:
         raise DataError(f"{action}: name at least one run folder")
-    runs = [read_run(folder) for name in folders for folder in find_runs(Path(name))]
+    runs, damaged = list[Run](), list[DataError]()
+    for folder in (found for name in folders for found in find_runs(Path(name))):
+        try:
+            runs.append(read_run(folder))
+        except DataError as error:
+            damaged.append(error)
+    if damaged and (not runs or action == "diff"):
+        raise damaged[0]
     if action == "diff":
         if len(runs) != 2:
             raise DataError(f"diff: compares two runs, {len(runs)} given")
@@ -77,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_list(runs, args.json)
     write_json([asdict(found) for found in runs], args.json)
-    return 0
+    for problem in damaged:
+        print(f"lce runs: left out: {problem}", file=sys.stderr)
+    return 1 if damaged else 0
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -86,7 +97,7 @@ def find_runs(folder: Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    if (folder / "config.yaml").is_file():
+    if (folder / "config.yaml").is_file() or (folder / "ranks").is_dir():
         return [folder]
     found = sorted(path.parent for path in folder.rglob("config.yaml") if (path.parent / "ranks").is_dir())
     if not found:
@@ -95,23 +106,21 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises :class:`DataError` when its configuration cannot be read."""
-    import yaml
-
+    """Read a run folder. Raises :class:`DataError` when its configuration, log or summary cannot be read."""
     from trainer.checkpoint_folder import list_checkpoints
-    from trainer.run.folder import flat
+    from trainer.reading import read_json, read_yaml
+    from trainer.run.folder import SUMMARY, flat
 
-    try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{folder / 'config.yaml'}: cannot be read: {error}") from None
+    settings = read_yaml(folder / "config.yaml", DataError)
     if not isinstance(settings, dict):
-        raise DataError(f"{folder / 'config.yaml'}: holds no configuration")
+        raise DataError(f"{folder / 'config.yaml'}: holds no configuration; a finished run's cannot be made again")
     lines = read_lines(folder / "log.jsonl")
     last = {k: v for k, v in lines[-1].items() if isinstance(v, int | float)} if lines else {}
-    summary: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # not finished
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary: Any = {}
+    if (folder / SUMMARY).exists():  # else not finished
+        summary = read_json(folder / SUMMARY, DataError)
+        if not isinstance(summary, dict):
+            raise DataError(f"{folder / SUMMARY}: not a summary of a run; remove it to continue the run")
     now = time.time()
     alive = any(now - status.stat().st_mtime < ALIVE_SECONDS for status in folder.glob("ranks/rank-*.json"))
     failed = (folder / "ranks" / "failed").is_file()
@@ -124,7 +133,8 @@ def read_run(folder: Path) -> Run:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``log.jsonl`` that are whole; none where there is no log."""
+    """The lines of a ``log.jsonl`` that are whole; none where there is no log. Raises :class:`DataError`: it has some,
+    and none of them is a line of figures."""
     if not path.is_file():
         return []
     lines = []
@@ -135,6 +145,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             continue  # a line that is being written
         if isinstance(line, dict):
             lines.append(line)
+    if not lines and path.read_bytes().count(b"\n"):
+        raise DataError(f"{path}: holds no line of figures; it was not written by a run, or is damaged")
     return lines
 
 
@@ -173,6 +185,12 @@ def _print_list(runs: Sequence[Run], target: str | None) -> None:
     table_console(target, 200).print(table)
 
 
+def _figure(key: str, value: float) -> str:
+    from tools.output import size_text
+
+    return size_text(value) if key.endswith("_bytes") else f"{value:.5g}"
+
+
 def _print_difference(runs: Sequence[Run], target: str | None) -> None:
     from rich.table import Table
 
@@ -182,7 +200,7 @@ def _print_difference(runs: Sequence[Run], target: str | None) -> None:
     for key, values in differences(runs).items():
         table.add_row(key, *("–" if value is None else str(value) for value in values))
     for key in sorted(runs[0].last.keys() | runs[1].last.keys()):
-        table.add_row(f"last {key}", *(f"{found.last[key]:.5g}" if key in found.last else "–" for found in runs))
+        table.add_row(f"last {key}", *(_figure(key, found.last[key]) if key in found.last else "–" for found in runs))
     table_console(target, 160).print(table)
 
 

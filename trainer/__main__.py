@@ -27,6 +27,7 @@ from trainer.errors import (
     EXIT_USAGE,
     BrokenRunError,
     LceError,
+    NetworkError,
     TrainingError,
     refused_by_system,
 )
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         return _run(config)
     except LceError as error:
-        return _refuse(error, everywhere=True)
+        alike = isinstance(error, NetworkError) and os.environ.get("LOCAL_RANK", "0") != "0"
+        return _refuse(error, everywhere=not alike)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

@@ -408,13 +408,18 @@ def _nest(layer: dict[str, Any], override: str) -> None:
 
 
 def _refuse_unknown(node: Node, key: str, prefix: str, source: str) -> typing.NoReturn:
-    known = node.all_keys()
-    below = [
-        f"{section}.{key}" for section in known if (one := node.child(section, node.kinds[0])) and key in one.all_keys()
-    ]
-    near = below or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    known, (section, _, rest) = node.all_keys(), key.partition(".")
+    near = in_sections(node, key) or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{f' or {prefix}'.join(near)}?" if near else f"known keys: {', '.join(known)}"
-    raise ConfigError(f"{source}: unknown key {prefix}{key}; {hint}")
+    if rest and section in known:  # in a file; on the command line dots lead into sections
+        hint = f"write {section}: {{{rest}: …}}"
+    raise ConfigError(f"{source}: unknown key {prefix}{key or repr(key)}; {hint}")
+
+
+def in_sections(node: Node, key: str) -> list[str]:
+    """``section.key`` for each section of a tree, such as that of a configuration, that has a key."""
+    sections = {section: node.child(section, node.kinds[0]) for section in node.all_keys()}
+    return [f"{section}.{key}" for section, below in sections.items() if below and key in below.all_keys()]
 
 
 def _deciding(node: Node, key: str, tree: Mapping[str, Any]) -> tuple[str, str]:

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trainer.errors import ConfigError
-from trainer.machine import threads_of_a_rank
+from trainer.errors import ConfigError, NetworkError
+from trainer.machine import interfaces, threads_of_a_rank
 from trainer.owner import Launcher
 
 if TYPE_CHECKING:
@@ -265,11 +265,11 @@ def _check_network(nccl: bool) -> None:
     there = [name for _, name in socket.if_nameindex()]
     for variable in ("GLOO_SOCKET_IFNAME", *(("NCCL_SOCKET_IFNAME",) if nccl else ())):
         asked = os.environ.get(variable, "")
-        names = [] if asked.startswith("^") else [name for name in asked.lstrip("=").split(",") if name]
+        names = interfaces(asked)
         # gloo wants names, NCCL also takes the beginnings of names.
         fits = tuple(names) if variable.startswith("NCCL") and not asked.startswith("=") else ()
         if names and not any(name in names or (fits and name.startswith(fits)) for name in there):
-            raise ConfigError(
+            raise NetworkError(
                 f"{variable}={asked}: {socket.gethostname()} has no such network interface; it has {', '.join(there)}. "
                 "Name one of them with `lce launch --interface`"
             )
@@ -277,7 +277,7 @@ def _check_network(nccl: bool) -> None:
     try:
         socket.getaddrinfo(address, None)
     except OSError as error:
-        raise ConfigError(f"MASTER_ADDR={address}: unknown on {socket.gethostname()}: {error.strerror}") from None
+        raise NetworkError(f"MASTER_ADDR={address}: unknown on {socket.gethostname()}: {error.strerror}") from None
 
 
 def _join(backend: str, rank: int, world: int, timeout: datetime.timedelta, device: torch.device) -> None:

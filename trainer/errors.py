@@ -21,6 +21,10 @@ class ConfigError(LceError):
     """A configuration that cannot be used: unknown key, wrong value, impossible combination."""
 
 
+class NetworkError(ConfigError):
+    """What a machine's network lacks: all of its ranks find the same, and the first of them tells it."""
+
+
 class DataError(LceError):
     """A data set that is missing, empty, damaged or at odds with the configuration."""
 

@@ -103,3 +103,8 @@ def commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def interfaces(asked: str) -> list[str]:
+    """The network interfaces that a list such as ``GLOO_SOCKET_IFNAME`` names; none where it says which not to take."""
+    return [] if asked.startswith("^") else [name for name in asked.lstrip("=").split(",") if name]

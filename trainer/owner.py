@@ -157,7 +157,7 @@ class Owner:
                 time.sleep(_POLL_SECONDS)
         except OSError as error:
             self.close()
-            raise self.error_type(f"{self.lock}: cannot be written: {error.strerror or error}") from None
+            raise self.error_type(f"{self.target}: cannot be written: {self.lock}: {error.strerror or error}") from None
         _OPEN.add(self._descriptor)
         self._beats.start()
 

@@ -75,7 +75,7 @@ def read_text(path: str | Path, error_type: type[LceError], encoding: str = "utf
     try:
         text = read_bytes(path, error_type).decode(encoding)
     except UnicodeDecodeError as error:
-        raise error_type(f"{path}: is no {encoding.upper()} text: {_line(error)}") from None
+        raise error_type(f"{path}: is no {encoding.upper()} text: byte {error.start} is none of it") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -263,6 +263,8 @@ def _line(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, RecursionError):
         return "too many levels of lists and mappings inside each other"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
     text = " ".join(str(error).split())
     return (text if len(text) <= 300 else f"{text[:297]}…") or type(error).__name__
 

@@ -101,6 +101,21 @@ def test_cut_files_and_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not list(MXNET.rglob("*.npy"))  # looking at the fixture leaves no table next to it
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(None, "is missing; MXNet"), ("", "leaves out 45 of 45 records"), ("0\t0\n", "leaves out 44 of 45 records")],
+)
+def test_the_index_that_other_readers_need_is_checked(
+    tmp_path: Path, text: str | None, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = packed(tmp_path)
+    idx = folder / "train.idx"
+    assert cli.main(["check", str(folder)]) == 0
+    idx.unlink() if text is None else idx.write_text(text)
+    assert cli.main(["check", str(folder)]) == 1
+    assert f"{idx}: {reason}" in capsys.readouterr().out
+
+
 def test_uniform_sets_with_an_odd_image_are_damage(tmp_path: Path) -> None:
     people = identity_folders(tmp_path / "people", 2, 3)
     (people / "person00" / "large.jpg").write_bytes(encoded(9, (48, 48)))

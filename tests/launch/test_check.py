@@ -65,6 +65,7 @@ def test_a_run_that_can_start_is_described(configured: Path, capsys: pytest.Capt
         ("--with slurm --nproc 4 --gpus 2", "--nproc 4 --gpus 2: each rank needs a GPU of its own"),
         ("--nnodes 2:1 --rendezvous c10d --master localhost:29500", "--nnodes 2:1: at least 2 and at most 1"),
         ("run.dir=/proc/x", "run.dir"),
+        ("--interface nothere0", "--interface nothere0: this machine has no such network interface; it has lo"),
     ],
 )
 def test_what_training_would_refuse_is_refused(
@@ -94,6 +95,10 @@ def test_a_bank_is_named(configured: Path, capsys: pytest.CaptureFixture[str]) -
     [
         ("node0 slots=2\nmachines of the lab", "line 2: 'machines of the lab'; it has a line `host slots=N`"),
         ("# none\n", "names no machine"),
+        ("node0 slots=0\nnode1", "line 1: 'node0 slots=0'; it has a line"),
+        ("-x slots=2\nnode1", "line 1: '-x slots=2'; it has a line"),
+        ("node0\nnode1\nnode0", "line 3: node0 stands there twice"),
+        ("node0 slots=4", "names 1 machine(s), 1 of them with 1 or more slots; --nnodes 2 --nproc 1 needs 2"),
         (None, "is a folder, not a file; it has a line `host slots=N`"),
     ],
 )

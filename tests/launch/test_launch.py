@@ -149,7 +149,9 @@ def test_sbatch_file_passes_the_linter(path: Path, tmp_path: Path) -> None:
     linter = shutil.which("shellcheck")
     if linter is None:
         pytest.skip("shellcheck is not installed (make queue-extras)")
-    every = slurm.Allocation(modules=("cuda/12",), container="site/lce:1", options=("comment=two words",), cpus=4)
+    every = slurm.Allocation(
+        modules=("cuda/12",), container="site/lce:1", mounts=("/:/",), options=("comment=two words",), cpus=4
+    )
     for number, allocation in enumerate((slurm.Allocation(), every)):
         (tmp_path / f"{number}.sh").write_text(slurm.script(Job(path, ("a.b=1 2",), nnodes="2"), allocation))
     done = subprocess.run([linter, *map(str, tmp_path.glob("*.sh"))], capture_output=True, text=True, check=False)
@@ -240,8 +242,15 @@ def test_what_a_cluster_wants_is_passed_through(path: Path, tmp_path: Path, caps
     commands = [line for line in lines if not line.startswith("#")]
     assert commands[1:3] == ["module load cuda/12 gcc", "source /opt/site.sh"]
     assert lines.index("#SBATCH --reservation=night") < lines.index("module load cuda/12 gcc")
-    text = _shown(capsys, str(path), "--with", "slurm", "--container", "site/lce:1", "--bind", "/data:/data")
-    assert "srun --kill-on-bad-exit=0 --wait=60 --container-image=site/lce:1 --container-mounts=/data:/data" in text
+    words = ["--with", "slurm", "--container", "site/lce:1", "--bind", "/data:/data"]
+    here, bound = Path.cwd(), f"{tmp_path}:{tmp_path}"
+    text = _shown(capsys, str(path), *words, "--bind", bound)
+    image = f"--container-image=site/lce:1 --container-mounts={here}:{here},/data:/data,{bound}"
+    assert f"srun --kill-on-bad-exit=0 --wait=60 {image} --container-workdir={here}" in text
+    assert main(["launch", str(path), *words, "--dry-run"]) == 2
+    assert f"{path}: the container sees {here}, /data alone; add --bind {bound}" in capsys.readouterr().err
+    text = _shown(capsys, str(path), "--with", "slurm", "--container", "i", "--bind", "/:/")
+    assert f"--container-mounts=/:/ --container-workdir={here}" in text
     assert '"$master:$port" lce launch ' in text
     for wrong in ("nodes=3", "signal=USR1", "no such=1", "x=1\n#SBATCH --y"):
         assert main(["launch", str(path), "--with", "slurm", "--sbatch", wrong, "--dry-run"]) == 2

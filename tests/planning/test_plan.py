@@ -357,6 +357,15 @@ def test_a_recipe_without_its_data(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["updates"] == 7
 
 
+@pytest.mark.parametrize(
+    ("steps", "every", "kept", "most"), [(60, 0, 1, 1), (60, 100, 1, 1), (60, 30, 2, 2), (60, 20, 3, 3), (60, 10, 3, 4)]
+)
+def test_the_newest_checkpoint_is_written_before_the_oldest_goes(steps: int, every: int, kept: int, most: int) -> None:
+    given = {"train": {"steps": steps}, "checkpoint": {"keep": 3, "every_steps": every}}
+    plan = make_plan(Setting(parse_config(given, "given"), 1000, (112, 112), 1, "cpu"))
+    assert (plan.kept_checkpoints, plan.most_checkpoints) == (kept, most)
+
+
 def test_what_is_assumed_is_marked_and_all_kept_checkpoints_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--classes", "1000", "--backbone", "small", "--dim", "8", "checkpoint.keep=3", "train.steps=5000"]
     assert main([*words, "--json", "-"]) == 0

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,33 @@ def test_wrong_use_is_one_line(
 def test_a_broken_configuration_is_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text("a: [")
     assert main(["runs", str(tmp_path)]) == 2
-    assert "config.yaml: cannot be read" in capsys.readouterr().err
+    assert "config.yaml: is no readable YAML: line 1: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("config.yaml", "", "config.yaml: holds no configuration"),
+        ("config.yaml", None, "config.yaml: is a folder, not a file"),
+        ("summary.json", "[]", "summary.json: not a summary of a run; remove it"),
+        ("summary.json", "[1", "summary.json: is no readable JSON"),
+        ("log.jsonl", "\x00\x01\n\x02\n", "log.jsonl: holds no line of figures"),
+    ],
+)
+def test_a_damaged_run_is_named_and_the_others_are_listed(
+    runs: Path, tmp_path: Path, name: str, text: str | None, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = tmp_path / "many"
+    shutil.copytree(runs, many)
+    damaged = many / "slow" / name
+    damaged.unlink(missing_ok=True)
+    damaged.mkdir() if text is None else damaged.write_text(text)
+    assert main(["runs", str(many), "--json", str(tmp_path / "found.json")]) == 1
+    assert f"lce runs: left out: {many / 'slow'}/{reason}" in capsys.readouterr().err
+    assert [Path(found["path"]).name for found in json.loads((tmp_path / "found.json").read_text())] == ["quick"]
+    for words in (["runs", str(many / "slow")], ["runs", "diff", str(many / "slow"), str(many / "quick")]):
+        assert main(words) == 2
+        assert reason in capsys.readouterr().err
 
 
 def test_a_line_that_is_being_written_does_not_count(runs: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Measure how long the nearest centres of a whole bank take, and how many of the true ones are found.
 
-  lce bench neighbours                            # 1,000,000 centres of dimension 512: above an hour on 2 cores, 8 GB
+  lce bench neighbours                            # 1,000,000 centres of dimension 512: 8 GB, see docs/upgrades.md
   lce bench neighbours --bank banks/old --json -  # those of a bank
   lce bench neighbours --classes 200000 --latent 64
 

@@ -17,7 +17,7 @@ from trainer.data.config import choose_loader
 from trainer.data.index import Dataset
 from trainer.data.pixels import decode_image, image_size
 from trainer.data.processes import worker_context
-from trainer.data.store import Part, RecordStore
+from trainer.data.store import Part, RecordStore, offsets_path
 from trainer.errors import DataError
 
 _BLOCK = 2048
@@ -176,10 +176,27 @@ def _walk_files(dataset: Dataset, report: CheckReport) -> None:
             report.damage.append(
                 f"{part.path}: {len(missing)} offset(s) lie where no record begins, first {missing[0]}"
             )
+        _index_file(part, report)
         headers = np.setdiff1d(found, part.offsets[:-1])
         report.header_records += len(headers)
         if len(dataset.store.parts) == 1 and len(headers):
             _identity_ranges(part, headers, dataset, report)
+
+
+def _index_file(part: Part, report: CheckReport) -> None:
+    """The .idx next to a table of offsets, which is read here instead of it: other readers need it."""
+    if not offsets_path(part.path).is_file():
+        return
+    idx = part.path.with_suffix(".idx")
+    try:
+        listed = recordio.read_index(idx)[1] if idx.exists() else part.offsets[:0]
+    except DataError as error:
+        report.damage.append(str(error))
+        return
+    missing = len(np.setdiff1d(part.offsets[:-1], listed))
+    if missing:
+        what = f"leaves out {missing} of {len(part.offsets) - 1} records" if idx.exists() else "is missing"
+        report.damage.append(f"{idx}: {what}; MXNet and DALI's own reader need it: pack again, or copy it once more")
 
 
 def _identity_ranges(part: Part, headers: NDArray[np.int64], dataset: Dataset, report: CheckReport) -> None:

@@ -608,7 +608,8 @@ def _read_description(file: Path, kind: type[_Info], what: str) -> _Info:
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"])) or "content"
-        raise DataError(f"{file}: does not describe {what}: {key}: {problem['msg']}") from None
+        reason = "is missing" if problem["type"] == "missing" else problem["msg"]
+        raise DataError(f"{file}: does not describe {what}: {key}: {reason}") from None
 
 
 def _check_inside(folder: Path, info: DatasetInfo) -> None:

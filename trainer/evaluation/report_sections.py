@@ -472,4 +472,16 @@ def versions(result: Result) -> Table:
 def options(result: Result) -> Table:
     """The evaluation's settings."""
     chosen = {**result["options"], **result.get("settings", {})}
-    return table("Settings", ["setting", "value"], [[key, str(value)] for key, value in chosen.items()])
+    flat = {
+        (f"{key}: {name}" if name else key): value
+        for key, values in chosen.items()
+        for name, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
+    return table("Settings", ["setting", "value"], [[key, _plain(value)] for key, value in flat.items()])
+
+
+def _plain(value: Any) -> str:
+    """A setting in words."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    return {True: "yes", False: "no", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)

@@ -56,6 +56,13 @@ class Plan:
         return 1
 
     @property
+    def most_checkpoints(self) -> int:
+        """How many lie there at a time: the newest is written before the oldest is deleted, where one is."""
+        every, steps = self.setting.config.checkpoint.every_steps, self.updates
+        written = 1 + max(0, steps - 1) // every if every and steps else None if every else 1
+        return min(self.kept_checkpoints + 1, written or self.kept_checkpoints + 1)
+
+    @property
     def kept_bytes(self) -> int:
         """Of all checkpoints that are kept (:attr:`kept_checkpoints`)."""
         return self.kept_checkpoints * self.checkpoint_bytes
