@@ -166,7 +166,7 @@ def _container(job: Job, allocation: Allocation) -> list[str]:
         mounts.insert(0, f"{folder}:{folder}")
     places = [mount.split(":")[1] for mount in mounts]
     for file in (Path(word).absolute() for word in (str(job.config), *filter(is_layer, job.overrides))):
-        if not any(file.is_relative_to(place) for place in places):
+        if not any(file.is_relative_to(seen) for seen in places):
             raise ConfigError(
                 f"{file}: the container sees {', '.join(places)} alone; add --bind {file.parent}:{file.parent}"
             )

@@ -166,9 +166,9 @@ def test_the_control_is_accepted(file: Path) -> None:
     assert load_config(file, CROSS).label == "cross-model"
 
 
-@pytest.mark.parametrize("given", ["compat.new_bank=c", "compat.old_model=m"])
+@pytest.mark.parametrize("given", ["compat.new_bank=c compat.contrastive_weight=0", "compat.old_model=m"])
 def test_what_is_aligned_replaces_what_the_recipe_aligns(given: str) -> None:
-    method = load_config("configs/cross-model.yaml", [given]).methods[0]
+    method = load_config("configs/cross-model.yaml", given.split()).methods[0]
     assert method.model_dump()["old_embeddings"] is None
     assert method.model_dump()[given.partition("=")[0].removeprefix("compat.")] is not None
 

@@ -361,7 +361,12 @@ def test_a_recipe_without_its_data(tmp_path: Path, capsys: pytest.CaptureFixture
     ("steps", "every", "kept", "most"), [(60, 0, 1, 1), (60, 100, 1, 1), (60, 30, 2, 2), (60, 20, 3, 3), (60, 10, 3, 4)]
 )
 def test_the_newest_checkpoint_is_written_before_the_oldest_goes(steps: int, every: int, kept: int, most: int) -> None:
-    given = {"train": {"steps": steps}, "checkpoint": {"keep": 3, "every_steps": every}}
+    given = {
+        "run": {"dir": "run"},
+        "data": {"path": "data"},
+        "train": {"steps": steps},
+        "checkpoint": {"keep": 3, "every_steps": every},
+    }
     plan = make_plan(Setting(parse_config(given, "given"), 1000, (112, 112), 1, "cpu"))
     assert (plan.kept_checkpoints, plan.most_checkpoints) == (kept, most)
 

@@ -203,18 +203,18 @@ def _summarise_pretrained(evaluations: dict[str, dict[str, Any]], folder: Path) 
     """``ways``: the verdict on each way to meet a pretrained old model; ``matrix``: the figures of the seen and the
     unseen people; ``dim``: of both models."""
     ways = {
-        way: {**_judgement(evaluation), "report": str(folder / f"pretrained-{way}.html")}
-        for way, evaluation in evaluations.items()
+        name: {**_judgement(evaluation), "report": str(folder / f"pretrained-{name}.html")}
+        for name, evaluation in evaluations.items()
     }
     first = next(iter(evaluations.values()))
     metrics = next(iter(ways.values()))["criterion"]["unseen"]
     matrix: dict[str, float] = {}
-    for name in ("seen", "unseen"):
-        cells = [("old → old", first["sets"][name]["cells"]["old->old"])]
-        for way, evaluation in evaluations.items():
-            of = evaluation["sets"][name]["cells"]
-            cells += [(f"{of[cell]['title']}, {way}", of[cell]) for cell in MET_CELLS]
-        matrix |= {f"{name}: {title} {metric}": _figure(cell, metric) for title, cell in cells for metric in metrics}
+    for people in ("seen", "unseen"):
+        cells = [("old → old", first["sets"][people]["cells"]["old->old"])]
+        for name, evaluation in evaluations.items():
+            of = evaluation["sets"][people]["cells"]
+            cells += [(f"{of[cell]['title']}, {name}", of[cell]) for cell in MET_CELLS]
+        matrix |= {f"{people}: {title} {metric}": _figure(cell, metric) for title, cell in cells for metric in metrics}
     dims = {role: first["models"][role]["dimension"] for role in ("old", "new")}
     return {"ways": ways, "matrix": matrix, "dim": dims}
 
@@ -268,10 +268,10 @@ def _print_pretrained(console: "Console", outcome: dict[str, Any]) -> None:
     title = f"{outcome['data']}, a pretrained old model ({dims['old']}-D); maps, and new models ({dims['new']}-D)"
     _print_figures(console, title, metrics, outcome["spread"]["pretrained"], {}, seeds)
     for one in seeds:
-        for way, met in one["pretrained"]["ways"].items():
-            seen, unseen = (met["criterion"][name]["rank-1"] for name in ("seen", "unseen"))
+        for name, met in one["pretrained"]["ways"].items():
+            seen, unseen = (met["criterion"][people]["rank-1"] for people in ("seen", "unseen"))
             console.print(
-                f"seed {one['seed']}, {way}: fitted on {one['trained_on']} people, finds {seen['new']:.1%} of their "
+                f"seed {one['seed']}, {name}: fitted on {one['trained_on']} people, finds {seen['new']:.1%} of their "
                 f"other images in the old gallery at rank 1, but {unseen['new']:.1%} of the images of unseen people, "
                 f"where the old model finds {unseen['old']:.1%}"
             )

@@ -137,7 +137,7 @@ class DemoUpgrade:
         pretrained = None
         if self._pretrained is not None:
             self._meet(self._pretrained)
-            pretrained = {way: self._read(f"pretrained-{way}") for way in WAYS}
+            pretrained = {name: self._read(f"pretrained-{name}") for name in WAYS}
         evaluation, onnx, export = (self._read(name) for name in ("evaluation", "onnx", "export"))
         report = self.folder / "report.html"
         return Outcome(self.seed, evaluation, onnx, export, report, self._steps.seconds, pretrained)
@@ -230,13 +230,13 @@ class DemoUpgrade:
         self._train("maps", "maps between the two", nproc=1)
         for mode in LCE_MODES:
             self._train(mode, f"a new model with LCE in {mode} mode, towards the pretrained one")
-        for way in WAYS:
-            argv = ["evaluate", "--old", str(model), "--new", self._path(way), "--cache", self._path("embeddings")]
+        for name in WAYS:
+            argv = ["evaluate", "--old", str(model), "--new", self._path(name), "--cache", self._path("embeddings")]
             argv += ["--fars", ",".join(f"{far:g}" for far in self.plan.fars), "--data"]
             argv += [f"{name}={self._path(f'data/{name}')}" for name in self.plan.reported]
-            products = [f"pretrained-{way}.html", f"pretrained-{way}.json"]
+            products = [f"pretrained-{name}.html", f"pretrained-{name}.json"]
             argv += ["--report", self._path(products[0]), "--json", self._path(products[1])]
-            self._command(f"pretrained-{way}", f"evaluation against the pretrained model: {way}", argv, products)
+            self._command(f"pretrained-{name}", f"evaluation against the pretrained model: {name}", argv, products)
 
     def _command(
         self,
