@@ -81,7 +81,7 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """The table that people read."""
-    first = rows[0]
+    first, machines = rows[0], list(dict.fromkeys(row["machine"] for row in rows))
     older = (
         "(rows whose JSON has no `memory_seconds`: the products)"
         if any("memory_seconds" not in r for r in rows)
@@ -90,7 +90,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# The head against the plain implementation",
         "",
-        f"{first['machine']}, torch {first['torch']}; batch {first['batch']}, dimension "
+        f"{'; '.join(machines)}; torch {first['torch']}; batch {first['batch']}, dimension "
         f"{first['dim']}, {first['margin']}. Made by `lce bench table`; each row is one run in which both sides take "
         "turns of two steps, the second of which counts; figures are medians. The reference is `impl: reference` in "
         "float32 (in the rows with `--against-no-lce`: ours without LCE). “Bound” is the time of four matrix products "
@@ -98,11 +98,13 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
         f"{older}. Peaks are of the whole process; the state is rows, momentum and, with "
         "LCE, centres.",
         "",
-        "| command | reference: time, peak | ours: time, peak | ratio | × bound | peak / state | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| command | reference: time, peak | ours: time, peak | ratio | × bound | peak / state | machine | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         costs = [f"{row[s]['seconds']:.4g} s, {row[s]['peak_bytes'] / 2**30:.2f} GiB" for s in ("reference", "ours")]
         ratios = f"{row['ratio']:.2f} | {row['times_bound']:.2f} | {row['times_state']:.2f}"
-        lines.append(f"| `{row['command']}` | {costs[0]} | {costs[1]} | {ratios} | {row['commit']} |")
+        lines.append(
+            f"| `{row['command']}` | {costs[0]} | {costs[1]} | {ratios} | {row['machine']} | {row['commit']} |"
+        )
     return "\n".join(lines) + "\n"
