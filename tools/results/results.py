@@ -131,7 +131,6 @@ CHOSEN = "--weights {figures}/compat.json"
 ALL = f"{METHODS} {CHOSEN} --seeds 3 --steps 1500"
 LONG = f"--methods independent,lce {CHOSEN} --steps 9000"
 LONG_RIVALS = f"--methods bct,unibct,advbct,l2,lce {CHOSEN} --steps 9000"
-TOGETHER = "--methods lce,lce+bct"
 LONG_RUN = "compat-hangul-long.json"
 AGAINST = ("compat.json", "compat-hangul.json", "compat-hangul-rivals.json", "compat-both.json")
 """Where LCE stands against all other methods."""
@@ -169,22 +168,6 @@ SECTIONS = (
         (
             f"bench compat --data {{work}}/hangul {LONG_RIVALS} --seeds 1 --old-steps 3000 "
             "--out {work}/compat-hangul-long --json {json}",
-        ),
-        _compat,
-        LONG_RUN,
-    ),
-    Section(
-        "Two methods together",
-        "compat-together.json",
-        (f"bench compat {TOGETHER} --seeds 3 --out {{work}}/compat --json {{json}}",),
-        _compat,
-    ),
-    Section(
-        "All Hangul syllables, two methods together as long",
-        "compat-hangul-together.json",
-        (
-            f"bench compat --data {{work}}/hangul {TOGETHER} --weights {{figures}}/compat-together.json --steps 9000 "
-            "--seeds 1 --old-steps 3000 --out {work}/compat-hangul-long --json {json}",
         ),
         _compat,
         LONG_RUN,

@@ -17,7 +17,7 @@ from trainer.data.config import choose_loader
 from trainer.data.index import Dataset
 from trainer.data.pixels import decode_image, image_size
 from trainer.data.processes import worker_context
-from trainer.data.store import Part, RecordStore, offsets_path
+from trainer.data.store import Part, RecordStore
 from trainer.errors import DataError
 
 _BLOCK = 2048
@@ -176,7 +176,8 @@ def _walk_files(dataset: Dataset, report: CheckReport) -> None:
             report.damage.append(
                 f"{part.path}: {len(missing)} offset(s) lie where no record begins, first {missing[0]}"
             )
-        _index_file(part, report)
+        if dataset.info.labels is not None:  # `lce pack` wrote it; else the .idx was read, or there need be none
+            _index_file(part, report)
         headers = np.setdiff1d(found, part.offsets[:-1])
         report.header_records += len(headers)
         if len(dataset.store.parts) == 1 and len(headers):
@@ -185,8 +186,6 @@ def _walk_files(dataset: Dataset, report: CheckReport) -> None:
 
 def _index_file(part: Part, report: CheckReport) -> None:
     """The .idx next to a table of offsets, which is read here instead of it: other readers need it."""
-    if not offsets_path(part.path).is_file():
-        return
     idx = part.path.with_suffix(".idx")
     try:
         listed = recordio.read_index(idx)[1] if idx.exists() else part.offsets[:0]
