@@ -70,10 +70,9 @@ def train_job(job: Job, pods: Pods) -> dict[str, Any]:
         raise ConfigError(
             f"--job-id {job.job_id}: Kubernetes takes up to 45 small letters, digits and hyphens, a letter first"
         )
-    for option, value in (("--claim", pods.claim), ("--runtime", pods.runtime)):
-        if not _OBJECT.fullmatch(value):
-            raise ConfigError(f"{option} {value}: Kubernetes takes small letters, digits, hyphens and dots")
     for option, value, form, expected in (
+        ("--claim", pods.claim, _OBJECT, "small letters, digits, hyphens and dots"),
+        ("--runtime", pods.runtime, _OBJECT, "small letters, digits, hyphens and dots"),
         ("--image", pods.image, _IMAGE, "[HOST/]NAME[:TAG], NAME in small letters"),
         ("--mount", pods.mount, _MOUNT, "an absolute path"),
         ("--shared-memory", pods.shared_memory, _SIZE, "an amount, such as 16Gi"),

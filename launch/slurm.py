@@ -162,11 +162,12 @@ def _container(job: Job, allocation: Allocation) -> list[str]:
         return []
     folder = allocation.folder.absolute()
     mounts = list(allocation.mounts)
-    if not any(folder.is_relative_to(mount.split(":")[1]) for mount in mounts):
-        mounts.insert(0, f"{folder}:{folder}")
     places = [mount.split(":")[1] for mount in mounts]
+    if not any(map(folder.is_relative_to, places)):
+        mounts.insert(0, f"{folder}:{folder}")
+        places.insert(0, str(folder))
     for file in (Path(word).absolute() for word in (str(job.config), *filter(is_layer, job.overrides))):
-        if not any(file.is_relative_to(seen) for seen in places):
+        if not any(map(file.is_relative_to, places)):
             raise ConfigError(
                 f"{file}: the container sees {', '.join(places)} alone; add --bind {file.parent}:{file.parent}"
             )

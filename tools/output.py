@@ -1,7 +1,6 @@
 """Figures of a command: as JSON, and as tables."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,24 +45,20 @@ def write_json(figures: Any, target: str | Path | None) -> None:
 
 
 def check_writable(option: str, target: Path) -> None:
-    """Refuse a file that cannot be written, before the work whose outcome it is to hold. Where its folder does not
-    exist nothing is said: some commands make it.
+    """Refuse a file that cannot be written, before the work whose outcome it is to hold.
 
     Raises:
         LceError: with the option.
     """
     from trainer.errors import LceError
+    from trainer.files import why_unwritable
 
     if target.is_dir():
         raise LceError(f"{option} {target}: is a folder; name a file in it")
     folder = target.absolute().parent
-    tried = folder / f".lce-{os.getpid()}"
-    if folder.exists():
-        try:
-            os.close(os.open(tried, os.O_CREAT | os.O_WRONLY, 0o600))
-            tried.unlink()
-        except OSError as error:
-            raise LceError(f"{option} {target}: {folder} cannot be written to: {error.strerror}") from None
+    reason = why_unwritable(folder)
+    if reason is not None:
+        raise LceError(f"{option} {target}: {folder}: {reason}")
 
 
 def size_text(size: float) -> str:

@@ -113,7 +113,7 @@ def read_run(folder: Path) -> Run:
 
     settings = read_yaml(folder / "config.yaml", DataError)
     if not isinstance(settings, dict):
-        raise DataError(f"{folder / 'config.yaml'}: holds no configuration; a finished run's cannot be made again")
+        raise DataError(f"{folder / 'config.yaml'}: holds no configuration; restore it, or remove the run")
     lines = read_lines(folder / "log.jsonl")
     last = {k: v for k, v in lines[-1].items() if isinstance(v, int | float)} if lines else {}
     summary: Any = {}
@@ -137,15 +137,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     and none of them is a line of figures."""
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    lines, log = [], path.read_text(encoding="utf-8", errors="replace")
+    for text in log.splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue  # a line that is being written
         if isinstance(line, dict):
             lines.append(line)
-    if not lines and path.read_bytes().count(b"\n"):
+    if not lines and "\n" in log:
         raise DataError(f"{path}: holds no line of figures; it was not written by a run, or is damaged")
     return lines
 

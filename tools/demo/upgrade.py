@@ -204,16 +204,20 @@ class DemoUpgrade:
 
     def _evaluate(self) -> None:
         """Measure the three models, and once more with ONNX Runtime running the new one on the old gallery."""
-        common = ["evaluate", "--old", self._path("old"), "--fars", ",".join(f"{far:g}" for far in self.plan.fars)]
-        common += ["--cache", self._path("embeddings"), "--data"]
-        sets = [f"{name}={self._path(f'data/{name}')}" for name in self.plan.reported]
         argv = ["--new", self._path("new"), "--paragon", self._path("paragon")]
         argv += ["--runs", *(self._path(name) for name in ("old", "new", "paragon"))]
         argv += ["--report", self._path("report.html"), "--pictures", "--json", self._path("evaluation.json")]
         products = ["embeddings", "report.html", "evaluation.json"]
-        self._command("evaluate", "evaluation and report", [*common, *sets, *argv], products)
+        self._command("evaluate", "evaluation and report", [*self._against(self._path("old")), *argv], products)
         argv = ["--new", self._path("new.onnx"), "--replicates", "100", "--json", self._path("onnx.json")]
-        self._command("onnx", "the old gallery searched by the ONNX model", [*common, sets[0], *argv], ["onnx.json"])
+        common = self._against(self._path("old"), self.plan.reported[:1])
+        self._command("onnx", "the old gallery searched by the ONNX model", [*common, *argv], ["onnx.json"])
+
+    def _against(self, old: str, sets: Sequence[str] | None = None) -> list[str]:
+        """An evaluation against the old model at a path, on some sets or all that are reported."""
+        argv = ["evaluate", "--old", old, "--fars", ",".join(f"{far:g}" for far in self.plan.fars)]
+        argv += ["--cache", self._path("embeddings"), "--data"]
+        return argv + [f"{name}={self._path(f'data/{name}')}" for name in sets or self.plan.reported]
 
     def _meet(self, model: Path) -> None:
         """Meet a pretrained old model: by maps between it and the paragon, neither trained further, and by new models
@@ -231,10 +235,8 @@ class DemoUpgrade:
         for mode in LCE_MODES:
             self._train(mode, f"a new model with LCE in {mode} mode, towards the pretrained one")
         for name in WAYS:
-            argv = ["evaluate", "--old", str(model), "--new", self._path(name), "--cache", self._path("embeddings")]
-            argv += ["--fars", ",".join(f"{far:g}" for far in self.plan.fars), "--data"]
-            argv += [f"{name}={self._path(f'data/{name}')}" for name in self.plan.reported]
             products = [f"pretrained-{name}.html", f"pretrained-{name}.json"]
+            argv = [*self._against(str(model)), "--new", self._path(name)]
             argv += ["--report", self._path(products[0]), "--json", self._path(products[1])]
             self._command(f"pretrained-{name}", f"evaluation against the pretrained model: {name}", argv, products)
 

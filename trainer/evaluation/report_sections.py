@@ -472,16 +472,17 @@ def versions(result: Result) -> Table:
 def options(result: Result) -> Table:
     """The evaluation's settings."""
     chosen = {**result["options"], **result.get("settings", {})}
-    flat = {
-        (f"{key}: {name}" if name else key): value
-        for key, values in chosen.items()
-        for name, value in (values.items() if isinstance(values, dict) else [("", values)])
-    }
-    return table("Settings", ["setting", "value"], [[key, _plain(value)] for key, value in flat.items()])
+    rows = []
+    for key, value in chosen.items():
+        inner = {f"{key}: {name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+        rows += [[name, _plain(one)] for name, one in inner.items()]
+    return table("Settings", ["setting", "value"], rows)
 
 
 def _plain(value: Any) -> str:
     """A setting in words."""
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value)) or "none"
-    return {True: "yes", False: "no", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)

@@ -44,10 +44,10 @@ class Plan:
     def kept_checkpoints(self) -> int:
         """How many checkpoints lie on the disk at the end: the newest, those kept for good, the best; without a known
         number of updates those kept for good are left out."""
-        kept = self.setting.config.checkpoint
-        newest, steps = kept.keep, self.updates or 0
+        kept, written = self.setting.config.checkpoint, self.written_checkpoints
+        steps = self.updates or 0
         if kept.every_steps:
-            newest = min(newest, 1 + max(0, steps - 1) // kept.every_steps) if steps else newest
+            newest = kept.keep if written is None else min(kept.keep, written)
             ours = range(kept.every_steps, steps, kept.every_steps)
             old = ours[: max(0, len(ours) + 1 - kept.keep)]
             for_good = sum(step % kept.keep_every == 0 for step in old) if kept.keep_every else 0
@@ -56,11 +56,18 @@ class Plan:
         return 1
 
     @property
+    def written_checkpoints(self) -> int | None:
+        """How many a run writes in all, the last at its end; None: the number of updates is not known."""
+        every = self.setting.config.checkpoint.every_steps
+        if not every:
+            return 1
+        return None if self.updates is None else 1 + max(0, self.updates - 1) // every
+
+    @property
     def most_checkpoints(self) -> int:
         """How many lie there at a time: the newest is written before the oldest is deleted, where one is."""
-        every, steps = self.setting.config.checkpoint.every_steps, self.updates
-        written = 1 + max(0, steps - 1) // every if every and steps else None if every else 1
-        return min(self.kept_checkpoints + 1, written or self.kept_checkpoints + 1)
+        kept, written = self.kept_checkpoints, self.written_checkpoints
+        return kept + (written is None or written > kept)
 
     @property
     def kept_bytes(self) -> int:

@@ -135,15 +135,17 @@ def enough_axes(bank: CenterBank, like: Tensor, count: int) -> Tensor:
         hits = (true.who[:, :, None] == found[:, None]).any(2)[true.near > 0]
         return float(hits.double().mean()) if len(hits) else 1.0
 
+    def first(parts: int) -> Tensor:
+        return axes[:, : -(-bank.dim * parts // AXES)]
+
     few, many = 0, AXES  # parts: few are too few, many suffice, since all of them miss only what rounding hides
-    enough, holds = axes, share(axes)
+    shares = dict[int, float]()
     while many - few > 1:
         middle = (few + many) // 2
-        some = axes[:, : -(-bank.dim * middle // AXES)]
-        if (now := share(some)) >= RECALL:
-            many, enough, holds = middle, some, now
-        else:
-            few = middle
+        shares[middle] = share(first(middle))
+        few, many = (few, middle) if shares[middle] >= RECALL else (middle, many)
+    enough = first(many)
+    holds = shares[many] if many in shares else share(enough)
     log.warning(
         "neighbours of %s centres: searched along %d of %d axes, which find %.1f%% of those of %s of them",
         *(f"{len(known):,}", enough.shape[1], bank.dim, 100 * holds, f"{len(sampled):,}"),
