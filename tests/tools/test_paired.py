@@ -9,7 +9,7 @@ import pytest
 
 from tools.output import write_json
 from tools.results import compat, results
-from tools.results.paired import difference, room
+from tools.results.paired import difference, over_runs, room
 
 METRIC = compat.CRITERION
 GENERATOR = np.random.default_rng(1)
@@ -103,7 +103,7 @@ def test_the_interval_covers_the_true_difference(count: int, own: float, of_runs
     assert covered / 400 >= 0.93
 
 
-def test_older_figures_have_no_interval() -> None:
+def test_older_figures_have_an_interval_over_training_runs_alone() -> None:
     old = [{key: value for key, value in one.items() if key != "replicates"} for one in seeds(0.6)]
     assert difference(old, seeds(0.5), METRIC) is None
     assert difference([], seeds(0.5), METRIC) is None
@@ -111,7 +111,14 @@ def test_older_figures_have_no_interval() -> None:
     fewer[1]["replicates"]["new->old"][METRIC].pop()  # other draws
     assert difference(fewer, seeds(0.5), METRIC) is None
     text = compat.markdown(figures({"lce": old, "bct": seeds(0.5)}))
-    assert "LCE less each other method" not in text
+    assert "LCE less each other method, new → old, on the same identities; 95 % intervals, paired over seeds:" in text
+    assert "LCE less each other method" not in compat.markdown(figures({"lce": old[:1], "bct": seeds(0.5, 1)}))
+    for one, value in zip(old, (0.60, 0.63, 0.66), strict=True):
+        one["cells"] = {"new->old": {METRIC: value}}
+    found = over_runs(old, [{**one, "cells": {"new->old": {METRIC: 0.5}}} for one in old], METRIC)
+    assert found is not None
+    assert (found.value, found.high - found.value) == pytest.approx((0.13, 4.30 * 0.03 / 3**0.5))
+    assert over_runs(old[:1], old, METRIC) is None
 
 
 def test_the_table_holds_lces_lead_over_each_method() -> None:
@@ -120,8 +127,9 @@ def test_the_table_holds_lces_lead_over_each_method() -> None:
     assert text.count("| BCT | +0.010 [+0.00") == 1
     methods = {"lce": seeds(0.61), "bct": seeds(0.60), "advbct": seeds(0.60, 1)}
     text = compat.markdown(figures(methods))
-    assert "paired over identities and seeds:" in text
-    assert text.count("| AdvBCT (one seed: over identities) | +0.010 [+0.00") == 1
+    assert "| LCE − | TAR | rank-1 | over |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| AdvBCT | +0.010 [+0.00"))
+    assert line.endswith("| identities |")
     assert "paired over identities:" in compat.markdown(figures({name: methods[name] for name in ("lce", "advbct")}))
     assert "| BCT | 2 | 0.600 ± 0.000 | 0.600 ± 0.000 | 0.600 ± 0.000 | 0.600 ± 0.000 | 0.500 ± 0.000 |" in text
 
@@ -154,7 +162,7 @@ def test_the_headline_goes_by_the_paired_interval_and_joins_two_runs() -> None:
     known |= {results.LONG_RUN: long, "compat-hangul-rivals.json": rivals}
     text = results.headline(known)
     assert "clearly ahead in TAR with 9,772 identities after 9,000 updates (0.610 against BCT's 0.600: +0.0" in text
-    assert "Clearly: by the 95 % interval of the difference, paired over identities and seeds, where" in text
+    assert "by the 95 % interval of the difference (over training runs and, where" in text
     page = results.page(known, [])
     assert "The old models of these seeds are those of the run above" in page
     other = copy.deepcopy(rivals)
@@ -166,13 +174,12 @@ def test_the_headline_goes_by_the_paired_interval_and_joins_two_runs() -> None:
     assert results.same_old({**rivals, "steps": 1500}, long) is None  # figures after other updates
     assert results.headline({**known, "compat-hangul-rivals.json": {**rivals, "steps": 1500}}) == ""
     alone = results.headline({**known, "compat-hangul-rivals.json": figures({"bct": seeds(0.50, 1)})})
-    assert "clearly ahead in none, about level in TAR with 9,772 identities" in alone
+    assert "clearly ahead in none;\n- about level in TAR with 9,772 identities" in alone
     assert "(0.610 against BCT's 0.500: +0.110 [+0.10" in alone
     assert alone.count("over identities alone; one training run each: no verdict)") == 2
-    assert "Clearly: by more than the larger of" in alone
     level = figures({"bct": seeds(0.61)})
     text = results.headline({**known, "compat-hangul-rivals.json": level})
-    assert "ahead in none, about level in TAR with 9,772 identities after 9,000" in text
+    assert "ahead in none;\n- about level in TAR with 9,772 identities after 9,000" in text
 
 
 def test_a_list_of_numbers_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, mon
     fonts.mkdir()
     assert cli.main(words) == 70
     assert [w[1] for w in ran if w[0] == "bench"] == [
-        *["compat"] * 9,
+        *["compat"] * 11,
         "criterion",
         "chain",
         "changes",
@@ -141,7 +141,10 @@ def test_the_headline_says_where_lce_stands_and_where_it_loses(monkeypatch: pyte
         cells = {key: {"mean": mean, "deviation": spread} for key, (mean, spread) in found.items()}
         gain = {results.METRIC: {"mean": 0.44, "deviation": None}}
         own = {cell: {results.METRIC: value} for cell, value in (("old->old", 0.3), ("paragon->paragon", 0.9))}
-        seeds = [{"seed": seed, "cells": own} for seed in range(3)]
+        seeds = [
+            {"seed": seed, "cells": own | {"new->old": {m: mean + by * spread for m, (mean, spread) in found.items()}}}
+            for seed, by in enumerate((-1, 0, 1))
+        ]
         return {"title": title, "seeds": seeds, "spread": {"new->old": cells, "new->new": cells, "update_gain": gain}}
 
     def run(lce: tuple[float, float], bct: tuple[float, float], classes: int) -> dict[str, Any]:
@@ -159,21 +162,46 @@ def test_the_headline_says_where_lce_stands_and_where_it_loses(monkeypatch: pyte
     text = results.headline(known)
     assert "from 0.300 / 0.800 (TAR at FAR 1e-4 / rank-1) to 0.600 / 0.970, 44% of the way" in text
     assert "at no cost to its own TAR (9,772 identities" in text
-    assert "ahead in TAR with 4,000 identities after 9,000 updates (0.630 against BCT's 0.500)," in text
-    assert (
-        "level in rank-1 with 4,000 identities after 9,000 updates (0.950 against BCT's 0.940), TAR with 37,321" in text
-    )
-    assert "and loses in rank-1 with 37,321 identities after 9,000 updates (0.900 against BCT's 0.960)." in text
+    ahead, level, behind = (line for line in text.splitlines() if line.startswith("- "))
+    apart = "+0.130 [+0.105, +0.155]"  # ± 4.30 · 0.01 / √3, Student's t of three differences
+    assert f"ahead in TAR with 4,000 identities after 9,000 updates (0.630 against BCT's 0.500: {apart})," in ahead
+    assert "rank-1 with 4,000 identities after 9,000 updates (0.950 against BCT's 0.940: +0.010 [-0.015" in level
+    assert "TAR with 37,321" in level
+    assert "loses in rank-1 with 37,321 identities after 9,000 updates (0.900 against BCT's 0.960: -0.060" in behind
+    assert "quicker learning" not in text  # all of the longest
+    known["compat.json"]["steps"] = 800
+    assert "Comparisons after fewer than 9,000 updates" in results.headline(known)
     lce = known["compat-hangul-long.json"]["methods"]["lce"]["spread"]
     lce["update_gain"] = {results.METRIC: None}  # the paragon is no better than the old model
-    assert "Clearly: by more than the larger of the two standard deviations over seeds." in text
-    for one in ("lce", "bct"):
-        known["compat.json"]["methods"][one]["seeds"] = [{"seed": 0}]
+    del known["compat-both.json"]
+    for run_of in ("compat.json", "compat-hangul-long.json"):
+        for one in ("lce", "bct"):
+            methods = known[run_of]["methods"]
+            methods[one]["seeds"] = methods[one]["seeds"][:1]
     text = results.headline(known)
     assert "to 0.600 / 0.970, at no cost" in text
-    assert (
-        "ahead in none, about level in TAR with 4,000 identities after 9,000 updates (0.630 against BCT's 0.500; one "
-        "training run each: no verdict)" in text
-    )
+    assert "- clearly ahead in none;" in text
+    assert "(0.630 against BCT's 0.500; one training run each: no verdict)" in text
+
+
+def test_the_headline_names_what_others_win_in_chains_and_under_changes() -> None:
+    def chain(title: str, end: float, drift: float) -> dict[str, Any]:
+        cells = {results.METRIC: end, "rank-1": 0.9}
+        return {"title": title, "cells": {"2->1": cells}, "summary": {"average": cells, "drift": {"2": drift}}}
+
+    methods = {"lce": chain("LCE", 0.6, 0.2), "bct": chain("BCT", 0.5, 0.1), "l2": chain("L2", 0.6, 0.2)}
+    text = results._chain_losses({"identities": [500, 4000], "methods": methods})
+    assert text == "In a chain of 2 models, one training run each, ahead of LCE: BCT in drift (0.100 against 0.200)."
+    del methods["bct"]
+    assert results._chain_losses({"identities": [500, 4000], "methods": methods}) == ""
+    changes = changes_figures()
+    assert results._change_losses(changes) == ""
+    lines: Any = changes["lines"]
+    cells = {"new->old": {results.METRIC: 0.6, "rank-1": 0.4}}
+    lines[0]["cells"]["bct"] = {"met": True, "by": {}, "method": "bct", "seeds": [cells]}
+    assert "another method has more for 64 → 128 in TAR (BCT 0.600, LCE 0.500)." in results._change_losses(changes)
+
+
+def test_a_page_holds_the_headline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "headline", lambda known: "the sentence")
-    assert "\nthe sentence\n" in results.page(dict.fromkeys(known), [])
+    assert "\nthe sentence\n" in results.page(dict.fromkeys(one.file for one in results.SECTIONS), [])

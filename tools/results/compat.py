@@ -620,7 +620,8 @@ def markdown(figures: dict[str, Any]) -> str:
         *(f"\n{one['title']}: {problem}" for one in figures["methods"].values() for problem in one["problems"]),
     ]
     if figures["chosen_by"] == "an earlier run":
-        return "\n".join([*text, "", "Weights: as an earlier run chose them, on other identities."]) + "\n"
+        chosen = "Weights: as an earlier run chose them, on its validation identities; some may be unseen ones here."
+        return "\n".join([*text, "", chosen]) + "\n"
     text += [
         "",
         f"Weights, chosen with seed 0 on the validation identities among {figures['trials']} each, by the highest "
@@ -642,27 +643,31 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def _paired(figures: dict[str, Any]) -> list[str]:
     """LCE's lead over each other method as a table, where the figures hold what is needed."""
-    from tools.results.paired import common, difference, text
+    from tools.results.paired import common, difference, over_runs, text
 
-    methods = figures["methods"]
+    lce = figures["methods"].get("lce", {}).get("seeds", [])
     lines: list[list[str]] = []
-    alone = []
-    for name, one in methods.items():
-        if name not in ("independent", "lce") and "lce" in methods:
-            found = [difference(methods["lce"]["seeds"], one["seeds"], metric) for metric in METRICS]
-            if None not in found:
-                alone.append(len(common(methods["lce"]["seeds"], one["seeds"])) == 1)
-                lines.append([one["title"], *(text(interval) for interval in found if interval is not None)])
+    over = set[str]()
+    for name, one in figures["methods"].items():
+        if name in ("independent", "lce"):
+            continue
+        kind = "identities" if len(common(lce, one["seeds"])) == 1 else "identities and seeds"
+        found = [difference(lce, one["seeds"], metric) for metric in METRICS]
+        if None in found:
+            found, kind = [over_runs(lce, one["seeds"], metric) for metric in METRICS], "seeds"
+        if None not in found:
+            over.add(kind)
+            lines.append([one["title"], *(text(interval) for interval in found if interval is not None), kind])
     if not lines:
         return []
-    over = "identities" if all(alone) else "identities and seeds"
-    for line, single in zip(lines, alone, strict=True):
-        line[0] += " (one seed: over identities)" if single and not all(alone) else ""
+    if len(over) == 1:
+        lines = [line[:-1] for line in lines]
+    each = f", paired over {over.pop()}" if len(over) == 1 else ""
     return [
         "",
-        f"LCE less each other method, new → old, on the same identities; 95 % intervals, paired over {over}:",
+        f"LCE less each other method, new → old, on the same identities; 95 % intervals{each}:",
         "",
-        *_markdown_rows(["LCE −", "TAR", "rank-1"], lines),
+        *_markdown_rows(["LCE −", "TAR", "rank-1", "over"][: len(lines[0])], lines),
     ]
 
 

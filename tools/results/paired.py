@@ -55,6 +55,18 @@ def difference(ours: Seeds, theirs: Seeds, metric: str, cell: str = "new->old") 
     return Interval(value, value - reach, value + reach)
 
 
+def over_runs(ours: Seeds, theirs: Seeds, metric: str, cell: str = "new->old") -> "Interval | None":
+    """:func:`difference` where no replicates were kept: the mean of n ≥ 2 common seeds ± t s / √n. It is over training
+    runs alone: identities that all seeds share add nothing to s. None for a single seed."""
+    from trainer.evaluation.bootstrap import Interval
+
+    values = [a["cells"][cell][metric] - b["cells"][cell][metric] for a, b in common(ours, theirs)]
+    if len(values) < 2:
+        return None
+    mean, reach = statistics.fmean(values), _between_seeds(values)
+    return Interval(mean, mean - reach, mean + reach)
+
+
 def common(ours: Seeds, theirs: Seeds) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """What both found, for each seed that both have."""
     other = {one["seed"]: one for one in theirs}

@@ -11,13 +11,14 @@ Examples:
 import argparse
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.results.paired import common, difference
+from tools.results.paired import common, difference, over_runs
 from tools.results.paired import text as interval_text
 
 HELP = "write docs/results.md and its plots from the JSON of the other benchmarks"
@@ -129,10 +130,18 @@ def _input(figures: dict[str, Any]) -> str:
 METHODS = "--methods independent,l2,bct,unibct,advbct,mixbct,fct,lce"
 CHOSEN = "--weights {figures}/compat.json"
 ALL = f"{METHODS} {CHOSEN} --seeds 3 --steps 1500"
-LONG = f"--methods independent,lce {CHOSEN} --steps 9000"
-LONG_RIVALS = f"--methods bct,unibct,advbct,l2,lce {CHOSEN} --steps 9000"
+LONG = f"{CHOSEN} --steps 9000"
 LONG_RUN = "compat-hangul-long.json"
-AGAINST = ("compat.json", "compat-hangul.json", "compat-hangul-rivals.json", "compat-both.json")
+TOGETHER = "compat-together.json"
+LONG_HANGUL = "--old-steps 3000 --out {work}/compat-hangul-long --json {json}"
+AGAINST = (
+    "compat.json",
+    "compat-hangul.json",
+    LONG_RUN,
+    "compat-hangul-rivals.json",
+    "compat-both.json",
+    "compat-both-long.json",
+)
 """Where LCE stands against all other methods."""
 FEWER_OR_MORE = (1000, 2000, 8000)
 """Training identities of the runs besides the first one, which has 4,000."""
@@ -141,6 +150,12 @@ SECTIONS = (
         "Ways to stay compatible: 4,000 syllables",
         "compat.json",
         (f"bench compat {METHODS} --seeds 3 --out {{work}}/compat --json {{json}}",),
+        _compat,
+    ),
+    Section(
+        "Two methods together: 4,000 syllables",
+        TOGETHER,
+        ("bench compat --methods lce,lce+bct --seeds 3 --out {work}/compat --json {json}",),
         _compat,
     ),
     Section(
@@ -156,18 +171,22 @@ SECTIONS = (
     Section(
         "All Hangul syllables, until the paragon has learned",
         "compat-hangul-long.json",
-        (
-            f"bench compat --data {{work}}/hangul {LONG} --seeds 3 --old-steps 3000 --out {{work}}/compat-hangul-long "
-            "--json {json}",
-        ),
+        (f"bench compat --data {{work}}/hangul --methods independent,advbct,lce {LONG} --seeds 3 {LONG_HANGUL}",),
         _compat,
     ),
     Section(
         "All Hangul syllables, the rivals as long",
         "compat-hangul-rivals.json",
+        (f"bench compat --data {{work}}/hangul --methods bct,unibct,advbct,l2,lce {LONG} --seeds 1 {LONG_HANGUL}",),
+        _compat,
+        LONG_RUN,
+    ),
+    Section(
+        "All Hangul syllables, two methods together as long",
+        "compat-hangul-together.json",
         (
-            f"bench compat --data {{work}}/hangul {LONG_RIVALS} --seeds 1 --old-steps 3000 "
-            "--out {work}/compat-hangul-long --json {json}",
+            f"bench compat --data {{work}}/hangul --methods lce,lce+bct --weights {{figures}}/{TOGETHER} --steps 9000 "
+            f"--seeds 1 {LONG_HANGUL}",
         ),
         _compat,
         LONG_RUN,
@@ -185,8 +204,8 @@ SECTIONS = (
         "Han and Hangul, until the paragon has learned",
         "compat-both-long.json",
         (
-            f"bench compat --data {{work}}/both {LONG} --seeds 1 --old-steps 4000 --out {{work}}/compat-both-long "
-            "--json {json}",
+            f"bench compat --data {{work}}/both --methods independent,unibct,lce {LONG} --seeds 1 --old-steps 4000 "
+            "--out {work}/compat-both-long --json {json}",
         ),
         _compat,
     ),
@@ -342,49 +361,99 @@ def headline(known: dict[str, Any]) -> str:
 
     cost = base["paragon->paragon"][METRIC]["mean"] - lce["new->new"][METRIC]["mean"]
     price = f"at the price of {cost:.3f} of its own TAR" if cost > 0 else "at no cost to its own TAR"
-    times = [run["methods"]["lce"]["update_time"] for run in runs if "update_time" in run["methods"]["lce"]]
-    price += f" and with {times[0]:.2f} times the paragon's time for an update" if times else ""
+    timed = [run for run in runs if "update_time" in run["methods"]["lce"]]
+    if timed:
+        price += f" and with {timed[0]['methods']['lce']['update_time']:.2f} times the paragon's time for an update"
+        price += "" if timed[0]["steps"] == long["steps"] else f" (in the run of {timed[0]['steps']:,})"
     found = [_standing(run, metric) for run in runs for metric in (METRIC, "rank-1")]
-    ahead, level, behind = ([text for standing, text, _ in found if standing == which] for which in (1, 0, -1))
+    ahead, level, behind = ([text for standing, text in found if standing == which] for which in (1, 0, -1))
     gain = _gain(long, "lce")
     share = "" if gain is None else f"{gain['mean']:.0%} of the way to the paragon by TAR, "
-    out = (
+    out = [
         f"**LCE** takes the search of old galleries from {pair(base['old->old'])} (TAR at FAR 1e-4 / rank-1) to "
-        f"{pair(lce['new->old'])}, {share}{price} "
-        f"({long['classes']:,} identities, {long['steps']:,} updates, {long['seeds']} seed(s)); of all methods it is "
-        f"clearly ahead in {_joined(ahead)}"
-    )
-    out += f", about level in {_joined(level)}" if level else ""
-    out += f", and loses in {_joined(behind)}." if behind else ", and loses in none."
-    interval = "the 95 % interval of the difference, paired over identities and seeds, where there is one, else by "
-    return (
-        out + f" Clearly: by {interval if any(by for _, _, by in found) else ''}"
-        "more than the larger of the two standard deviations over seeds. Comparisons after fewer than "
-        f"{long['steps']:,} updates stop before the paragon has learned as much, so that part of a lead there is "
-        "quicker learning."
-    )
+        f"{pair(lce['new->old'])}, {share}{price} ({long['classes']:,} identities, {long['steps']:,} updates, "
+        f"{long['seeds']} seed(s)). Against the best other method of each run, by the 95 % interval of the difference "
+        "(over training runs and, where the run's table says so, identities):",
+        "",
+        f"- clearly ahead in {_joined(ahead)};",
+        f"- about level in {_joined(level)};",
+        f"- it loses in {_joined(behind)}.",
+        "",
+    ]
+    longest = max(run["steps"] for run in [long, *runs])
+    ends = [
+        f"Comparisons after fewer than {longest:,} updates stop before the paragon has learned as much, so that part "
+        "of a lead there is quicker learning."
+        if any(run["steps"] < longest for run in runs)
+        else "",
+        _chain_losses(known.get("chain.json")),
+        _change_losses(known.get("changes.json")),
+    ]
+    return "\n".join([*out, " ".join(one for one in ends if one)])
 
 
-def _standing(run: dict[str, Any], metric: str) -> tuple[int, str, bool]:
-    """Whether LCE is ahead (1), level (0) or behind (−1) of the best other method, the figures, and whether an interval
-    over identities and seeds decided. One training run each decides nothing: it is level."""
+def _chain_losses(chain: dict[str, Any] | None) -> str:
+    """Where another method is ahead of LCE at the end of a chain, as one sentence; empty without one."""
+    if chain is None or "lce" not in chain["methods"]:
+        return ""
+    last = len(chain["identities"])
+
+    def ends(one: dict[str, Any]) -> dict[str, float]:
+        cells = {f"{last} → 1 by {_short(metric)}": one["cells"][f"{last}->1"][metric] for metric in (METRIC, "rank-1")}
+        means = {f"the mean {_short(metric)}": one["summary"]["average"][metric] for metric in (METRIC, "rank-1")}
+        return {**cells, **means, "drift": one["summary"]["drift"][str(last)]}
+
+    mine, lost = ends(chain["methods"]["lce"]), []
+    for name, one in chain["methods"].items():
+        better = [
+            f"{what} ({value:.3f} against {mine[what]:.3f})"
+            for what, value in ends(one).items()
+            if name != "lce" and (value < mine[what] if what == "drift" else value > mine[what])
+        ]
+        lost += [f"{one['title']} in {_joined(better)}"] if better else []
+    return f"In a chain of {last} models, one training run each, ahead of LCE: {'; '.join(lost)}." if lost else ""
+
+
+def _change_losses(changes: dict[str, Any] | None) -> str:
+    """The kinds of change under which another method has more than LCE, as one sentence; empty without one."""
+    if changes is None:
+        return ""
+    lost = []
+    for line in changes["lines"]:
+        mine = line["cells"].get("lce", {}).get("seeds")
+        for name, title in changes["methods"].items() if mine else ():
+            theirs = line["cells"][name].get("seeds")
+            for metric in (METRIC, "rank-1") if theirs and name != "lce" else ():
+                values = [
+                    round(statistics.fmean(one["new->old"][metric] for one in seeds), 3) for seeds in (mine, theirs)
+                ]
+                if values[1] > values[0]:
+                    lost.append(f"{line['change']} in {_short(metric)} ({title} {values[1]:.3f}, LCE {values[0]:.3f})")
+    runs = "one training run each" if changes["seeds"] == 1 else f"{changes['seeds']} seeds"
+    return f"Of the kinds of change, {runs}, another method has more for {_joined(lost)}." if lost else ""
+
+
+def _short(metric: str) -> str:
+    return "TAR" if metric == METRIC else metric
+
+
+def _standing(run: dict[str, Any], metric: str) -> tuple[int, str]:
+    """Whether LCE is ahead (1), level (0) or behind (−1) of the best other method by the 95 % interval of the
+    difference, and the figures. One training run each decides nothing: it is level."""
     cells = {name: one["spread"]["new->old"][metric] for name, one in _rivals(run).items()}
     mine = run["methods"]["lce"]["spread"]["new->old"][metric]
     best = max(cells, key=lambda name: float(cells[name]["mean"]))
     title = run["methods"][best]["title"]
-    name = "TAR" if metric == METRIC else metric
-    text = f"{name} with {run['classes']:,} identities after {run['steps']:,} updates ({mine['mean']:.3f} against "
-    text += f"{title}'s {cells[best]['mean']:.3f}"
+    text = f"{_short(metric)} with {run['classes']:,} identities after {run['steps']:,} updates ({mine['mean']:.3f} "
+    text += f"against {title}'s {cells[best]['mean']:.3f}"
     ours, theirs = run["methods"]["lce"]["seeds"], run["methods"][best]["seeds"]
     paired = difference(ours, theirs, metric)
     if len(common(ours, theirs)) < 2:
         over = "" if paired is None else f": {interval_text(paired)} over identities alone"
-        return 0, f"{text}{over}; one training run each: no verdict)", False
-    if paired is not None:
-        return (1 if paired.low > 0 else -1 if paired.high < 0 else 0), f"{text}: {interval_text(paired)})", True
-    apart = mine["mean"] - cells[best]["mean"]
-    noise = max(mine["deviation"], cells[best]["deviation"])
-    return (0 if abs(apart) <= noise else 1 if apart > 0 else -1), f"{text})", False
+        return 0, f"{text}{over}; one training run each: no verdict)"
+    paired = paired or over_runs(ours, theirs, metric)
+    assert paired is not None
+    return (1 if paired.low > 0 else -1 if paired.high < 0 else 0), f"{text}: {interval_text(paired)})"
 
 
 def _with_lce(run: dict[str, Any], long: dict[str, Any] | None) -> dict[str, Any]:
