@@ -11,7 +11,7 @@ from trainer.evaluation.bootstrap import draw_identities
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.deployments import affine_map, expanded, pooled_gallery, rotation
 from trainer.evaluation.next_steps import next_steps
-from trainer.evaluation.results import NamedSet, measure_sets
+from trainer.evaluation.results import NamedSet, _pooled, measure_sets
 
 GENERATOR = np.random.default_rng(5)
 TURN = np.linalg.qr(GENERATOR.normal(size=(32, 32)))[0].astype(np.float32)
@@ -164,6 +164,20 @@ def test_a_pooled_gallery_against_plain_loops():
     assert found.tar == [pytest.approx(np.mean(np.array(own) > limit), abs=1e-6)]
     assert found.rank1.value == pytest.approx(np.mean(hits))
     assert found.rank1.low <= found.rank1.value <= found.rank1.high
+
+
+def test_pooled_galleries_are_those_that_can_be_deployed():
+    """The converted gallery is a row where there is a T₁₂, and is not made of vectors that nothing converted."""
+    case = converted(0.0)
+    old, new = case.spaces.native["old"], case.spaces.native["new"]
+    up = {("old", "new"): case.spaces.mapped["old", "new"]}
+    for mapped, galleries in (
+        (case.spaces.mapped, ["T₂₁(new) → old", "new → T₁₂(old)"]),
+        (up, ["new → T₁₂(old)"]),
+        ({("new", "old"): new, ("old", "new"): old}, ["new → old"]),  # what carried() gives a model without maps
+    ):
+        rows = _pooled(dataclasses.replace(case, spaces=Spaces({"old": old, "new": new}, mapped)), OPTIONS)
+        assert [row["name"] for row in rows] == ["old → old", *galleries, "new → new"]
 
 
 def test_next_steps_ask_for_a_set_where_there_is_none():

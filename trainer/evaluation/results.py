@@ -214,8 +214,8 @@ def _pooled(one: NamedSet, options: Options) -> list[Result]:
         view = one.spaces.view(query, gallery)
         if view is not None:
             pairs.append((one.spaces.title(query, gallery), view[0], view[0] if view[1] is None else view[1]))
-    converted = one.spaces.mapped.get(("old", "new"))
-    if converted is not None and all(name != "new → T₁₂(old)" for name, *_ in pairs):
+    across, converted = one.spaces.view("new", "old"), one.spaces.mapped.get(("old", "new"))
+    if across is not None and across[2] == "t21" and converted is not None:
         pairs.insert(2, ("new → T₁₂(old)", one.spaces.native["new"], converted))
     draws = _draws(one, options)
     return [plain(pooled_gallery(*pair, one.labels, options.fars, draws)) for pair in pairs]
