@@ -116,7 +116,7 @@ def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, mon
     fonts.mkdir()
     assert cli.main(words) == 70
     assert [w[1] for w in ran if w[0] == "bench"] == [
-        *["compat"] * 11,
+        *["compat"] * 12,
         "criterion",
         "chain",
         "changes",
@@ -125,6 +125,18 @@ def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, mon
         "million",
     ]
     assert not any("{" in word for command in ran for word in command)
+
+
+def test_the_ways_of_deploying_have_verdicts_and_pooled_galleries_none() -> None:
+    found = {"value": 0.5, "low": None, "high": None}
+    way = {"way": "new → old", "meaning": "as they are", "tar": found, "rank-1": found, "answer": "SAFE"}
+    pooled = {"name": "new → old", "tar": [0.75, 0.8], "rank1": {"value": 0.875}, "protocol": "template protocol"}
+    one = {"identities": 1000, "images": 5000, "far": 1e-4, "deployments": [way], "pooled": [pooled]}
+    figures = {"sets": {"unseen": one}, "verdict": {"answer": "SAFE"}, "provenance": {"commit": "abc"}}
+    text = results._deployments(figures)
+    assert "| new → old | 0.500 | 0.500 | SAFE | as they are |" in text
+    assert "| new → old, pooled | 0.750 | 0.875 | – | |" in text
+    assert "TAR at FAR 1e-4" in text
 
 
 def test_every_command_is_one_that_the_program_understands() -> None:

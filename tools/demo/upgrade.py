@@ -207,6 +207,7 @@ class DemoUpgrade:
         argv = ["--new", self._path("new"), "--paragon", self._path("paragon")]
         argv += ["--runs", *(self._path(name) for name in ("old", "new", "paragon"))]
         argv += ["--report", self._path("report.html"), "--pictures", "--json", self._path("evaluation.json")]
+        argv += ["--gallery", "pooled"]
         products = ["embeddings", "report.html", "evaluation.json"]
         self._command("evaluate", "evaluation and report", [*self._against(self._path("old")), *argv], products)
         argv = ["--new", self._path("new.onnx"), "--replicates", "100", "--json", self._path("onnx.json")]

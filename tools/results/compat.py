@@ -619,6 +619,11 @@ def markdown(figures: dict[str, Any]) -> str:
         *_paired(figures),
         *(f"\n{one['title']}: {problem}" for one in figures["methods"].values() for problem in one["problems"]),
     ]
+    if any("+" in name for name in figures["methods"]):
+        text += [
+            "",
+            "Methods together: each weight at the same point of its logarithmic range; the first one's is shown.",
+        ]
     if figures["chosen_by"] == "an earlier run":
         chosen = "Weights: as an earlier run chose them, on its validation identities; some may be unseen ones here."
         return "\n".join([*text, "", chosen]) + "\n"

@@ -90,6 +90,28 @@ def _chain(figures: dict[str, Any]) -> str:
     return markdown(figures)
 
 
+def _deployments(figures: dict[str, Any]) -> str:
+    """The ways of deploying of one evaluation, with their verdicts, then galleries pooled by identity."""
+    (name, found), *_ = figures["sets"].items()
+    verdict, provenance = figures["verdict"], figures["provenance"]
+    far = f"{found['far']:.0e}".replace("e-0", "e-")
+    lines = [
+        f"{name}: {found['identities']:,} identities, {found['images']:,} images, TAR at FAR {far}; seed 0. Verdict: "
+        f"{verdict['answer']}. Commit {provenance['commit']}.",
+        "",
+        "| query → gallery | TAR | rank-1 | verdict | meaning |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for way in found["deployments"]:
+        cells = [f"{way[key]['value']:.3f}" for key in ("tar", "rank-1")]
+        lines.append(f"| {way['way']} | {' | '.join(cells)} | {way['answer'] or '–'} | {way['meaning']} |")
+    lines += [
+        f"| {one['name']}, pooled | {one['tar'][0]:.3f} | {one['rank1']['value']:.3f} | – | |"
+        for one in found["pooled"]
+    ]
+    return "\n".join([*lines, "", f"Pooled: {found['pooled'][0]['protocol']}; never the criterion's cell."]) + "\n"
+
+
 def _head(rows: list[dict[str, Any]]) -> str:
     from tools.results.table import as_markdown
 
@@ -136,6 +158,7 @@ TOGETHER = "compat-together.json"
 LONG_HANGUL = "--old-steps 3000 --out {work}/compat-hangul-long --json {json}"
 AGAINST = (
     "compat.json",
+    "compat-more.json",
     "compat-hangul.json",
     LONG_RUN,
     "compat-hangul-rivals.json",
@@ -157,6 +180,23 @@ SECTIONS = (
         TOGETHER,
         ("bench compat --methods lce,lce+bct --seeds 3 --out {work}/compat --json {json}",),
         _compat,
+    ),
+    Section(
+        "Three more rivals: 4,000 syllables",
+        "compat-more.json",
+        ("bench compat --methods lce,ndpp,bt2,frozen --seeds 3 --out {work}/compat --json {json}",),
+        _compat,
+    ),
+    Section(
+        "Ways of deploying: the demo's models",
+        "deployments.json",
+        (
+            "demo --data characters --out {work}/demo",
+            "evaluate --old {work}/demo/characters/seed-0/old --new {work}/demo/characters/seed-0/new "
+            "--paragon {work}/demo/characters/seed-0/paragon --data unseen={work}/demo/characters/seed-0/data/unseen "
+            "--fars 1e-4 --replicates 400 --gallery pooled --json {json}",
+        ),
+        _deployments,
     ),
     Section(
         "The same with all Hangul syllables",
