@@ -80,7 +80,7 @@ def _deployments(name: str, one: Mapping[str, Any]) -> "Table":
 def _pooled(name: str, one: Mapping[str, Any]) -> "Table":
     from trainer.evaluation.compatibility import tar_name
 
-    rows = {of["name"]: [*map(_number, of["tar"]), _number(of["rank1"]["value"])] for of in one["pooled"]}
+    rows = {of["name"]: [*map(_tar, of["tar"], of["resolved"]), _number(of["rank1"]["value"])] for of in one["pooled"]}
     head = [*(tar_name(far) for far in one["pooled"][0]["fars"]), "rank-1"]
     return _table(f"{name}, pooled by identity: {one['pooled'][0]['protocol']}", "query → gallery", head, rows)
 
@@ -104,7 +104,11 @@ def _far_names(cells: Mapping[str, Any]) -> list[str]:
 
 
 def _tars(cell: Mapping[str, Any]) -> list[str]:
-    return [_number(entry["value"]) + ("" if entry["resolved"] else " *") for entry in cell["tar"]]
+    return [_tar(entry["value"], entry["resolved"]) for entry in cell["tar"]]
+
+
+def _tar(value: float | None, resolved: bool) -> str:
+    return _number(value) + ("" if resolved else " *")
 
 
 def _search_names(cells: Mapping[str, Any]) -> list[str]:

@@ -7,11 +7,14 @@ import pytest
 
 from tests.evaluation.samples import identities, unit
 from tests.evaluation.test_verdict import OPTIONS, upgrade
+from tools import evaluate_tables
 from trainer.evaluation.bootstrap import draw_identities
 from trainer.evaluation.compatibility import Spaces
 from trainer.evaluation.deployments import affine_map, expanded, pooled_gallery, rotation
 from trainer.evaluation.next_steps import next_steps
+from trainer.evaluation.report_sections import pooled
 from trainer.evaluation.results import NamedSet, _pooled, measure_sets
+from trainer.evaluation.verdict import Rules
 
 GENERATOR = np.random.default_rng(5)
 TURN = np.linalg.qr(GENERATOR.normal(size=(32, 32)))[0].astype(np.float32)
@@ -158,9 +161,10 @@ def test_a_pooled_gallery_against_plain_loops():
         if rest.any():
             own.append(queries[i] @ unit(x[rest].sum(0)[None])[0])
             hits.append(own[-1] > max(strangers))
-    found = pooled_gallery("test", queries, x, labels, (0.1,), draw_identities(9, 50, 0))
+    found = pooled_gallery("test", queries, x, labels, (0.1,), draw_identities(9, 50, 0), Rules())
     limit = np.sort(other)[::-1][int(0.1 * len(other))]
     assert found.impostor_pairs == len(other)
+    assert found.resolved == [len(other) >= 100]
     assert found.tar == [pytest.approx(np.mean(np.array(own) > limit), abs=1e-6)]
     assert found.rank1.value == pytest.approx(np.mean(hits))
     assert found.rank1.low <= found.rank1.value <= found.rank1.high
@@ -178,6 +182,21 @@ def test_pooled_galleries_are_those_that_can_be_deployed():
     ):
         rows = _pooled(dataclasses.replace(case, spaces=Spaces({"old": old, "new": new}, mapped)), OPTIONS)
         assert [row["name"] for row in rows] == ["old → old", *galleries, "new → new"]
+
+
+def test_rates_that_a_pooled_gallery_cannot_resolve_are_starred():
+    """40 images against 9 strangers each: 360 impostor pairs, of which 1e-3 is less than ten and 3e-2 is more."""
+    rows = _pooled(upgrade(1.0, classes=10, images=4), dataclasses.replace(OPTIONS, fars=(1e-3, 3e-2)))
+    assert [row["resolved"] for row in rows] == [[False, True]] * 3
+    shown = pooled({"pooled": rows})
+    assert shown.starred
+    assert [[cell.mark for cell in row] for row in shown.rows] == [["", " *", "", ""]] * 3
+    printed = evaluate_tables._pooled("unseen", {"pooled": rows})
+    assert printed.caption == "* too few impostor pairs to resolve this FAR"
+    assert [[text.endswith(" *") for text in column.cells] for column in printed.columns[1:3]] == [
+        [True] * 3,
+        [False] * 3,
+    ]
 
 
 def test_next_steps_ask_for_a_set_where_there_is_none():

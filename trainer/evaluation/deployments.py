@@ -14,6 +14,7 @@ from trainer.evaluation.arrays import BoolArray, FloatArray, IntArray, class_ind
 from trainer.evaluation.bootstrap import Interval, interval, resample_share
 from trainer.evaluation.compatibility import Cell, Spaces, class_sums, directions, measured
 from trainer.evaluation.identification import search
+from trainer.evaluation.verdict import Rules
 from trainer.evaluation.verification import BINS, PairList, PairScores, histogram
 
 SHARE = 0.5
@@ -187,12 +188,13 @@ def affine_map(given: FloatArray, wanted: FloatArray) -> Callable[[FloatArray], 
 
 @dataclass(frozen=True)
 class Pooled:
-    """Queries against one vector an identity. tar, threshold: by FAR (p,); resolved: whether the pairs suffice."""
+    """Queries against one vector an identity. tar, threshold, resolved (whether the pairs suffice): by FAR (p,)."""
 
     name: str
     fars: tuple[float, ...]
     tar: list[float]
     threshold: list[float]
+    resolved: list[bool]
     impostor_pairs: int
     rank1: Interval
     protocol: str = field(
@@ -201,12 +203,19 @@ class Pooled:
 
 
 def pooled_gallery(
-    name: str, queries: FloatArray, gallery: FloatArray, labels: IntArray, fars: tuple[float, ...], draws: IntArray
+    name: str,
+    queries: FloatArray,
+    gallery: FloatArray,
+    labels: IntArray,
+    fars: tuple[float, ...],
+    draws: IntArray,
+    rules: Rules,
 ) -> Pooled:
     """Search a gallery that is pooled by identity, which needs neither images nor a model.
 
     Args:
         queries, gallery: (n, D) unit, of the same images. labels: (n,). draws: for the interval of rank-1.
+        rules: say which FARs the pairs resolve.
 
     An image is compared with the mean direction of the *other* images of its identity, where it has any, and with the
     whole mean of every other identity.
@@ -234,4 +243,6 @@ def pooled_gallery(
     hits = counted & (own > best)
     rank1 = interval(float(hits[counted].mean()), resample_share(hits, counted, index, draws))
     thresholds = [scores.threshold_at(far) for far in fars]
-    return Pooled(name, fars, [scores.tar(t) for t in thresholds], thresholds, int(impostor.sum()), rank1)
+    pairs = int(impostor.sum())
+    resolved = [rules.resolves(far, pairs) for far in fars]
+    return Pooled(name, fars, [scores.tar(t) for t in thresholds], thresholds, resolved, pairs, rank1)

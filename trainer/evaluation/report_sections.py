@@ -241,9 +241,11 @@ def thresholds(entry: Result) -> str:
 
 def pooled(one: Result) -> Table:
     """Galleries of one vector an identity."""
-    rows: list[list[Value | str]] = [
-        [entry["name"], *(number(tar) for tar in entry["tar"]), _interval(entry["rank1"])] for entry in one["pooled"]
-    ]
+    rows: list[list[Value | str]] = []
+    for entry in one["pooled"]:
+        known = zip(entry["tar"], entry["resolved"], strict=True)
+        tars = [Value(number(tar), mark="" if resolved else " *") for tar, resolved in known]
+        rows.append([entry["name"], *tars, _interval(entry["rank1"])])
     fars = one["pooled"][0]["fars"] if rows else ()
     return table("Pooled galleries", ["query → pooled gallery", *_tar_heads(fars), "rank-1"], rows)
 

@@ -218,7 +218,7 @@ def _pooled(one: NamedSet, options: Options) -> list[Result]:
     if across is not None and across[2] == "t21" and converted is not None:
         pairs.insert(2, ("new → T₁₂(old)", one.spaces.native["new"], converted))
     draws = _draws(one, options)
-    return [plain(pooled_gallery(*pair, one.labels, options.fars, draws)) for pair in pairs]
+    return [plain(pooled_gallery(*pair, one.labels, options.fars, draws, options.rules)) for pair in pairs]
 
 
 def measure_cells(one: NamedSet, options: Options, notify: Callable[[str], None]) -> Cells:
@@ -329,7 +329,7 @@ def _cell(cell: Cell, options: Options) -> Result:
             {
                 "far": f,
                 "threshold": cell.scores.threshold_at(f),
-                "resolved": f * cell.scores.impostor_count >= options.rules.min_false_accepts,
+                "resolved": options.rules.resolves(f, cell.scores.impostor_count),
                 **dataclasses.asdict(cell.figure(tar_name(f))),
             }
             for f in options.fars

@@ -39,6 +39,10 @@ class Rules:
     min_false_accepts: int = 10
     level: float = LEVEL
 
+    def resolves(self, far: float, impostor_pairs: int) -> bool:
+        """Whether so many impostor pairs resolve this FAR."""
+        return far * impostor_pairs >= self.min_false_accepts - 1e-9
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -81,7 +85,7 @@ class Verdict:
 
 def resolved_far(fars: Sequence[float], impostor_pairs: int, rules: Rules) -> float | None:
     """The smallest FAR that ``impostor_pairs`` can resolve; None when none can be."""
-    fit = [far for far in sorted(fars) if far * impostor_pairs >= rules.min_false_accepts - 1e-9]
+    fit = [far for far in sorted(fars) if rules.resolves(far, impostor_pairs)]
     return fit[0] if fit else None
 
 
