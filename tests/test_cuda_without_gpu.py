@@ -17,6 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS: dict[str, dict[str, int]] = json.loads((ROOT / "tests/cuda_waits.json").read_text())
+CARELESS = "careless backward"
+"""The case whose second pass has a wait and a mix of devices added, which the log has to find."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,14 +59,17 @@ def test_the_host_waits_for_the_device_as_seldom_as_agreed(
     for name, chunks in found.items():
         for label, one in chunks.items():
             said = f"{name}, {world} rank(s), {label}:\n" + "\n".join(one["places"])
-            assert one["errors"] == 0, said
+            assert one["errors"] == (2 if name == CARELESS else 0), said  # of both updates
             assert one["waits"] == BUDGETS[name][str(world)], said
             if "loss on the CPU" in one:
                 assert one["loss"] == pytest.approx(one["loss on the CPU"], rel=1e-3, abs=1e-5), said
 
 
 def test_goals() -> None:
-    """One wait an update, for the labels; LCE and the other methods two more at most, whatever the world size."""
+    """One wait a batch, for the labels; LCE and the other methods two more at most, whatever the world size. Deferred
+    updates ask whether they are finite, accumulated ones also how many rows their two batches have together.
+    """
+    apart = {"deferred": 2, "accumulated": 4, CARELESS: 2}
     for name, waits in BUDGETS.items():
-        assert max(waits.values()) <= (3 if name.startswith(("lce", "rival")) else 1), name
+        assert max(waits.values()) <= apart.get(name, 3 if name.startswith(("lce", "rival")) else 1), name
         assert len(set(waits.values())) == 1, name

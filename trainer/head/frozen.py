@@ -98,17 +98,17 @@ class FrozenClassifier:
         local = torch.where(here, labels - self.classes.start, 0)
         if len(self.mask):
             here = here & self.mask[local]
-        samples = here.nonzero()[:, 0]
-        places = self.row_of[local[samples]]
-        drawn = self._draw(places, step)
-        if drawn is not None:
-            cosine_rows, places = self.rows[places], torch.searchsorted(drawn, places)
-        else:
-            cosine_rows = self.rows[places]
-        target = torch.linalg.vecdot(cosine_rows.to(self.work), unit[samples])
+        count = len(self.rows)
+        places = self.row_of[local] if count else local
         packed = torch.zeros(3, len(x), dtype=torch.float64, device=x.device)
-        packed[1, samples] = target.double()
-        packed[2, samples] = 1.0
+        if count:
+            cosine = torch.linalg.vecdot(self.rows[places.clamp(0, count - 1)].to(self.work), unit)
+            packed[1] = torch.where(here, cosine.double(), 0.0)
+            packed[2] = here.double()
+        drawn = self._draw(torch.where(here, places, count), step)
+        if drawn is not None:
+            places, count = torch.searchsorted(drawn, places), len(drawn)
+        places, samples = torch.sort(torch.where(here, places, count), stable=True)
         done = _Pass(self, unit, norm, drawn, samples, places)
         with matmul_precision(self.tf32):
             for first, last in done.chunks():
@@ -118,20 +118,25 @@ class FrozenClassifier:
         return done
 
     def _draw(self, places: Tensor, step: int) -> Tensor | None:
-        """The rows of a step, ascending: the drawn classes that have one, and the batch's own; None: all."""
+        """The rows of a step, ascending: the drawn classes that have one, and the batch's own, at ``places`` (B,) (as
+        many as there are rows: none); None: all.
+        """
         rate = self.sample_rate(step) if callable(self.sample_rate) else self.sample_rate
         if rate >= 1:
             return None
-        c = self.classes
+        c, count = self.classes, len(self.rows)
         negatives = Draw.of(self.seed, step, c.total, rate).negatives(c.start, c.stop, places.device)
-        return torch.unique(torch.cat([self.row_of[negatives[self.mask[negatives]]], places]))
+        marked = torch.zeros(count + 1, dtype=torch.bool, device=places.device)  # the last one for those without a row
+        marked.index_fill_(0, torch.where(self.mask[negatives], self.row_of[negatives], count), True)
+        marked.index_fill_(0, places, True)
+        return marked[:count].nonzero()[:, 0]
 
 
 class _Pass:
     """One step: what the second pass needs of the first.
 
-    ``drawn`` (n,) are the rows that take part, None for all; ``samples`` (P,) have their class on this rank, at
-    ``places`` (P,) among those rows.
+    ``drawn`` (n,) are the rows that take part, None for all; ``samples`` (B,) are ordered by the ``places`` (B,) of
+    their classes among those rows; the last ones, at place n, have no row on this rank.
     """
 
     def __init__(
@@ -145,9 +150,9 @@ class _Pass:
     ) -> None:
         self.owner, self.unit, self.norm, self.drawn = owner, unit, norm, drawn
         self.scaled = (unit * owner.scale).to(owner.compute).t()
-        order = torch.argsort(places)
-        self.samples, self.places = samples[order], places[order]
-        edges = torch.arange(0, self._total() + owner.kernels.chunk_rows, owner.kernels.chunk_rows, device=order.device)
+        self.samples, self.places = samples, places
+        total, chunk = self._total(), owner.kernels.chunk_rows
+        edges = torch.arange(0, total + chunk, chunk, device=places.device).clamp_max(total)
         self.bounds: list[int] = torch.searchsorted(self.places, edges).tolist()  # of each chunk's targets
 
     def _total(self) -> int:

@@ -538,12 +538,14 @@ class CollectedGradients:
     def __init__(self, optimizer: RowOptimizer) -> None:
         self.optimizer = optimizer
         self._parts: list[tuple[Tensor, Tensor]] = []
+        self._steps = 0  # of which the parts are, each beginning with the rows from 0 on
         self._sum: Tensor | None = None  # of all rows' gradients, where all rows take part
 
     def add(self, first: int, index: Tensor | None, gradient: Tensor) -> None:
         """Keep the gradient (n, D) of the rows ``index``, or (None) add that of rows ``first`` … to the sum."""
         if index is not None:
             self._parts.append((index, gradient))
+            self._steps += first == 0
             return
         if self._sum is None:
             rows = self.optimizer.rows
@@ -569,12 +571,15 @@ class CollectedGradients:
     def clear(self) -> None:
         """Forget what was kept."""
         self._parts.clear()
-        self._sum = None
+        self._steps, self._sum = 0, None
 
     def _merge(self) -> tuple[Tensor | None, Tensor]:
         """The gradients, summed by row."""
         if self._sum is not None:
             return None, self._sum
+        if self._steps == 1:  # its rows are distinct, and the device need not say how many there are
+            every, gradients = zip(*self._parts, strict=True)
+            return torch.cat(every), torch.cat(gradients)
         index, inverse = torch.unique(torch.cat([i for i, _ in self._parts]), return_inverse=True)
         out = torch.zeros(len(index), self.optimizer.rows.shape[1], dtype=self.optimizer.work, device=index.device)
         return index, out.index_add_(0, inverse, torch.cat([g for _, g in self._parts]))

@@ -2,9 +2,10 @@
 
 The order of data, augmentations and drawn classes follow from the seed and the position alone, and torch's generators
 are seeded anew for every step, so that a checkpoint needs to keep no generator: a run continued at the same world size
-repeats the uninterrupted one to the last bit (on CUDA with ``run.deterministic``). The loop waits for the device only
-where a line is logged, and in float16 or with accumulated batches once an update; the head does a few times a step,
-where the number of drawn rows decides the shape of what follows.
+repeats the uninterrupted one to the last bit (on CUDA with ``run.deterministic``). The loop waits for the device
+only where a line is logged, and in float16 or with accumulated batches once an update; the head waits once a batch,
+for the labels, and once more where the gradients of accumulated batches are merged; methods wait up to twice a batch.
+tests/cuda_waits.json says how often.
 """
 
 import json
