@@ -12,11 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.head import fused, row_optimizer
+from trainer.head.products import product
 
 aten = torch.ops.aten
 WAITS = {
@@ -104,6 +108,16 @@ class Passes(TorchDispatchMode):
         self._add(one, [*tensors, *changed, *written])
         return out
 
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """:func:`trainer.head.products.product` as CUDA has it, one operator, however this processor computes it."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            out = product(a, b)
+        one = self.found["products.product"]
+        one.launches += 1
+        one.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        self._add(one, [a, b, out])
+        return out
+
     def _add(self, one: Pass, tensors: list[Tensor]) -> None:
         for t in tensors:
             size = min(t.nbytes, t.untyped_storage().nbytes())
@@ -138,7 +152,11 @@ def counting(head: Any, dim: int, block: int) -> Iterator[Passes]:
     passes, gated = Passes(dim, block), softmax.gated
     softmax.gated, softmax.kernels.observer = True, passes.observe
     try:
-        with passes:
+        with (
+            passes,
+            patch.object(fused, "product", passes.product),
+            patch.object(row_optimizer, "product", passes.product),
+        ):
             yield passes
     finally:
         softmax.gated, softmax.kernels.observer = gated, None

@@ -27,7 +27,8 @@ def passes(steps: int = 2, **changes: Any) -> float:
             continue
         with counting(head, DIM, CHUNK // 4) as counted:
             head(x, torch.arange(BATCH), step).loss.backward()
-    assert counted.found
+    product = 2 * round(rate * ROWS) * DIM * BATCH
+    assert sum(one.flops for one in counted.found.values()) >= 3 * product  # 4 where the first pass's are not kept
     return counted.row_passes(round(rate * ROWS))
 
 
@@ -41,7 +42,7 @@ def test_the_first_step_also_reads_the_norms() -> None:
 
 
 def test_bfloat16_rows_move_less_than_float32_ones() -> None:
-    assert passes(rows="bfloat16", compute="bfloat16") <= 5.6
+    assert passes(rows="bfloat16", compute="bfloat16") == pytest.approx(5.5, abs=0.1)
 
 
 def test_drawn_rows_are_also_gathered() -> None:
