@@ -22,7 +22,8 @@ no setting was chosen on. A set's answer is by rank-1 and by the TAR at the smal
 resolve: SAFE when one of them is better (its whole 95 % interval above zero) and the other better or level, with at
 least --min-identities; NOT SAFE when one is worse; else NOT ENOUGH DATA. A set with identities
 that a model was trained on, found automatically or declared by --seen, is judged apart: it neither makes nor blocks the
-verdict; --unseen declares that equal names mean other people. Several ranks share the embedding:
+verdict; --unseen declares that equal names mean other people. Embeddings on disk are the set `embeddings`, of which
+nothing is found: --seen embeddings or --unseen embeddings. Several ranks share the embedding:
 
     torchrun --nproc-per-node 2 -m tools.cli evaluate …
 
@@ -89,14 +90,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="sets of --data whose identities were trained on: judged apart, no part of the verdict",
+        help="sets of --data whose identities were trained on: judged apart, no part of the verdict; embeddings on "
+        "disk are the set `embeddings`",
     )
     parser.add_argument(
         "--unseen",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="sets of --data whose people only share names (person1) with training identities of other data sets",
+        help="sets of --data whose people only share names (person1) with training identities of other data sets; "
+        "`embeddings`: nobody was trained on those of the embeddings on disk",
     )
     parser.add_argument(
         "--pairs",
@@ -173,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
     runs = _runs(args.runs)
     with process_group(args.device) as ranks:
         if _from_disk(args):
-            result, datasets = (_measure_stored(args, fars) if ranks.is_main else {}), {}
+            result, datasets = (_measure_stored(args, fars, ranks) if ranks.is_main else {}), {}
         else:
             asked = _Evaluation(args, fars, ranks)
             asked.check()
@@ -199,12 +202,19 @@ def _from_disk(args: argparse.Namespace) -> bool:
             f"{missing[0]} is missing: give --old and --new, or --old-embeddings, --new-embeddings and --labels"
         )
     if needed is stored:
-        others = given | {"--between": args.between, "--paragon": args.paragon, "--data": args.data}
-        others |= {"--pairs": args.pairs, "--templates": args.templates}
-        wrong = [option for option, value in others.items() if value]
-        if wrong:
-            raise LceError(f"{wrong[0]}: not with embeddings on disk, which are evaluated as they are")
+        wrong = next((name for name in _OF_MODELS if getattr(args, name)), None)
+        if wrong is not None:
+            option = f"--{wrong.replace('_', '-')}"
+            raise LceError(f"{option}: not with embeddings on disk, which are evaluated as they are; leave it out")
     return needed is stored
+
+
+_OF_MODELS = (
+    *("old", "new", "between", "paragon", "data", "pairs", "templates", "pictures", "cache", "no_colour_check"),
+    *("flip", "norm_weights", "score_weights", "pixels", "color", "mean", "std", "size", "output", "backbone"),
+    "allow_collapsed",
+)
+"""Options of models and pictures, of which embeddings on disk have neither."""
 
 
 def _options(args: argparse.Namespace, fars: tuple[float, ...]) -> "Options":
@@ -215,23 +225,27 @@ def _options(args: argparse.Namespace, fars: tuple[float, ...]) -> "Options":
     return Options(fars=fars, replicates=args.replicates, seed=args.seed, rules=rules, pooled=args.gallery == "pooled")
 
 
-def _measure_stored(args: argparse.Namespace, fars: tuple[float, ...]) -> dict[str, Any]:
+def _measure_stored(args: argparse.Namespace, fars: tuple[float, ...], ranks: "Ranks") -> dict[str, Any]:
     from trainer.compat.bank.matrices import open_rows, read_labels
-    from trainer.evaluation.embeddings import stored_set
+    from trainer.evaluation.embeddings import STORED, stored_set
+    from trainer.evaluation.overlap import declarations
     from trainer.evaluation.provenance import provenance
     from trainer.evaluation.results import measure_sets, stages
     from trainer.models.open import load_model
 
-    maps = None if args.maps is None else load_model(args.maps)
+    declared = declarations((STORED,), args.seen, args.unseen).get(STORED)
+    maps = None if args.maps is None else load_model(args.maps, ranks.device)
     files = {"old": args.old_embeddings, "new": args.new_embeddings}
     opened = {role: open_rows([path]) for role, path in files.items()}
     rows = {role: found.read(0, len(found)).numpy() for role, found in opened.items()}
-    one, models = stored_set(files, rows, read_labels(args.labels, "the identity of each embedding"), maps)
+    labels = read_labels(args.labels, "the identity of each embedding")
+    one, models = stored_set(files, rows, labels, maps, declared)
     with _progress(True) as (_, staged):
         result = measure_sets([one], _options(args, fars), staged(stages(1, models)))
     result["models"] = {role: _describe(model) for role, model in models.items()}
     named = ("old_embeddings", "new_embeddings", "labels", "maps")
     result["settings"] = {name: None if getattr(args, name) is None else str(getattr(args, name)) for name in named}
+    result["settings"] |= {"seen": args.seen, "unseen": args.unseen}
     result |= {"pair_sets": {}, "template_sets": {}, "provenance": provenance()}
     return result
 

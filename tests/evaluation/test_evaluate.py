@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests import forked
+from tests.evaluation.samples import identities
 from tests.sections import variant
 from tools import cli
 from trainer.evaluation.templates import POINTS_112
@@ -184,6 +185,44 @@ def test_the_converted_gallery_has_its_own_row_threshold_and_verdict(place, caps
     page = (place / "ways.html").read_text()
     assert "Ways of deploying" in page
     assert "pooled by identity" not in page
+
+
+def test_of_embeddings_on_disk_only_a_declaration_tells_who_was_trained_on(tmp_path, capsys):
+    old, labels = identities(24, 3, noise=1.6, seed=1)
+    centres = np.stack([old[labels == label].mean(0) for label in labels])
+    rows = {"old_embeddings": old, "new_embeddings": 2 * (old + 2 * centres), "labels": labels}
+    given = ["evaluate", "--fars", "1e-2", "--replicates", "100", "--json", "-"]
+    for name, values in rows.items():
+        np.save(tmp_path / f"{name}.npy", values)
+        given += [f"--{name.replace('_', '-')}", str(tmp_path / f"{name}.npy")]
+
+    def verdict(*declared):
+        assert cli.main([*given, *declared]) == 0
+        return json.loads(capsys.readouterr().out)["verdict"]
+
+    silent = verdict()
+    assert silent["answer"] == "SAFE"
+    assert silent["caveats"] == [
+        "Not known is whether identities were trained on: embeddings (declare the set seen or unseen)."
+    ]
+    fresh = verdict("--unseen", "embeddings")
+    assert fresh["answer"] == "SAFE"
+    assert fresh["caveats"] == ["Declared to be identities that nobody was trained on: embeddings."]
+    known = verdict("--seen", "embeddings")
+    assert known["answer"] == "NOT ENOUGH DATA"
+    assert known["caveats"][0] == "No set of identities that nobody was trained on was given."
+    for wrong, reason in (
+        (["--seen", "others"], "--seen others: no labelled set has this name; there are: embeddings"),
+        (["--flip"], "--flip: not with embeddings on disk, which are evaluated as they are; leave it out"),
+        (["--norm-weights"], "--norm-weights: not with"),
+        (["--score-weights"], "--score-weights: not with"),
+        (["--pictures", "--report", str(tmp_path / "r.html")], "--pictures: not with"),
+        (["--cache", str(tmp_path / "cache")], "--cache: not with"),
+        (["--no-colour-check"], "--no-colour-check: not with"),
+        (["--mean", "0"], "--mean: not with"),
+    ):
+        assert cli.main([*given, *wrong]) == 2
+        assert reason in capsys.readouterr().err
 
 
 def test_pair_lists_and_templates_stand_beside_the_labelled_sets(place, capsys, monkeypatch):

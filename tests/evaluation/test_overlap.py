@@ -179,6 +179,6 @@ def test_the_command_names_them_on_top_of_the_report(tables: Path, capsys: pytes
     assert [one["seen"] != "" for one in result["verdict"]["sets"]] == [True, False]
     assert cli.main([*words, "--seen", "fresh", "--fail-unsafe"]) == 1
     assert cli.main([*words, "--seen", "nobody"]) == 2
-    assert "no set of --data has this name" in capsys.readouterr().err
+    assert "no labelled set has this name; there are: all, fresh" in capsys.readouterr().err
     assert cli.main([*words, "--seen", "fresh", "--unseen", "fresh"]) == 2
     assert "stands in --seen and in --unseen" in capsys.readouterr().err

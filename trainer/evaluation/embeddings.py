@@ -14,7 +14,7 @@ from trainer.errors import DataError, ModelError
 from trainer.evaluation.arrays import FloatArray, IntArray, check_unit, class_index
 from trainer.evaluation.chain import carried, check_links, predicted_distance
 from trainer.evaluation.compatibility import Spaces
-from trainer.evaluation.overlap import Declared, overlaps
+from trainer.evaluation.overlap import Declared, Known, overlaps
 from trainer.evaluation.results import NamedSet
 from trainer.evaluation.templates import TemplateSet, pool
 from trainer.files import cache_folder, is_own, replaced
@@ -22,6 +22,9 @@ from trainer.models.card import Color
 from trainer.models.mapped import MappedModel, StoredModel
 from trainer.models.model import EmbeddingModel, embed_dataset, resized
 from trainer.reading import open_regular, parse_json, read_text
+
+STORED = "embeddings"
+"""The name of the set that embeddings on disk are."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is being embedded, how many images are done and how many there are."""
@@ -160,7 +163,11 @@ def embed_set(
 
 
 def stored_set(
-    files: Mapping[str, Path], rows: Mapping[str, FloatArray], labels: IntArray, maps: EmbeddingModel | None = None
+    files: Mapping[str, Path],
+    rows: Mapping[str, FloatArray],
+    labels: IntArray,
+    maps: EmbeddingModel | None = None,
+    declared: Declared | None = None,
 ) -> tuple[NamedSet, dict[str, EmbeddingModel]]:
     """Embeddings of the same n images by the two models as a set.
 
@@ -169,6 +176,7 @@ def stored_set(
         rows: ``old``, ``new`` → (n, D1), (n, D2), of any norm.
         labels: (n,) identities; −1 leaves an image out.
         maps: of the new embeddings, where there are some.
+        declared: whether identities of the set were trained on, which numbers do not say.
 
     Returns:
         The set, and the two models that the files stand for (the new one with ``maps``).
@@ -193,9 +201,10 @@ def stored_set(
         if len(wrong):
             raise DataError(f"{path}, row {kept[wrong[0]]}: a vector of norm {norms[wrong[0]]:g} has no direction")
         native[role] = vectors / norms[:, None]
-    class_index(labels[kept], "the labels of the embeddings")
+    identities = int(class_index(labels[kept], "the labels of the embeddings").max()) + 1
+    known = Known(declared == "seen", identities, {}, declared == "unseen")
     spaces = Spaces(native, carried(models, native), distance=predicted_distance(models, native))
-    return NamedSet("embeddings", spaces, labels[kept], kept), models
+    return NamedSet(STORED, spaces, labels[kept], kept, known=known), models
 
 
 def pool_spaces(

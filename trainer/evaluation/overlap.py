@@ -33,7 +33,8 @@ class Overlap:
 @dataclass(frozen=True)
 class Known:
     """What is known of a set: ``declared`` by the user as seen, its ``identities``, and the overlap by model;
-    ``others``: declared to be other people than those whose names they share with another data set."""
+    ``others``: declared to be other people than those whose names they share with another data set. Without ``models``
+    nothing but the declaration is known, and ``others`` means people whom nobody was trained on."""
 
     declared: bool
     identities: int
@@ -78,7 +79,7 @@ def declarations(sets: Collection[str], seen: Sequence[str], unseen: Sequence[st
     for option, names in (("seen", seen), ("unseen", unseen)):
         stray = next((name for name in names if name not in sets), None)
         if stray is not None:
-            raise ConfigError(f"`{option}` {stray}: no set of `data` has this name; it has {_list(sets) or 'none'}")
+            raise ConfigError(f"`{option}` {stray}: no labelled set has this name; there are: {_list(sets) or 'none'}")
     both = next((name for name in seen if name in unseen), None)
     if both is not None:
         raise ConfigError(f"{both}: stands in `seen` and in `unseen`; choose one")
@@ -118,9 +119,13 @@ def unknown_words(sets: Mapping[str, Known]) -> str:
         for role, one in known.models.items():
             if one.shared is None and not known.seen:
                 open_.setdefault((role, one.why), []).append(name)
+    alone = {name: known.others for name, known in sets.items() if not known.models and not known.seen}
+    trusted = [name for name, others in alone.items() if others]
     lines = [f"{_list(names)} by the {role} model ({why})" for (role, why), names in open_.items()]
+    lines += [f"{name} (declare the set seen or unseen)" for name, others in alone.items() if not others]
     denied = [f"{name}: {known.denied}" for name, known in sets.items() if known.denied and not known.seen]
     sentences = [f"Not known is whether identities were trained on: {'; '.join(lines)}."] if lines else []
+    sentences += [f"Declared to be identities that nobody was trained on: {_list(trusted)}."] if trusted else []
     sentences += (
         [f"Declared to be other people under names that were trained on: {'; '.join(denied)}."] if denied else []
     )
