@@ -215,12 +215,13 @@ class Search:
         from tools.output import write_json
         from trainer.files import write_text
 
-        chosen = self.args.out / "chosen.yaml"
-        chosen.unlink(missing_ok=True)  # of a search before
+        chosen, drawn = self.args.out / "chosen.yaml", self.args.out / "tune.png"
+        for file in (chosen, drawn):
+            file.unlink(missing_ok=True)  # of a search before
         figures = self.figures(self.halve())
         write_json(figures, self.args.out / "tune.json")
         if figures["chosen"] is not None:
-            plot(figures, self.args.out / "tune.png")
+            plot(figures, drawn)
             write_text(chosen, self.layer(tuple(figures["chosen"].values())))
         return figures
 
@@ -363,8 +364,8 @@ def summary(figures: dict[str, Any], out: Path) -> list[str]:
     word = "above" if new[metric] > old[metric] else "NOT above"
     lines.append(f"new→old {metric} {new[metric]:.3f}: {word} old→old, {old[metric]:.3f}, on the validation identities")
     for name, value in figures["chosen"].items():
-        area = figures["ranges"][name]
-        if value in (area["low"], area["high"]) and area["low"] < area["high"]:
+        tried = {one["weights"][name] for one in figures["rungs"][0]["runs"]}
+        if len(tried) > 1 and value in (min(tried), max(tried)):
             lines.append(f"{name} {value:g} is at the end of what was tried: widen it by --range {name}=LOW:HIGH")
     if figures["validation"]["shared_identities"]:
         lines.append(

@@ -149,11 +149,13 @@ def test_no_candidate_that_trains_is_a_no(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "chosen.yaml").write_text("of a search before")
+    for name in ("chosen.yaml", "tune.png"):
+        (tmp_path / "out" / name).write_text("of a search before")
     monkeypatch.setattr(tune, "train", Trainer(diverges=["lce"]))
     assert search(made, tmp_path / "out")[0] == 1
     assert "lce tune: lce2-3: 4 updates in a row" in capsys.readouterr().err
     assert not (tmp_path / "out" / "chosen.yaml").exists()
+    assert not (tmp_path / "out" / "tune.png").exists()
 
 
 def test_a_second_rung_that_diverges_is_a_no(
@@ -315,6 +317,26 @@ def test_points_fill_the_ranges_evenly() -> None:
         assert max(quarters) - min(quarters) <= 2
     cells = {(one[0] >= 10, one[1] >= 10) for one in both}
     assert len(cells) == 4
+
+
+def test_a_weight_at_the_end_of_what_was_tried_is_named() -> None:
+    """The points of several methods do not touch the ends of their ranges; those of one are rounded."""
+    both = [RANGES["lce"], Range(("weight",), 1.0, 4.0)]
+    for names, ranges, count in ((["lce", "l2"], both, 8), (["lce"], [Range(("w",), 2.04, 61.7)], 3)):
+        tried = [dict(zip(names, weights, strict=True)) for weights in points(ranges, count)]
+        cells = {cell: {"TAR": 0.5, "rank-1": 0.6} for cell in ("new->old", "old->old")}
+        runs = [{"name": "one", "weights": weights, "cells": cells} for weights in tried]
+        figures = {"rungs": [{"runs": runs}, {"runs": runs[:2]}], "cells": cells, "budget_updates": 9}
+        areas = {name: {"low": area.low, "high": area.high} for name, area in zip(names, ranges, strict=True)}
+        figures |= {"validation": {"shared_identities": None}, "ranges": areas}
+        for weights in tried:
+            printed = "\n".join(tune.summary(figures | {"chosen": weights}, Path("out")))
+            for name in names:
+                ends = [pick(one[name] for one in tried) for pick in (min, max)]
+                line = f"{name} {weights[name]:g} is at the end of what was tried: widen it by --range {name}=LOW:HIGH"
+                assert (line in printed) == (weights[name] in ends)
+        alone = figures | {"rungs": [{"runs": runs[:1]}], "chosen": tried[0]}
+        assert "is at the end" not in "\n".join(tune.summary(alone, Path("out")))
 
 
 def test_the_better_half_survives() -> None:
