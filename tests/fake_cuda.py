@@ -321,6 +321,7 @@ def fake_cuda() -> Any:
         (torch, "Generator", Generator),
         (torch, "empty", empty_pinned),
         (torch.Tensor, "pin_memory", pin),
+        (torch.Tensor, "record_stream", lambda tensor, stream: None),
         (torch.cuda, "Event", Event),
         (torch.cuda, "Stream", Stream),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),

@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -17,7 +19,7 @@ from tests.ranks import run_ranks
 from tests.sections import variant
 from trainer.distributed import Ranks, one_thread, worker_threads
 from trainer.errors import DataError
-from trainer.head import fused, native, partial_fc
+from trainer.head import fused, native, old_centers, partial_fc
 from trainer.head.config import AnyRowOptimizer, HeadConfig
 from trainer.head.kernels import Kernels
 from trainer.head.old_centers import StepCenters
@@ -252,27 +254,80 @@ def test_a_thread_that_is_born_meanwhile_has_all_threads() -> None:
         torch.set_num_threads(before)
 
 
-def test_old_centers_are_gathered_by_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """Streams that do nothing, by name: (memory taken, where), (used, by whom), (wait, who)."""
+    log: list[tuple[str, str]] = []
+    current = ["compute"]
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.name = name if name == "compute" else "copy"
+
+        def wait_stream(self, other: "Stream") -> None:
+            log.append(("wait", self.name))
+
+        def wait_event(self, event: Any) -> None:
+            log.append(("wait", self.name))
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    empty = torch.empty
+
+    def taken(*size: Any, pin_memory: bool = False, **named: Any) -> torch.Tensor:
+        if not pin_memory and threading.current_thread() is threading.main_thread():
+            log.append(("taken", current[-1]))
+        return empty(*size, **named)
+
+    changes = {"Stream": Stream, "Event": MagicMock, "stream": on, "current_stream": lambda _: Stream("compute")}
+    for name, value in changes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "empty", taken)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: log.append(("used", stream.name)))
+    old_centers._copy_stream.cache_clear()
+    yield log
+    old_centers._copy_stream.cache_clear()
+
+
+def test_old_centers_are_gathered_by_all_threads(
+    monkeypatch: pytest.MonkeyPatch, streams: list[tuple[str, str]]
+) -> None:
     counts: list[int] = []
 
     def send(self: StepCenters, start: int) -> MagicMock:
         counts.append(torch.get_num_threads())
         return MagicMock()
 
-    for name in ("Stream", "Event", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **named: empty(*size, **named))
     monkeypatch.setattr(StepCenters, "_send", send)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         with one_thread():
-            centers = StepCenters(torch.ones(6, 4), torch.arange(5), torch.device("cpu"), 2)
+            centers = StepCenters(torch.ones(6, 4), lambda: torch.arange(5), 5, torch.device("cpu"), 2)
             [arriving.result() for arriving in centers._arriving]
     finally:
         torch.set_num_threads(before)
     assert counts == [3, 3, 3]
+
+
+def test_old_centers_are_copied_while_the_device_is_busy(streams: list[tuple[str, str]]) -> None:
+    """Their memory is the copying stream's, which waits for nothing; the computing one waits for each block."""
+    table, threads = torch.randn(9, 4), []
+
+    def index() -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        return torch.tensor([8, 1, 1, 0, 5, 7, 2])
+
+    centers = StepCenters(table, index, 7, torch.device("cpu"), 2)
+    assert torch.equal(centers.rows(2, 6), table[[1, 0, 5, 7]])
+    centers.rows(0, 7)
+    assert torch.equal(centers.out, table[[8, 1, 1, 0, 5, 7, 2]])
+    assert streams == [("taken", "copy"), ("used", "compute"), *[("wait", "compute")] * 6]
+    assert threads == ["old centres_0"]
 
 
 @pytest.mark.parametrize("cpp", [True, False])

@@ -150,9 +150,7 @@ class FusedSoftmax:
     def forward(self, x: Tensor, labels: Tensor, drawn: Drawn, training: bool, deferred: bool) -> Step:
         """The first pass and the loss of gathered embeddings x (B, D)."""
         batch = Batch.of(x, labels, self.num_classes, self.optimizer.work)
-        centers = None
-        if self.old is not None and self.old.bank.centers.device.type != x.device.type:
-            centers = self.old.bank.start(drawn.host_index(), x.device, self._chunk_classes())
+        centers = None if self.old is None else self.old.bank.start(drawn, x.device, self._chunk_classes())
         rows = self.optimizer.select(self._drawn_rows(drawn))
         targets = self._targets(batch, drawn, rows)
         cosine = torch.zeros(len(x), dtype=torch.float64, device=x.device)

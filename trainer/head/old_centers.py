@@ -10,6 +10,8 @@ weighted by C/S (Horvitz–Thompson); a positive that was not drawn has no term.
 the class sizes.
 """
 
+import functools
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -18,28 +20,47 @@ from torch import Tensor
 
 from trainer.distributed import all_reduce_sum, worker_threads
 from trainer.errors import CenterBankError
+from trainer.head.sampling import Drawn
+
+SPARE_ROWS = 4096
+"""Room for a step's centres is a multiple of so many: draws differ by a few rows, and torch uses memory again where its
+size is the same.
+"""
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all steps: memory that is taken on it is used again on it alone."""
+    return torch.cuda.Stream(device)
 
 
 class StepCenters:
     """The centres (n, D1) of a step's rows on their way from host memory to the device.
 
     A thread gathers them, a block of rows at a time, into two pinned buffers, from which a stream of its own copies
-    them. They stay on the device for the second pass.
+    them. They stay on the device for the second pass. The copies wait for nothing that is queued on the stream that
+    computes: their memory belongs to the copying stream, and torch gives it to another step only when both streams
+    have done with it.
 
     Args:
-        centers: (c, D1) on the host. index: (n,) rows of it, on the host. device: of the step. block: rows at a time.
+        centers: (c, D1) on the host. index: makes the (n,) rows of it on the host, called once by the thread. count: n.
+        device: of the step. block: rows at a time.
     """
 
-    def __init__(self, centers: Tensor, index: Tensor, device: torch.device, block: int) -> None:
-        self.centers, self.index, self.block = centers, index, block
-        self.out = torch.empty(len(index), centers.shape[1], dtype=centers.dtype, device=device)
-        size = (min(block, len(index)), centers.shape[1])
+    def __init__(
+        self, centers: Tensor, index: Callable[[], Tensor], count: int, device: torch.device, block: int
+    ) -> None:
+        self.centers, self.block, self._index = centers, block, functools.cache(index)
+        self._stream, self._events = _copy_stream(device), [torch.cuda.Event() for _ in range(2)]
+        with torch.cuda.stream(self._stream):
+            size = -(-count // SPARE_ROWS) * SPARE_ROWS, centers.shape[1]
+            self.out = torch.empty(size, dtype=centers.dtype, device=device)[:count]
+        self.out.record_stream(torch.cuda.current_stream(device))
+        size = (min(block, count), centers.shape[1])
         self._buffers = [torch.empty(size, dtype=centers.dtype, pin_memory=True) for _ in range(2)]
-        self._stream, self._events = torch.cuda.Stream(device), [torch.cuda.Event() for _ in range(2)]
-        self._stream.wait_stream(torch.cuda.current_stream(device))  # what was in this memory before is read by then
         thread = worker_threads(1, "old centres")
         self._arriving: list[Future[torch.cuda.Event]] = [
-            thread.submit(self._send, start) for start in range(0, len(index), block)
+            thread.submit(self._send, start) for start in range(0, count, block)
         ]
         thread.shutdown(wait=False)
 
@@ -50,7 +71,7 @@ class StepCenters:
         return self.out[start:stop]
 
     def _send(self, start: int) -> torch.cuda.Event:
-        number, part = start // self.block, self.index[start : start + self.block]
+        number, part = start // self.block, self._index()[start : start + self.block]
         buffer, over = self._buffers[number % 2][: len(part)], self._events[number % 2]
         if number > 1:
             over.synchronize()  # in this thread alone
@@ -94,11 +115,11 @@ class DirectCompat:
         """The number of classes with a centre over all ranks, 0-dim float64 (one all-reduce; called once)."""
         return all_reduce_sum(self.mask.sum().to(device=device, dtype=torch.float64))
 
-    def start(self, index: Tensor | None, device: torch.device, block: int) -> StepCenters | None:
-        """Send the centres of a step's rows ``index`` (n,), on the host, to the device; None: they are there."""
-        if index is None or self.centers.device.type == device.type:
+    def start(self, drawn: Drawn, device: torch.device, block: int) -> StepCenters | None:
+        """Send the centres of a step's rows to the device; None: they are there, or all rows take part."""
+        if drawn.index is None or self.centers.device.type == device.type:
             return None
-        return StepCenters(self.centers, index, device, block)
+        return StepCenters(self.centers, drawn.host_index, len(drawn.index), device, block)
 
     def rows(self, index: Tensor | slice, like: Tensor) -> tuple[Tensor, Tensor]:
         """Centres (n, D1) as they are stored, and the mask as numbers (n,) of the dtype of ``like``."""

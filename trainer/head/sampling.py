@@ -52,7 +52,7 @@ class Drawn:
     own_order: Tensor
     place_list: NDArray[np.int64]
     own_list: NDArray[np.int64]
-    host_index: Callable[[], Tensor | None]
+    host_index: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,14 @@ def draw_rows(labels: NDArray[np.int64], classes: ClassRange, draw: Draw | None,
     order, own_order = np.argsort(own[among], kind="stable"), np.argsort(own)
     places = own[among][order]
 
-    def index_on(where: torch.device, undrawn: Tensor) -> Tensor | None:
-        return None if draw is None else torch.cat([draw.negatives(classes.start, classes.stop, where), undrawn])
+    def index_on(where: torch.device, undrawn: Tensor) -> Tensor:
+        assert draw is not None
+        return torch.cat([draw.negatives(classes.start, classes.stop, where), undrawn])
 
     to: list[Tensor] = upload([samples[order], places, own, own_order, extra], device)
     share = 1.0 if draw is None else draw.strata / draw.total
     host = partial(index_on, torch.device("cpu"), torch.from_numpy(extra))
-    index = index_on(device, to[4])
+    index = None if draw is None else index_on(device, to[4])
     return Drawn(index, negatives, to[0], to[1], share, to[2], to[3], places, own[own_order], host)
 
 
