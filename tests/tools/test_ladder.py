@@ -5,6 +5,7 @@ import json
 import multiprocessing
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -180,3 +181,35 @@ def test_a_rank_that_ended_is_named() -> None:
     theirs.close()
     with pytest.raises(RuntimeError, match="rank 0 ended without an answer"):
         side._ask("ready")
+
+
+def test_the_memory_s_speed_on_cuda_is_that_of_a_gibibyte() -> None:
+    """Less would stay in the cache, or take as long as its launch."""
+    large, small = torch.empty(3_000_000, 1024, dtype=torch.uint8, device="meta"), torch.empty(7, 64, dtype=torch.uint8)
+    for number in range(5):
+        part, times = head.timed_part(large, number, "cuda")
+        assert (len(part), times) == (1 << 20, 1)
+    part, times = head.timed_part(small, 3, "cuda")
+    assert len(part) == 7
+    assert times * part.nbytes >= 1 << 30
+    assert head.timed_part(small, 3, "cpu")[1] == 1
+
+
+@pytest.mark.parametrize(("compute", "said"), [("tf32", "tf32"), ("float32", "ieee")])
+def test_the_products_of_the_bound_are_the_head_s(compute: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args, met, multiply = arguments("--compute", compute, "--batch", "2", "--dim", "2"), set(), torch.mm
+
+    def spy(*given: Any, **named: Any) -> Any:
+        met.add(torch.backends.cuda.matmul.fp32_precision)
+        return multiply(*given, **named)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    assert head.products_seconds(10, args, torch.device("cpu")) > 0
+    assert met == {said}
+
+
+def test_labels_are_gathered_before_a_step_is_timed() -> None:
+    module, x, labels = MagicMock(), torch.ones(1), torch.zeros(1)
+    head._timed_step(module, x, labels, 3)
+    module.gather_labels.assert_called_once_with(labels)
+    module.assert_called_once_with(x, module.gather_labels.return_value, 3, None)

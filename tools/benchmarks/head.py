@@ -40,8 +40,8 @@ STEPS_A_TURN = 2
 """Of which the last counts: the first finds memory that the other side's turn has made cold, as no training does."""
 REST_SECONDS = 0.4
 """Before each turn, until the other side's worker threads, which spin for a while after a step, have gone to sleep."""
-PART_BYTES = 1 << 26
-"""Of rows whose reading and writing is timed: more than the caches of a core hold."""
+PART_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
+"""Of rows whose reading and writing is timed: more than the caches hold, and on CUDA than a launch takes time."""
 IMPLEMENTATIONS = ("fused", "native", "triton", "reference")
 MAPPED = ("backward", "forward", "both")
 HELP = "time and memory of a step of the class-sharded head"
@@ -127,7 +127,8 @@ def _trace(args: argparse.Namespace) -> int:
     labels = torch.randint(0, args.classes, (args.batch,)).to(device)
 
     def step(number: int) -> None:
-        head(torch.randn(args.batch, args.dim, device=device).requires_grad_(), labels, number).loss.backward()
+        x = torch.randn(args.batch, args.dim, device=device).requires_grad_()
+        head(x, head.gather_labels(labels), number).loss.backward()
 
     step(0)  # leaves the norms of the rows behind, as every step does
     with counting(head, args.dim, min(rows, head.softmax.kernels.chunk_rows) // 2) as passes:
@@ -445,10 +446,11 @@ def _companion(args: argparse.Namespace, ranks: Any) -> tuple[Any, Any]:
 def _timed_step(head: Any, x: Any, y: Any, number: int, companion: Any = None, optimizer: Any = None) -> float:
     import torch
 
+    labels = head.gather_labels(y)  # as training does, before the network's own work
     if x.is_cuda:
         torch.cuda.synchronize()
     began = time.perf_counter()
-    head(x, y, number, companion).loss.backward()
+    head(x, labels, number, companion).loss.backward()
     if optimizer is not None:
         optimizer.step()
         optimizer.zero_grad()
@@ -488,23 +490,35 @@ def memory_seconds(rows: int, head: Any, number: int) -> float:
     import torch
 
     table = head.rows.data.view(torch.uint8)  # its version, which the optimizer watches, is to stay
-    parts = table.split(max(1, PART_BYTES // table.shape[1]))
-    part = parts[number % len(parts)]
+    part, times = timed_part(table, number, table.device.type)
     if part.is_cuda:
         torch.cuda.synchronize()
     began = time.perf_counter()
-    part.bitwise_or_(0)
+    for _ in range(times):
+        part.bitwise_or_(0)
     if part.is_cuda:
         torch.cuda.synchronize()
-    speed = 2 * part.nbytes / (time.perf_counter() - began)
+    speed = 2 * times * part.nbytes / (time.perf_counter() - began)
     state = sum(t.nbytes for t in head.softmax.tables().values())
     return (2 * state + table.nbytes + 2 * _center_bytes(head)) * rows / len(table) / speed
+
+
+def timed_part(table: Any, number: int, device_type: str) -> tuple[Any, int]:
+    """The ``number``-th part of a table (R, bytes of a row) that is timed, whole rows, and how often: on CUDA a table
+    that has fewer bytes than are to be moved is taken several times.
+    """
+    least = PART_BYTES[device_type]
+    rows = min(len(table), -(-least // table.shape[1]))
+    first = number * rows % (len(table) - rows + 1)
+    part = table[first : first + rows]
+    return part, -(-least // part.nbytes) if device_type == "cuda" else 1
 
 
 def products_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
     """Seconds of four products of (rows × D) with (D × B), at the speed of one on a chunk that stays in cache."""
     import torch
 
+    from trainer.head.products import matmul_precision
     from trainer.head.sizes import chunk_rows
 
     chunk = chunk_rows(0, device.type, args.batch)
@@ -513,12 +527,13 @@ def products_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
     b = torch.randn(args.dim, args.batch, device=device).to(dtype)
     out = torch.empty(chunk, args.batch, device=device, dtype=dtype)
     times = []
-    for _ in range(20):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        torch.mm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+    with matmul_precision(args.compute == "tf32"):
+        for _ in range(20):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            torch.mm(a, b, out=out)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
     return 4 * rows / chunk * statistics.median(times[5:])
