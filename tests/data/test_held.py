@@ -2,11 +2,15 @@
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.data.samples import loader_of, packed, take, unsealed
+from tests.data.test_damage import overwrite, spoil
+from trainer.data import open_dataset
 from trainer.data.dali import _Held
 
 
@@ -41,3 +45,16 @@ def test_a_batch_lives_until_its_event_has_passed(monkeypatch: pytest.MonkeyPatc
     assert [batch() is not None for batch in batches] == [False, True, True, True]
     held.hold(torch.empty(1))
     assert len(held.kept) == 3
+
+
+def test_batches_are_held_when_dali_fails_and_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is queued on a GPU still reads the last batches of the pipeline that failed."""
+    keepers: list[_Held] = []
+    monkeypatch.setattr(_Held, "hold", lambda self, images: keepers.append(self))
+    dataset = open_dataset(unsealed(packed(tmp_path)))
+    overwrite(dataset, 17, spoil)
+    loader = loader_of(dataset, "dali", max_bad_records=1)
+    take(loader, 12)
+    assert list(loader.bad_records) == [17]
+    assert len(keepers) > 8
+    assert len({id(one) for one in keepers}) == 1

@@ -174,6 +174,7 @@ class DaliLoader(PositionedLoader):
         self.by_pillow: dict[int, str] = {}
         self.bad_records = self.reader.bad
         self.ring = augment.noise_ring(seed) if config.noise else None
+        self._held = _Held()  # of all pipelines: one that failed must not take its last batches along
 
     @property
     def _device_id(self) -> int | None:
@@ -193,7 +194,6 @@ class DaliLoader(PositionedLoader):
         pipeline, names = build_pipeline(
             self.dataset.info, self.config, max(1, self.schedule.largest_slice), self.threads, self._device_id
         )
-        held = _Held()
         slots = self._announced(slots_ahead(self.dataset, self.schedule, epoch, samples))
         ahead = _Ahead(self._job(slot) for slot in slots)
 
@@ -214,7 +214,7 @@ class DaliLoader(PositionedLoader):
                 job = jobs.popleft()
                 feed()
                 yield job.slot, self._batch(job, tensor)
-                held.hold(tensor)
+                self._held.hold(tensor)
         finally:
             ahead.close()
 
