@@ -172,6 +172,10 @@ def test_a_folder_of_data_sets_with_weights_chosen_before(tmp_path: Path, capsys
 def test_wrong_use_is_refused_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, reason in (
         (["--methods", "lce,magic"], "unknown magic"),
+        (["--methods", "bct,lce+lce"], "--methods lce+lce: compat: method lce is given more than once"),
+        (["--methods", "mixbct+l2"], "--methods mixbct+l2: compat: mixbct puts old embeddings in place of new ones"),
+        (["--methods", "lce+fct"], "--methods lce+fct: compat: direct compares new with old embeddings as they are"),
+        (["--methods", "independent+independent"], "independent is no method of training; give it by itself"),
         (["--seeds", "0"], "at least 1"),
         (["--old-classes", "13"], "more than the new model's 12"),
         (["--markdown", str(tmp_path / "no" / "table.md")], "does not exist"),
@@ -250,6 +254,10 @@ def test_methods_together_have_weights_at_the_same_place_of_their_ranges() -> No
 def test_short_trials_are_halved_until_one_is_left() -> None:
     rungs = compat.rungs_of(argparse.Namespace(trials=3, trial_steps=2, steps=8))
     assert [(rung.trials, rung.updates) for rung in rungs] == [(3, 2), (2, 4)]
+    for trials, first, lengths in ((8, 1500, [1500, 3000]), (8, 1400, [1400, 2800, 3000]), (8, 3000, [3000])):
+        capped = compat.rungs_of(argparse.Namespace(trials=trials, trial_steps=first, steps=3000))
+        assert [rung.updates for rung in capped] == lengths
+        assert [rung.trials for rung in capped] == [8, 4, 2][: len(lengths)]
     whole = argparse.Namespace(trials=4, trial_steps=None, steps=8)
     assert [(rung.trials, rung.updates) for rung in compat.rungs_of(whole)] == [(4, 8)]
     found, done = Found(), list[int]()

@@ -7,8 +7,9 @@
 
 Each method's weights are chosen by --trials training runs with seed 0, on validation identities that are not reported:
 the highest TAR@FAR 1e-4 of new→old there. With --trial-steps these runs are short, and the better half gets runs of
-twice as many updates until one is left, as lce tune does. Then it is trained with every seed, each with an old model,
-training identities and a paragon (the new model without compatibility) of its own, and measured on unseen identities.
+twice as many updates, as lce tune does, until one is left or they are as long as --steps. Then it is trained with every
+seed, each with an old model, training identities and a paragon (the new model without compatibility) of its own, and
+measured on unseen identities.
 LCE's differences to the others have intervals, paired over these identities and the seeds.
 "independent" is the paragon used on the old gallery. Update gain and cost are in trainer/evaluation/compatibility.py.
 
@@ -227,11 +228,14 @@ def settings_of(args: argparse.Namespace, comparison: "Comparison") -> dict[str,
 
 
 def rungs_of(args: argparse.Namespace) -> list[Rung]:
-    """All trials of ``--steps`` updates, or from ``--trial-steps`` on, halving until one is left."""
+    """All trials of ``--steps`` updates, or from ``--trial-steps`` on, halving until one is left; none is longer than
+    ``--steps``, and the last that is as long chooses."""
     if args.trial_steps is None:
         return [Rung(args.trials, args.steps)]
-    sizes = rung_sizes(args.trials, max(1, math.ceil(math.log2(args.trials))))
-    return [Rung(size, args.trial_steps * 2**number) for number, size in enumerate(sizes)]
+    rungs = max(1, math.ceil(math.log2(args.trials)))
+    rungs = min(rungs, 1 + math.ceil(math.log2(args.steps / args.trial_steps)))  # those after it would be as long
+    sizes = rung_sizes(args.trials, rungs)
+    return [Rung(size, min(args.trial_steps * 2**number, args.steps)) for number, size in enumerate(sizes)]
 
 
 def weights_of(path: Path | None, names: Sequence[str]) -> dict[str, float] | None:
@@ -263,7 +267,8 @@ def weights_or_middle(path: Path | None, names: Sequence[str]) -> dict[str, floa
 
 
 def names_of(text: str) -> list[str]:
-    """The methods that an option names. Raises :class:`ConfigError`: an unknown one."""
+    """The methods that an option names. Raises :class:`ConfigError`: an unknown one, or methods that no training run
+    takes together."""
     from trainer.errors import ConfigError
 
     names = list(METHODS) if text == "all" else text.split(",")
@@ -271,7 +276,26 @@ def names_of(text: str) -> list[str]:
     unknown = [part for part in parts if part not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {text}: unknown {', '.join(unknown)}; known: all, {', '.join(METHODS)}")
+    for name in names:
+        if "+" in name:
+            _check_together(name)
     return names
+
+
+def _check_together(name: str) -> None:
+    """Resolve the recipe with several methods, as their training runs do. Raises :class:`ConfigError`: impossible."""
+    from tools.steps import CONFIGS
+    from trainer.errors import ConfigError
+    from trainer.run.config import load_config
+
+    alone = next((part for part in name.split("+") if not METHODS[part].settings), None)
+    if alone is not None:
+        raise ConfigError(f"--methods {name}: {alone} is no method of training; give it by itself")
+    overrides = METHODS[name].overrides(Path("bank"), Path("embeddings.npy"), METHODS[name].weights(1)[0])
+    try:
+        load_config(CONFIGS / "demo-characters-paragon.yaml", overrides)
+    except ConfigError as error:
+        raise ConfigError(f"--methods {name}: {str(error).removeprefix('command line: ')}") from None
 
 
 def check_sizes(names: Sequence[str]) -> None:
