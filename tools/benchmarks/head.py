@@ -108,8 +108,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    """Print what a step consists of, and on CUDA what the profiler says of it."""
+    """Print and write what a step consists of, and on CUDA what the profiler says of it."""
     import os
+    from dataclasses import asdict
     from unittest.mock import patch
 
     import torch
@@ -133,12 +134,25 @@ def _trace(args: argparse.Namespace) -> int:
     step(0)  # leaves the norms of the rows behind, as every step does
     with counting(head, args.dim, min(rows, head.softmax.kernels.chunk_rows) // 2) as passes:
         step(1)
-    print(table(passes, rows))
+    lines, kernels = [table(passes, rows)], None
     if device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step(2)
             torch.cuda.synchronize()
-        print(profile.key_averages().table(sort_by="device_time_total", row_limit=40))
+        averages = profile.key_averages()
+        lines.append(averages.table(sort_by="device_time_total", row_limit=40))
+        kernels = [{"name": one.key, "calls": one.count, "microseconds": one.device_time_total} for one in averages]
+    sizes = ("classes", "rate", "batch", "dim", "device", "lce", "margin", "rows", "compute", "impl")
+    figures = {
+        "bench": "head",
+        **{k: getattr(args, k) for k in sizes},
+        **origin(),
+        "passes": {name: asdict(one) for name, one in passes.found.items()},
+        "kernels": kernels,
+    }
+    write_json(figures, args.json)
+    if args.json != "-":
+        print("\n".join(lines))
     return 0
 
 
