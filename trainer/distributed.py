@@ -125,18 +125,47 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; "
-            "start fewer ranks"
+            "start fewer ranks, or show each rank its own by CUDA_VISIBLE_DEVICES"
         )
     return torch.device("cuda", local_rank)
 
 
 def _bound_to_one_gpu() -> bool:
-    """Whether SLURM shows each rank a GPU of its own (srun --gpus-per-task=1, --gpu-bind): the only one then, number 0.
+    """Whether each rank is shown a GPU of its own, number 0 then: by SLURM (srun --gpus-per-task=1, --gpu-bind), or by
+    a list of its own, ``CUDA_VISIBLE_DEVICES`` with one entry, from whoever starts the ranks (mpirun's wrapper, a pod).
 
-    torchrun's ranks share one environment, in which a single GPU is one for all of them.
+    torchrun's ranks share one environment, in which a single GPU is one for all of them. Ranks of which several are
+    shown the same GPU find out when they join: :func:`_check_gpus`.
     """
-    bound = os.environ.keys() & {"SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND"}
-    return bool(bound) and "TORCHELASTIC_RUN_ID" not in os.environ and torch.cuda.device_count() == 1
+    bound = bool(os.environ.keys() & {"SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND"})
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if "RANK" in os.environ and listed and "," not in listed:
+        bound = True
+    return bound and "TORCHELASTIC_RUN_ID" not in os.environ and torch.cuda.device_count() == 1
+
+
+def _check_gpus(store: Any, rank: int, world: int, gpu: str) -> None:
+    """Raise :class:`ConfigError`, on all ranks, where two of them compute on the same GPU.
+
+    Args:
+        store: torch's, which all ranks have joined. gpu: the identifier of this rank's.
+    """
+    ranks = range(world)
+    store.set(f"gpu of rank {rank}", f"{socket.gethostname()} {gpu}")
+    first: dict[str, int] = {}
+    for number, value in enumerate(store.multi_get([f"gpu of rank {number}" for number in ranks])):
+        host, one = value.decode().split()
+        other = first.setdefault(one, number)
+        if other == number:
+            continue
+        store.set(f"rank {rank} knows", "")
+        if rank == 0:  # the store may be this process's: the others have to read it first
+            with suppress(dist.DistError):
+                store.wait([f"rank {number} knows" for number in ranks], datetime.timedelta(seconds=10))
+        raise ConfigError(
+            f"ranks {other} and {number} have one GPU, {one} on {host}: start fewer ranks, or show each of them "
+            "another one by CUDA_VISIBLE_DEVICES"
+        )
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -228,7 +257,8 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
     Without RANK and WORLD_SIZE in the environment it is a single process and no group is made.
 
     Raises:
-        ConfigError: a network interface that this host does not have, a master that is unknown or does not answer.
+        ConfigError: a network interface that this host does not have, a master that is unknown or does not answer, a
+            GPU that two ranks were given.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -285,16 +315,19 @@ def _join(backend: str, rank: int, world: int, timeout: datetime.timedelta, devi
 
     With its device NCCL connects the ranks here, where a wrong network shows, and not in the first step.
     """
-    own_device = device if device.type == "cuda" else None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend, timeout=timeout, device_id=own_device)
+    restarts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not restarts and device.type != "cuda":
+        dist.init_process_group(backend, timeout=timeout)
         return
-    # torchrun keeps one store over all its attempts, with everything that the ranks of earlier ones have left in it.
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))  # type: ignore[attr-defined]
-    own = dist.PrefixStore(  # type: ignore[attr-defined]
-        f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
-    )
-    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout, device_id=own_device)
+    if restarts:  # torchrun keeps one store over all its attempts, with everything that earlier ranks have left in it
+        attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+    own_device = None
+    if device.type == "cuda":
+        own_device = device
+        _check_gpus(store, rank, world, str(torch.cuda.get_device_properties(device).uuid))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=own_device)
 
 
 def all_gather_rows(local: Tensor, sizes: list[int]) -> Tensor:
