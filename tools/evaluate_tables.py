@@ -12,20 +12,29 @@ def print_tables(result: Mapping[str, Any]) -> None:
     from rich.console import Console
 
     console = Console()
-    for table in tables(result):
-        console.print(table)
+    for part in parts(result):
+        if isinstance(part, str):
+            console.print(part, highlight=False, markup=False)
+        else:
+            console.print(part)
     console.print(result["verdict"]["paragraph"], highlight=False, markup=False)
     for step in result["verdict"]["next"]:
         console.print(f"→ {step}", highlight=False, markup=False)
 
 
-def tables(result: Mapping[str, Any]) -> "Iterator[Table]":
-    """Labelled sets, pair lists, and template sets (1:1 and 1:N apart) of what ``lce evaluate`` measured."""
+def parts(result: Mapping[str, Any]) -> "Iterator[Table | str]":
+    """Labelled sets, pair lists, and template sets (1:1 and 1:N apart) of what ``lce evaluate`` measured: tables, and
+    the sentences beneath them."""
+    from trainer.evaluation.report_sections import chain_summary, no_gains
+
     for name, one in result["sets"].items():
         rows = {of["title"]: [*_tars(of), _number(of["rank"]["1"]["value"])] for of in one["cells"].values()}
         rows |= _gain(one)
         title = f"{name}: {one['identities']:,} identities, {one['images']:,} images"
         yield _table(title, "query → gallery", [*_far_names(one["cells"]), "rank-1"], rows)
+        yield from no_gains(one)
+        if one["chain_summary"] is not None:
+            yield chain_summary(one)
         yield _deployments(name, one)
         if one["pooled"]:
             yield _pooled(name, one)
@@ -51,8 +60,7 @@ def tables(result: Mapping[str, Any]) -> "Iterator[Table]":
 
 def _gain(one: Mapping[str, Any]) -> dict[str, list[str]]:
     """The row of the update gain, where there is a paragon; a dash where the gain says nothing."""
-    from trainer.evaluation.compatibility import tar_name
-    from trainer.evaluation.report_sections import no_gain
+    from trainer.evaluation.compatibility import no_gain, tar_name
 
     metrics = [*(tar_name(entry["far"]) for entry in next(iter(one["cells"].values()))["tar"]), "rank-1"]
     gains = [one["gain"].get(metric) for metric in metrics]

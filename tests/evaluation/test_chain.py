@@ -7,6 +7,7 @@ import pytest
 
 from tests.evaluation.samples import identities, unit
 from tests.evaluation.test_verdict import OPTIONS
+from tools.evaluate_tables import parts
 from trainer.errors import ModelError
 from trainer.evaluation.chain import anchors, carried, check_links
 from trainer.evaluation.compatibility import Spaces, cell_pairs, class_centres
@@ -147,6 +148,11 @@ def test_a_chain_has_one_verdict_over_all_galleries(tmp_path):
     assert found["drift"]["new"] == pytest.approx(1 - cosine, abs=1e-4)
     assert 0 < found["drift"]["v2"] < found["drift"]["new"]
     assert "Average compatibility (the share of 3 pairs above the gallery" in page
+    printed = [part for part in parts(result | {"pair_sets": {}, "template_sets": {}}) if isinstance(part, str)]
+    assert len(printed) == 1
+    assert printed[0].startswith("Average compatibility (the share of 3 pairs above the gallery's own model): ")
+    assert f"rank-1 {found['average']['rank-1']:.3f}. Drift from the first gallery" in printed[0]
+    assert f"v2 {found['drift']['v2']:.3f}, new {found['drift']['new']:.3f}." in printed[0]
     assert "The chain of models" in page
     assert "new → v2" in page
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation.test_verdict import OPTIONS, upgrade
+from tools import evaluate_tables
 from trainer.errors import DataError
 from trainer.evaluation import pdf
 from trainer.evaluation.compatibility import Spaces
@@ -100,12 +101,20 @@ def test_a_paragon_like_the_old_model_gives_no_gain_but_a_sentence():
     case = upgrade(1.0, classes=20)
     native = case.spaces.native | {"paragon": upgrade(0.005, classes=20).spaces.native["new"]}
     one = measure_sets([dataclasses.replace(case, spaces=dataclasses.replace(case.spaces, native=native))], FEW)
+    one |= {"pair_sets": {}, "template_sets": {}}
     gain = one["sets"]["unseen"]["gain"]["TAR@FAR=1e-3"]
     assert gain["headroom"]["low"] <= 0
     assert gain["update_gain"]["value"] is None or gain["update_gain"]["value"] > 1  # positive, and wild
     found, sentences = _gain(one["sets"]["unseen"])
     assert [row[1].text for row in found.rows] == ["–"] * 3
     assert len(sentences) == 3
+    printed = [part for part in evaluate_tables.parts(one) if isinstance(part, str)]
+    assert printed == sentences
+    for metric, value in one["sets"]["unseen"]["gain"].items():
+        assert f"No gain by {metric}: {value['no_gain']}." in sentences
+    clear = measure_sets([upgrade(0.5)], FEW)["sets"]["unseen"]["gain"]["rank-1"]
+    assert clear["update_gain"]["value"] > 0
+    assert clear["no_gain"] == ""
 
 
 def test_old_queries_in_a_new_gallery_are_never_called_backward():

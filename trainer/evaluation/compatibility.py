@@ -5,8 +5,9 @@ CVPR 2020) asks M(new, old) > M(old, old) of a retrieval metric M; the point-to-
 2021) asks that a new embedding lies within its own old class and nearer to it than to any other.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -175,6 +176,18 @@ def gain(cells: dict[tuple[str, str], Cell], metric: str) -> Gain | None:
         ratios = np.where(bests > olds, (crosses - olds) / (bests - olds), np.nan)
     ratio = (cross - old) / (best - old) if best > old else float("nan")
     return Gain(interval(ratio, ratios), interval(best - new, bests - news), interval(best - old, bests - olds))
+
+
+def no_gain(value: Mapping[str, Any]) -> str:
+    """Why a gain (a :class:`Gain` as plain values, None for NaN) is no share of a way; empty where it is one."""
+    gain, room = value["update_gain"], value["headroom"]
+    if gain["value"] is None:
+        return "the paragon is no better than the old model, so that there is no way to go"
+    if gain["value"] < 0:
+        return "new → old is below old → old, so that users would lose"
+    if gain["low"] is None or gain["high"] - gain["low"] > 2 or room["low"] <= 0:
+        return "the paragon is not clearly better than the old model on these identities"
+    return ""
 
 
 @dataclass(frozen=True)

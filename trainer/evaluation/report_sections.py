@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.evaluation.compatibility import MAPS, rate_text
+from trainer.evaluation.compatibility import no_gain as no_gain
 from trainer.evaluation.plots import arrow
 
 Result = Mapping[str, Any]
@@ -272,27 +273,17 @@ def _tar_heads(fars: Sequence[float]) -> list[str]:
 def _gain(one: Result) -> tuple[Table, list[str]]:
     """The table, and a sentence for each metric whose gain would say nothing."""
     rows: list[list[Value | str]] = []
-    sentences = []
     for metric, value in one["gain"].items():
-        if value is None:
-            continue
-        why = no_gain(value)
-        if why:
-            sentences.append(f"No gain by {metric}: {why}.")
-        rows.append([metric, "–" if why else _interval(value["update_gain"]), _interval(value["cost"])])
-    return table("Update gain and cost", ["metric", "update gain", "cost"], rows), sentences
+        if value is not None:
+            shown = "–" if no_gain(value) else _interval(value["update_gain"])
+            rows.append([metric, shown, _interval(value["cost"])])
+    return table("Update gain and cost", ["metric", "update gain", "cost"], rows), no_gains(one)
 
 
-def no_gain(value: Result) -> str:
-    """Why a gain (:class:`trainer.evaluation.compatibility.Gain`) is no share of a way; empty where it is one."""
-    gain, room = value["update_gain"], value["headroom"]
-    if gain["value"] is None:
-        return "the paragon is no better than the old model, so that there is no way to go"
-    if gain["value"] < 0:
-        return "new → old is below old → old, so that users would lose"
-    if gain["low"] is None or gain["high"] - gain["low"] > 2 or room["low"] <= 0:
-        return "the paragon is not clearly better than the old model on these identities"
-    return ""
+def no_gains(one: Result) -> list[str]:
+    """A sentence for each metric whose gain would say nothing."""
+    reasons = {metric: no_gain(value) for metric, value in one["gain"].items() if value is not None}
+    return [f"No gain by {metric}: {why}." for metric, why in reasons.items() if why]
 
 
 def _chain(one: Result) -> Table:

@@ -23,6 +23,7 @@ from trainer.evaluation.compatibility import (
     examples,
     flips,
     gain,
+    no_gain,
     operating_point,
     point_to_set,
     tar_name,
@@ -271,7 +272,7 @@ def _describe(
         "cells": {
             f"{q}->{g}": {"title": one.spaces.title(q, g), **_cell(cell, options)} for (q, g), cell in cells.items()
         },
-        "gain": {metric: gain(cells, metric) for metric in metrics},
+        "gain": {metric: _gain(cells, metric) for metric in metrics},
         "chain": chain(one, cells, options),
         "chain_summary": chain_summary(one, cells, [tar_name(far), "rank-1"]),
         "point_to_set": share,
@@ -305,6 +306,12 @@ def _describe(
         ],
         "example_threshold": new.scores.threshold_at(far),
     }
+
+
+def _gain(cells: Cells, metric: str) -> Result | None:
+    """Update gain and cost as plain values with ``no_gain``, why the gain says nothing (empty: it does)."""
+    found = plain(gain(cells, metric))
+    return None if found is None else {**found, "no_gain": no_gain(found)}
 
 
 def _flip(one: NamedSet, old: Cell, new: Cell, image: int) -> Result:
