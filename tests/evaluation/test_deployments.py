@@ -1,6 +1,7 @@
 """Ways of deploying against plain loops: mixed stores, expanded queries, maps fitted afterwards, pooled galleries."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +169,26 @@ def test_a_pooled_gallery_against_plain_loops():
     assert found.tar == [pytest.approx(np.mean(np.array(own) > limit), abs=1e-6)]
     assert found.rank1.value == pytest.approx(np.mean(hits))
     assert found.rank1.low <= found.rank1.value <= found.rank1.high
+
+
+def test_the_recipe_of_the_documentation_makes_the_pooled_gallery_that_is_measured():
+    """For each query from the vectors of all other images, of any length; ``person`` are numbers from 0."""
+    page = (Path(__file__).parents[2] / "docs" / "gallery-upgrade.md").read_text(encoding="utf-8")
+    recipe = page.partition("| arrays | `")[2].partition("`")[0]
+    x, labels = identities(9, 4, dim=8, noise=1.5, seed=3)
+    person = np.unique(labels, return_inverse=True)[1]
+    vectors = x * GENERATOR.uniform(0.1, 10, (len(x), 1))
+    scores = np.empty((len(x), 9))
+    for i, query in enumerate(x):
+        rest = np.arange(len(x)) != i
+        known = {"np": np, "people": 9, "d": 8, "person": person[rest], "vectors": vectors[rest]}
+        exec(recipe, known)
+        scores[i] = known["pooled"] @ query
+    own = person[:, None] == np.arange(9)
+    found = pooled_gallery("test", x, x, labels, (0.1,), draw_identities(9, 50, 0), Rules())
+    assert found.rank1.value == (scores.argmax(1) == person).mean() < 1
+    limit = np.sort(scores[~own])[::-1][int(0.1 * (~own).sum())]
+    assert found.tar == [pytest.approx((scores[own] > limit).mean(), abs=1e-6)]
 
 
 def test_pooled_galleries_are_those_that_can_be_deployed():
