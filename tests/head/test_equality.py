@@ -259,3 +259,22 @@ def test_a_non_finite_step_changes_nothing_on_any_rank(rate: float, deferred: bo
     assert all(run_ranks(nonfinite, 2, rate, deferred))
     assert nonfinite(Ranks(), rate, deferred)
     assert nonfinite(Ranks(), rate, deferred, "reference")
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_a_step_is_judged_by_its_own_verdict(impl: str) -> None:
+    """A second forward before the first one's backward, deferred and not finite, changes nothing in that."""
+    rows = []
+    for second in (False, True):
+        head = PartialFC(config(impl), 103, 16, Ranks(), seed=0)
+        head.set_lr(0.1)
+        x = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        loss = head(x.clone().requires_grad_(), torch.arange(4), 0).loss
+        before = head.rows.clone()
+        if second:
+            with head.deferred():
+                head(x.clone().fill_(torch.nan).requires_grad_(), torch.arange(4), 1)
+        loss.backward()
+        assert not torch.equal(head.rows, before)
+        rows.append(head.rows.clone())
+    assert torch.equal(*rows)

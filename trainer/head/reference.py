@@ -31,6 +31,22 @@ class _SharedSum(torch.autograd.Function):
         return grads[0]
 
 
+class _OfStep(torch.autograd.Function):
+    """The rows as one step takes them: whether it is finite and deferred is known when their gradient arrives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, arriving: list[tuple[Verdict, bool]], verdict: Verdict, deferred: bool
+    ) -> Tensor:
+        ctx.arriving, ctx.verdict = arriving, (verdict, deferred)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.arriving.append(ctx.verdict)
+        return grads[0], None, None, None
+
+
 class ReferenceSoftmax:
     """The plain step on a rank's rows; see :class:`trainer.head.step.Softmax`.
 
@@ -55,6 +71,7 @@ class ReferenceSoftmax:
         self.config, self.rows, self.margin = config, rows, margin
         self.num_classes, self.old, self.world_size = num_classes, old, world_size
         self.weight = torch.nn.Parameter(rows)
+        self._arriving: list[tuple[Verdict, bool]] = []  # the steps whose gradient is on its way to the rows
         o = config.optimizer
         self.optimizer: torch.optim.Optimizer
         if isinstance(o, SgdRowsConfig):
@@ -73,13 +90,13 @@ class ReferenceSoftmax:
     ) -> StepOutput:
         """See :meth:`trainer.head.step.Softmax.step`; nothing is rounded here."""
         del seed
-        self._verdict, self._deferred = verdict, deferred
         scale = self.config.margin.scale
+        weight: Tensor = _OfStep.apply(self.weight, self._arriving, verdict, deferred)
         x = x.to(self.weight.dtype)
         valid, count = labels >= 0, (labels >= 0).sum().clamp_min(1)
         norm = x.norm(dim=1).clamp_min(1e-12)
         unit = x / norm[:, None]
-        rows = functional.normalize(self.weight if drawn.index is None else self.weight[drawn.index])
+        rows = functional.normalize(weight if drawn.index is None else weight[drawn.index])
         cosines = unit @ rows.t()
         own = torch.zeros_like(norm).index_put((drawn.samples,), cosines[drawn.samples, drawn.places])
         target_cosine = _SharedSum.apply(own)
@@ -88,10 +105,10 @@ class ReferenceSoftmax:
         if self.config.margin.inter_class_filter:
             logits = logits.masked_fill(cosines > self.config.margin.inter_class_filter, -torch.inf)
         if self.config.sampling_correction and drawn.index is not None:
-            weight = torch.zeros_like(logits[0])
-            weight[: drawn.negatives] = -torch.log(torch.tensor(drawn.probability, dtype=weight.dtype))
-            weight[drawn.places] = 0
-            logits = logits + weight
+            share = torch.zeros_like(logits[0])
+            share[: drawn.negatives] = -torch.log(torch.tensor(drawn.probability, dtype=share.dtype))
+            share[drawn.places] = 0
+            logits = logits + share
         logits = logits.index_put((drawn.samples, drawn.places), logits.new_tensor(-torch.inf))
         largest = torch.maximum(
             logits.detach().amax(1) if logits.shape[1] else psi.new_full(psi.shape, -torch.inf), scale * psi.detach()
@@ -104,7 +121,7 @@ class ReferenceSoftmax:
         loss = self._penalty(target, loss, norm, valid, count, report)
         loss = self._compatibility(loss, unit, rows, drawn, report)
         finite = torch.isfinite(loss.detach()) & torch.isfinite(x.detach()).all() & (labels < self.num_classes).all()
-        own = self.weight[drawn.own if drawn.index is None else drawn.index[drawn.own]]
+        own = weight[drawn.own if drawn.index is None else drawn.index[drawn.own]]
         return StepOutput(loss, own, report, finite)
 
     def _psi(self, cosine: Tensor, norm: Tensor, valid: Tensor, training: bool) -> tuple[Target, Tensor]:
@@ -154,9 +171,11 @@ class ReferenceSoftmax:
         return loss
 
     def _after_backward(self, _: Tensor) -> None:
-        if not bool(self._verdict.finite):
+        steps = self._arriving[:]  # one, or all whose losses were added up
+        self._arriving.clear()
+        if not all(bool(verdict.finite) for verdict, _ in steps):
             self.discard()
-        elif not self._deferred:
+        elif not all(deferred for _, deferred in steps):
             self.apply(1.0)
 
     def apply(self, inverse_scale: float) -> None:
@@ -170,6 +189,7 @@ class ReferenceSoftmax:
 
     def discard(self) -> None:
         """Forget the gradient."""
+        self._arriving.clear()
         self.weight.grad = None
 
     def put(self, first: int, rows: Tensor) -> None:
