@@ -50,6 +50,12 @@ def test_drawn_rows_are_also_gathered() -> None:
     assert passes(rows="float32", sample_rate=0.5) <= 13.1
 
 
+def test_drawn_bfloat16_rows_are_rounded_where_they_are_updated() -> None:
+    """One kernel gathers the momentum, moves, rounds and scatters; products in bfloat16 convert the rows besides."""
+    assert passes(rows="bfloat16", sample_rate=0.5) == pytest.approx(11.0, abs=0.1)
+    assert passes(rows="bfloat16", compute="bfloat16", sample_rate=0.5) == pytest.approx(12.5, abs=0.1)
+
+
 def test_norms_kept_are_not_used_where_the_rows_were_changed() -> None:
     """From outside, by a loaded checkpoint or by the C++ pass: the loss is that of the rows as they are."""
 

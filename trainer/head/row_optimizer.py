@@ -390,9 +390,12 @@ class SgdRows(RowOptimizer):
             self._inverse[start:stop] = self.fuse(_descend_rounding)(stored, noise, change)
             return
         w = selection.rows(start, stop)
-        if selection.index is not None and self.rows.dtype == self.work and self.sampled:
-            index = selection.index[start:stop]
-            self.fuse(_descend_into)(index, self.tables, self.missed_by(index), w, change)
+        if selection.index is not None and self.sampled and self.rows.dtype in (self.work, torch.bfloat16):
+            index, rounding = selection.index[start:stop], None
+            if self.rows.dtype != self.work:
+                each = [self.noise(stop - start) for _ in self.tables]
+                rounding = tuple((by_row[:, None], by_column) for by_row, by_column in each)
+            self.fuse(_descend_into)(index, self.tables, self.missed_by(index), w, rounding, change)
             return
         state = selection.state(start, stop, w)
         left = self.fuse(_descend)(w, *(state or (None,)), change)
@@ -638,16 +641,17 @@ def _descend_into(
     tables: tuple[Tensor, ...],
     missed: Tensor,
     w: Tensor,
+    noise: tuple[tuple[Tensor, Tensor], ...] | None,
     change: Change,
 ) -> None:
     """:func:`_descend` of drawn rows: the momentum, where there is one, is read from its table and brought up to date,
-    the result is written to the tables at ``index``.
+    the result is written to the tables at ``index``, with ``noise`` for each rounded stochastically to bfloat16.
     """
     v = _up_to_date(tables[1][index].to(w.dtype), missed, w) if len(tables) > 1 else None
     new = velocity(w, v, change)
-    for table in tables[1:]:
-        table[index] = new
-    tables[0][index] = w - new * change.lr
+    for number, value in ((1, new), (0, w - new * change.lr)):
+        if number < len(tables):
+            tables[number][index] = value if noise is None else round_stochastically(value, *noise[number])
 
 
 def _copy_rows(index: Tensor, rows: Tensor, momentum: Tensor | None, missed: Tensor, out: Tensor) -> None:
