@@ -102,9 +102,9 @@ def _deployments(figures: dict[str, Any]) -> str:
         "| query → gallery | TAR | rank-1 | verdict | meaning |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for way in found["deployments"]:
-        cells = [f"{way[key]['value']:.3f}" for key in ("tar", "rank-1")]
-        lines.append(f"| {way['way']} | {' | '.join(cells)} | {way['answer'] or '–'} | {way['meaning']} |")
+    for row in found["deployments"]:
+        cells = [f"{row[key]['value']:.3f}" for key in ("tar", "rank-1")]
+        lines.append(f"| {row['way']} | {' | '.join(cells)} | {row['answer'] or '–'} | {row['meaning']} |")
     lines += [
         f"| {one['name']}, pooled | {one['tar'][0]:.3f} | {one['rank1']['value']:.3f} | – | |"
         for one in found["pooled"]
