@@ -1,5 +1,6 @@
 """The fused head equals the reference, and W ranks equal one, after several steps including momentum."""
 
+import contextlib
 import math
 
 import pytest
@@ -278,3 +279,21 @@ def test_a_step_is_judged_by_its_own_verdict(impl: str) -> None:
         assert not torch.equal(head.rows, before)
         rows.append(head.rows.clone())
     assert torch.equal(*rows)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_a_deferred_batch_alone_equals_one_applied_at_once(rate: float) -> None:
+    """Its rows are distinct, so that no gradients are merged; chunks of a few rows, whose parts are put together."""
+    tables = []
+    for deferred in (False, True):
+        head = PartialFC(config(sample_rate=rate, chunk_rows=7), 103, 16, Ranks(), seed=0)
+        head.set_lr(0.1)
+        for step in range(3):
+            x = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).requires_grad_()
+            with head.deferred() if deferred else contextlib.nullcontext():
+                head(x, torch.tensor([3, 50, 50, 102]), step).loss.backward()
+            head.apply_update()
+        head.flush()
+        tables.append(head.softmax.tables())
+    for one, other in zip(*(each.values() for each in tables), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
