@@ -100,7 +100,7 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, reason in (
         (["--kinds", "weather"], "unknown weather"),
         (["--methods", "independent,lce"], "independent is not trained for compatibility"),
-        (["--methods", "lce,lce+bt2"], "--methods lce+bt2: it sets backbone.dim=96 itself"),
+        (["--methods", "lce,fct+bt2"], "--methods fct+bt2: it sets backbone.dim=96 itself"),
         (["--seeds", "0"], "at least 1"),
         (["--weights", str(tmp_path / "none.json")], "cannot be read"),
     ):
