@@ -3,7 +3,8 @@
 BCT lets the old model's classifier judge the new embeddings. Its rows are sharded like the head's own, and the pass is
 the head's (:mod:`trainer.head.fused`): chunks of rows, one constant shift, logits of size batch × rows never
 held. Classes without an old row are left out of the stored rows, so that they are outside the softmax exactly and
-cost nothing; their samples have no term. Memory beyond those rows: one int64 per local class, and chunks.
+cost nothing; their samples have no term. Memory beyond those rows: one int64 per local class, a byte per row in a
+sampled step, and chunks.
 
 Collectives: one all-reduce of 3·B float64 numbers in forward. The embeddings are the batch that the head has
 gathered, and their gradient joins the head's on its way back: each rank adds what its own rows say.
