@@ -64,8 +64,12 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-gpu-check: .venv/installed
-	$(BIN)/lce bench gpu_check --out benchmarks/gpu
+# Without .venv, a Python that has torch runs it as it is: such a machine may have no package index.
+GPU_PYTHON := $(or $(PYTHON),python3)
+gpu-check:
+	@if [ ! -e .venv/installed ] && "$(GPU_PYTHON)" -c 'import torch' 2>/dev/null; then \
+	  "$(GPU_PYTHON)" -m tools.cli bench gpu_check --out benchmarks/gpu; \
+	else $(MAKE) .venv/installed && $(BIN)/lce bench gpu_check --out benchmarks/gpu; fi
 
 docs: .venv/installed
 	$(BIN)/python docs/build_site.py build/docs
