@@ -105,7 +105,7 @@ def stages(device: str, small: bool, out: Path) -> list[Stage]:
         runs = "(recipe and adamw) or (share and 0.1)"
     bf16 = "--rows bfloat16"
     against = f"{bf16} --impl triton --against fused"
-    ladder = "--ladder --only ours --rungs " + (str(million) if small else "8e6 29e6 55e6")
+    ladder = "--ladder --only ours --compute bfloat16 --rungs " + (str(million) if small else "8e6 29e6 55e6")
     return [
         tests("equality", 65, equal),
         tests("triton-equality", 40, "triton", triton),
