@@ -137,6 +137,12 @@ def test_a_folder_of_data_sets_with_weights_chosen_before(tmp_path: Path, capsys
     train = open_dataset(tmp_path / "data" / "train")
     tables = split(train, SplitOptions("extended-class", 0.5))
     save_tables(tables, tmp_path / "data" / "splits" / "extended-class", train, "t")
+    summary = tmp_path / "data" / "characters.json"
+    summary.write_text("[]")
+    assert bench(tmp_path, *words, sizes=())[0] == 2
+    assert "characters.json: not what lce characters writes" in capsys.readouterr().err
+    typefaces = [{"name": "seto", "held": False}, {"name": "uming", "held": True}, {"name": "droid", "held": False}]
+    summary.write_text(json.dumps({"typefaces": typefaces}))
     assert bench(tmp_path, *words, "--old-classes", "6", sizes=())[0] == 2
     assert "says how many there are" in capsys.readouterr().err
     zero = '{"methods": {"lce": {"weight": 0}}}'
@@ -162,6 +168,8 @@ def test_a_folder_of_data_sets_with_weights_chosen_before(tmp_path: Path, capsys
         sizes=("--steps", "6", "--old-steps", "6"),
     )
     assert status == 0
+    assert figures["typefaces"] == ["seto", "droid"]
+    assert "12 training identities in 2 typefaces, 6 of them the old model's" in markdown.read_text()
     assert (figures["classes"], figures["old_classes"]) == (12, 6)
     assert (figures["methods"]["lce"]["weight"], figures["methods"]["lce"]["trials"]) == (7.5, [])
     assert "as an earlier run chose them" in markdown.read_text()
@@ -254,8 +262,8 @@ def test_methods_together_have_weights_at_the_same_place_of_their_ranges() -> No
 def test_short_trials_are_halved_until_one_is_left() -> None:
     rungs = compat.rungs_of(argparse.Namespace(trials=3, trial_steps=2, steps=8))
     assert [(rung.trials, rung.updates) for rung in rungs] == [(3, 2), (2, 4)]
-    for trials, first, lengths in ((8, 1500, [1500, 3000]), (8, 1400, [1400, 2800, 3000]), (8, 3000, [3000])):
-        capped = compat.rungs_of(argparse.Namespace(trials=trials, trial_steps=first, steps=3000))
+    for first, lengths in ((1500, [1500, 3000]), (1400, [1400, 2800, 3000]), (3000, [3000])):
+        capped = compat.rungs_of(argparse.Namespace(trials=8, trial_steps=first, steps=3000))
         assert [rung.updates for rung in capped] == lengths
         assert [rung.trials for rung in capped] == [8, 4, 2][: len(lengths)]
     whole = argparse.Namespace(trials=4, trial_steps=None, steps=8)

@@ -55,12 +55,14 @@ class Source:
     folder: Path | None = None
 
     def counts(self) -> tuple[int, int]:
-        """Classes of the new and of the old model in ``folder``. Raises :class:`ConfigError`: not such a folder."""
+        """Classes of the new and of the old model in ``folder``. Raises :class:`ConfigError`: not such a folder, or one
+        whose summary cannot be read."""
         import numpy as np
 
         from trainer.data import open_dataset
 
         assert self.folder is not None
+        self.typefaces()
         labels = self.folder / OLD_LABELS
         if not labels.is_file():
             raise ConfigError(f"--data {self.folder}: {OLD_LABELS} is missing; lce characters makes such a folder")
@@ -68,6 +70,18 @@ class Source:
             open_dataset(self.folder / name)
         known = np.unique(np.load(labels, mmap_mode="r", allow_pickle=False))
         return open_dataset(self.folder / "train").num_classes, int((known >= 0).sum())
+
+    def typefaces(self) -> list[str]:
+        """What the training pictures of ``folder`` were drawn in, as `lce characters` wrote it down; else empty."""
+        from tools.pictures.building import SUMMARY
+
+        summary = self.folder / SUMMARY if self.folder else None
+        if summary is None or not summary.is_file():
+            return []
+        try:
+            return [one["name"] for one in json.loads(summary.read_text())["typefaces"] if not one["held"]]
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(f"{summary}: not what lce characters writes; make the folder again") from None
 
 
 def _characters(folder: Path, seed: int, classes: int, old_classes: int) -> None:

@@ -224,7 +224,9 @@ def settings_of(args: argparse.Namespace, comparison: "Comparison") -> dict[str,
     """What a benchmark was run with, for its JSON."""
     data = comparison.source.folder.name if comparison.source.folder else args.data
     sizes = {key: getattr(comparison, key) for key in ("classes", "old_classes", "steps", "old_steps")}
-    return {"data": data, **sizes, "seeds": args.seeds, "overrides": args.overrides}
+    found = {"data": data, **sizes, "seeds": args.seeds, "overrides": args.overrides}
+    typefaces = comparison.source.typefaces()
+    return {**found, "typefaces": typefaces} if typefaces else found
 
 
 def rungs_of(args: argparse.Namespace) -> list[Rung]:
@@ -631,9 +633,10 @@ def markdown(figures: dict[str, Any]) -> str:
     """Both tables as Markdown: the figures, and how the weights were chosen."""
     head, lines = _rows(figures)
     text = [
-        f"{figures['data']}: {figures['classes']:,} training identities, {figures['old_classes']:,} of them the old "
-        f"model's; {figures['steps']:,} updates; measured on unseen identities, TAR at FAR 1e-4; mean ± standard "
-        f"deviation of {figures['seeds']} seed(s); {figures['machine']}, commit {figures['commit']}.",
+        f"{figures['data']}: {figures['classes']:,} training identities{_drawn(figures)}, "
+        f"{figures['old_classes']:,} of them the old model's; {figures['steps']:,} updates; measured on unseen "
+        f"identities, TAR at FAR 1e-4; mean ± standard deviation of {figures['seeds']} seed(s); "
+        f"{figures['machine']}, commit {figures['commit']}.",
         "",
         *_markdown_rows(head, lines),
         "",
@@ -668,6 +671,10 @@ def markdown(figures: dict[str, Any]) -> str:
         if one["trials"] or one["problems"]
     ]
     return "\n".join([*text, *_markdown_rows(["method", *["weight: result"] * columns], trials)]) + "\n"
+
+
+def _drawn(figures: dict[str, Any]) -> str:
+    return f" in {len(figures['typefaces'])} typefaces" if "typefaces" in figures else ""
 
 
 def _paired(figures: dict[str, Any]) -> list[str]:
