@@ -158,7 +158,6 @@ TOGETHER = "compat-together.json"
 LONG_HANGUL = "--old-steps 3000 --out {work}/compat-hangul-long --json {json}"
 AGAINST = (
     "compat.json",
-    "compat-more.json",
     "compat-hangul.json",
     LONG_RUN,
     "compat-hangul-rivals.json",
@@ -179,12 +178,6 @@ SECTIONS = (
         "Two methods together: 4,000 syllables",
         TOGETHER,
         ("bench compat --methods lce,lce+bct --seeds 3 --out {work}/compat --json {json}",),
-        _compat,
-    ),
-    Section(
-        "Three more rivals: 4,000 syllables",
-        "compat-more.json",
-        ("bench compat --methods lce,ndpp,bt2,frozen --seeds 3 --out {work}/compat --json {json}",),
         _compat,
     ),
     Section(
