@@ -181,13 +181,12 @@ SECTIONS = (
         _compat,
     ),
     Section(
-        "Ways of deploying: the demo's models",
+        "Ways of deploying: 4,000 syllables",
         "deployments.json",
         (
-            "demo --data characters --out {work}/demo",
-            "evaluate --old {work}/demo/characters/seed-0/old --new {work}/demo/characters/seed-0/new "
-            "--paragon {work}/demo/characters/seed-0/paragon --data unseen={work}/demo/characters/seed-0/data/unseen "
-            "--fars 1e-4 --replicates 400 --gallery pooled --json {json}",
+            "evaluate --old {work}/compat/seed-0/old --new {work}/compat/seed-0/lce-19 "
+            "--paragon {work}/compat/seed-0/paragon --data unseen={work}/compat/seed-0/data/unseen --fars 1e-4 "
+            "--gallery pooled --json {json}",
         ),
         _deployments,
     ),
