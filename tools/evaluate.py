@@ -297,6 +297,9 @@ class _Evaluation:
 
         if not (args.data or args.pairs or args.templates):
             raise LceError("nothing to measure on: give --data NAME=DATASET, --pairs or --templates")
+        if not args.templates and (args.score_weights or args.norm_weights):
+            option = "--score-weights" if args.score_weights else "--norm-weights"
+            raise LceError(f"{option}: weighs the images of templates; name them with --templates, or leave it out")
         self.args, self.ranks = args, ranks
         self.options = _options(args, fars)
         between = _named("--between", args.between)

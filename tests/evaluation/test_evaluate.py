@@ -382,6 +382,9 @@ def test_wrong_use_is_one_line_and_status_2(place, capsys):
         assert len(text.splitlines()) == 1
         return text
 
+    for option in ("--score-weights", "--norm-weights"):  # of labelled sets alone they would weigh nothing
+        assert f"{option}: weighs the images of templates" in refused(option, new="mapped")
+
     assert "dimension 24 against 16" in refused(new="wide")
     assert "no such file or folder" in refused(new="nothing")
     assert "nothing" in refused(data=("nothing",))
