@@ -58,19 +58,22 @@ def difference(ours: Seeds, theirs: Seeds, metric: str, cell: str = "new->old") 
 def over_runs(ours: Seeds, theirs: Seeds, metric: str, cell: str = "new->old") -> "Interval | None":
     """:func:`difference` where no replicates were kept: the mean of n ≥ 2 common seeds ± t s / √n. It is over training
     runs alone: identities that all seeds share add nothing to s. None for a single seed."""
-    from trainer.evaluation.bootstrap import Interval
-
     values = [a["cells"][cell][metric] - b["cells"][cell][metric] for a, b in common(ours, theirs)]
-    if len(values) < 2:
-        return None
-    mean, reach = statistics.fmean(values), _between_seeds(values)
-    return Interval(mean, mean - reach, mean + reach)
+    return _around(values) if len(values) > 1 else None
 
 
 def common(ours: Seeds, theirs: Seeds) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """What both found, for each seed that both have."""
     other = {one["seed"]: one for one in theirs}
     return [(one, other[one["seed"]]) for one in ours if one["seed"] in other]
+
+
+def _around(values: Sequence[float]) -> "Interval":
+    """The mean over seeds with its 95 % interval."""
+    from trainer.evaluation.bootstrap import Interval
+
+    mean, reach = statistics.fmean(values), _between_seeds(values)
+    return Interval(mean, mean - reach, mean + reach)
 
 
 def _between_seeds(values: Sequence[float]) -> float:
@@ -88,13 +91,12 @@ def room(figures: Mapping[str, Any], metric: str) -> "Interval | None":
     seeds, or over the identities of a single one. None where the figures do not tell."""
     import numpy as np
 
-    from trainer.evaluation.bootstrap import Interval, interval
+    from trainer.evaluation.bootstrap import interval
 
     seeds: Seeds = next((one["seeds"] for one in figures["methods"].values() if one["seeds"]), ())
     found = [one["cells"]["paragon->paragon"][metric] - one["cells"]["old->old"][metric] for one in seeds]
     if len(found) > 1:
-        mean, reach = statistics.fmean(found), _between_seeds(found)
-        return Interval(mean, mean - reach, mean + reach)
+        return _around(found)
     alone: Seeds = figures.get("alone", ())
     if len(found) == len(alone) == 1:
         paragon, old = (_replicates(alone[0], cell, metric) for cell in ("paragon->paragon", "old->old"))

@@ -92,11 +92,13 @@ def _chain(figures: dict[str, Any]) -> str:
 
 def _deployments(figures: dict[str, Any]) -> str:
     """The ways of deploying of one evaluation, with their verdicts, then galleries pooled by identity."""
+    from trainer.evaluation.compatibility import rate_text
+
     (name, found), *_ = figures["sets"].items()
     verdict, provenance = figures["verdict"], figures["provenance"]
-    far = f"{found['far']:.0e}".replace("e-0", "e-")
     lines = [
-        f"{name}: {found['identities']:,} identities, {found['images']:,} images, TAR at FAR {far}; seed 0. Verdict: "
+        f"{name}: {found['identities']:,} identities, {found['images']:,} images, TAR at FAR "
+        f"{rate_text(found['far'])}; seed 0. Verdict: "
         f"{verdict['answer']}. Commit {provenance['commit']}.",
         "",
         "| query → gallery | TAR | rank-1 | verdict | meaning |",
@@ -202,7 +204,7 @@ SECTIONS = (
     ),
     Section(
         "All Hangul syllables, until the paragon has learned",
-        "compat-hangul-long.json",
+        LONG_RUN,
         (f"bench compat --data {{work}}/hangul --methods independent,advbct,lce {LONG} --seeds 3 {LONG_HANGUL}",),
         _compat,
     ),
