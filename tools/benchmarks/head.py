@@ -532,6 +532,7 @@ def products_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
     """Seconds of four products of (rows × D) with (D × B), at the speed of one on a chunk that stays in cache."""
     import torch
 
+    from tools.measuring import median_seconds
     from trainer.head.products import matmul_precision
     from trainer.head.sizes import chunk_rows
 
@@ -540,14 +541,6 @@ def products_seconds(rows: int, args: argparse.Namespace, device: Any) -> float:
     a = torch.randn(chunk, args.dim, device=device).to(dtype)
     b = torch.randn(args.dim, args.batch, device=device).to(dtype)
     out = torch.empty(chunk, args.batch, device=device, dtype=dtype)
-    times = []
     with matmul_precision(args.compute == "tf32"):
-        for _ in range(20):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            torch.mm(a, b, out=out)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-    return 4 * rows / chunk * statistics.median(times[5:])
+        seconds = median_seconds(lambda: torch.mm(a, b, out=out), device.type, steps=15, warmup=5)
+    return 4 * rows / chunk * seconds

@@ -10,9 +10,6 @@ for bfloat16 rows, all classes, cosines times 64 without a margin.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 from tools.arguments import whole_number
@@ -67,6 +64,7 @@ def _products(args: argparse.Namespace) -> dict[str, Any]:
     """``flops_per_second`` by what the products take."""
     import torch
 
+    from tools.measuring import median_seconds
     from trainer.head.products import matmul_precision, product
 
     size = args.size or (8192 if args.device == "cuda" else 1024)
@@ -76,7 +74,7 @@ def _products(args: argparse.Namespace) -> dict[str, Any]:
         dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
         left, right = a.to(dtype), b.to(dtype)
         with matmul_precision(kind == "tf32"):
-            seconds = _median(lambda left=left, right=right: product(left, right), args)  # type: ignore[misc]
+            seconds = median_seconds(lambda left=left, right=right: product(left, right), args.device, args.steps)  # type: ignore[misc]
         rates[kind] = 2 * size**3 / seconds
     return {"size": size, "flops_per_second": rates}
 
@@ -86,6 +84,7 @@ def _linear_cross_entropy(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
+    from tools.measuring import median_seconds
     from trainer.distributed import peak_memory_bytes
 
     device = torch.device(args.device)
@@ -102,19 +101,8 @@ def _linear_cross_entropy(args: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
 
     sizes = {name: getattr(args, name) for name in ("classes", "batch", "dim")}
-    return sizes | {"rows": "bfloat16", "seconds": _median(step, args), "peak_bytes": peak_memory_bytes(device)}
-
-
-def _median(action: Callable[[], object], args: argparse.Namespace) -> float:
-    """Seconds of an action, the median of ``steps`` after three."""
-    import torch
-
-    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    times = []
-    for _ in range(3 + args.steps):
-        wait()
-        began = time.perf_counter()
-        action()
-        wait()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[3:])
+    return sizes | {
+        "rows": "bfloat16",
+        "seconds": median_seconds(step, args.device, args.steps),
+        "peak_bytes": peak_memory_bytes(device),
+    }
