@@ -168,21 +168,6 @@ void gather_rows(const Step& s, int64_t first, int64_t last) {
   }
 }
 
-// The momentum of the rows [first, last) brought up to date, from it and the rows that `gather_rows` made of both.
-template <class R>
-void gather_momentum(const Step& s, int64_t first, int64_t last, float* out) {
-  const int64_t D = s.dim;
-  const R* momentum = static_cast<const R*>(s.momentum);
-  for (int64_t r = first; r < last; r++, out += D) {
-    if (r + 1 < last) prefetch(momentum + s.index[r + 1] * D, D);
-    const R* v = momentum + s.index[r] * D;
-    const float *w = s.kept + r * D, *m = s.missed + 4 * r;
-    const float from_w = m[2] / m[0], from_v = m[3] - m[1] * m[2] / m[0];
-#pragma omp simd
-    for (int64_t i = 0; i < D; i++) out[i] = from_w * w[i] + from_v * wide(v[i]);
-  }
-}
-
 const int64_t* from(const int64_t* places, int64_t count, int64_t first) {
   return std::lower_bound(places, places + count, first);
 }
@@ -242,13 +227,14 @@ void first_pass(const Step& s, Gemm gemm, int64_t thread) {
 // Q (n, B) in place of the products of a block, and the rows' radial parts.
 void block_weights(const Step& s, int64_t first, int64_t last, float* z, float* radial) {
   const int64_t B = s.batch;
+  const float* log_sum = s.log_sum;  // a pointer read inside keeps the compiler (GCC 12) from using vectors
   int64_t t = from(s.target_place, s.targets, first) - s.target_place;
   for (int64_t r = first; r < last; r++, z += B) {
     const float inverse = s.inverse[r], weight = offset(s, r), factor = s.coefficient * inverse;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t b = 0; b < B; b++) {
-      const float cosine = z[b] * inverse, q = exponential(cosine - s.log_sum[b] + weight) * factor;
+      const float cosine = z[b] * inverse, q = exponential(cosine - log_sum[b] + weight) * factor;
       sum += q * cosine;
       z[b] = q;
     }
@@ -261,27 +247,35 @@ void block_weights(const Step& s, int64_t first, int64_t last, float* z, float* 
   }
 }
 
-// v ← v + (radial + λ)·w − pull·o, w ← w − η·v, both written to the tables (v to `unused` where μ is 0).
+// v ← μ·v + g + (radial + λ)·w − pull·o, w ← w − η·v, both written to the tables; without momentum v comes from `none`,
+// D zeros, and goes to the D numbers behind them. A gathered row's momentum, brought up to date, is a sum of the stored
+// one and of the row that `gather_rows` made.
 template <class R>
-void descend(const Step& s, int64_t r, const float* w, const float* v, float radial, R* unused) {
+void descend(const Step& s, int64_t r, const float* w, const float* gradient, float radial, R* none) {
   const int64_t D = s.dim, place = s.index ? s.index[r] : r;
   R *to_w = static_cast<R*>(s.rows) + place * D;
-  R* to_v = s.momentum ? static_cast<R*>(s.momentum) + place * D : unused;
+  R* to_v = s.momentum ? static_cast<R*>(s.momentum) + place * D : none + D;
+  const R* v = s.momentum ? to_v : none;
   const bool rounds = sizeof(R) == 2;
   const int32_t noise = rounds ? s.noise_row[r] : 0;
   const int32_t *of_w = s.noise_column, *of_v = of_w + D;
   const float lr = s.lr;
-  float pull = 0;
+  float pull = 0, from_v = s.momentum ? s.mu : 0.0f, from_w = s.decay;
+  if (s.index && s.momentum) {
+    const float* m = s.missed + 4 * r;
+    from_w += s.mu * (m[2] / m[0]);
+    from_v *= m[3] - m[1] * m[2] / m[0];
+  }
   if (s.centers && s.mask[place] && r < s.drawn) {
     pull = s.attraction * s.share * s.inverse[r];
     radial += pull * s.center_cosine[r] * s.inverse[r];
   }
-  const float beta = radial + s.decay;
+  from_w += radial;
   if (pull != 0) {
     const float* o = s.centers + place * D;
 #pragma omp simd
     for (int64_t i = 0; i < D; i++) {
-      const float moved = v[i] + beta * w[i] - pull * o[i];
+      const float moved = gradient[i] + from_v * wide(v[i]) + from_w * w[i] - pull * o[i];
       store(to_w + i, w[i] - lr * moved, noise, rounds ? of_w[i] : 0);
       store(to_v + i, moved, noise, rounds ? of_v[i] : 0);
     }
@@ -289,7 +283,7 @@ void descend(const Step& s, int64_t r, const float* w, const float* v, float rad
   }
 #pragma omp simd
   for (int64_t i = 0; i < D; i++) {
-    const float moved = v[i] + beta * w[i];
+    const float moved = gradient[i] + from_v * wide(v[i]) + from_w * w[i];
     store(to_w + i, w[i] - lr * moved, noise, rounds ? of_w[i] : 0);
     store(to_v + i, moved, noise, rounds ? of_v[i] : 0);
   }
@@ -300,16 +294,16 @@ void second_pass(const Step& s, Gemm gemm, int64_t thread) {
   const int64_t D = s.dim, B = s.batch;
   const Share mine = share_of(s, thread);
   const R *rows = static_cast<const R*>(s.rows), *momentum = static_cast<const R*>(s.momentum);
-  const auto own = space<float>(true, BLOCK * B), state = space<float>(s.index || sizeof(R) == 2 || !momentum, BLOCK * D);
+  const auto own = space<float>(true, BLOCK * B), gradient = space<float>(true, BLOCK * D);
   const auto wide_rows = space<float>(sizeof(R) == 2 && !s.index, BLOCK * D);
   const auto narrow_rows = space<C>(sizeof(C) == 2, BLOCK * D), narrow_q = space<C>(sizeof(C) == 2, BLOCK * B);
-  const auto unused = space<R>(!momentum, D);
+  const std::unique_ptr<R[]> none(new R[2 * D]());
   float radial[BLOCK], *dx = s.dx + thread * D * B;
   for (int64_t first = mine.first; first < mine.last; first += BLOCK) {
     const int64_t last = std::min(first + BLOCK, mine.last), n = last - first;
     const float* w = block_rows<R>(s, first, last, wide_rows.get());
     const C* narrow = narrowed(w, n * D, narrow_rows.get());
-    float *z = own.get(), *v = state.get();
+    float *z = own.get(), *g = gradient.get();
     if (s.products)
       z = s.products + first * B;
     else
@@ -317,23 +311,18 @@ void second_pass(const Step& s, Gemm gemm, int64_t thread) {
     block_weights(s, first, last, z, radial);
     const C* q = narrowed(z, n * B, narrow_q.get());
     product(gemm, true, false, B, D, n, q, narrow, 1, dx);
-    if (!momentum) {  // μ is 0: the product overwrites what is there
-    } else if (s.index)
-      gather_momentum<R>(s, first, last, v);
-    else
-      v = widened(static_cast<R*>(s.momentum) + first * D, n * D, v);
-    product(gemm, false, false, n, D, B, q, static_cast<const C*>(s.unit), s.mu, v);
+    product(gemm, false, false, n, D, B, q, static_cast<const C*>(s.unit), 0, g);
     for (int64_t e = from(s.extra_place, s.extras, first) - s.extra_place; e < s.extras && s.extra_place[e] < last; e++) {
-      float* to = v + (s.extra_place[e] - first) * D;
+      float* to = g + (s.extra_place[e] - first) * D;
       for (int64_t i = 0; i < D; i++) to[i] += s.extra[e * D + i];
     }
-    for (int64_t r = first; r < last; r++, w += D, v += D) {
+    for (int64_t r = first; r < last; r++, w += D, g += D) {
       if (s.index && r + 1 < last) {
         prefetch(rows + s.index[r + 1] * D, D);
         if (momentum) prefetch(momentum + s.index[r + 1] * D, D);
         if (s.centers) prefetch(s.centers + s.index[r + 1] * D, D);
       }
-      descend<R>(s, r, w, v, radial[r - first], unused.get());
+      descend<R>(s, r, w, g, radial[r - first], none.get());
     }
   }
 }
