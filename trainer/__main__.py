@@ -5,6 +5,7 @@ MASTER_PORT) it is one of many. Exit status: see :mod:`trainer.run.watch`.
 """
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -114,10 +115,21 @@ def _end(error: BaseException) -> NoReturn:
     else:
         status = EXIT_CRASH
         traceback.print_exception(error)
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process at once, with everything printed."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    if "RANK" in os.environ:
+        # DTensor's caches keep the process group, whose threads may still let go of tensors while the interpreter ends;
+        # that aborts it (pytorch/pytorch#179291), and a finished run would count as failed.
+        atexit._run_exitfuncs()
+        _leave(ended)
+    sys.exit(ended)

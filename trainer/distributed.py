@@ -5,6 +5,7 @@ Everything works without a process group too (one process, no collective), so th
 
 import ctypes
 import datetime
+import importlib
 import os
 import resource
 import signal
@@ -269,6 +270,9 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, threads:
         torch.cuda.set_device(where)
     started = world > 1 or "RANK" in os.environ
     if started:
+        # Its functions have the default group as a default argument. Imported later, they would keep the group, whose
+        # threads then run until the interpreter ends, and may abort it (pytorch/pytorch#179291).
+        importlib.import_module("torch.distributed.nn.functional")
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         _check_network(where.type == "cuda")
         try:
