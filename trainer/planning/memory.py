@@ -158,9 +158,11 @@ def _tables(setting: Setting) -> list[Part]:
             frozen = setting.classes * (setting.bank_dim or dim) * BYTES[head.frozen_rows]
             parts.append(Part("old classifier's rows", frozen))
         elif setting.bank_dim is not None and isinstance(method, LceConfig | AdvBctConfig | MixBctConfig):
-            centers = setting.classes * (setting.bank_dim * 4 + 4 + 1)
-            elsewhere = not isinstance(method, LceDirectConfig) or method.centers == "host"
-            parts.append(Part("old centres", centers, on_host=setting.device == "cuda" and elsewhere))
+            elsewhere = setting.device == "cuda" and (not isinstance(method, LceDirectConfig) or method.centers == "host")
+            with_numbers = setting.classes * (setting.bank_dim * 4 + 4 + 1)
+            parts.append(Part("old centres", with_numbers, on_host=elsewhere))
+            if elsewhere and isinstance(method, LceDirectConfig):
+                parts.append(Part("boundaries and mask of old centres", setting.classes * (4 + 1)))
     return parts
 
 
@@ -181,6 +183,9 @@ def _head_step(setting: Setting) -> list[Part]:
     narrow = chunk * (dim + batch) * 2 if head.compute == "bfloat16" else 0
     lce = setting.bank_dim is not None and setting.config.of(LceConfig) is not None
     centers = chunk * dim * (4 if setting.sampled else 0) if lce else 0
+    direct = setting.config.of(LceDirectConfig)
+    sent = setting.device == "cuda" and direct is not None and direct.centers == "host" and setting.bank_dim is not None
+    arrived = rows * dim * 4 if sent else 0
     numbers = rows * (
         work * (1 + lce + head.sampling_correction + (not setting.sampled)) + (8 * DRAW_WORDS if setting.sampled else 0)
     )
@@ -192,6 +197,7 @@ def _head_step(setting: Setting) -> list[Part]:
     width = dim * setting.embedding_bytes + 8
     return [
         Part("sampled rows" if setting.sampled else "blocks of rows", spaces),
+        Part("old centres of a step's rows", arrived, "step"),
         Part("collected gradients of rows", deferred, "step"),
         Part("products kept for the second pass", kept, "step"),
         Part("logits of a chunk", blocks + narrow + centers + chunk * dim * work, "step"),
