@@ -2,6 +2,10 @@
 
 import contextlib
 import ctypes
+import platform
+import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +189,22 @@ def test_a_forward_in_between_does_not_disturb_the_step(monkeypatch: pytest.Monk
         return head.rows.clone()
 
     assert (rows(False) - rows(True)).abs().max() < 1e-3  # the rows are about 3
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("objdump") is None, reason="no objdump of x86-64 code"
+)
+def test_exponentials_are_taken_by_vectors() -> None:
+    """A loop over the samples that the compiler leaves scalar costs a step up to a fifth of its time, and no number."""
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", str(native._built())]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rounded = {"s": r"\bvrndscaless\b|\bv?roundss\b", "p": r"\bvrndscaleps\b|\bv?roundps\b"}
+    scalar, packed = (
+        {part.split(">", 1)[0] for part in code.split("\n\n") if re.search(pattern, part)}
+        for pattern in rounded.values()
+    )
+    assert packed
+    assert scalar <= packed, "these functions take exponentials one by one"
 
 
 def test_without_a_compiler_torch_runs_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

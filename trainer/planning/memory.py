@@ -158,7 +158,9 @@ def _tables(setting: Setting) -> list[Part]:
             frozen = setting.classes * (setting.bank_dim or dim) * BYTES[head.frozen_rows]
             parts.append(Part("old classifier's rows", frozen))
         elif setting.bank_dim is not None and isinstance(method, LceConfig | AdvBctConfig | MixBctConfig):
-            elsewhere = setting.device == "cuda" and (not isinstance(method, LceDirectConfig) or method.centers == "host")
+            elsewhere = setting.device == "cuda" and (
+                not isinstance(method, LceDirectConfig) or method.centers == "host"
+            )
             with_numbers = setting.classes * (setting.bank_dim * 4 + 4 + 1)
             parts.append(Part("old centres", with_numbers, on_host=elsewhere))
             if elsewhere and isinstance(method, LceDirectConfig):
