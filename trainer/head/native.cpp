@@ -51,7 +51,7 @@ extern "C" struct Step {
 
 namespace {
 
-const int64_t BLOCK = 256;  // with a block's rows, momentum and products near a mebibyte at D = 512, B = 128: the quickest
+const int64_t BLOCK = 256;  // with a block's rows, gradient and products near a mebibyte at D = 512, B = 128: the quickest
 const float MASKED = -1e20f;
 
 // exp to about one unit in the last place, zero below the smallest normal number; x ≤ 88.
