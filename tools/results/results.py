@@ -183,6 +183,13 @@ SECTIONS = (
         _compat,
     ),
     Section(
+        "Three more rivals: 4,000 syllables",
+        "compat-more.json",
+        ("bench compat --methods lce,ndpp,bt2,frozen --seeds 3 --out {work}/compat --json {json}",),
+        _compat,
+        TOGETHER,
+    ),
+    Section(
         "Ways of deploying: 4,000 syllables",
         "deployments.json",
         (
