@@ -117,7 +117,7 @@ def test_measuring_runs_every_command_and_goes_on_after_a_no(tmp_path: Path, mon
     assert cli.main(words) == 70
     assert [w[1] for w in ran if w[0] == "bench"] == [
         *["compat"] * 12,
-        "criterion",
+        *["criterion"] * 2,
         "chain",
         "changes",
         "table",

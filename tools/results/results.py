@@ -269,6 +269,12 @@ SECTIONS = (
         _criterion,
     ),
     Section(
+        "The criterion by maps alone, three seeds",
+        "criterion-maps.json",
+        ("bench criterion --modes cross-model --seeds 3 --out {work}/criterion --json {json}",),
+        _criterion,
+    ),
+    Section(
         "A chain of five models",
         "chain.json",
         (f"bench chain {CHOSEN} --out {{work}}/chain --json {{json}}",),
