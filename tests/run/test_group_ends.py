@@ -15,7 +15,7 @@ def threads():
     return sum("gloo" in name for name in names)
 """
 IMPORTED_LATER = """
-from trainer.distributed import Ranks, on_main, process_group
+from trainer.distributed import on_main, process_group
 
 with process_group("cpu") as ranks:
     import torch.distributed.nn.functional  # as torch itself does

@@ -159,13 +159,19 @@ def _tables(setting: Setting) -> list[Part]:
             parts.append(Part("old classifier's rows", frozen))
         elif setting.bank_dim is not None and isinstance(method, LceConfig | AdvBctConfig | MixBctConfig):
             elsewhere = setting.device == "cuda" and (
-                not isinstance(method, LceDirectConfig) or method.centers == "host"
+                not isinstance(method, LceDirectConfig) or _sends_centers(setting)
             )
             with_numbers = setting.classes * (setting.bank_dim * 4 + 4 + 1)
             parts.append(Part("old centres", with_numbers, on_host=elsewhere))
-            if elsewhere and isinstance(method, LceDirectConfig):
+            if _sends_centers(setting):
                 parts.append(Part("boundaries and mask of old centres", setting.classes * (4 + 1)))
     return parts
+
+
+def _sends_centers(setting: Setting) -> bool:
+    """Whether old centres are in host memory, and those of a step's rows come to the GPU."""
+    direct = setting.config.of(LceDirectConfig)
+    return setting.device == "cuda" and setting.bank_dim is not None and direct is not None and direct.centers == "host"
 
 
 def _head_step(setting: Setting) -> list[Part]:
@@ -185,9 +191,7 @@ def _head_step(setting: Setting) -> list[Part]:
     narrow = chunk * (dim + batch) * 2 if head.compute == "bfloat16" else 0
     lce = setting.bank_dim is not None and setting.config.of(LceConfig) is not None
     centers = chunk * dim * (4 if setting.sampled else 0) if lce else 0
-    direct = setting.config.of(LceDirectConfig)
-    sent = setting.device == "cuda" and direct is not None and direct.centers == "host" and setting.bank_dim is not None
-    arrived = rows * dim * 4 if sent else 0
+    arrived = rows * dim * 4 if _sends_centers(setting) else 0
     numbers = rows * (
         work * (1 + lce + head.sampling_correction + (not setting.sampled)) + (8 * DRAW_WORDS if setting.sampled else 0)
     )
