@@ -17,16 +17,23 @@ SNAPSHOT = json.loads(Path(__file__).with_name("resolved-0.1.json").read_text())
 NEW = {
     *("log.line_seconds", "log.images", "train.matmul", "data.order", "data.allow_outside", "head.rows_residual"),
     *("compat.contrastive_weight", "compat.contrastive_temperature", "compat.orthogonal_weight"),
-    *("compat.orthogonal_threshold", "compat.distance"),
+    *("compat.orthogonal_threshold", "compat.noise", "compat.distance"),
 }
 """Keys that version 0.1 did not have."""
-GIVEN = {"cross-model.yaml": ["compat.contrastive_weight=5"]}
+GIVEN = {"cross-model.yaml": ["compat.contrastive_weight=5", "compat.noise=0.5"]}
 """Those of them that a recipe gives."""
+BETTER = {
+    "cross-model.yaml": {
+        **{"compat.transform.name": "mlp", "compat.transform.hidden": 1024},
+        **{"optimizer.lr": 0.01, "train.steps": 1600},
+    }
+}
+"""What a recipe has changed since, on purpose."""
 
 
 def resolved(files: str) -> dict[str, Any]:
-    """What version 0.1 made of a recipe, flat."""
-    return dict(SNAPSHOT["base"] | SNAPSHOT["recipes"][files])
+    """What version 0.1 made of a recipe, flat, with what is better now."""
+    return dict(SNAPSHOT["base"] | SNAPSHOT["recipes"][files] | BETTER.get(files, {}))
 
 
 def nested(values: dict[str, Any]) -> dict[str, Any]:

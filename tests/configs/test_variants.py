@@ -73,6 +73,7 @@ def file(tmp_path: Path) -> Path:
             "compat.contrastive_weight: needs the two",
         ),
         (" ".join([*CROSS, "compat.new_bank=b compat.distance=true"]), "compat.distance: needs the two embeddings"),
+        (" ".join([*CROSS, "compat.new_bank=b compat.noise=0.5"]), "compat.noise: needs the two embeddings"),
         (" ".join([*CROSS, "compat.maps=t21 compat.distance=true"]), "compat.distance: is of T₁₂"),
         (" ".join([*CROSS, "compat.orthogonal_weight=1"]), "of a linear T₂₁; compat.maps is both, .*name rbt: set"),
         (
@@ -166,7 +167,9 @@ def test_the_control_is_accepted(file: Path) -> None:
     assert load_config(file, CROSS).label == "cross-model"
 
 
-@pytest.mark.parametrize("given", ["compat.new_bank=c compat.contrastive_weight=0", "compat.old_model=m"])
+@pytest.mark.parametrize(
+    "given", ["compat.new_bank=c compat.contrastive_weight=0 compat.noise=0", "compat.old_model=m"]
+)
 def test_what_is_aligned_replaces_what_the_recipe_aligns(given: str) -> None:
     method = load_config("configs/cross-model.yaml", given.split()).methods[0]
     assert method.model_dump()["old_embeddings"] is None

@@ -74,7 +74,7 @@ def changes(scene: Path, *given: str, **more: Any) -> dict[str, Any]:
 
 TERMS = {
     **{"compat__transform": {"name": "linear"}, "compat__contrastive_weight": 0.5, "compat__distance": True},
-    **{"compat__orthogonal_weight": 0.1, "compat__orthogonal_threshold": 0.2},
+    **{"compat__orthogonal_weight": 0.1, "compat__orthogonal_threshold": 0.2, "compat__noise": 0.3},
 }
 CASES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("new", "old", "bank"), TERMS),
@@ -195,6 +195,46 @@ def test_contrast_is_added_and_a_head_moves_no_map(maps: Any) -> None:
     parameters = list(compat.parameters())
     pairs = zip(torch.autograd.grad(with_head, parameters), torch.autograd.grad(got, parameters), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("maps", ["t21", "t12", "both"])
+def test_what_a_map_takes_is_noisy_and_what_it_is_compared_with_is_not(maps: Any) -> None:
+    given = {"mode": "cross-model", "maps": maps, "transform": {"name": "mlp"}, "noise": 0.4}
+    compat = TransformedCompat(LceCrossConfig.model_validate(given), OLD, NEW).double()
+    x, e = torch.randn(500, NEW, dtype=torch.float64), torch.randn(500, OLD, dtype=torch.float64)
+    both, u, v = np.arange(500), normalize(x), normalize(e)
+    got, _ = image_pairs_loss(compat, x, e, both, None, noise=torch.Generator().manual_seed(5))
+    noise, terms = torch.Generator().manual_seed(5), []
+    for transform, source, target in ((compat.t21, u, v), (compat.t12, v, u)):
+        if transform is not None:
+            added = 0.4 / source.shape[1] ** 0.5 * torch.randn(source.shape, generator=noise, dtype=torch.float64)
+            assert added.square().sum(1).mean().sqrt().item() == pytest.approx(0.4, rel=0.1)
+            terms.append((1 - losses.cosine(transform(source + added), target)).mean())
+    torch.testing.assert_close(got, compat.config.alignment_weight * torch.stack(terms).mean(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_head_learns_how_far_the_map_errs_without_noise() -> None:
+    given = {"mode": "cross-model", "transform": {"name": "mlp"}, "noise": 2.0}
+    compat, head = TransformedCompat(LceCrossConfig.model_validate(given), OLD, NEW), build_distance_head(OLD)
+    x, e = torch.randn(40, NEW), torch.randn(40, OLD)
+    _, report = image_pairs_loss(compat, x, e, np.arange(40), None, None, head, torch.Generator())
+    u, v = normalize(x), normalize(e)
+    assert compat.t12 is not None
+    clean = 1 - losses.cosine(compat.t12.eval()(v), u)
+    torch.testing.assert_close(report["distance"], losses.expected_distance(head(v)[:, 0], clean).detach())
+
+
+def test_noise_is_drawn_anew_for_every_part_of_every_update(scene: Path, tmp_path: Path) -> None:
+    """Over the same 13 images in each of two parts: only the noise differs."""
+    given = changes(scene, "new", "old", compat__noise=0.5, compat__transform={"name": "linear"})
+    settings = config(tmp_path / "unused", **given, train__accumulate=2)
+    inputs = prepare(settings, Ranks())
+    task = CrossModelTask(settings, inputs, Ranks())
+    batch = next(build_loader(settings.data, 0, inputs.dataset, Ranks(), images=False).batches())
+    orders = [(0, False), (0, True), (1, False), (1, True), (0, False)]
+    *found, again = [task.compute(batch, step, last, torch.tensor(1.0)).report["loss"].item() for step, last in orders]
+    assert len(set(found)) == 4
+    assert again == found[0]
 
 
 def test_compiled_maps_learn_the_same(scene: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from trainer.models.card import DISTANCE, trained_card, transform_card
 from trainer.models.folder import save_model
 from trainer.models.model import TorchModel
 from trainer.networks.transform import build_distance_head
+from trainer.randomness import step_seed
 from trainer.run.config import Config
 from trainer.run.parallel import compile_maps
 from trainer.run.task import DTYPES, StepOutput
@@ -73,6 +74,7 @@ class CrossModelTask:
         self.capacity = largest_share(config.data.batch_size, ranks.world_size)
         own = class_range(inputs.num_classes, ranks.rank, ranks.world_size)
         self._centers, self._rows = _own_rows(self.cross, own.start, own.stop)
+        self._part = 0  # of an update's batch, with train.accumulate
 
     def modules(self) -> dict[str, nn.Module]:
         """See :class:`trainer.run.task.Task`: ``t21``, ``t12`` and the head that predicts how far T₁₂ errs."""
@@ -86,7 +88,7 @@ class CrossModelTask:
         self, batch: Batch, step: int, last: bool, factor: Tensor, weight: float = 1.0, measured: bool = False
     ) -> StepOutput:
         """See :class:`trainer.run.task.Task`."""
-        del step, last, measured
+        del measured
         parts = [source.of(batch).to(self._dtype) for source in (self.cross.new, self.cross.old) if source is not None]
         there = [(part != 0).any(1) for part in parts]  # zero rows: no embedding
         codes = MarkedLabels.code(torch.where(there[0], batch.labels, -1), there[-1])
@@ -98,7 +100,8 @@ class CrossModelTask:
             assert pairs is not None
             loss, report = self.compat(pairs, x)
         else:
-            loss, report = image_pairs_loss(self.compat, x, e, labels.marked, pairs, labels.device, self.head)
+            noise = self._noise(step, last) if self.method.noise else None
+            loss, report = image_pairs_loss(self.compat, x, e, labels.marked, pairs, labels.device, self.head, noise)
         if self.method.orthogonal_weight:
             assert self.compat.t21 is not None
             apart = losses.gram_distance(self.compat.t21.get_parameter("weight"))
@@ -108,6 +111,12 @@ class CrossModelTask:
         if loss.requires_grad:
             scale_gradient(loss, factor * weight).backward()
         return StepOutput({"loss": loss.detach(), **report}, finite)
+
+    def _noise(self, step: int, last: bool) -> torch.Generator:
+        """The same draws on every rank and after a resume, others for every part of a batch."""
+        noise = torch.Generator(self.ranks.device).manual_seed(step_seed(self.config.seed, step, self._part))
+        self._part = 0 if last else self._part + 1
+        return noise
 
     def _pairs(self, labels: Labels) -> Pairs | None:
         """The classes of the global batch with their centres."""
@@ -201,6 +210,7 @@ def image_pairs_loss(
     classes: Pairs | None,
     labels: Tensor | None = None,
     head: nn.Module | None = None,
+    noise: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """λ_a L_a + λ_b L_b with the two embeddings of an image as the pairs to align; the same on every rank.
 
@@ -215,6 +225,8 @@ def image_pairs_loss(
         x: (B, D2). e: (B, D1). known: (n,) places of the images that have both embeddings.
         classes: the batch's classes with their old centres.
         labels: (B,), for the contrastive loss. head: of T₁₂.
+        noise: what ``compat.noise`` is drawn from: what a map takes is then n(v) plus a Gaussian vector of about that
+            length (training with noise: Bishop, Neural Computation 7, 1995). What it is compared with has none.
 
     Returns:
         The loss, and ``alignment``, ``boundary``, ``t21_norm``, ``t12_norm`` (the smallest norm that the map gave) and,
@@ -232,13 +244,14 @@ def image_pairs_loss(
     terms, bound, more = [], zero, dict[str, Tensor]()
     meetings = list[tuple[Tensor, Tensor]]()
     if compat.t21 is not None:
-        mapped = compat.t21(u)
+        mapped = compat.t21(_noisy(u, config.noise, noise))
         more["t21_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, v, unit))
         meetings.append((mapped, v))
         cosines = boundary_cosines(mapped.index_select(0, of.samples), centers[of.among], unit)
     if compat.t12 is not None:
-        mapped, mapped_centers = compat.t12(torch.cat([v, centers])).split([len(v), len(centers)])
+        taken = torch.cat([_noisy(v, config.noise, noise), centers])
+        mapped, mapped_centers = compat.t12(taken).split([len(v), len(centers)])
         more["t12_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, u, unit))
         meetings.append((mapped, u))
@@ -258,9 +271,28 @@ def image_pairs_loss(
         more["contrastive"] = contrast.detach()
     if head is not None:
         mapped, target = meetings[-1]  # T₁₂'s
+        if noise is not None:
+            mapped = _deployed(compat.t12, v)
         likelihood = losses.expected_distance(head(v)[:, 0], 1 - losses.cosine(mapped, target))
         loss, more["distance"] = loss + likelihood, likelihood.detach()
     return loss, {"alignment": align.detach(), "boundary": bound.detach(), **more}
+
+
+def _deployed(transform: nn.Module | None, unit: Tensor) -> Tensor:
+    """What a map gives with its running statistics, which stay as they are."""
+    assert transform is not None
+    with torch.no_grad():
+        mapped = transform.eval()(unit)
+    transform.train()
+    return mapped
+
+
+def _noisy(unit: Tensor, length: float, noise: torch.Generator | None) -> Tensor:
+    """(n, D) with independent Gaussian vectors added, whose squared length is ``length``² on average."""
+    if noise is None:
+        return unit
+    drawn = torch.randn(unit.shape, generator=noise, dtype=unit.dtype, device=unit.device)
+    return unit + length / unit.shape[1] ** 0.5 * drawn
 
 
 def _old_centers(classes: Pairs | None, known: NDArray[np.int64], like: Tensor) -> tuple[Known, Tensor]:

@@ -133,6 +133,9 @@ class LceCrossConfig(LceMapsConfig):
     orthogonal_threshold: float = Field(
         1.0, ge=0, description="its λ: how far T₂₁ may be from orthogonal, in the Frobenius norm of its Gram matrix − 1"
     )
+    noise: float = Field(
+        0.0, ge=0, description="length of the Gaussian noise that the maps' inputs, of length 1, get while they train"
+    )
     distance: bool = Field(
         False,
         description="learn how far T₁₂ of an old embedding is from the new one, for `lce gallery upgrade` by distance",
@@ -162,7 +165,7 @@ class LceCrossConfig(LceMapsConfig):
     @model_validator(mode="after")
     def _terms(self) -> "LceCrossConfig":
         if self.new_bank is not None:
-            of_images = {"contrastive_weight": self.contrastive_weight, "distance": self.distance}
+            of_images = {key: getattr(self, key) for key in ("contrastive_weight", "noise", "distance")}
             for key in (key for key, value in of_images.items() if value):
                 raise ValueError(
                     f"compat.{key}: needs the two embeddings of each image, and compat.new_bank has centres aligned; "
