@@ -1,5 +1,6 @@
 """The table of the criterion: which cases it holds, and what its exit status says."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from tools import cli
 from tools.results import criterion
 from tools.results.comparison import Comparison, source_of
+from tools.steps import CROSS_MODEL
 from trainer.run.config import load_config
 
 
@@ -25,6 +27,7 @@ def test_every_case_is_a_run_that_can_be_configured(tmp_path: Path) -> None:
         run = load_config(config, [*overrides, *criterion._settings(comparison.folder(0), case, (12.5, 10.0))])
         assert run.methods[0].mode == case.mode
         assert case.mode == "cross-model" or run.backbone.dim == case.new
+        assert run.train.steps == (load_config(CROSS_MODEL).train.steps if case.mode == "cross-model" else 8)
 
 
 @pytest.mark.parametrize(("direct", "control", "status"), [(True, False, 0), (False, False, 1), (True, True, 1)])
@@ -35,7 +38,8 @@ def test_exit_status(direct: bool, control: bool, status: int, tmp_path: Path, m
 
     monkeypatch.setattr(criterion, "check", found)
     command = ["bench", "criterion", "--modes", "direct", "--dims", "64:64", "--out", str(tmp_path)]
-    assert cli.main(command) == status
+    assert cli.main([*command, "--json", str(tmp_path / "found.json"), "train.steps=9"]) == status
+    assert json.loads((tmp_path / "found.json").read_text())["map_steps"] == 9
 
 
 def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -280,9 +280,10 @@ class Comparison:
         old, known = recipe == "old", self.source.folder
         overrides = [f"data.path={self.dataset(seed, 'old' if old and not known else 'train')}"]
         overrides += [f"data.labels={known / OLD_LABELS}"] if old and known else []
-        overrides += [f"run.dir={run}", f"run.seed={seed}", f"train.steps={self.old_steps if old else self.steps}"]
-        if recipe == "cross-model":  # trains no network
+        overrides += [f"run.dir={run}", f"run.seed={seed}"]
+        if recipe == "cross-model":  # trains no network, and as long as its recipe says
             return CROSS_MODEL, [*overrides, *QUIET, *without_network(self.settings)]
+        overrides.append(f"train.steps={self.old_steps if old else self.steps}")
         return CONFIGS / f"{self.source.config}-{recipe}.yaml", [*overrides, *QUIET, *self.settings]
 
     def _run(self, seed: int, name: str, config: Path, overrides: Sequence[str]) -> None:

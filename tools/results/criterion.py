@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", default="all", help=f"all, or some of {','.join(MODES)}")
     parser.add_argument("--dims", default="64:64,128:64,64:128", help="pairs D1:D2 (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 … N−1 (1)")
-    parser.add_argument("--steps", type=int, default=800, help="updates of a new model, or of the maps alone (800)")
+    parser.add_argument(
+        "--steps", type=int, default=800, help="updates of a new model (800); maps alone take their recipe's"
+    )
     parser.add_argument("--old-steps", type=int, default=600, help="updates of an old model (600)")
     parser.add_argument("--alignment-weight", type=float, default=12.5, help="λ_a in (1 − cos) units (12.5)")
     parser.add_argument("--boundary-weight", type=float, default=10.0, help="λ_b (10)")
@@ -61,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
     from tools.measuring import origin, write_json
     from tools.output import table_console
     from tools.results.compat import make_comparison, settings_of
-    from tools.steps import interruptible
+    from tools.steps import CROSS_MODEL, interruptible, without_network
     from trainer.errors import ConfigError
+    from trainer.run.config import load_config
 
     if args.seeds < 1:
         raise ConfigError(f"--seeds {args.seeds}: at least 1")
@@ -72,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         lines = check(comparison, cases, args.seeds, weights)
     fine = all(line["met"] != (line["mode"] == CONTROL) for line in lines)
     settings = {**settings_of(args, comparison), "alignment_weight": weights[0], "boundary_weight": weights[1]}
+    settings["map_steps"] = load_config(CROSS_MODEL, without_network(args.overrides)).train.steps
     write_json({"bench": "criterion", **settings, "lines": lines, "fine": fine, **origin()}, args.json)
     table = Table("mode", "D1", "D2", "seed", "old → old", "new → old", "met", title="TAR at FAR 1e-4 / rank-1, unseen")
     for line in lines:

@@ -77,9 +77,10 @@ def _criterion(figures: dict[str, Any]) -> str:
             cells = [" / ".join(f"{v:.3f}" for v in one[cell].values()) for cell in ("old->old", "new->old")]
             row = [line["mode"], line["old_dim"], line["new_dim"], one["seed"], *cells, "yes" if one["met"] else "no"]
             lines.append(f"| {' | '.join(map(str, row))} |")
+    maps = f", maps alone {figures['map_steps']:,}" if "map_steps" in figures else ""
     return (
         f"M(new, old) > M(old, old) on unseen identities, TAR at FAR 1e-4 / rank-1; {figures['classes']:,} training "
-        f"identities, {figures['steps']} updates; “independent” is the control, which must fail. "
+        f"identities, {figures['steps']} updates{maps}; “independent” is the control, which must fail. "
         f"{figures['machine']}, commit {figures['commit']}.\n\n" + "\n".join(lines) + "\n"
     )
 
