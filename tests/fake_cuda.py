@@ -371,7 +371,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lce direct, authors": {**LCE, "compat__authors_formula": True},
     **{f"lce {mode}": {**LCE, "compat__mode": mode} for mode in ("backward", "forward", "both")},
     "lce cross-model": {"cross": ("new", "bank", "new_bank")},
-    "lce cross-model, images": {"cross": ("new", "old", "bank")},
+    "lce cross-model, images": {"cross": ("new", "old", "bank"), "compat__noise": 0.5},
     **{f"rival {name}": {"compat__method": name} for name in ("bct", "l2", "fct", "mixbct", "advbct")},
     "rival bct, sampled": {"compat__method": "bct", **SAMPLED},
     "deferred": {**SAMPLED, "head__update": "deferred"},

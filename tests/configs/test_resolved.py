@@ -24,6 +24,7 @@ GIVEN = {"cross-model.yaml": ["compat.contrastive_weight=5", "compat.noise=0.5"]
 """Those of them that a recipe gives."""
 BETTER = {
     "cross-model.yaml": {
+        **{"compat.old_embeddings": "old-embeddings.npy", "compat.new_embeddings": "new-embeddings.npy"},
         **{"compat.transform.name": "mlp", "compat.transform.hidden": 1024},
         **{"optimizer.lr": 0.01, "train.steps": 1600},
     }

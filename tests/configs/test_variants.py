@@ -70,10 +70,16 @@ def file(tmp_path: Path) -> Path:
         (" ".join([*CROSS, "head.sample_rate=0.5"]), "head.sample_rate belongs to runs that train a network"),
         (
             " ".join([*CROSS, "compat.new_bank=b compat.contrastive_weight=1"]),
-            "compat.contrastive_weight: needs the two",
+            "compat.contrastive_weight: of the two embeddings of each image, .* put compat.contrastive_weight=0 over",
         ),
-        (" ".join([*CROSS, "compat.new_bank=b compat.distance=true"]), "compat.distance: needs the two embeddings"),
-        (" ".join([*CROSS, "compat.new_bank=b compat.noise=0.5"]), "compat.noise: needs the two embeddings"),
+        (
+            " ".join([*CROSS, "compat.new_bank=b compat.distance=true"]),
+            "compat.distance: of the two embeddings of each .* put compat.distance=false over",
+        ),
+        (
+            " ".join([*CROSS, "compat.new_bank=b compat.noise=0.5 compat.contrastive_weight=1"]),
+            "compat.contrastive_weight, compat.noise: of .* put compat.contrastive_weight=0 compat.noise=0 over a file",
+        ),
         (" ".join([*CROSS, "compat.maps=t21 compat.distance=true"]), "compat.distance: is of T₁₂"),
         (" ".join([*CROSS, "compat.orthogonal_weight=1"]), "of a linear T₂₁; compat.maps is both, .*name rbt: set"),
         (

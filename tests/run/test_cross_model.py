@@ -199,18 +199,33 @@ def test_contrast_is_added_and_a_head_moves_no_map(maps: Any) -> None:
 
 @pytest.mark.parametrize("maps", ["t21", "t12", "both"])
 def test_what_a_map_takes_is_noisy_and_what_it_is_compared_with_is_not(maps: Any) -> None:
-    given = {"mode": "cross-model", "maps": maps, "transform": {"name": "mlp"}, "noise": 0.4}
+    given = {"mode": "cross-model", "maps": maps, "bank": "b", "transform": {"name": "mlp"}, "noise": 0.4}
     compat = TransformedCompat(LceCrossConfig.model_validate(given), OLD, NEW).double()
     x, e = torch.randn(500, NEW, dtype=torch.float64), torch.randn(500, OLD, dtype=torch.float64)
-    both, u, v = np.arange(500), normalize(x), normalize(e)
-    got, _ = image_pairs_loss(compat, x, e, both, None, noise=torch.Generator().manual_seed(5))
-    noise, terms = torch.Generator().manual_seed(5), []
-    for transform, source, target in ((compat.t21, u, v), (compat.t12, v, u)):
-        if transform is not None:
-            added = 0.4 / source.shape[1] ** 0.5 * torch.randn(source.shape, generator=noise, dtype=torch.float64)
-            assert added.square().sum(1).mean().sqrt().item() == pytest.approx(0.4, rel=0.1)
-            terms.append((1 - losses.cosine(transform(source + added), target)).mean())
-    torch.testing.assert_close(got, compat.config.alignment_weight * torch.stack(terms).mean(), rtol=1e-10, atol=1e-12)
+    u, v, centers = normalize(x), normalize(e), normalize(torch.randn(4, OLD, dtype=torch.float64))
+    radius, place = torch.rand(4, dtype=torch.float64), np.arange(500) % 4
+    classes = Pairs(np.arange(4), x[:4, :0], centers, radius, torch.ones(4, dtype=torch.bool), place)
+    got, _ = image_pairs_loss(compat, x, e, np.arange(500), classes, noise=torch.Generator().manual_seed(5))
+    noise = torch.Generator().manual_seed(5)
+
+    def noisy(unit: Tensor) -> Tensor:
+        added = 0.4 / unit.shape[1] ** 0.5 * torch.randn(unit.shape, generator=noise, dtype=torch.float64)
+        assert added.square().sum(1).mean().sqrt().item() == pytest.approx(0.4, rel=0.1)
+        return unit + added
+
+    terms, inside = [], None
+    if compat.t21 is not None:
+        mapped = compat.t21(noisy(u))
+        terms.append((1 - losses.cosine(mapped, v)).mean())
+        inside = losses.cosine(mapped, centers[place])
+    if compat.t12 is not None:
+        mapped, of_centers = compat.t12(noisy(torch.cat([v, centers]))).split([500, 4])
+        terms.append((1 - losses.cosine(mapped, u)).mean())
+        inside = losses.cosine(u, of_centers[place]) if inside is None else inside
+    assert inside is not None
+    bound = (radius[place] - inside).clamp_min(0).mean()
+    expected = compat.config.alignment_weight * torch.stack(terms).mean() + compat.config.boundary_weight * bound
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_head_learns_how_far_the_map_errs_without_noise() -> None:

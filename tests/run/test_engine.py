@@ -637,6 +637,17 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, monkeypatch: pytest.Monk
         train(config(tmp_path / "run", train__max_nonfinite_steps=3), Ranks())
 
 
+def test_a_short_run_without_a_finite_update_hands_over_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer updates than train.max_nonfinite_steps forgives."""
+    build = trainer.run.engine.build_loader
+    monkeypatch.setattr(trainer.run.engine, "build_loader", lambda *args: _Poison(build(*args), set(range(99))))
+    with pytest.raises(TrainingError, match="none of the 4 updates was finite"):
+        train(config(tmp_path / "run", train__steps=4), Ranks())
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_float16_lowers_its_scale_until_steps_are_finite(tmp_path: Path) -> None:
     """From 65,536 the scale is halved at each overflow, and training goes on as in float32."""
     changes = BATCH_NORM | {"train__steps": 12, "optimizer__lr": 0.05}

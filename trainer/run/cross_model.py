@@ -225,8 +225,9 @@ def image_pairs_loss(
         x: (B, D2). e: (B, D1). known: (n,) places of the images that have both embeddings.
         classes: the batch's classes with their old centres.
         labels: (B,), for the contrastive loss. head: of T₁₂.
-        noise: what ``compat.noise`` is drawn from: what a map takes is then n(v) plus a Gaussian vector of about that
-            length (training with noise: Bishop, Neural Computation 7, 1995). What it is compared with has none.
+        noise: what ``compat.noise`` is drawn from. What a map takes, n(v) or a centre, then has a Gaussian vector of
+            about that length added (training with noise: Bishop, Neural Computation 7, 1995); what its output is
+            compared with has none.
 
     Returns:
         The loss, and ``alignment``, ``boundary``, ``t21_norm``, ``t12_norm`` (the smallest norm that the map gave) and,
@@ -250,7 +251,7 @@ def image_pairs_loss(
         meetings.append((mapped, v))
         cosines = boundary_cosines(mapped.index_select(0, of.samples), centers[of.among], unit)
     if compat.t12 is not None:
-        taken = torch.cat([_noisy(v, config.noise, noise), centers])
+        taken = _noisy(torch.cat([v, centers]), config.noise, noise)
         mapped, mapped_centers = compat.t12(taken).split([len(v), len(centers)])
         more["t12_norm"] = smallest_norm(mapped)
         terms.append(half_distance(mapped, u, unit))

@@ -417,6 +417,11 @@ def _train(engine: Engine, began: float) -> RunSummary:
             bad |= met
         for record in sorted(bad)[:10]:
             monitor.say(f"damaged record skipped: {bad[record]}")
+        if not stopped and int(engine.state.skipped) == engine.state.step:
+            raise TrainingError(
+                f"{folder}: none of the {engine.state.step} updates was finite, so that nothing was learned and no "
+                "model is handed over. Lower optimizer.lr, set optimizer.clip_norm, or look at the data"
+            )
         eager = next((reason for reason in gather_objects(why_eager()) if reason is not None), None)
         if eager is not None:
             monitor.say(f"head: eager, which is slower: torch.compile failed ({eager})")

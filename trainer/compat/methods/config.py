@@ -134,7 +134,10 @@ class LceCrossConfig(LceMapsConfig):
         1.0, ge=0, description="its λ: how far T₂₁ may be from orthogonal, in the Frobenius norm of its Gram matrix − 1"
     )
     noise: float = Field(
-        0.0, ge=0, description="length of the Gaussian noise that the maps' inputs, of length 1, get while they train"
+        0.0,
+        ge=0,
+        le=10,
+        description="length of the Gaussian noise that the maps' inputs, of length 1, get while they train",
     )
     distance: bool = Field(
         False,
@@ -166,10 +169,12 @@ class LceCrossConfig(LceMapsConfig):
     def _terms(self) -> "LceCrossConfig":
         if self.new_bank is not None:
             of_images = {key: getattr(self, key) for key in ("contrastive_weight", "noise", "distance")}
-            for key in (key for key, value in of_images.items() if value):
+            given = [f"compat.{key}" for key, value in of_images.items() if value]
+            if given:
+                off = " ".join(f"{key}={'false' if key.endswith('distance') else 0}" for key in given)
                 raise ValueError(
-                    f"compat.{key}: needs the two embeddings of each image, and compat.new_bank has centres aligned; "
-                    "remove one of them"
+                    f"{', '.join(given)}: of the two embeddings of each image, and compat.new_bank has centres "
+                    f"aligned; remove one of them, or put {off} over a file that sets it"
                 )
         if self.distance and self.maps == "t21":
             raise ValueError("compat.distance: is of T₁₂, which compat.maps = t21 does not train; remove one of them")
