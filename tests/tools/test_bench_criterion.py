@@ -38,8 +38,19 @@ def test_exit_status(direct: bool, control: bool, status: int, tmp_path: Path, m
 
     monkeypatch.setattr(criterion, "check", found)
     command = ["bench", "criterion", "--modes", "direct", "--dims", "64:64", "--out", str(tmp_path)]
-    assert cli.main([*command, "--json", str(tmp_path / "found.json"), "train.steps=9"]) == status
+    assert cli.main(command) == status
+
+
+def test_the_length_of_the_maps_runs_is_known_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(criterion, "check", lambda *_: [])
+    command = ["bench", "criterion", "--modes", "cross-model", "--dims", "64:64", "--out", str(tmp_path)]
+    assert cli.main([*command, "--json", str(tmp_path / "found.json"), "train.steps=9"]) == 0
     assert json.loads((tmp_path / "found.json").read_text())["map_steps"] == 9
+    monkeypatch.setattr(criterion, "check", None)  # not reached
+    assert cli.main([*command, "optimizer.momentum=0.8"]) == 2
+    assert "optimizer.momentum belongs to sgd; optimizer.name is adamw" in capsys.readouterr().err
 
 
 def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

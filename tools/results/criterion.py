@@ -70,13 +70,14 @@ def run(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise ConfigError(f"--seeds {args.seeds}: at least 1")
     cases, comparison = _cases(args.modes, args.dims), make_comparison(args)
-    weights = (args.alignment_weight, args.boundary_weight)
+    weights, maps = (args.alignment_weight, args.boundary_weight), {}
+    if any(case.mode == "cross-model" for case in cases):  # before anything is trained: an override may not fit it
+        maps["map_steps"] = load_config(CROSS_MODEL, without_network(args.overrides)).train.steps
     with interruptible():
         lines = check(comparison, cases, args.seeds, weights)
     fine = all(line["met"] != (line["mode"] == CONTROL) for line in lines)
     settings = {**settings_of(args, comparison), "alignment_weight": weights[0], "boundary_weight": weights[1]}
-    settings["map_steps"] = load_config(CROSS_MODEL, without_network(args.overrides)).train.steps
-    write_json({"bench": "criterion", **settings, "lines": lines, "fine": fine, **origin()}, args.json)
+    write_json({"bench": "criterion", **settings, **maps, "lines": lines, "fine": fine, **origin()}, args.json)
     table = Table("mode", "D1", "D2", "seed", "old → old", "new → old", "met", title="TAR at FAR 1e-4 / rank-1, unseen")
     for line in lines:
         for one in line["seeds"]:
